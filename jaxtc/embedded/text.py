@@ -1,0 +1,86 @@
+"""A user's own small text as training data, in place of the generated corpus."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from jaxtc.errors import InputError
+
+_HELD_OUT_ONE_IN = 20
+
+
+class TextSource(Protocol):
+    """Where documents come from: the generated corpus or a user's text."""
+
+    def documents(self, stream: int, batch: int, count: int, held_out: bool = False) -> list[str]:
+        """``count`` documents, a pure function of the arguments.
+
+        Args:
+            stream: which sequence of batches, such as one for the model and one for transcoders.
+            batch: which batch of the stream.
+            count: how many documents.
+            held_out: from the held-out text only; otherwise from the training text only.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class UserText:
+    """Paragraphs (separated by empty lines) of a text, drawn at random; one in 20 is held out.
+
+    A text without empty lines is taken line by line.
+
+    Raises:
+        InputError: too little text to train on.
+    """
+
+    text: str
+    seed: int = 0
+
+    def __post_init__(self):
+        if len(self.train) < 10 or not self.held_out:
+            raise InputError(
+                f"The text has {len(self.train) + len(self.held_out)} paragraphs (or lines, where "
+                "no line is empty); training needs some tens at least, so that a part can be held "
+                "out to test on. Give a longer text, or put an empty line between its documents."
+            )
+
+    @classmethod
+    def from_file(cls, path: str | Path, seed: int = 0) -> UserText:
+        """Read a UTF-8 text file. Raises InputError when it cannot be read as one."""
+        try:
+            return cls(Path(path).read_text(encoding="utf-8"), seed)
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path} cannot be read as UTF-8 text: {error}.") from error
+
+    @cached_property
+    def _paragraphs(self) -> list[str]:
+        lines = self.text.replace("\r\n", "\n")
+        parts = lines.split("\n\n") if "\n\n" in lines.strip() else lines.split("\n")
+        return list(dict.fromkeys(part.strip() for part in parts if part.strip()))
+
+    @cached_property
+    def train(self) -> list[str]:
+        """Paragraphs to train on."""
+        return [p for p in self._paragraphs if not _is_held_out(p)]
+
+    @cached_property
+    def held_out(self) -> list[str]:
+        """Paragraphs that training never sees."""
+        return [p for p in self._paragraphs if _is_held_out(p)]
+
+    def documents(self, stream: int, batch: int, count: int, held_out: bool = False) -> list[str]:
+        """As :meth:`TextSource.documents`."""
+        pool = self.held_out if held_out else self.train
+        rng = np.random.default_rng([self.seed, 4, stream, batch, held_out])
+        return [pool[i] for i in rng.integers(len(pool), size=count)]
+
+
+def _is_held_out(paragraph: str) -> bool:
+    return zlib.crc32(paragraph.encode()) % _HELD_OUT_ONE_IN == 0
