@@ -1,0 +1,17 @@
+"""Gemma-2 and its transcoders in JAX: every activation open to reading and editing under jit."""
+
+from jaxtc.config import Gemma2Config as Gemma2Config
+from jaxtc.edits import Add as Add
+from jaxtc.edits import Detach as Detach
+from jaxtc.edits import SetTo as SetTo
+from jaxtc.edits import Splice as Splice
+from jaxtc.errors import JaxtcError as JaxtcError
+from jaxtc.generate import generate as generate
+from jaxtc.intercept import Edit as Edit
+from jaxtc.intercept import register_edit as register_edit
+from jaxtc.model import Gemma2 as Gemma2
+from jaxtc.run import run as run
+from jaxtc.sites import SITES as SITES
+from jaxtc.transcoder import Transcoder as Transcoder
+
+__version__ = "0.1.0"

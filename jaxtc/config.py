@@ -1,0 +1,190 @@
+"""The sizes and constants of a Gemma-2, read from the ``config.json`` of its checkpoint."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxtc.errors import ConfigError
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemma2Config:
+    """Everything the forward pass needs to know, under the names of HF's ``config.json``.
+
+    Frozen and hashable, so it can be a static argument of a jitted function. The defaults are those
+    that ``transformers`` gives to absent keys (they describe the 2B model). Axis letters used in
+    error messages and docs: D ``hidden_size``, F ``intermediate_size``, N ``num_attention_heads``,
+    K ``num_key_value_heads``, H ``head_dim``, V ``vocab_size``.
+
+    Raises:
+        ConfigError: sizes that contradict each other.
+    """
+
+    vocab_size: int = 256000
+    hidden_size: int = 2304
+    intermediate_size: int = 9216
+    num_hidden_layers: int = 26
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    head_dim: int = 256
+    query_pre_attn_scalar: float = 256
+    sliding_window: int = 4096
+    layer_types: tuple[str, ...] = ()
+    attn_logit_softcapping: float | None = 50.0
+    final_logit_softcapping: float | None = 30.0
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 8192
+    pad_token_id: int | None = 0
+    eos_token_id: int | tuple[int, ...] | None = 1
+    bos_token_id: int | None = 2
+
+    def __post_init__(self):
+        if not self.layer_types:
+            # Even layers slide, odd ones see everything (facts of the released checkpoints).
+            kinds = tuple((SLIDING, FULL)[i % 2] for i in range(self.num_hidden_layers))
+            object.__setattr__(self, "layer_types", kinds)
+        problems = self._problems()
+        if problems:
+            raise ConfigError("This Gemma-2 config cannot be run: " + "; ".join(problems) + ".")
+
+    def _problems(self) -> list[str]:
+        found = []
+        counts = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"]
+        counts += ["num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"]
+        counts += ["max_position_embeddings"]
+        for name in counts:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                found.append(f"{name} is {value!r}, expected a whole number of at least 1")
+        numbers = ["query_pre_attn_scalar", "rope_theta", "rms_norm_eps"]
+        caps = ["attn_logit_softcapping", "final_logit_softcapping"]
+        for name in numbers + [cap for cap in caps if getattr(self, cap) is not None]:
+            value = getattr(self, name)
+            good = isinstance(value, int | float) and math.isfinite(value) and value > 0
+            if not good or isinstance(value, bool):
+                found.append(f"{name} is {value!r}, expected a finite number above 0")
+        if found:
+            return found
+        if self.num_attention_heads % self.num_key_value_heads:
+            found.append(
+                f"num_attention_heads ({self.num_attention_heads}) is not a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.head_dim % 2:
+            found.append(f"head_dim ({self.head_dim}) is odd, rotary embedding needs pairs")
+        if len(self.layer_types) != self.num_hidden_layers:
+            found.append(
+                f"layer_types lists {len(self.layer_types)} layers, "
+                f"num_hidden_layers says {self.num_hidden_layers}"
+            )
+        for kind in sorted(set(self.layer_types) - {SLIDING, FULL}):
+            found.append(f"layer type {kind!r} is neither {SLIDING!r} nor {FULL!r}")
+        return found
+
+    def window(self, layer: int) -> int | None:
+        """How many positions layer ``layer`` sees back, itself included; None when all."""
+        return self.sliding_window if self.layer_types[layer] == SLIDING else None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of each axis letter that the config fixes: D, N, K, H, F, V."""
+        return {
+            "D": self.hidden_size,
+            "N": self.num_attention_heads,
+            "K": self.num_key_value_heads,
+            "H": self.head_dim,
+            "F": self.intermediate_size,
+            "V": self.vocab_size,
+        }
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], where: str = "config.json") -> "Gemma2Config":
+        """Read the contents of a ``config.json``, as written by ``transformers`` 4.42 up to 5.x.
+
+        Args:
+            raw: the parsed JSON object.
+            where: what to call it in error messages.
+
+        Raises:
+            ConfigError: another architecture, a feature Gemma-2 checkpoints do not use, or
+                sizes that contradict each other.
+        """
+        kind = raw.get("model_type")
+        if kind != "gemma2":
+            named = ", ".join(raw.get("architectures") or []) or "no architecture named"
+            raise ConfigError(
+                f"{where} describes model_type {kind!r} ({named}), but jaxtc runs Gemma-2 only "
+                "(model_type 'gemma2'). Give a Gemma-2 checkpoint, for example "
+                "google/gemma-2-2b, google/gemma-2-9b or google/gemma-2-27b."
+            )
+        rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+        unsupported = {
+            # Only hidden_activation counts: transformers does not read hidden_act for Gemma-2.
+            "hidden_activation": raw.get("hidden_activation")
+            if raw.get("hidden_activation") != "gelu_pytorch_tanh"
+            else None,
+            "attention_bias": raw.get("attention_bias") or None,
+            "use_bidirectional_attention": raw.get("use_bidirectional_attention") or None,
+            "tie_word_embeddings": None if raw.get("tie_word_embeddings", True) else False,
+            "rope_type": None
+            if rope.get("rope_type", rope.get("type", "default")) == "default"
+            else rope.get("rope_type", rope.get("type")),
+        }
+        odd = [f"{key} = {value!r}" for key, value in unsupported.items() if value is not None]
+        if odd:
+            raise ConfigError(
+                f"{where} asks for {', '.join(odd)}, which no released Gemma-2 uses and jaxtc "
+                "does not implement; running it anyway would give wrong numbers."
+            )
+        fields = {field.name for field in dataclasses.fields(cls)}
+        values = {key: raw[key] for key in fields & set(raw)}
+        if "rope_theta" in rope:
+            values["rope_theta"] = rope["rope_theta"]
+        for key in ("layer_types", "eos_token_id"):
+            if isinstance(values.get(key), list):
+                values[key] = tuple(values[key])
+        if values.get("layer_types") is None:
+            values.pop("layer_types", None)
+        if values.get("sliding_window", 0) is None:
+            raise ConfigError(f"{where} has no sliding_window; every Gemma-2 has one (4096).")
+        return cls(**values)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "Gemma2Config":
+        """Read a ``config.json``. Raises ConfigError as :meth:`from_dict`, or when not JSON."""
+        path = Path(path)
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ConfigError(f"{path} cannot be read as a config.json: {error}.") from error
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{path} holds a JSON {type(raw).__name__}, expected an object.")
+        return cls.from_dict(raw, str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The ``config.json`` that ``transformers`` reads back as the same model."""
+        values = dataclasses.asdict(self)
+        theta = values.pop("rope_theta")
+        eos = self.eos_token_id
+        return {
+            "architectures": ["Gemma2ForCausalLM"],
+            "model_type": "gemma2",
+            **values,
+            "layer_types": list(self.layer_types),
+            "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
+            "rope_theta": theta,  # where transformers 4.x looks
+            "rope_parameters": {"rope_theta": theta, "rope_type": "default"},
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_activation": "gelu_pytorch_tanh",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "initializer_range": 0.02,
+            "tie_word_embeddings": True,
+            "use_cache": True,
+        }

@@ -1,0 +1,138 @@
+"""Training the small Gemma-2: AdamW on packed documents, some embeddings kept as they were drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from jaxtc.config import Gemma2Config
+from jaxtc.embedded.loop import Log, fit
+from jaxtc.embedded.packing import Batch, Batches, next_token_loss
+from jaxtc.model import Gemma2
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """How the model is trained.
+
+    Attributes:
+        steps: optimiser steps.
+        learning_rate: at its peak, after a warm-up over 2% of the steps; it stays there until
+            40% of the steps and then falls linearly to 0.
+        weight_decay: of AdamW, on matrices; not on norms and embeddings.
+        clip: largest norm of the gradient.
+        seed: of the initial weights.
+    """
+
+    steps: int = 6000
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    seed: int = 0
+
+
+def small_config(vocab_size: int, **sizes) -> Gemma2Config:
+    """The embedded model's shape; ``sizes`` (named as in Gemma2Config) replace its defaults."""
+    defaults = {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        # Smaller than a sentence: what lies further back must come through the global layers.
+        "sliding_window": 4,
+        "max_position_embeddings": 8192,
+    }
+    return Gemma2Config(vocab_size=vocab_size, **{**defaults, **sizes})
+
+
+def optimizer(recipe: ModelRecipe, frozen_tokens: Sequence[int]) -> optax.GradientTransformation:
+    """AdamW with the recipe's schedule; the embeddings of ``frozen_tokens`` never change."""
+    warm, flat = round(0.02 * recipe.steps), round(0.4 * recipe.steps)
+    schedule = optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, recipe.learning_rate, warm),
+            optax.constant_schedule(recipe.learning_rate),
+            optax.linear_schedule(recipe.learning_rate, 0.0, recipe.steps - flat),
+        ],
+        [warm, flat],
+    )
+    frozen = np.asarray(frozen_tokens, np.int32)
+
+    def is_matrix(params: nnx.State) -> nnx.State:
+        return jax.tree.map_with_path(
+            lambda path, leaf: leaf.ndim > 1 and "'embed'" not in jax.tree_util.keystr(path), params
+        )
+
+    def freeze(updates: nnx.State, _) -> nnx.State:
+        def zero(path, leaf):
+            is_embedding = "'embed'" in jax.tree_util.keystr(path)
+            return leaf.at[frozen].set(0.0) if is_embedding and len(frozen) else leaf
+
+        return jax.tree.map_with_path(zero, updates)
+
+    return optax.chain(
+        optax.stateless(freeze),  # before the clip: what is not learnt must not shrink the rest
+        optax.clip_by_global_norm(recipe.clip),
+        optax.adamw(
+            schedule, b1=0.9, b2=0.98, weight_decay=recipe.weight_decay, mask=is_matrix
+        ),
+    )
+
+
+def train_model(
+    config: Gemma2Config,
+    batches: Batches,
+    recipe: ModelRecipe,
+    *,
+    frozen_tokens: Sequence[int] = (),
+    folder: Path | None = None,
+    stop_at: int | None = None,
+    log: Log = print,
+) -> Gemma2:
+    """Train a Gemma-2 from random weights, float32.
+
+    Args:
+        config: its sizes.
+        batches: the training text.
+        recipe: how.
+        frozen_tokens: ids whose embeddings stay at their random initial values, so that what the
+            model learns about these tokens has to be learnt by its layers.
+        folder: where checkpoints go; a run that finds one goes on from it.
+        stop_at: stop after this many steps, as if killed (for tests).
+        log: called with lines of progress.
+    """
+    graph, params = nnx.split(Gemma2(config, rngs=nnx.Rngs(recipe.seed)))
+    transform = optimizer(recipe, frozen_tokens)
+
+    def loss(params: nnx.State, batch: Batch) -> jax.Array:
+        model = nnx.merge(graph, params)
+        logits, _ = model(batch.tokens, positions=batch.positions, segments=batch.segments)
+        return next_token_loss(logits, batch)
+
+    def step(carry, batch: Batch):
+        params, state = carry
+        value, gradient = jax.value_and_grad(loss)(params, batch)
+        updates, state = transform.update(gradient, state, params)
+        return (optax.apply_updates(params, updates), state), {"loss": value}
+
+    params, _ = fit(
+        step,
+        (params, transform.init(params)),
+        lambda start, count: jax.tree.map(jnp.asarray, batches.stacked(start, count)),
+        recipe.steps,
+        name="model",
+        folder=folder,
+        stop_at=stop_at,
+        log=log,
+    )
+    return nnx.merge(graph, params)

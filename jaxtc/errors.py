@@ -1,0 +1,57 @@
+"""The errors a user can cause. Each message says what was given, what was expected, and what to do.
+
+The command line prints the message of a :class:`JaxtcError` and exits with 2; anything else that
+escapes is a bug of ours and keeps its traceback.
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class JaxtcError(ValueError):
+    """Anything wrong with what the user gave; the message is one paragraph meant for a person."""
+
+
+class ConfigError(JaxtcError):
+    """A ``config.json`` that is not a Gemma-2, or whose sizes contradict each other."""
+
+
+class SiteError(JaxtcError):
+    """An address that names no activation of this model."""
+
+
+class EditError(JaxtcError):
+    """An edit that cannot apply: wrong shape, out of range, or one that would never fire."""
+
+
+class InputError(JaxtcError):
+    """Token ids, lengths or prompts that the model cannot run."""
+
+
+class WeightsError(JaxtcError):
+    """A checkpoint file that is damaged, incomplete, or not what it says it is."""
+
+
+class SourceError(JaxtcError):
+    """A source (hub id, folder, file) that cannot be found or may not be read."""
+
+
+class CapacityError(JaxtcError):
+    """A token has more active features than the sparse path was given room for."""
+
+
+def nearest(given: str, valid: Iterable[str], count: int = 3) -> list[str]:
+    """The ``count`` strings of ``valid`` closest in spelling to ``given``."""
+    return difflib.get_close_matches(given, list(valid), n=count, cutoff=0.4)
+
+
+def did_you_mean(given: str, valid: Iterable[str]) -> str:
+    """The tail of an error message: `` Did you mean 'x' or 'y'?``, or nothing when none is near."""
+    close = nearest(given, valid)
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def some(items: Sequence[str], limit: int = 8) -> str:
+    """``items`` as a comma-separated list, cut after ``limit`` with the count of the rest."""
+    rest = len(items) - limit
+    return ", ".join(items[:limit]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,130 @@
+"""Greedy generation: the prompts once (prefill), then one compiled step a token, with a cache."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtc.config import Gemma2Config
+from jaxtc.errors import InputError
+from jaxtc.intercept import Edit, Tap, check_edits
+from jaxtc.model import Cache, Gemma2
+from jaxtc.prompts import bucket, prepare
+from jaxtc.run import parameters, rebuild
+from jaxtc.sites import ORDER
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What :func:`generate` returns.
+
+    Attributes:
+        prompts: the ids of each prompt, without padding.
+        tokens: the new ids of each prompt, up to and including its stop token.
+    """
+
+    prompts: list[list[int]]
+    tokens: list[list[int]]
+
+    @property
+    def sequences(self) -> list[list[int]]:
+        """Prompt and continuation of each row."""
+        return [[*a, *b] for a, b in zip(self.prompts, self.tokens, strict=True)]
+
+
+def generate(
+    model: Gemma2,
+    tokens: Any,
+    max_new_tokens: int,
+    *,
+    lengths: Any = None,
+    edits: Sequence[Edit] = (),
+    stop: Sequence[int] | None = None,
+) -> Generation:
+    """Continue each prompt with its most likely next token, again and again.
+
+    Args:
+        model: from :func:`jaxtc.load_model`.
+        tokens: as for :func:`jaxtc.run`; prompts of one batch may differ in length.
+        max_new_tokens: how many to add at most; a prompt that stops earlier waits for the others.
+        lengths: as for :func:`jaxtc.run`.
+        edits: applied to prompts and new tokens alike; a ``position`` counts from the prompt's
+            start, or its end when negative, and may name a new token.
+        stop: ids that end a text; by default the config's ``eos_token_id``, none when empty.
+
+    Raises:
+        InputError: tokens the model cannot run, or more of them than its context.
+        EditError: an edit that does not fit or could never fire.
+    """
+    config = model.config
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens!r}, expected at least 1.")
+    prompts = prepare(tokens, config, lengths, extra=max_new_tokens)
+    if prompts.known_lengths is None:
+        raise InputError("generate loops in Python and cannot run inside jit, vmap or grad.")
+    layers = config.num_hidden_layers
+    # The last new token is never fed back, so an edit at its position would not fire.
+    checked, unsure = check_edits(
+        edits, layers, (layers, len(ORDER)), prompts.known_lengths, max_new_tokens - 1
+    )
+    if unsure:
+        raise InputError("generate loops in Python and cannot run inside jit, vmap or grad.")
+    if stop is None:
+        eos = config.eos_token_id
+        stop = () if eos is None else eos if isinstance(eos, tuple) else (eos,)
+    leaves = parameters(model)
+    slots = bucket(prompts.length + max_new_tokens)
+    token, cache = _prefill(
+        config,
+        max(slots, prompts.tokens.shape[1]),
+        leaves,
+        prompts.tokens,
+        prompts.lengths,
+        checked,
+    )
+    new = [np.asarray(token)]
+    done = np.isin(new[0], stop)
+    for step in range(max_new_tokens - 1):
+        if done.all():
+            break
+        places = prompts.lengths + step
+        token, cache = _step(config, leaves, token, places, prompts.lengths, cache, checked)
+        new.append(np.asarray(token))
+        done |= np.isin(new[-1], stop)
+    rows = np.stack(new, axis=1)
+    texts = np.asarray(prompts.tokens)
+    return Generation(
+        [texts[i, :n].tolist() for i, n in enumerate(prompts.known_lengths)],
+        [_until(row.tolist(), stop) for row in rows],
+    )
+
+
+def _until(row: list[int], stop: Sequence[int]) -> list[int]:
+    """``row`` up to and including its first stop token."""
+    ends = [index + 1 for index, token in enumerate(row) if token in stop]
+    return row[: ends[0]] if ends else row
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _prefill(config: Gemma2Config, slots: int, leaves, tokens, lengths, edits):
+    """The prompts at once: (B, T) ids to each row's next id, and the cache."""
+    model = rebuild(config, leaves)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    cache = Cache.empty(config, tokens.shape[0], slots, model.dtype)
+    tap = Tap((), edits, positions, lengths, tokens.shape[1])
+    logits, cache = model(tokens, positions=positions, cache=cache, tap=tap, logits_at=lengths - 1)
+    return logits[:, 0].argmax(-1).astype(jnp.int32), cache
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
+def _step(config: Gemma2Config, leaves, token, places, lengths, cache, edits):
+    """One token more: (B,) ids at positions (B,) to the next ids, and the cache."""
+    model = rebuild(config, leaves)
+    positions = places[:, None]
+    tap = Tap((), edits, positions, lengths, 1)
+    logits, cache = model(token[:, None], positions=positions, cache=cache, tap=tap)
+    return logits[:, 0].argmax(-1).astype(jnp.int32), cache

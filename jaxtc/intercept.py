@@ -1,0 +1,359 @@
+"""The tap: one call at every site of the forward pass, where captures are kept and edits applied.
+
+The model says ``x = tap("resid_mid", x)`` and nothing else. Which values are kept is static (part
+of the compile key); what an edit does is data (a pytree whose arrays are arguments of the compiled
+program), so other values, layers, positions or rows run the same program.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtc.errors import EditError
+from jaxtc.sites import BY_NAME, ORDER, Address, Site, check_layer, parse, resolve
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=False)
+def register_edit(*static: str) -> Callable[[type], type]:
+    """Class decorator: a frozen dataclass, and a pytree whose fields are leaves but ``static``."""
+
+    def register(cls):
+        cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
+        names = [field.name for field in dataclasses.fields(cls)]
+        fixed = {"site", *static}
+        data = [name for name in names if name not in fixed]
+        return jax.tree_util.register_dataclass(cls, data, [n for n in names if n in fixed])
+
+    return register
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Edit:
+    """What every edit has: where it applies. Subclasses say what happens there (:meth:`new`).
+
+    Attributes:
+        site: a site of the table, or an alias (static). ``layers.12.resid_post`` also sets `layer`.
+        layer: int, array of ints, or None for every layer. Negative counts from the last.
+        position: int, array of ints, or None for every token. Negative counts from each prompt's
+            own end, so -1 is the last real token of every row of a padded batch.
+        row: batch row or rows, or None for all.
+    """
+
+    site: str = dataclasses.field(default="", kw_only=True)
+    layer: Any = dataclasses.field(default=None, kw_only=True)
+    position: Any = dataclasses.field(default=None, kw_only=True)
+    row: Any = dataclasses.field(default=None, kw_only=True)
+
+    # Sites of the same layer that `new` asks its context for.
+    reads = ()
+
+    def __post_init__(self):
+        if not self.site:
+            raise EditError(
+                f"{type(self).__name__} needs a site, for example site='resid_post'; "
+                "`jaxtc sites` lists them."
+            )
+        name, layer = parse(self.site)
+        object.__setattr__(self, "site", name)
+        if layer is not None:
+            if self.layer is not None:
+                raise EditError(
+                    f"{type(self).__name__} names layer {layer} in its site and layer={self.layer} "
+                    "besides; give one of the two."
+                )
+            object.__setattr__(self, "layer", layer)
+
+    def new(self, x: jax.Array, context: "Context") -> jax.Array:
+        """The value of the whole site after the edit; the tap keeps ``x`` where it does not apply.
+
+        Args:
+            x: the site's value, with the axes of the table.
+            context: tokens' positions, and the upstream sites listed in :attr:`reads`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what it changes")
+
+    def __str__(self):
+        parts = [self.site]
+        for name in ("layer", "position", "row"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, jax.core.Tracer):
+                parts.append(f"{name}={np.asarray(value).tolist()}")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What an edit may know about the pass it is part of.
+
+    Attributes:
+        site: row of the table of the site being edited.
+        positions: (B, T) int32, position of each token in its own text.
+        lengths: (B,) int32, tokens of each prompt.
+        length: T as the caller gave it, before padding to a bucket.
+        read: value of an upstream site of the same layer, after its edits.
+    """
+
+    site: Site
+    positions: jax.Array
+    lengths: jax.Array
+    length: int
+    read: Callable[[str], jax.Array]
+
+    def fit(self, value: Any, x: jax.Array, edit: Edit) -> jax.Array:
+        """``value`` in the dtype of ``x``, broadcastable to it.
+
+        An axis over tokens is filled with zeros up to the bucket that the prompts were padded to:
+        no position there is ever selected.
+
+        Raises:
+            EditError: the shape does not broadcast to the site's.
+        """
+        value = jnp.asarray(value)
+        if jnp.issubdtype(value.dtype, jnp.complexfloating):
+            raise EditError(f"{edit} was given complex numbers, expected {x.dtype}.")
+        value = value.astype(x.dtype)
+        pads = [(0, 0)] * value.ndim
+        letters = self.site.axes.split()[-value.ndim :] if value.ndim else []
+        for axis, letter in enumerate(letters):
+            if letter in "TS" and value.shape[axis] == self.length and self.length > 1:
+                pads[axis] = (0, x.shape[axis - value.ndim] - self.length)
+        value = jnp.pad(value, pads)
+        try:
+            fits = jnp.broadcast_shapes(value.shape, x.shape) == x.shape
+        except ValueError:
+            fits = False
+        if not fits:
+            axes = self.site.axes.split()
+            shape = [
+                self.length if letter in "TS" else size
+                for letter, size in zip(axes, x.shape, strict=True)
+            ]
+            raise EditError(
+                f"{edit} was given a value of shape {value.shape}, which does not broadcast to "
+                f"{self.site.name} [{self.site.axes}] = {tuple(shape)}."
+            )
+        return value
+
+
+class Tap:
+    """Reads and edits the sites of one forward pass.
+
+    Args:
+        captures: addresses to keep.
+        edits: applied in order wherever their site is computed.
+        positions: (B, T) int32.
+        lengths: (B,) int32.
+        length: T before padding.
+    """
+
+    def __init__(
+        self,
+        captures: Sequence[Address] = (),
+        edits: Sequence[Edit] = (),
+        positions: jax.Array | None = None,
+        lengths: jax.Array | None = None,
+        length: int = 0,
+    ):
+        self.captures = frozenset(captures)
+        self.edits = tuple(edits)
+        self.positions, self.lengths, self.length = positions, lengths, length
+        self.activations: dict[Address, jax.Array] = {}
+        # One flag an edit: whether it has applied anywhere. An edit whose target is a tracer (under
+        # vmap) cannot be checked before the run; `run` turns its false flag into NaN.
+        self.fired = [jnp.zeros((), bool) for _ in self.edits]
+        self._read_sites = frozenset(site for edit in self.edits for site in edit.reads)
+        self._live: dict[str, jax.Array] = {}
+
+    def at(self, layer: int) -> Callable[[str, jax.Array], jax.Array]:
+        """The tap of one layer: ``tap(site, x)`` gives ``x`` as it is after the edits."""
+        return lambda site, x: self(site, x, layer)
+
+    def __call__(self, site: str, x: jax.Array, layer: int | None = None) -> jax.Array:
+        """Apply the edits of this site to ``x``, keep it if asked for, and give it back."""
+        for index, edit in enumerate(self.edits):
+            if edit.site == site:
+                x = self._apply(index, edit, x, layer)
+        if site in self._read_sites:
+            self._live[site] = x
+        address = Address(site, layer)
+        if address in self.captures:
+            self.activations[address] = x
+        return x
+
+    def _apply(self, index: int, edit: Edit, x: jax.Array, layer: int | None) -> jax.Array:
+        if layer is not None and isinstance(edit.layer, int) and edit.layer != layer:
+            return x  # a static layer (Splice): nothing is traced at the others
+        row = BY_NAME[edit.site]
+        context = Context(row, self.positions, self.lengths, self.length, self._live.__getitem__)
+        new = edit.new(x, context)
+        if new.shape != x.shape or new.dtype != x.dtype:
+            raise EditError(
+                f"{edit} returned {new.dtype}{list(new.shape)} for a site of "
+                f"{x.dtype}{list(x.shape)}; `new` must keep shape and dtype."
+            )
+        here = self._where(edit, row, layer)
+        if here is None:
+            self.fired[index] = jnp.ones((), bool)
+            return new
+        self.fired[index] |= here.any()
+        shape = [1] * x.ndim
+        if here.ndim:
+            shape[0], shape[row.sequence_axis] = here.shape
+        return jnp.where(here.reshape(shape), new, x)
+
+    def _where(self, edit: Edit, site: Site, layer: int | None) -> jax.Array | None:
+        """Where an edit applies, as () or (B, T) booleans; None when everywhere."""
+        parts = []
+        if layer is not None and edit.layer is not None and not isinstance(edit.layer, int):
+            parts.append((jnp.asarray(edit.layer) == layer).any())
+        if edit.position is not None:
+            wanted = jnp.atleast_1d(jnp.asarray(edit.position))[None, :]
+            wanted = jnp.where(wanted < 0, wanted + self.lengths[:, None], wanted)
+            hit = (self.positions[:, :, None] == wanted[:, None, :]).any(-1)
+            parts.append(hit)
+        if edit.row is not None:
+            rows = jnp.arange(self.positions.shape[0])
+            hit = (rows[:, None] == jnp.atleast_1d(jnp.asarray(edit.row))[None, :]).any(-1)
+            parts.append(jnp.broadcast_to(hit[:, None], self.positions.shape))
+        if not parts:
+            return None
+        here = parts[0]
+        for part in parts[1:]:
+            here = here & part
+        return here
+
+
+def concrete(value: Any) -> np.ndarray | None:
+    """``value`` as NumPy, or None when it is absent or only known inside a trace."""
+    if value is None or isinstance(value, jax.core.Tracer):
+        return None
+    return np.atleast_1d(np.asarray(value))
+
+
+def check_edits(
+    edits: Sequence[Edit],
+    layers: int,
+    reach: tuple[int, int],
+    lengths: np.ndarray | None,
+    extra: int = 0,
+) -> tuple[tuple[Edit, ...], bool]:
+    """Refuse edits that could not fire, and count negative layers from the front.
+
+    Args:
+        edits: as the user gave them.
+        layers: layers of the model.
+        reach: the last (layer, place in the layer) that this pass needs.
+        lengths: (B,) prompt lengths, or None when traced.
+        extra: tokens that will follow the prompts (generation).
+
+    Returns:
+        (the edits, whether some target is traced and could not be checked).
+
+    Raises:
+        EditError: a target out of range, or one that the pass never reaches.
+        SiteError: a layer that does not exist.
+    """
+    checked, unsure = [], False
+    for edit in edits:
+        if not isinstance(edit, Edit):
+            raise EditError(
+                f"edits must be edits such as jaxtc.Add(...), got {type(edit).__name__}: {edit!r}."
+            )
+        per_layer = BY_NAME[edit.site].per_layer
+        if not per_layer and edit.layer is not None:
+            raise EditError(f"{edit}: the model has {edit.site!r} once, so it takes no layer.")
+        for read in edit.reads:
+            if ORDER[read] >= ORDER[edit.site] or BY_NAME[read].per_layer != per_layer:
+                raise EditError(
+                    f"{edit} reads {read!r}, which is not computed before {edit.site!r}."
+                )
+        targets = {name: getattr(edit, name) for name in ("layer", "position", "row")}
+        unsure |= any(isinstance(value, jax.core.Tracer) for value in targets.values())
+        for name, value in targets.items():
+            known = concrete(value)
+            if known is not None and (known.dtype.kind not in "iu" or not known.size):
+                raise EditError(f"{edit}: {name} must be whole numbers, got {value!r}.")
+        wanted = concrete(edit.layer)
+        if wanted is not None:
+            front = np.array([check_layer(int(layer), layers, str(edit)) for layer in wanted])
+            layer = int(front[0]) if np.ndim(edit.layer) == 0 else front.astype(np.int32)
+            edit = dataclasses.replace(edit, layer=layer)
+        else:
+            front = np.array([0 if per_layer else -1 if edit.site == "embed" else layers])
+        late = [int(layer) for layer in front if (int(layer), ORDER[edit.site]) > reach]
+        if late and not isinstance(edit.layer, jax.core.Tracer):
+            raise EditError(
+                f"{edit} would never fire: nothing that was asked for depends on {edit.site!r}"
+                + (f" of layer {late[0]}" if per_layer else "")
+                + ". Ask for logits, or for a capture that comes after it."
+            )
+        if lengths is not None:
+            _check_span(edit, lengths, extra)
+        checked.append(edit)
+    return tuple(checked), unsure
+
+
+def _check_span(edit: Edit, lengths: np.ndarray, extra: int) -> None:
+    """Refuse a batch row or a position that no prompt has."""
+    rows = concrete(edit.row)
+    if rows is not None and ((rows < 0) | (rows >= len(lengths))).any():
+        raise EditError(f"{edit}: the batch has rows 0 to {len(lengths) - 1}.")
+    chosen = lengths if rows is None else lengths[rows]
+    positions = concrete(edit.position)
+    if positions is None or isinstance(edit.row, jax.core.Tracer):
+        return
+    for position in positions:
+        if position >= chosen.min() + extra or position < -chosen.min():
+            raise EditError(
+                f"{edit}: position {position} lies outside a prompt of {chosen.min()} tokens "
+                f"(0 to {chosen.min() - 1}, or -{chosen.min()} to -1)."
+            )
+
+
+class Activations(Mapping):
+    """The captured arrays, by address.
+
+    Keys are canonical addresses (``layers.20.mlp_out``); every alias that names one works too, and
+    a site without a layer gives all captured layers stacked in front, (L, ...).
+    """
+
+    def __init__(self, arrays: Mapping[Address, jax.Array], layers: int):
+        self._arrays = dict(sorted(arrays.items(), key=lambda item: _by_layer(item[0])))
+        self._layers = layers
+
+    def __getitem__(self, key: "str | Address") -> jax.Array:
+        wanted = resolve(key, self._layers)
+        kept = [address for address in wanted if address in self._arrays]
+        if not kept:
+            held = ", ".join(map(str, self._arrays)) or "nothing"
+            raise KeyError(f"{key!r} was not captured; this result holds {held}")
+        if len(wanted) == 1:
+            return self._arrays[kept[0]]
+        return jnp.stack([self._arrays[address] for address in kept])
+
+    def __iter__(self):
+        return map(str, self._arrays)
+
+    def __len__(self):
+        return len(self._arrays)
+
+    def __repr__(self):
+        rows = (f"{key}: {x.dtype}{list(x.shape)}" for key, x in self._arrays.items())
+        return f"Activations({', '.join(rows)})"
+
+
+def _by_layer(address: Address) -> tuple[int, int]:
+    if address.layer is None:
+        return (-1 if address.site == "embed" else 10**9, ORDER[address.site])
+    return (address.layer, ORDER[address.site])
+
+
+jax.tree_util.register_pytree_node(
+    Activations,
+    lambda kept: (tuple(kept._arrays.values()), (tuple(kept._arrays), kept._layers)),
+    lambda aux, arrays: Activations(dict(zip(aux[0], arrays, strict=True)), aux[1]),
+)

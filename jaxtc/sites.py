@@ -1,0 +1,217 @@
+"""The table of sites: every place of the forward pass that can be read or edited, by name.
+
+The model, captures, edits, validation, error messages, ``jaxtc sites`` and the parity tests all
+read this one table. Axis letters: B batch, T query position, S key position, D hidden, N query
+heads, K key/value heads, H head dim, F MLP width, V vocabulary.
+"""
+
+import dataclasses
+import re
+from functools import lru_cache
+
+from jaxtc.errors import SiteError, did_you_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One row of the table.
+
+    Attributes:
+        name: our name.
+        axes: the axis letters of its array, separated by spaces.
+        meaning: one line.
+        per_layer: whether each layer has one, or the model has one.
+        float32: whether its array is float32 whatever the weights' dtype is.
+        hf: module of ``transformers`` (below the layer, when ``per_layer``) and which of its ends
+            holds this value: ``.input``, ``.output`` or ``.output.1``; empty when none does.
+        tl: TransformerLens hook (below ``blocks.l``, when ``per_layer``); empty when none.
+        unlike: why the foreign name, though it stands for this place, holds another number;
+            such a name is shown in the table but refused as an alias.
+    """
+
+    name: str
+    axes: str
+    meaning: str
+    per_layer: bool = True
+    float32: bool = False
+    hf: str = ""
+    tl: str = ""
+    unlike: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def sequence_axis(self) -> int:
+        """Which axis runs over the tokens whose edit is selected by ``position``."""
+        letters = self.axes.split()
+        return letters.index("T" if "T" in letters else "S")
+
+    def aliases(self, layer: int | str = "l") -> dict[str, str]:
+        """The full names of this site in other libraries, ``{library: name}``, refused ones too."""
+        names = {}
+        if self.hf:
+            module = ".".join(filter(None, [f"layers.{layer}" if self.per_layer else "", self.hf]))
+            # lm_head is the one module that does not live under `model.`.
+            names["hf"] = module if module.startswith("lm_head") else "model." + module
+        if self.tl:
+            names["tl"] = f"blocks.{layer}.{self.tl}" if self.per_layer else self.tl
+        return names
+
+
+def _inverse(hook: str) -> tuple[tuple[str, str], ...]:
+    return ((hook, "TransformerLens keeps the rms itself there, jaxtc keeps 1/rms"),)
+
+
+# In the order in which the forward pass computes them.
+SITES: tuple[Site, ...] = (
+    Site("embed", "B T D", "token embedding times sqrt(D)", per_layer=False,
+         hf="embed_tokens.output", tl="hook_embed"),
+    Site("resid_pre", "B T D", "residual stream entering the block",
+         hf="input", tl="hook_resid_pre"),
+    Site("attn_in_scale", "B T 1", "1/rms of the input norm", float32=True,
+         tl="ln1.hook_scale", unlike=_inverse("ln1.hook_scale")),
+    Site("attn_in", "B T D", "input norm's output, with gain: what attention reads",
+         hf="input_layernorm.output"),
+    Site("q", "B T N H", "queries, after rotary embedding", tl="attn.hook_rot_q"),
+    Site("k", "B S K H", "keys, after rotary embedding", tl="attn.hook_rot_k"),
+    Site("v", "B S K H", "values", hf="self_attn.v_proj.output", tl="attn.hook_v"),
+    Site("attn_scores", "B N T S", "scaled, softcapped and masked scores", float32=True,
+         tl="attn.hook_attn_scores"),
+    Site("attn_pattern", "B N T S", "softmax of the scores",
+         hf="self_attn.output.1", tl="attn.hook_pattern"),
+    Site("attn_heads", "B T N H", "each head's mix of values",
+         hf="self_attn.o_proj.input", tl="attn.hook_z"),
+    Site("attn_proj", "B T D", "output projection, before the post norm", hf="self_attn.output"),
+    Site("attn_out_scale", "B T 1", "1/rms of the post-attention norm", float32=True,
+         tl="ln1_post.hook_scale", unlike=_inverse("ln1_post.hook_scale")),
+    Site("attn_out", "B T D", "what attention adds to the residual stream",
+         hf="post_attention_layernorm.output", tl="hook_attn_out"),
+    Site("resid_mid", "B T D", "residual stream between attention and MLP",
+         hf="pre_feedforward_layernorm.input", tl="hook_resid_mid"),
+    Site("mlp_in_scale", "B T 1", "1/rms of the pre-MLP norm", float32=True,
+         tl="ln2.hook_scale", unlike=_inverse("ln2.hook_scale")),
+    Site("mlp_in_normed", "B T D", "x/rms before the gain: input of Gemma Scope transcoders",
+         float32=True, tl="ln2.hook_normalized"),
+    Site("mlp_in", "B T D", "x/rms with the gain: what the MLP reads",
+         hf="pre_feedforward_layernorm.output"),
+    Site("mlp_act", "B T F", "gelu(gate)·up", hf="mlp.down_proj.input", tl="mlp.hook_post"),
+    Site("mlp_proj", "B T D", "down projection, before the post norm", hf="mlp.output"),
+    Site("mlp_out_scale", "B T 1", "1/rms of the post-MLP norm", float32=True,
+         tl="ln2_post.hook_scale", unlike=_inverse("ln2_post.hook_scale")),
+    Site("mlp_out", "B T D", "what the MLP adds to the residual stream: transcoder target",
+         hf="post_feedforward_layernorm.output", tl="hook_mlp_out"),
+    Site("resid_post", "B T D", "residual stream leaving the block",
+         hf="output", tl="hook_resid_post"),
+    Site("final_scale", "B T 1", "1/rms of the final norm", per_layer=False, float32=True,
+         tl="ln_final.hook_scale", unlike=_inverse("ln_final.hook_scale")),
+    Site("final_norm", "B T D", "final norm's output, with gain", per_layer=False,
+         hf="norm.output", tl="ln_final.hook_normalized",
+         unlike=(("ln_final.hook_normalized",
+                  "TransformerLens has it before the gain, jaxtc after it"),)),
+    Site("logits", "B T V", "softcapped logits", per_layer=False, float32=True,
+         hf="lm_head.output",
+         unlike=(("lm_head.output", "that module's output is not softcapped yet; jaxtc's is"),)),
+)  # fmt: skip
+
+BY_NAME: dict[str, Site] = {site.name: site for site in SITES}
+ORDER: dict[str, int] = {site.name: index for index, site in enumerate(SITES)}
+NORM_SCALES: tuple[str, ...] = tuple(name for name in BY_NAME if name.endswith("_scale"))
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Address:
+    """A site at a layer; ``str()`` gives its name, such as ``layers.20.mlp_out`` or ``embed``."""
+
+    site: str
+    layer: int | None = None
+
+    def __str__(self):
+        return self.site if self.layer is None else f"layers.{self.layer}.{self.site}"
+
+
+def _foreign_names() -> tuple[dict[tuple[bool, str], str], dict[tuple[bool, str], str]]:
+    """Accepted and refused aliases, keyed by (per layer, name below the layer)."""
+    known, refused = {}, {}
+    for site in SITES:
+        reasons = dict(site.unlike)
+        for alias in filter(None, (site.hf, site.tl)):
+            table, value = (refused, reasons[alias]) if alias in reasons else (known, site.name)
+            table[site.per_layer, alias] = value
+    return known, refused
+
+
+_KNOWN, _REFUSED = _foreign_names()
+_LAYERED = re.compile(r"(?:model\.)?(?:layers|blocks)\.(?P<layer>-?\d+|\*)(?:\.(?P<rest>.+))?")
+
+
+@lru_cache(maxsize=4096)
+def parse(address: str) -> tuple[str, int | None]:
+    """Split an address into its site's name and its layer.
+
+    Accepts our names (``layers.20.mlp_out``; ``mlp_out`` or ``layers.*.mlp_out`` for every layer),
+    those of ``transformers`` (``model.layers.20.mlp``, its output unless ``.input`` is added) and
+    those of TransformerLens (``blocks.20.hook_mlp_out``).
+
+    Returns:
+        (site name, layer); the layer is None for a site that the model has once, and for
+        "every layer". A negative layer counts from the last one.
+
+    Raises:
+        SiteError: no such site, or a foreign name that holds another number.
+    """
+    if not isinstance(address, str):
+        raise SiteError(f"A site is named by a string, got {type(address).__name__}.")
+    match = _LAYERED.fullmatch(address)
+    if match:
+        rest = match["rest"] or "output"
+        layer = None if match["layer"] == "*" else int(match["layer"])
+    else:
+        rest, layer = address.removeprefix("model."), None
+    forms = [rest, rest + ".output"]
+    if rest in BY_NAME and (BY_NAME[rest].per_layer or not match):
+        return rest, layer
+    for per_layer in (True, False) if not match else (True,):
+        for form in forms:
+            if (per_layer, form) in _KNOWN:
+                return _KNOWN[per_layer, form], layer
+            if (per_layer, form) in _REFUSED:
+                raise SiteError(
+                    f"{address!r} is not an alias here: {_REFUSED[per_layer, form]}. "
+                    "`jaxtc sites` lists what can be captured."
+                )
+    if rest in BY_NAME:
+        raise SiteError(
+            f"{address!r}: the model has {rest!r} once, not per layer; ask for {rest!r}."
+        )
+    names = [*BY_NAME, *(alias for _, alias in _KNOWN)]
+    raise SiteError(
+        f"There is no site called {rest!r} (in {address!r}).{did_you_mean(rest, names)} "
+        "`jaxtc sites` lists them all."
+    )
+
+
+def check_layer(layer: int, layers: int, what: str) -> int:
+    """``layer`` as an index from 0, negative ones counted from the end.
+
+    Raises:
+        SiteError: the model has no such layer.
+    """
+    if not -layers <= layer < layers:
+        raise SiteError(
+            f"{what} asks for layer {layer}, but this model has {layers} layers: 0 to {layers - 1}."
+        )
+    return layer % layers
+
+
+def resolve(address: "str | Address", layers: int) -> tuple[Address, ...]:
+    """The addresses that one request names, in a model of ``layers`` layers.
+
+    Raises:
+        SiteError: no such site or no such layer.
+    """
+    site, layer = (address.site, address.layer) if isinstance(address, Address) else parse(address)
+    if site not in BY_NAME:
+        return resolve(site, layers)  # raises, with near misses
+    if not BY_NAME[site].per_layer:
+        return (Address(site),)
+    if layer is None:
+        return tuple(Address(site, index) for index in range(layers))
+    return (Address(site, check_layer(layer, layers, str(address))),)

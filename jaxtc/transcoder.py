@@ -1,0 +1,155 @@
+"""The JumpReLU transcoder: a wide sparse layer that imitates an MLP through nameable features.
+
+Axis letters: ... leading axes (usually B T), D hidden, M features, C capacity of the sparse path.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxtc.errors import CapacityError, JaxtcError
+from jaxtc.params import Init, declare, he_uniform, zeros
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SparseFeatures:
+    """The active features of each token.
+
+    Attributes:
+        values: (..., C) float, largest first; 0 where a token has fewer than C active features.
+        ids: (..., C) int32, the feature of each value.
+        count: (...) int32, how many features are active. Where it exceeds C (possible only under
+            ``jit``: outside, that raises), ``values`` are NaN for that token.
+    """
+
+    values: jax.Array
+    ids: jax.Array
+    count: jax.Array
+
+
+class Transcoder(nnx.Module):
+    """``a = JumpReLU(x W_enc + b_enc)``, ``y = a W_dec + b_dec`` (arXiv 2408.05147, §2-3).
+
+    JumpReLU keeps ``z`` where ``z > threshold`` (strictly) and ``z > 0``, and is 0 elsewhere. The
+    decoder's bias is not subtracted from the input.
+
+    Attributes:
+        W_enc: (D, M), b_enc: (M,), W_dec: (M, D), b_dec: (D,), threshold: (M,).
+        layer: layer of the model it explains, or None when unknown.
+        input_site: the site it reads; Gemma Scope's read x/rms *before* the norm's gain.
+        output_site: the site it imitates.
+        source: where it was loaded from, for messages and links.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        features: int,
+        d_out: int | None = None,
+        *,
+        layer: int | None = None,
+        input_site: str = "mlp_in_normed",
+        output_site: str = "mlp_out",
+        source: str = "",
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        d_out = d_in if d_out is None else d_out
+
+        def param(shape: tuple[int, ...], axes: tuple[str, ...], init: Init) -> nnx.Param:
+            return declare(rngs, shape, axes, init, dtype)
+
+        self.W_enc = param((d_in, features), ("embed", "features"), he_uniform)
+        self.b_enc = param((features,), ("features",), zeros)
+        self.W_dec = param((features, d_out), ("features", "embed"), he_uniform)
+        self.b_dec = param((d_out,), ("embed",), zeros)
+        self.threshold = param((features,), ("features",), zeros)
+        self.layer, self.source = layer, source
+        self.input_site, self.output_site = input_site, output_site
+
+    @property
+    def d_in(self) -> int:
+        """Width of what it reads."""
+        return self.W_enc.shape[0]
+
+    @property
+    def d_out(self) -> int:
+        """Width of what it writes."""
+        return self.W_dec.shape[1]
+
+    @property
+    def features(self) -> int:
+        """M, how many features it has."""
+        return self.W_enc.shape[1]
+
+    def pre_activations(self, x: jax.Array) -> jax.Array:
+        """``x W_enc + b_enc``: (..., D) to (..., M), in the transcoder's dtype."""
+        if x.shape[-1] != self.d_in:
+            raise JaxtcError(
+                f"This transcoder reads arrays whose last axis is D={self.d_in}, got "
+                f"{tuple(x.shape)}; it belongs to another model or another site."
+            )
+        x = jnp.asarray(x).astype(self.W_enc.dtype)
+        return jnp.matmul(x, self.W_enc[...], precision="highest") + self.b_enc[...]
+
+    def encode(self, x: jax.Array) -> jax.Array:
+        """Feature activations: (..., D) to (..., M), 0 where a feature is not active.
+
+        Raises:
+            JaxtcError: the last axis of ``x`` is not D.
+        """
+        z = self.pre_activations(x)
+        return jnp.where((z > self.threshold[...]) & (z > 0), z, 0)
+
+    def decode(self, a: jax.Array) -> jax.Array:
+        """``a W_dec + b_dec``: (..., M) to (..., D)."""
+        return jnp.matmul(a, self.W_dec[...], precision="highest") + self.b_dec[...]
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``decode(encode(x))``: (..., D) to (..., D), the imitation of the MLP's output."""
+        return self.decode(self.encode(x))
+
+    def encode_sparse(self, x: jax.Array, capacity: int) -> SparseFeatures:
+        """The active features only, largest first; the dense (..., M) array is not kept.
+
+        Args:
+            x: (..., D).
+            capacity: C, room for active features of one token, at most M.
+
+        Raises:
+            CapacityError: a token has more than C active features. Under ``jit`` nothing can be
+                raised: that token's values are NaN, and ``count`` tells.
+        """
+        if not 1 <= capacity <= self.features:
+            raise CapacityError(
+                f"capacity is {capacity}, expected 1 to {self.features} (this transcoder's M)."
+            )
+        a = self.encode(x)
+        values, ids = jax.lax.top_k(a, capacity)
+        count = (a > 0).sum(-1, dtype=jnp.int32)
+        if not isinstance(count, jax.core.Tracer):
+            most = int(np.max(np.asarray(count), initial=0))
+            if most > capacity:
+                raise CapacityError(
+                    f"A token has {most} active features, but capacity is {capacity}: dropping any "
+                    f"would give a wrong reconstruction. Ask for capacity={most} or more."
+                )
+        values = jnp.where((count > capacity)[..., None], jnp.nan, values)
+        return SparseFeatures(values, ids, count)
+
+    def decode_sparse(self, features: SparseFeatures) -> jax.Array:
+        """``decode`` from (values, ids): gathers the C decoder rows a token needs. To (..., D)."""
+        rows = jnp.take(self.W_dec[...], features.ids, axis=0)
+        mixed = jnp.einsum("...c,...cd->...d", features.values, rows, precision="highest")
+        return mixed + self.b_dec[...]
+
+    @classmethod
+    def abstract(cls, *args, **kwargs) -> "Transcoder":
+        """The same transcoder with shapes in place of arrays; nothing is allocated."""
+        build: Callable[[], Transcoder] = lambda: cls(*args, rngs=nnx.Rngs(0), **kwargs)  # noqa: E731
+        return nnx.eval_shape(build)
