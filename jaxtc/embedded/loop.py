@@ -110,8 +110,8 @@ def fit(
         if done - saved >= save_every or done >= end:
             values = " ".join(f"{key} {float(value):.4g}" for key, value in figures.items())
             rate = (time.monotonic() - started) / (done - first)
-            left = rate * (steps - done)
-            log(f"{name}: step {done}/{steps} {values} ({rate * 1e3:.0f} ms/step, {left:.0f} s left)")
+            pace = f"{rate * 1e3:.0f} ms/step, {rate * (steps - done):.0f} s left"
+            log(f"{name}: step {done}/{steps} {values} ({pace})")
             checkpoints.save(done, carry)
             saved = done
     checkpoints.close()

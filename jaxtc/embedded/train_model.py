@@ -1,4 +1,4 @@
-"""Training the small Gemma-2: AdamW on packed documents, some embeddings kept as they were drawn."""
+"""Training the small Gemma-2: AdamW on packed documents, some embeddings left as drawn."""
 
 from __future__ import annotations
 
@@ -83,9 +83,7 @@ def optimizer(recipe: ModelRecipe, frozen_tokens: Sequence[int]) -> optax.Gradie
     return optax.chain(
         optax.stateless(freeze),  # before the clip: what is not learnt must not shrink the rest
         optax.clip_by_global_norm(recipe.clip),
-        optax.adamw(
-            schedule, b1=0.9, b2=0.98, weight_decay=recipe.weight_decay, mask=is_matrix
-        ),
+        optax.adamw(schedule, b1=0.9, b2=0.98, weight_decay=recipe.weight_decay, mask=is_matrix),
     )
 
 
