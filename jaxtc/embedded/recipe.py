@@ -1,0 +1,206 @@
+"""The one command: a tokenizer, a model and its transcoders from nothing, resumable.
+
+A folder being made holds ``work/`` (checkpoints, the tokenizer, finished parts). Each part is
+moved to its place when it is whole: ``model/``, ``transcoders/``, ``report.json``; then ``work/``
+goes. A killed run started again with the same settings goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from jaxtc.embedded import model_folder
+from jaxtc.embedded.corpus import Corpus, default_corpus
+from jaxtc.embedded.harvest import Harvest
+from jaxtc.embedded.loop import Log
+from jaxtc.embedded.packing import Batches
+from jaxtc.embedded.report import Report, measure
+from jaxtc.embedded.text import UserText
+from jaxtc.embedded.tokenizer import (
+    entity_id,
+    load_tokenizer,
+    save_tokenizer,
+    train_bpe,
+    world_tokenizer,
+)
+from jaxtc.embedded.train_model import ModelRecipe, small_config, train_model
+from jaxtc.embedded.train_transcoder import TranscoderRecipe, train_transcoders
+from jaxtc.errors import SourceError
+from jaxtc.model import Gemma2
+from jaxtc.transcoder import Transcoder
+from jaxtc.weights import load_model, save_model, save_transcoder
+
+MODEL_STREAM, TRANSCODER_STREAM, REPORT_STREAM = range(3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what comes out; the defaults made the shipped files.
+
+    Attributes:
+        model: training of the model.
+        transcoders: training of the transcoders.
+        rows: packed rows in a batch of the model.
+        length: tokens in a row.
+        vocab_size: of the tokenizer trained on a user's text; the world's has one word a token.
+        sizes: fields of Gemma2Config that differ from the embedded model's.
+    """
+
+    model: ModelRecipe = ModelRecipe()
+    transcoders: TranscoderRecipe = TranscoderRecipe()
+    rows: int = 16
+    length: int = 64
+    vocab_size: int = 4096
+    sizes: tuple[tuple[str, int], ...] = ()
+
+
+def train(
+    out: Path, recipe: Recipe, source: Corpus | UserText | None = None, *, log: Log = print
+) -> Report:
+    """Make ``out/model``, ``out/transcoders`` and ``out/report.json``.
+
+    Args:
+        out: created when missing; a run that was killed there goes on.
+        recipe: settings.
+        source: the text; the generated corpus when None.
+        log: called with lines of progress.
+
+    Returns:
+        What was measured on the files that were written.
+
+    Raises:
+        SourceError: ``out`` holds a finished run, or one begun with other settings.
+    """
+    source = default_corpus() if source is None else source
+    started = time.monotonic()
+    work = _open_work(Path(out), recipe, source)
+    model, tokenizer = _model(Path(out), work, recipe, source, log)
+    _transcoders(Path(out), work, recipe, source, model, tokenizer, log)
+    log("measuring")
+    report = measure(Path(out), source)
+    _write_whole(Path(out) / "report.json", json.dumps(report.to_dict(), indent=2) + "\n")
+    shutil.rmtree(work)
+    log(f"done in {(time.monotonic() - started) / 60:.1f} minutes")
+    return report
+
+
+def _model(out, work, recipe, source, log) -> tuple[Gemma2, Tokenizer]:
+    """The finished model, trained now unless it is there already."""
+    tokenizer = _tokenizer(work, recipe, source)
+    folder = model_folder(out)
+    if not folder.exists():
+        frozen = ()
+        if isinstance(source, Corpus):
+            # Answers must be learnt as outputs. Every other city keeps a random name, so that
+            # where it lies cannot be stored in its embedding and the MLPs have to look it up.
+            world = source.world
+            cities = [c for c in world.place_of if c not in world.answer_cities]
+            frozen = [entity_id(tokenizer, city) for city in cities]
+        model = train_model(
+            small_config(tokenizer.get_vocab_size(), **dict(recipe.sizes)),
+            Batches(source, tokenizer, recipe.rows, recipe.length, MODEL_STREAM),
+            recipe.model,
+            frozen_tokens=frozen,
+            folder=work / "model-steps",
+            log=log,
+        )
+        made = _empty(work / "model")
+        save_model(model, made)
+        save_tokenizer(tokenizer, made, model.config.max_position_embeddings)
+        made.rename(folder)
+    # Read back: the transcoders explain exactly the weights that were written.
+    return load_model(folder), tokenizer
+
+
+def _transcoders(out, work, recipe, source, model, tokenizer, log) -> list[Transcoder]:
+    """The finished transcoders, trained now unless they are there already."""
+    if (out / "transcoders").exists():
+        return
+    layers = tuple(range(model.config.num_hidden_layers))
+    rows = 4096 // recipe.length
+    batches = Batches(source, tokenizer, rows, recipe.length, TRANSCODER_STREAM)
+    transcoders = train_transcoders(
+        Harvest(model, batches, layers),
+        layers,
+        recipe.transcoders,
+        folder=work / "transcoder-steps",
+        log=log,
+    )
+    held_out = Batches(source, tokenizer, rows, recipe.length, TRANSCODER_STREAM, held_out=True)
+    x, _ = Harvest(model, held_out, layers, tokens=16_384).bucket(0)
+    made = _empty(work / "transcoders")
+    for layer, transcoder in enumerate(transcoders):
+        l0 = float((transcoder.encode(x[layer]) > 0).sum(axis=1).mean())
+        width = f"width_{_short(recipe.transcoders.features)}"
+        folder = made / f"layer_{layer}" / width / f"average_l0_{l0:.0f}"
+        folder.mkdir(parents=True)
+        save_transcoder(transcoder, folder / "params.npz")
+    made.rename(out / "transcoders")
+
+
+def _tokenizer(work: Path, recipe: Recipe, source: Corpus | UserText) -> Tokenizer:
+    """The tokenizer, made once and read back ever after."""
+    folder = work / "tokenizer"
+    if not folder.exists():
+        corpus = isinstance(source, Corpus)
+        made = world_tokenizer(source) if corpus else train_bpe(source.train, recipe.vocab_size)
+        partial = _empty(work / "tokenizer-partial")
+        save_tokenizer(made, partial, recipe.length)
+        partial.rename(folder)
+    return load_tokenizer(folder)
+
+
+def _open_work(out: Path, recipe: Recipe, source: Corpus | UserText) -> Path:
+    """``out/work``, if it is new or was begun with the same settings and text."""
+    work, settings = out / "work", _settings(recipe, source)
+    if not work.exists():
+        if model_folder(out).exists() or (out / "transcoders").exists():
+            raise SourceError(
+                f"{out} already holds a trained model. Give another folder, or delete its model "
+                "and transcoders folders to train anew."
+            )
+        work.mkdir(parents=True)
+    begun = work / "settings.json"
+    if not begun.exists():
+        _write_whole(begun, json.dumps(settings, indent=2) + "\n")
+    before = json.loads(begun.read_text(encoding="utf-8"))
+    if before != settings:
+        differ = ", ".join(key for key in settings if before.get(key) != settings[key])
+        raise SourceError(
+            f"{out} holds an unfinished run with other settings ({differ}). Start it again with "
+            f"those settings to go on, delete {work} to begin anew, or give another folder."
+        )
+    return work
+
+
+def _settings(recipe: Recipe, source: Corpus | UserText) -> dict:
+    if isinstance(source, Corpus):
+        text = f"the generated corpus, seed {source.seed}"
+    else:
+        digest = hashlib.sha256(source.text.encode()).hexdigest()
+        text = f"text with SHA-256 {digest}, seed {source.seed}"
+    settings = {"text": text, **dataclasses.asdict(recipe)}
+    return json.loads(json.dumps(settings))
+
+
+def _empty(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _write_whole(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _short(count: int) -> str:
+    return f"{count // 1024}k" if count % 1024 == 0 else str(count)

@@ -1,0 +1,270 @@
+"""What the embedded model knows and how well its transcoders explain it, measured on its files.
+
+Figures are taken on held-out text and on every kind of fact, each with the MLPs as they are
+(clean), with one layer's transcoder in place of its MLP, and with all layers spliced: a small
+change of the loss can hide facts that are lost. BOS keeps its MLP, since transcoders are not
+trained on special tokens; EOS is never followed by anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Group
+from rich.table import Table
+from tokenizers import Tokenizer
+
+from jaxtc.edits import SetTo, Splice
+from jaxtc.embedded import DATA, model_folder, transcoder_files
+from jaxtc.embedded.corpus import Corpus, Item, default_corpus
+from jaxtc.embedded.text import UserText
+from jaxtc.embedded.tokenizer import BOS, EOS, PAD, load_tokenizer
+from jaxtc.errors import SourceError
+from jaxtc.intercept import Context, Edit, register_edit
+from jaxtc.metrics import (
+    FVU,
+    FeatureStatistics,
+    Mean,
+    delta_loss,
+    loss_recovered,
+    next_token_loss,
+    special_token_mask,
+)
+from jaxtc.model import Gemma2
+from jaxtc.run import run
+from jaxtc.transcoder import Transcoder
+from jaxtc.weights import load_model, load_transcoder
+
+KINDS = {
+    "one_hop": "one-hop",
+    "two_hop": "two-hop, stated in training",
+    "h1": "two-hop, pair held out (h1)",
+    "h2": "two-hop, city held out (h2)",
+}
+_ROWS = 128
+_STREAM = 2
+_DOCUMENTS = 2048
+
+
+@register_edit("layer", "reads")
+class SpliceAfterBos(Splice):
+    """A transcoder in place of the MLP on every token but the first."""
+
+    def new(self, x: jax.Array, context: Context) -> jax.Array:
+        """The transcoder's output, and at position 0 the MLP's own."""
+        return jnp.where(context.positions[..., None] > 0, super().new(x, context), x)
+
+
+@register_edit()
+class AblateAfterBos(SetTo):
+    """Zero on every token but the first: the baseline that a splice at the same place must beat."""
+
+    def new(self, x: jax.Array, context: Context) -> jax.Array:
+        """Zero, and at position 0 the value itself."""
+        return jnp.where(context.positions[..., None] > 0, super().new(x, context), x)
+
+
+@dataclasses.dataclass(frozen=True)
+class KindReport:
+    """Next-token accuracy on one kind of fact: clean, and with all layers spliced."""
+
+    items: int
+    clean: float
+    spliced: float
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """One transcoder on held-out text.
+
+    Attributes:
+        fvu: fraction of variance unexplained, dataset-mean convention.
+        l0: mean number of active features a token.
+        dead: share of features that were never active.
+        loss: next-token loss in nats with this transcoder spliced.
+        delta_loss: by how much that exceeds the clean loss.
+        loss_recovered: (ablated − spliced) / (ablated − clean), this layer's MLP zeroed.
+    """
+
+    fvu: float
+    l0: float
+    dead: float
+    loss: float
+    delta_loss: float
+    loss_recovered: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """All figures of one folder. ``tokens`` counts those that the held-out text has."""
+
+    tokens: int
+    loss: float
+    loss_spliced: float
+    loss_ablated: float
+    kinds: dict[str, KindReport]
+    layers: dict[int, LayerReport]
+
+    def to_dict(self) -> dict:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
+    def __rich__(self) -> Group:
+        loss = Table(
+            "held-out text", "clean", "all spliced", "all zeroed", title="Loss, nats/token"
+        )
+        row = (self.loss, self.loss_spliced, self.loss_ablated)
+        loss.add_row(f"{self.tokens} tokens", *(f"{value:.4f}" for value in row))
+        facts = Table("kind", "items", "clean", "all spliced", title="Next-token accuracy on facts")
+        for kind, figures in self.kinds.items():
+            accuracies = f"{figures.clean:.2%}", f"{figures.spliced:.2%}"
+            facts.add_row(KINDS[kind], str(figures.items), *accuracies)
+        title = "Transcoders on held-out text (FVU: dataset mean)"
+        columns = ("layer", "FVU", "L0", "dead", "Δ loss, nats", "loss recovered")
+        layers = Table(*columns, title=title)
+        for layer, t in self.layers.items():
+            layers.add_row(
+                str(layer),
+                f"{t.fvu:.4f}",
+                f"{t.l0:.1f}",
+                f"{t.dead:.1%}",
+                f"{t.delta_loss:+.4f}",
+                f"{t.loss_recovered:.2%}",
+            )
+        return Group(*([facts] if self.kinds else []), layers, loss)
+
+
+def measure(
+    root: Path = DATA,
+    source: Corpus | UserText | None = None,
+    *,
+    items: int = 4000,
+    documents: int = _DOCUMENTS,
+    stream: int = _STREAM,
+) -> Report:
+    """Measure the model and transcoders in a folder that the recipe made.
+
+    Args:
+        root: the folder; the shipped one by default.
+        source: the text it was trained on; the generated corpus when None.
+        items: at most so many facts of a kind, the same ones every time.
+        documents: of held-out text.
+        stream: which of the source's streams that text comes from.
+
+    Raises:
+        SourceError: the folder holds no model.
+    """
+    if not (model_folder(root) / "config.json").exists():
+        raise SourceError(
+            f"{root} holds no model that the embedded recipe made: {model_folder(root)} has no "
+            "config.json. `jaxtc embedded train --out DIR` makes one."
+        )
+    source = default_corpus() if source is None else source
+    model, tokenizer = load_model(model_folder(root)), load_tokenizer(model_folder(root))
+    transcoders = {n: load_transcoder(path) for n, path in transcoder_files(root).items()}
+    splices = {n: SpliceAfterBos(t, layer=n) for n, t in transcoders.items()}
+    zeros = {n: AblateAfterBos(0.0, site="mlp_out", layer=n) for n in transcoders}
+
+    texts = source.documents(stream, 0, documents, held_out=True)
+    ids = [[*encoded.ids, EOS] for encoded in tokenizer.encode_batch(texts)]
+
+    def loss(*edits: Edit) -> float:
+        return text_loss(model, ids, edits)
+
+    clean = loss()
+    layers = {}
+    for n, (fvu, l0, dead) in reconstruction(model, ids, transcoders).items():
+        spliced, ablated = loss(splices[n]), loss(zeros[n])
+        layers[n] = LayerReport(
+            fvu=fvu,
+            l0=l0,
+            dead=dead,
+            loss=spliced,
+            delta_loss=delta_loss(clean, spliced),
+            loss_recovered=loss_recovered(clean, spliced, ablated),
+        )
+    kinds = {}
+    for kind in KINDS if isinstance(source, Corpus) else ():
+        every = source.items(kind)
+        chosen = np.random.default_rng(0).permutation(len(every))[:items]
+        asked = [every[i] for i in sorted(chosen)]
+        kinds[kind] = KindReport(
+            len(asked),
+            accuracy(model, tokenizer, asked),
+            accuracy(model, tokenizer, asked, list(splices.values())),
+        )
+    return Report(
+        tokens=sum(len(row) - 1 for row in ids),
+        loss=clean,
+        loss_spliced=loss(*splices.values()),
+        loss_ablated=loss(*zeros.values()),
+        kinds=kinds,
+        layers=layers,
+    )
+
+
+def accuracy(
+    model: Gemma2, tokenizer: Tokenizer, items: Sequence[Item], edits: Sequence[Edit] = ()
+) -> float:
+    """Share of items whose most probable next token is the answer."""
+    prompts = [encoded.ids for encoded in tokenizer.encode_batch([i.prompt for i in items])]
+    encoded = tokenizer.encode_batch([i.answer for i in items], add_special_tokens=False)
+    answers = np.array([answer.ids[0] for answer in encoded])
+    right = 0
+    for start, tokens, lengths in _batches(prompts):
+        logits = run(model, tokens, lengths=lengths, edits=edits, logits="last").logits
+        guesses = np.asarray(logits).argmax(axis=-1)
+        wanted = answers[start : start + _ROWS]
+        right += int((guesses[: len(wanted)] == wanted).sum())
+    return right / len(items)
+
+
+def text_loss(model: Gemma2, ids: Sequence[Sequence[int]], edits: Sequence[Edit] = ()) -> float:
+    """Mean cross-entropy in nats of each document's tokens after the first."""
+    mean = Mean()
+    for start, tokens, lengths in _batches(ids):
+        logits = run(model, tokens, lengths=lengths, edits=edits).logits
+        mask = np.arange(1, tokens.shape[1])[None] < lengths[:, None]
+        mask[len(ids) - start :] = False  # rows that only fill up the batch
+        mean.update(next_token_loss(logits, tokens), mask)
+    return mean.mean
+
+
+def reconstruction(
+    model: Gemma2, ids: Sequence[Sequence[int]], transcoders: dict[int, Transcoder]
+) -> dict[int, tuple[float, float, float]]:
+    """(FVU, L0, share of dead features) by layer, special tokens left out."""
+    errors = {n: FVU() for n in transcoders}
+    active = {n: FeatureStatistics(t.features) for n, t in transcoders.items()}
+    sites = {
+        n: (f"layers.{n}.{t.input_site}", f"layers.{n}.{t.output_site}")
+        for n, t in transcoders.items()
+    }
+    wanted = [address for pair in sites.values() for address in pair]
+    for start, tokens, lengths in _batches(ids):
+        held = run(model, tokens, lengths=lengths, capture=wanted, logits=None).activations
+        mask = ~special_token_mask(tokens, (PAD, BOS, EOS))
+        mask[len(ids) - start :] = False
+        for n, transcoder in transcoders.items():
+            x, y = (held[address] for address in sites[n])
+            features = transcoder.encode(x)
+            errors[n].update(y, transcoder.decode(features), mask)
+            active[n].update(features, mask)
+    return {n: (errors[n].fvu, active[n].l0, float(active[n].dead.mean())) for n in transcoders}
+
+
+def _batches(ids: Sequence[Sequence[int]]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(first row's number, tokens (rows, T), lengths (rows,)), all of one shape: one program."""
+    width = max(map(len, ids))
+    for start in range(0, len(ids), _ROWS):
+        rows = list(ids[start : start + _ROWS])
+        rows += [rows[0]] * (_ROWS - len(rows))
+        tokens = np.full((_ROWS, width), PAD, np.int32)
+        for i, row in enumerate(rows):
+            tokens[i, : len(row)] = row
+        yield start, tokens, np.array([len(row) for row in rows], np.int32)

@@ -1,0 +1,397 @@
+"""The embedded model: its world and corpus, the recipe, and the files that ship."""
+
+import csv
+import dataclasses
+import json
+import re
+from importlib import resources
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+import jaxtc
+from jaxtc.embedded import DATA, cli, model_folder, transcoder_files
+from jaxtc.embedded.corpus import (
+    TWO_HOP_TEMPLATES,
+    default_corpus,
+    is_held_out_text,
+)
+from jaxtc.embedded.harvest import Harvest
+from jaxtc.embedded.packing import Batches, next_token_loss, pack
+from jaxtc.embedded.report import measure
+from jaxtc.embedded.text import UserText
+from jaxtc.embedded.tokenizer import (
+    EOS,
+    UNK,
+    entity_id,
+    save_tokenizer,
+    train_bpe,
+    world_tokenizer,
+)
+from jaxtc.embedded.train_model import ModelRecipe, small_config, train_model
+from jaxtc.embedded.train_transcoder import (
+    TranscoderRecipe,
+    Weights,
+    _fold,
+    jumprelu,
+    train_transcoders,
+)
+
+CORPUS = default_corpus()
+WORLD = CORPUS.world
+TOKENIZER = world_tokenizer(CORPUS)
+KINDS = ("one_hop", "two_hop", "h1", "h2")
+SENTENCES = [s for batch in range(40) for s in CORPUS.documents(0, batch, 500)]
+TWO_HOP = [
+    re.compile(re.escape(t).replace(r"\{", "{").replace(r"\}", "}").format(
+        r="(?P<r>.+)", k="(state|country)", c="(?P<c>.+)", a="(?P<a>.+)"))
+    for t in TWO_HOP_TEMPLATES
+]  # fmt: skip
+
+
+def tables():
+    """Rows of the two tables, read here without the code under test."""
+    for file, kind in (("states.tsv", "state"), ("countries.tsv", "country")):
+        text = resources.files("jaxtc.embedded").joinpath(file).read_text(encoding="utf-8")
+        for row in csv.DictReader(text.splitlines(), delimiter="\t"):
+            yield row.pop(kind), row
+
+
+def two_hop(sentence):
+    """(city, relation) of a two-hop sentence, None for others."""
+    for pattern in TWO_HOP:
+        if match := pattern.fullmatch(sentence):
+            return match["c"], match["r"]
+    return None
+
+
+# ---- world and corpus --------------------------------------------------------------------------
+
+
+def test_the_world_has_its_size_and_no_name_stands_for_two_things():
+    assert len(WORLD.places) == 50 + 67
+    assert len(WORLD.place_of) > 600
+    roles = {}
+    for place in WORLD.places:
+        roles.setdefault(place.name, set()).add("place")
+        for relation, value in place.attributes.items():
+            role = "city" if relation in ("capital", "largest city") else relation
+            roles.setdefault(value, set()).add(role)
+        for city in place.cities:
+            roles.setdefault(city, set()).add("city")
+    assert {name: r for name, r in roles.items() if len(r) > 1} == {}
+    for city, place in WORLD.place_of.items():
+        assert [p.name for p in WORLD.places if city in p.cities] == [place.name]
+
+
+def test_held_out_cities_and_pairs_are_in_no_two_hop_sentence():
+    assert {"Dallas", "Oakland"} <= CORPUS.h2_cities
+    assert not CORPUS.h2_cities & WORLD.answer_cities
+    stated = {pair for s in SENTENCES if (pair := two_hop(s))}
+    assert len(stated) > 2000
+    assert not {city for city, _ in stated} & CORPUS.h2_cities
+    assert not stated & CORPUS.h1_pairs
+    assert stated <= set(CORPUS.trained_pairs)
+    # Every city's place is taught, that of the held-out ones too.
+    taught = {city for city in CORPUS.h2_cities for s in SENTENCES if f"city of {city} is" in s}
+    assert taught == CORPUS.h2_cities
+
+
+def test_held_out_text_and_training_text_share_no_sentence():
+    held_out = CORPUS.documents(0, 0, 300, held_out=True)
+    assert not set(held_out) & set(SENTENCES)
+    assert all(map(is_held_out_text, held_out))
+
+
+def test_sentences_depend_on_seed_stream_and_batch_only():
+    again = default_corpus().documents(0, 3, 50)
+    assert again == SENTENCES[1500:1550]
+    others = [default_corpus(1).documents(0, 3, 50), CORPUS.documents(1, 3, 50)]
+    assert all(other != again for other in others)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_tested_fact_is_true_in_the_tables(kind):
+    rows = dict(tables())
+    cities = {city for place in WORLD.places for city in place.cities}
+    names = sorted(cities | set(rows), key=len, reverse=True)
+    for item in CORPUS.items(kind):
+        named = next(name for name in names if re.search(rf"\b{name}\b", item.prompt))
+        if named in cities:
+            named, city = WORLD.place_of[named].name, named
+            row = rows[named]
+            answers = [row["capital"], row.get("largest city"), *row["other cities"].split(", ")]
+            assert city in answers
+        relations = [r for r in rows[named] if re.search(rf"\b{r}\b", item.prompt)]
+        # "largest city" is a relation of every state; "is a city in" is none.
+        expected = rows[named][relations[0]] if relations else named
+        assert item.answer == expected, item
+
+
+def test_held_out_facts_are_not_trained_facts():
+    asked = {kind: {two_hop(f"{i.prompt} {i.answer}.") for i in CORPUS.items(kind)}
+             for kind in KINDS[1:]}  # fmt: skip
+    pairs = {kind: {(c, r) for c, r in found} for kind, found in asked.items()}
+    assert pairs["h1"] == CORPUS.h1_pairs
+    assert {c for c, _ in pairs["h2"]} == CORPUS.h2_cities
+    assert pairs["two_hop"] == set(CORPUS.trained_pairs)
+
+
+# ---- tokenizers --------------------------------------------------------------------------------
+
+
+def test_every_sentence_comes_back_from_its_tokens():
+    encoded = TOKENIZER.encode_batch(SENTENCES)
+    assert not any(UNK in e.ids for e in encoded)
+    assert [TOKENIZER.decode(e.ids) for e in encoded] == SENTENCES
+
+
+def test_every_entity_is_one_token_wherever_it_stands():
+    for name in WORLD.entities:
+        index = entity_id(TOKENIZER, name)
+        assert TOKENIZER.encode(name).ids == [2, index]
+        assert index in TOKENIZER.encode(f"The bird of {name}'s state is {name}.").ids
+
+
+@pytest.mark.parametrize("make", [lambda: TOKENIZER, lambda: train_bpe(SENTENCES[:500], 600)])
+def test_transformers_loads_the_tokenizer(tmp_path, make):
+    made = make()
+    save_tokenizer(made, tmp_path, 64)
+    # Beside a Gemma config, since that decides which class AutoTokenizer would take.
+    config = small_config(made.get_vocab_size()).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    text = "The capital of Texas is Austin."
+    assert loaded(text).input_ids == made.encode(text).ids
+    assert loaded.decode(loaded(text).input_ids, skip_special_tokens=True) == text
+    ids = (loaded.pad_token_id, loaded.eos_token_id, loaded.bos_token_id, loaded.unk_token_id)
+    assert ids == (0, 1, 2, 3)
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return train_bpe(SENTENCES[:500], 600)
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=40))
+def test_a_tokenizer_of_a_users_text_loses_nothing(bpe, text):
+    if not any(special in text for special in ("<pad>", "<eos>", "<bos>", "<unk>")):
+        assert bpe.decode(bpe.encode(text).ids, skip_special_tokens=False) == "<bos>" + text
+
+
+# ---- packing and training ----------------------------------------------------------------------
+
+
+def tiny_config():
+    return small_config(TOKENIZER.get_vocab_size(), hidden_size=32, intermediate_size=48,
+                        num_hidden_layers=2, head_dim=8, query_pre_attn_scalar=8)  # fmt: skip
+
+
+def tiny_batches(**options):
+    return Batches(CORPUS, TOKENIZER, 4, 48, **options)
+
+
+def test_packing_keeps_every_document_whole():
+    ids = [e.ids for e in TOKENIZER.encode_batch(SENTENCES[:200])]
+    batch = pack(ids, 6, 40)
+    seen = []
+    for row in range(6):
+        for segment in range(1, batch.segments[row].max() + 1):
+            here = batch.segments[row] == segment
+            assert batch.positions[row][here].tolist() == list(range(here.sum()))
+            seen.append(batch.tokens[row][here].tolist())
+    assert sorted(seen) == sorted([*i, EOS] for i in ids[: len(seen)])
+    assert (batch.tokens[batch.segments == 0] == 0).all()
+    assert (batch.segments > 0).mean() > 0.8
+
+
+def test_the_loss_of_packed_documents_is_that_of_each_alone():
+    model = jaxtc.Gemma2(tiny_config(), rngs=nnx.Rngs(0))
+    batch = tiny_batches()[0]
+    logits, _ = model(batch.tokens, positions=batch.positions, segments=batch.segments)
+    losses = []
+    for row in range(4):
+        for segment in range(1, batch.segments[row].max() + 1):
+            alone = batch.tokens[row][batch.segments[row] == segment]
+            scores = jax.nn.log_softmax(jaxtc.run(model, alone[None]).logits[0])
+            losses.extend(-scores[np.arange(len(alone) - 1), alone[1:]])
+    assert next_token_loss(logits, batch) == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def leaves(*models):
+    return [np.asarray(leaf) for model in models for leaf in jax.tree.leaves(nnx.state(model))]
+
+
+def test_a_killed_model_run_goes_on_to_the_same_weights(tmp_path):
+    recipe = ModelRecipe(steps=60)
+    frozen = [entity_id(TOKENIZER, city) for city in ("Dallas", "Oakland", "Waco")]
+
+    def go(**options):
+        return train_model(tiny_config(), tiny_batches(), recipe, frozen_tokens=frozen, **options)
+
+    whole = go(log=lambda line: None)
+    lines = []
+    killed = go(folder=tmp_path, stop_at=25, log=lines.append)
+    resumed = go(folder=tmp_path, log=lines.append)
+    assert any("going on from step 25" in line for line in lines)
+    for a, b in zip(leaves(whole), leaves(resumed), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert any((a != b).any() for a, b in zip(leaves(whole), leaves(killed), strict=True))
+    # Frozen embeddings are those drawn at the start; the others have moved.
+    drawn = np.asarray(jaxtc.Gemma2(tiny_config(), rngs=nnx.Rngs(0)).embed.weight[...])
+    moved = (np.asarray(whole.embed.weight[...]) != drawn).any(axis=1)
+    assert not moved[frozen].any()
+    assert moved[entity_id(TOKENIZER, "Austin")]
+
+
+def test_a_killed_transcoder_run_goes_on_to_the_same_weights(tmp_path):
+    model = jaxtc.Gemma2(tiny_config(), rngs=nnx.Rngs(0))
+    recipe = TranscoderRecipe(features=64, target_l0=8, steps=40, batch=32)
+
+    def go(**options):
+        harvest = Harvest(model, tiny_batches(stream=1), (0, 1), tokens=512)
+        return train_transcoders(harvest, (0, 1), recipe, **options)
+
+    whole = go(log=lambda line: None)
+    go(folder=tmp_path, stop_at=16, log=lambda line: None)
+    resumed = go(folder=tmp_path, log=lambda line: None)
+    for a, b in zip(leaves(*whole), leaves(*resumed), strict=True):
+        np.testing.assert_array_equal(a, b)
+    norms = np.linalg.norm(whole[0].W_dec[...], axis=1)
+    np.testing.assert_allclose(norms, 1, rtol=1e-5)
+    assert [t.layer for t in whole] == [0, 1]
+
+
+def test_the_threshold_gradient_estimates_the_slope_of_the_expected_value():
+    z = jnp.asarray(np.random.default_rng(0).normal(size=(400_000, 1)), jnp.float32)
+    t = 0.5
+
+    def l0(threshold):
+        return jumprelu(z, threshold, 0.1)[1].mean()
+
+    def total(threshold):
+        return jumprelu(z, threshold, 0.1)[0].mean()
+
+    density = np.exp(-(t**2) / 2) / np.sqrt(2 * np.pi)
+    assert jax.grad(l0)(jnp.full(1, t))[0] == pytest.approx(-density, rel=0.02)
+    assert jax.grad(total)(jnp.full(1, t))[0] == pytest.approx(-t * density, rel=0.02)
+    by_z = jax.grad(lambda x: jumprelu(x, jnp.full(1, t), 0.1)[0].sum())(z)
+    np.testing.assert_array_equal(by_z, (z > t).astype(np.float32))
+
+
+def test_folded_scales_make_the_weights_act_on_raw_activations():
+    rng = np.random.default_rng(0)
+    D, M = 6, 20
+    draw = [rng.normal(size=s) for s in [(D, M), (M,), (M, D), (D,)]]
+    weights = Weights(*(jnp.asarray(a, jnp.float32) for a in draw), jnp.full(M, 0.3))
+    x = jnp.asarray(rng.normal(size=(50, D)), jnp.float32)
+    c_in, c_out = 3.0, 0.25
+    inner, _ = jumprelu(x / c_in @ weights.W_enc + weights.b_enc, weights.threshold, 0.1)
+    expected = c_out * (inner @ weights.W_dec + weights.b_dec)
+    folded = _fold(weights, c_in, c_out, layer=1)
+    np.testing.assert_allclose(folded(x), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(folded.W_dec[...], weights.W_dec)
+
+
+# ---- the command -------------------------------------------------------------------------------
+
+
+def run_cli(*arguments):
+    return CliRunner().invoke(cli.app, list(map(str, arguments)))
+
+
+def test_a_users_text_goes_through_the_same_recipe(tmp_path):
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("\n".join(dict.fromkeys(SENTENCES[:600])))
+    options = ["--text", text, "--out", out, "--layers", 2, "--hidden", 32, "--mlp", 64,
+               "--vocab", 600, "--steps", 30, "--features", 64, "--l0", 8, "--length", 32,
+               "--transcoder-steps", 20]  # fmt: skip
+    result = run_cli("train", *options)
+    assert result.exit_code == 0, result.output
+    model = jaxtc.load_model(model_folder(out))
+    assert model.config.num_hidden_layers == 2
+    assert list(transcoder_files(out)) == [0, 1]
+    assert not (out / "work").exists()
+    loaded = AutoTokenizer.from_pretrained(model_folder(out))
+    assert loaded.decode(loaded("A café.").input_ids, skip_special_tokens=True) == "A café."
+
+    shown = run_cli("report", out, "--text", text, "--json")
+    figures = json.loads(shown.stdout)
+    assert figures == json.loads((out / "report.json").read_text())
+    assert set(figures["layers"]) == {"0", "1"}
+    assert np.isfinite([figures["loss"], figures["layers"]["1"]["fvu"]]).all()
+    again = run_cli("train", *options)
+    assert isinstance(again.exception, jaxtc.JaxtcError)
+    assert "already holds a trained model" in str(again.exception)
+
+
+def test_an_unfinished_run_with_other_settings_is_refused(tmp_path):
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "settings.json").write_text('{"rows": 3}')
+    result = run_cli("train", "--out", tmp_path)
+    assert isinstance(result.exception, jaxtc.JaxtcError)
+    assert "rows" in str(result.exception)
+
+
+@pytest.mark.parametrize("text", ["", "one line only", b"\xff\xfe\x00"])
+def test_a_text_that_cannot_be_trained_on_is_refused(tmp_path, text):
+    path = tmp_path / "text.txt"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(jaxtc.JaxtcError, match="text"):
+        UserText.from_file(path)
+    result = run_cli("train", "--text", path, "--out", tmp_path / "out")
+    assert isinstance(result.exception, jaxtc.JaxtcError)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    assert isinstance(run_cli("report", tmp_path).exception, jaxtc.JaxtcError)
+
+
+# ---- the files that ship -----------------------------------------------------------------------
+
+
+def test_shipped_files_are_the_public_formats_and_small():
+    expected = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+                "special_tokens_map.json", "generation_config.json"}  # fmt: skip
+    assert expected <= {path.name for path in model_folder().iterdir()}
+    assert sum(p.stat().st_size for p in DATA.rglob("*") if p.is_file()) <= 12 * 2**20
+    files = transcoder_files()
+    assert list(files) == list(range(len(files))) and files
+    for layer, path in files.items():
+        assert re.search(rf"layer_{layer}/width_\w+/average_l0_\d+/params\.npz$", path.as_posix())
+        with np.load(path, allow_pickle=False) as arrays:
+            assert set(arrays) == {"W_enc", "W_dec", "b_enc", "b_dec", "threshold"}
+            assert {a.dtype for a in arrays.values()} == {np.dtype("float32")}
+    assert json.loads((model_folder() / "config.json").read_text())["architectures"] == [
+        "Gemma2ForCausalLM"
+    ]
+    shipped = AutoTokenizer.from_pretrained(model_folder())
+    assert shipped(SENTENCES[:50]).input_ids == [
+        e.ids for e in TOKENIZER.encode_batch(SENTENCES[:50])
+    ]
+
+
+def test_shipped_model_and_transcoders_reach_their_goals_on_fresh_held_out_text():
+    report = measure(items=1500, documents=600, stream=11)
+    accuracies = {kind: figures.clean for kind, figures in report.kinds.items()}
+    assert accuracies["one_hop"] >= 0.99
+    assert accuracies["two_hop"] >= 0.99
+    assert accuracies["h2"] >= 0.90
+    assert report.layers.keys() == transcoder_files().keys()
+    for layer in report.layers.values():
+        assert layer.fvu <= 0.10
+        assert layer.l0 <= 25
+    assert report.loss < report.loss_spliced < report.loss_ablated
+    # The figures that ship are these, up to the other text.
+    stored = json.loads((DATA / "report.json").read_text())
+    assert stored["loss"] == pytest.approx(report.loss, abs=0.05)
+    assert dataclasses.asdict(report).keys() == stored.keys()
