@@ -13,5 +13,11 @@ from jaxtc.model import Gemma2 as Gemma2
 from jaxtc.run import run as run
 from jaxtc.sites import SITES as SITES
 from jaxtc.transcoder import Transcoder as Transcoder
+from jaxtc.weights.load import load_model as load_model
+from jaxtc.weights.load import load_tokenizer as load_tokenizer
+from jaxtc.weights.save import save_model as save_model
+from jaxtc.weights.transcoders import load_transcoder as load_transcoder
+from jaxtc.weights.transcoders import load_transcoders as load_transcoders
+from jaxtc.weights.transcoders import save_transcoder as save_transcoder
 
 __version__ = "0.1.0"

@@ -1,0 +1,5 @@
+"""Where arrays come from and go to: safetensors and npz files, local folders, the Hugging Face hub.
+
+``load`` and ``save`` are the entry points; ``names`` is the one table that ties the parameters of
+:class:`jaxtc.Gemma2` to the tensors of its published checkpoints.
+"""

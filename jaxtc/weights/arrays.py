@@ -1,0 +1,107 @@
+"""Filling host arrays from files, chunk by chunk: cast and checked on the way, never held twice."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtc.errors import WeightsError
+
+# How much of a tensor is in memory in its stored dtype while it is cast.
+CHUNK_BYTES = 8 << 20
+
+# What XLA's CPU client needs to use a host array in place.
+_ALIGNMENT = 64
+
+_BF16 = np.dtype(jnp.bfloat16)
+
+
+def check_dtype(dtype: jnp.dtype | str) -> np.dtype:
+    """``dtype`` as numpy's, when weights can have it.
+
+    Raises:
+        WeightsError: it is not a float dtype that jax has switched on.
+    """
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found == np.float64 and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
+        raise WeightsError(
+            "dtype float64 needs jax's 64-bit mode: set JAX_ENABLE_X64=1 before starting."
+        )
+    if found not in (_BF16, np.float16, np.float32, np.float64):
+        raise WeightsError(
+            f"Weights cannot be loaded as {dtype!r}; choose 'float32', 'bfloat16', 'float16' or "
+            "'float64'."
+        )
+    return found
+
+
+def default_dtype() -> np.dtype:
+    """float32 on the CPU (bfloat16 is slower there), bfloat16 on accelerators."""
+    return np.dtype(np.float32) if jax.default_backend() == "cpu" else _BF16
+
+
+def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array that jax can take over on the CPU without a copy."""
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def read_array(
+    read_into: Callable[[memoryview], None],
+    stored: np.dtype,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+) -> tuple[np.ndarray, str]:
+    """A new array read from a stream of its elements in C order.
+
+    Args:
+        read_into: fills the bytes it is given from the stream, in order.
+        stored: dtype in the stream.
+        shape: of the array.
+        dtype: of the array.
+
+    Returns:
+        (the array, what is wrong with its values or an empty string).
+    """
+    out = empty(shape, dtype)
+    flat = out.reshape(-1)
+    step = CHUNK_BYTES // stored.itemsize
+    chunk = None if stored == dtype else np.empty(min(step, flat.size), stored)
+    finite, kept = True, True
+    for start in range(0, flat.size, step):
+        part = flat[start : start + step]
+        source = part if chunk is None else chunk[: part.size]
+        read_into(memoryview(source.view(np.uint8)))
+        if chunk is not None:
+            _cast(source, part)
+            kept &= _all_finite(part)
+        finite &= _all_finite(source)
+    if not finite:
+        return out, "holds NaN or infinity"
+    return out, "" if kept else f"holds values too large for {dtype.name}"
+
+
+def _cast(source: np.ndarray, out: np.ndarray) -> None:
+    if source.dtype == _BF16 and out.dtype == np.float32:
+        # A bfloat16 is the upper half of a float32; shifting is many times faster than a cast.
+        np.left_shift(source.view(np.uint16), np.uint32(16), out=out.view(np.uint32))
+        return
+    with np.errstate(over="ignore", invalid="ignore"):  # both are reported by name later
+        np.copyto(out, source, casting="unsafe")
+
+
+def _all_finite(x: np.ndarray) -> bool:
+    if x.dtype == _BF16:
+        return not ((x.view(np.uint16) & np.uint16(0x7F80)) == 0x7F80).any()
+    return bool(np.isfinite(x).all())
+
+
+def to_jax(array: np.ndarray) -> jax.Array:
+    """``array`` on the default device; on the CPU in place, so it must not be written again."""
+    return jax.device_put(array)

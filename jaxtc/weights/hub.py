@@ -1,0 +1,167 @@
+"""Files from the Hugging Face hub: only those that are needed, and errors that say what to do."""
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download, list_repo_files
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from jaxtc.config import Gemma2Config
+from jaxtc.errors import SourceError
+from jaxtc.weights.checkpoint import INDEX, SINGLE, read_index
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def split_id(source: str) -> tuple[str, str] | None:
+    """``owner/name/some/path`` as (``owner/name``, ``some/path``); None when it is no hub id."""
+    parts = source.strip("/").split("/")
+    repo, rest = "/".join(parts[:2]), parts[2:]
+    if source.startswith("/") or not _REPO.fullmatch(repo) or ".." in source or "" in rest:
+        return None
+    return repo, "/".join(rest)
+
+
+def download(repo: str, file: str, revision: str | None = None) -> Path:
+    """The local copy of one file, fetched when the cache lacks it.
+
+    Raises:
+        SourceError: no access, no such repository, revision or file, or no network.
+    """
+    with _explained(repo, file, revision):
+        return Path(hf_hub_download(repo, file, revision=revision))
+
+
+def download_if_there(repo: str, file: str, revision: str | None = None) -> Path | None:
+    """As :func:`download`, None when the repository has no such file."""
+    try:
+        return download(repo, file, revision)
+    except SourceError as error:
+        absent = isinstance(error.__cause__, EntryNotFoundError)
+        if absent and not isinstance(error.__cause__, LocalEntryNotFoundError):
+            return None
+        raise
+
+
+def list_files(repo: str, revision: str | None = None) -> list[str]:
+    """The paths of all files of a repository. Raises SourceError as :func:`download`."""
+    with _explained(repo, "", revision):
+        return list_repo_files(repo, revision=revision)
+
+
+def download_model(repo: str, revision: str | None = None) -> Path:
+    """The local folder with a model's config and weights; nothing else is fetched.
+
+    Raises:
+        SourceError: as :func:`download`.
+        ConfigError: not a Gemma-2; found before the weights are fetched.
+        WeightsError: an unsound index of shards.
+    """
+    config = download(repo, "config.json", revision)
+    Gemma2Config.from_file(config)
+    commit = _pin(config, revision)
+    index = download_if_there(repo, INDEX, commit)
+    # Only the shards that the index names: some repositories hold the weights a second time.
+    names = [SINGLE] if index is None else sorted(set(read_index(index).values()))
+    for name in names:
+        download(repo, name, commit)
+    return config.parent
+
+
+def download_tokenizer(repo: str, revision: str | None = None) -> Path:
+    """The local folder with a tokenizer's files. Raises SourceError as :func:`download`."""
+    config = download(repo, "tokenizer_config.json", revision)
+    for name in TOKENIZER_FILES:
+        download_if_there(repo, name, _pin(config, revision))
+    return config.parent
+
+
+def _pin(file: Path, revision: str | None) -> str | None:
+    """The commit that ``file`` of the cache belongs to, so that the next ones come from it too."""
+    commit = file.parent.name
+    return commit if _COMMIT.fullmatch(commit) else revision
+
+
+def _what(repo: str, file: str) -> str:
+    return f"{repo}/{file}" if file else repo
+
+
+@contextlib.contextmanager
+def _explained(repo: str, file: str, revision: str | None) -> Iterator[None]:
+    at = f" at revision {revision!r}" if revision else ""
+    try:
+        yield
+    # The order matters: each of these is a subclass of a later one.
+    except GatedRepoError as error:
+        raise SourceError(_gated(repo)) from error
+    except RepositoryNotFoundError as error:
+        raise SourceError(
+            f"The Hugging Face hub has no repository {repo!r} that you may see. Check the "
+            "spelling (owner/name); if it is private or gated, log in with `hf auth login` or set "
+            "HF_TOKEN. A local folder must exist to be taken as one."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise SourceError(
+            f"{repo} on the Hugging Face hub has no revision {revision!r}; give a branch, a tag "
+            "or a commit hash of it."
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise SourceError(
+            f"{_what(repo, file)}{at} is not in the local cache, and the Hugging Face hub cannot "
+            "be reached. Check the network (and that HF_HUB_OFFLINE is not set), give a local "
+            "folder instead, or use the source 'embedded', which needs no network."
+        ) from error
+    except EntryNotFoundError as error:
+        raise SourceError(
+            f"{repo} on the Hugging Face hub has no file {file!r}{at}; see "
+            f"https://huggingface.co/{repo}/tree/{revision or 'main'}."
+        ) from error
+    except HfHubHTTPError as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            raise SourceError(_gated(repo)) from error
+        raise SourceError(
+            f"The Hugging Face hub answered {status or 'with an error'} for "
+            f"{_what(repo, file)}{at}: {_first_line(error)} Try again later."
+        ) from error
+    except HFValidationError as error:
+        raise SourceError(f"{repo!r} is not a hub id: {_first_line(error)}") from error
+    except OSError as error:
+        raise SourceError(
+            f"Fetching {_what(repo, file)} from the Hugging Face hub failed: {_first_line(error)} "
+            "Check the network and the room on the disk."
+        ) from error
+
+
+def _gated(repo: str) -> str:
+    return (
+        f"{repo} is gated: its files are given only to people who accepted its licence. Accept it "
+        f"at https://huggingface.co/{repo}, then log in with `hf auth login` (or set HF_TOKEN to a "
+        "token of that account, with read access to gated repositories) and try again."
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines: Sequence[str] = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".") + "."

@@ -1,0 +1,213 @@
+"""Models and tokenizers from a source: a hub id, a local folder, or the embedded ones."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtc.config import Gemma2Config
+from jaxtc.errors import SourceError, WeightsError, some
+from jaxtc.model import Gemma2
+from jaxtc.weights import arrays, hub
+from jaxtc.weights.checkpoint import Checkpoint, open_checkpoint
+from jaxtc.weights.names import EMBEDDING, TIED, Name, is_buffer, parameter_names
+from jaxtc.weights.safetensors_file import FLOATS
+
+EMBEDDED = "embedded"
+EMBEDDED_DATA = Path(__file__).parents[1] / "embedded" / "data"
+
+# Called with (bytes read, bytes in all) after each tensor.
+Progress: TypeAlias = Callable[[int, int], None]
+
+
+def load_model(
+    source: str | Path = EMBEDDED,
+    *,
+    dtype: jnp.dtype | str | None = None,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> Gemma2:
+    """A Gemma-2 with its weights.
+
+    Args:
+        source: a hub id (``google/gemma-2-2b``), a local folder with ``config.json`` and
+            safetensors (one file, or shards and their index), or ``"embedded"``, the small model
+            that comes with jaxtc.
+        dtype: of the weights; by default float32 on the CPU and bfloat16 on accelerators.
+        revision: of a hub id: a branch, tag or commit.
+        progress: called with (bytes read, bytes in all) after each tensor.
+
+    Raises:
+        SourceError: nothing there, or no access to it.
+        ConfigError: not a Gemma-2.
+        WeightsError: a damaged file; tensors missing, extra, misshapen, or not finite.
+    """
+    dtype = arrays.default_dtype() if dtype is None else arrays.check_dtype(dtype)
+    folder = model_folder(source, revision)
+    config = Gemma2Config.from_file(folder / "config.json")
+    with open_checkpoint(folder) as checkpoint:
+        names = parameter_names(config)
+        problems = _account(checkpoint, names)
+        if problems:
+            raise WeightsError(
+                f"The tensors in {folder} are not those of the Gemma-2 in its config.json: "
+                f"{some(problems, 20)}. Weights and config must come from the same checkpoint."
+            )
+        values = _read(checkpoint, names, dtype, progress)
+    return _assemble(config, dtype, values)
+
+
+def load_tokenizer(source: str | Path = EMBEDDED, *, revision: str | None = None) -> Any:
+    """The tokenizer of a model, as ``transformers`` loads it; code in a repository is never run.
+
+    Args:
+        source: as in :func:`load_model`.
+        revision: of a hub id: a branch, tag or commit.
+
+    Raises:
+        SourceError: nothing there, no access to it, or not a tokenizer.
+    """
+    from transformers import AutoTokenizer  # slow to import, and not needed for token ids
+
+    folder = _find(source, revision, hub.download_tokenizer)
+    if not any((folder / name).is_file() for name in hub.TOKENIZER_FILES):
+        raise SourceError(
+            f"{folder} has no tokenizer (tokenizer.json, tokenizer_config.json). Copy those of the "
+            "model there, or load the tokenizer from elsewhere."
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
+        raise SourceError(f"The tokenizer in {folder} cannot be loaded: {error}") from error
+
+
+def model_folder(source: str | Path, revision: str | None = None) -> Path:
+    """The local folder of a model's source, downloaded first when it is a hub id.
+
+    Raises:
+        SourceError: nothing there, or no access to it.
+    """
+    folder = _find(source, revision, hub.download_model)
+    if not (folder / "config.json").is_file():
+        raise SourceError(
+            f"{folder} has no config.json, so it is not a model's folder in Hugging Face's format "
+            "(config.json beside model.safetensors)."
+        )
+    return folder
+
+
+def _find(source: str | Path, revision: str | None, fetch: Callable[..., Path]) -> Path:
+    if source == EMBEDDED:
+        return embedded_data("model", revision)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        no_revision(source, revision)
+        return path
+    if path.exists():
+        raise SourceError(f"{source} is a file; give the folder that holds config.json.")
+    repo = hub.split_id(source) if isinstance(source, str) else None
+    if repo is None:
+        raise SourceError(
+            f"There is no folder {source}, and it is not a hub id such as google/gemma-2-2b."
+        )
+    if repo[1]:
+        raise SourceError(
+            f"{source!r} is neither a local folder nor a hub id: a model's id has two parts, such "
+            f"as {repo[0]!r}."
+        )
+    return fetch(repo[0], revision)
+
+
+def embedded_data(kind: str, revision: str | None = None) -> Path:
+    """The folder of the embedded ``model`` or ``transcoders``.
+
+    Raises:
+        SourceError: this copy of jaxtc comes without them.
+    """
+    no_revision(EMBEDDED, revision)
+    folder = EMBEDDED_DATA / kind
+    if not folder.is_dir():
+        raise SourceError(
+            f"This copy of jaxtc has no embedded {kind} ({folder} does not exist). Make them with "
+            "`jaxtc embedded train`, or install a released jaxtc, which has them."
+        )
+    return folder
+
+
+def no_revision(source: str | Path, revision: str | None) -> None:
+    """Refuse a revision of something that has none.
+
+    Raises:
+        SourceError: a revision was given.
+    """
+    if revision is not None:
+        raise SourceError(
+            f"revision={revision!r} applies to hub ids only, and {str(source)!r} is not one."
+        )
+
+
+def _account(checkpoint: Checkpoint, names: list[Name]) -> list[str]:
+    """Everything that keeps the tensors from being the parameters, from the headers alone."""
+    expected = {name.hf: name for name in names}
+    problems = [f"{hf} is missing" for hf in expected if hf not in checkpoint.files]
+    for hf in checkpoint.files:
+        entry, name = checkpoint.entry(hf), expected.get(hf)
+        if hf == TIED:
+            name = expected[EMBEDDING]  # its copy; only its shape matters
+        elif name is None:
+            if not is_buffer(hf):
+                problems.append(f"{hf} is not a tensor of this model")
+            continue
+        if entry.shape != name.hf_shape:
+            axes = name.hf_axes.replace(" ", ", ")
+            problems.append(f"{hf} has shape {entry.shape}, not {name.hf_shape} ({axes})")
+        if entry.dtype not in FLOATS:
+            problems.append(f"{hf} has dtype {entry.dtype}, not one of {', '.join(FLOATS)}")
+    return problems
+
+
+def _read(
+    checkpoint: Checkpoint, names: list[Name], dtype: np.dtype, progress: Progress | None
+) -> dict[str, jax.Array]:
+    """The parameters by our names; the largest first, while there is most room beside them."""
+
+    def size(name: Name) -> int:
+        entry = checkpoint.entry(name.hf)
+        return entry.stop - entry.start
+
+    values, problems, done = {}, [], 0
+    total = sum(map(size, names))
+    for name in sorted(names, key=size, reverse=True):
+        array, problem = checkpoint.files[name.hf].read(name.hf, dtype)
+        if problem:
+            problems.append(f"{name.hf} {problem}")
+        values[name.ours] = arrays.to_jax(array.reshape(name.shape))
+        done += size(name)
+        if progress:
+            progress(done, total)
+    if problems:
+        raise WeightsError(
+            f"The weights in {checkpoint.folder} cannot be used: {some(problems, 20)}. Whatever "
+            "the model computed would be wrong; fetch the checkpoint again."
+        )
+    return values
+
+
+def _assemble(config: Gemma2Config, dtype: np.dtype, values: dict[str, jax.Array]) -> Gemma2:
+    """The model around these parameters; each must be there, with the shape the model declares."""
+    shapes, structure = jax.tree_util.tree_flatten_with_path(Gemma2.abstract(config, dtype))
+    leaves = []
+    for path, declared in shapes:
+        value = values.pop(parameter_path(path))
+        assert value.shape == declared.shape and value.dtype == declared.dtype, path
+        leaves.append(value)
+    assert not values, sorted(values)
+    return jax.tree.unflatten(structure, leaves)
+
+
+def parameter_path(path: tuple) -> str:
+    """A leaf's path in the model's tree as our name for the parameter, ``layers.3.attn.q``."""
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")

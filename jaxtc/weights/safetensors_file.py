@@ -1,0 +1,170 @@
+"""Reading a safetensors file: every claim of its header is checked before anything is allocated.
+
+The format: 8 bytes, the header's length as a little-endian integer; the header, a JSON object
+that gives each tensor's dtype, shape and the range of its bytes; the bytes.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtc.errors import WeightsError
+from jaxtc.weights.arrays import read_array
+
+MAX_HEADER_BYTES = 100_000_000
+
+_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16,
+    "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
+    "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+}  # fmt: skip
+
+# The dtypes that weights are read from.
+FLOATS = {
+    "BF16": np.dtype(jnp.bfloat16),
+    "F16": np.dtype("<f2"),
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What the header says of one tensor: dtype name, shape, and bytes ``start`` to ``stop``."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class SafetensorsFile:
+    """An open safetensors file, to be closed or used in a ``with`` statement.
+
+    Attributes:
+        path: of the file.
+        entries: what the header says, by tensor name.
+
+    Raises:
+        WeightsError: the file is truncated, or its header is not sound.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._file = path.open("rb", buffering=0)
+        except OSError as error:
+            raise WeightsError(f"{path} cannot be opened: {error.strerror}.") from error
+        try:
+            self._data_start, self.entries = self._read_header()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> "SafetensorsFile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; tensors already read stay."""
+        self._file.close()
+
+    def read(self, name: str, dtype: np.dtype) -> tuple[np.ndarray, str]:
+        """One tensor whose dtype is in :data:`FLOATS`, cast to ``dtype``.
+
+        Returns:
+            (the array, what is wrong with its values or an empty string).
+
+        Raises:
+            WeightsError: the file ended or failed while it was read.
+        """
+        entry = self.entries[name]
+        self._file.seek(self._data_start + entry.start)
+        return read_array(self._fill, FLOATS[entry.dtype], entry.shape, dtype)
+
+    def _fill(self, view: memoryview) -> None:
+        while view:
+            try:
+                count = self._file.readinto(view)
+            except OSError as error:
+                raise WeightsError(f"{self.path} cannot be read: {error.strerror}.") from error
+            if not count:
+                raise self._unsound("it ended while it was being read")
+            view = view[count:]
+
+    def _unsound(self, problem: str) -> WeightsError:
+        return WeightsError(
+            f"{self.path} is not a sound safetensors file: {problem}. Most likely a download or "
+            "copy was cut short or damaged; fetch the file again."
+        )
+
+    def _read_header(self) -> tuple[int, dict[str, Entry]]:
+        size = os.fstat(self._file.fileno()).st_size
+        if size < 8:
+            raise self._unsound(f"it has {size} bytes, not even the 8 of the header's length")
+        prefix = bytearray(8)
+        self._fill(memoryview(prefix))
+        length = int.from_bytes(prefix, "little")
+        if length > MAX_HEADER_BYTES:
+            raise self._unsound(
+                f"its first 8 bytes claim a header of {length} bytes (at most {MAX_HEADER_BYTES})"
+            )
+        if 8 + length > size:
+            raise self._unsound(f"its header should take {length} bytes, the file has {size - 8}")
+        header = bytearray(length)
+        self._fill(memoryview(header))
+        try:
+            # RecursionError: brackets nested a hundred thousand deep.
+            raw = json.loads(header.decode("utf-8"), object_pairs_hook=self._unique)
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise self._unsound(f"its header is not JSON ({error})") from error
+        if not isinstance(raw, dict):
+            raise self._unsound("its header is not a JSON object")
+        raw.pop("__metadata__", None)
+        entries = {name: self._entry(name, claim) for name, claim in raw.items()}
+        self._check_ranges(entries, size - 8 - length)
+        return 8 + length, entries
+
+    def _unique(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise self._unsound(f"its header names {twice!r} twice")
+        return found
+
+    def _entry(self, name: str, claim: Any) -> Entry:
+        def whole(values: Any) -> bool:
+            return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
+
+        if not isinstance(claim, dict) or set(claim) != {"dtype", "shape", "data_offsets"}:
+            raise self._unsound(f"the entry of {name!r} is not dtype, shape and data_offsets")
+        dtype, shape, offsets = claim["dtype"], claim["shape"], claim["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in _BITS:
+            raise self._unsound(f"{name!r} has the unknown dtype {dtype!r}")
+        if not whole(shape) or not whole(offsets) or len(offsets) != 2:
+            raise self._unsound(f"{name!r} has shape {shape!r} and data_offsets {offsets!r}")
+        start, stop = offsets
+        if (stop - start) * 8 != math.prod(shape) * _BITS[dtype]:
+            raise self._unsound(
+                f"{name!r} is {dtype} {shape}, which does not fill its {stop - start} bytes"
+            )
+        return Entry(dtype, tuple(shape), start, stop)
+
+    def _check_ranges(self, entries: dict[str, Entry], size: int) -> None:
+        end = 0
+        for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+            if entry.start != end:
+                fault = "overlap with another tensor" if entry.start < end else "leave a gap before"
+                raise self._unsound(f"the bytes of {name!r} {fault} (at {entry.start})")
+            end = entry.stop
+        if end != size:
+            raise self._unsound(f"its tensors take {end} bytes, the file holds {size} of them")
