@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxtc.config import Gemma2Config
 from jaxtc.errors import InputError, SiteError
@@ -26,17 +25,18 @@ class RunResult:
         logits: (B, T, V) float32 for "all", (B, V) for "last", None otherwise.
         activations: what was captured, by address; aliases work as keys.
         lengths: (B,) int32; in rows shorter than T, what lies past the length is padding.
+        length: T.
     """
 
     logits: jax.Array | None
     activations: Activations
     lengths: jax.Array
+    length: int = dataclasses.field(metadata={"static": True})
 
     @property
     def mask(self) -> jax.Array:
         """(B, T) booleans, true on real tokens."""
-        width = int(np.max(self.lengths))
-        return jnp.arange(width)[None] < self.lengths[:, None]
+        return jnp.arange(self.length)[None] < self.lengths[:, None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ def run(
     depth = reach[0] + 1 if reach[0] < layers else None
     plan = Plan(config, captures, logits, depth, prompts.length, unsure)
     out, arrays = _run(plan, parameters(model), prompts.tokens, prompts.lengths, checked)
-    return RunResult(out, Activations(arrays, layers), prompts.lengths)
+    return RunResult(out, Activations(arrays, layers), prompts.lengths, prompts.length)
 
 
 def _reach(layers: int, address: Address) -> tuple[int, int]:
