@@ -1,0 +1,130 @@
+"""Oracles and their activations, computed once a session, and the table of the worst figures."""
+
+import functools
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import pytest
+import torch
+
+import jaxtc
+from jaxtc.sites import SITES, Address
+from tests.parity import oracles, reference
+from tests.parity.oracles import Oracle
+
+# Prompts and the side on which the reference pads them.
+CASES = {"right": ("prompts", "right"), "left": ("prompts", "left"), "long": ("long", "right")}
+
+FIGURES: dict[str, dict[str, tuple[float, str]]] = {}
+
+
+def note(figure: str, row: str, value: float, where: str) -> float:
+    """Keep ``value`` for the closing table if it is the worst so far, and give it back."""
+    worst = FIGURES.setdefault(row, {})
+    if figure not in worst or not value <= worst[figure][0]:
+        worst[figure] = (value, where)
+    return value
+
+
+@pytest.fixture(scope="session")
+def make_oracle(tmp_path_factory) -> Callable[[str], Oracle]:
+    """An oracle by name, saved and tokenised once."""
+
+    @functools.cache
+    def make(name: str) -> Oracle:
+        if name == oracles.EMBEDDED:
+            return oracles.embedded()
+        folder = tmp_path_factory.mktemp(name)
+        model = oracles.perturbed(name)
+        model.save_pretrained(folder)
+        vocab = model.config.vocab_size
+        prompts = oracles.random_prompts(vocab, (21, 13, 10), seed=1)
+        long = oracles.random_prompts(vocab, (277,), seed=2)
+        return Oracle(name, folder, str(folder), prompts, long)
+
+    return make
+
+
+@pytest.fixture(scope="session", params=oracles.ALL)
+def oracle(request, make_oracle) -> Oracle:
+    return make_oracle(request.param)
+
+
+@pytest.fixture(scope="session")
+def models() -> Callable:
+    """``(oracle, "float32" | "bfloat16")`` to (ours, the reference)."""
+
+    @functools.cache
+    def load(oracle_name, source, folder, dtype):
+        ours = jaxtc.load_model(source, dtype=jnp.dtype(dtype))
+        return ours, oracles.load(folder, getattr(torch, dtype))
+
+    return lambda oracle, dtype="float32": load(oracle.name, oracle.source, oracle.folder, dtype)
+
+
+@pytest.fixture(scope="session")
+def ours(models, make_oracle) -> Callable[[Oracle, str, str], reference.Captured]:
+    """Our activations at every address: ``(oracle, prompts' field, dtype)``."""
+
+    @functools.cache
+    def capture(name: str, field: str, dtype: str):
+        oracle = make_oracle(name)
+        model, _ = models(oracle, dtype)
+        prompts = getattr(oracle, field)
+        wanted = reference.addresses(model.config.num_hidden_layers)
+        result = jaxtc.run(model, prompts, capture=wanted)
+        kept = {address: result.activations[address] for address in wanted}
+        assert (kept[Address("logits")] == result.logits).all()
+        return {key: cut(key, x, list(map(len, prompts))) for key, x in kept.items()}
+
+    return lambda oracle, field, dtype="float32": capture(oracle.name, field, dtype)
+
+
+def cut(key: Address, x, lengths: list[int]) -> list:
+    """The real tokens of each row."""
+    x = jnp.asarray(x, jnp.float32)
+    if key.site in ("attn_scores", "attn_pattern"):
+        return [row[:, :n, :n] for row, n in zip(x, lengths, strict=True)]
+    return [row[:n] for row, n in zip(x, lengths, strict=True)]
+
+
+@pytest.fixture(scope="session")
+def theirs(models, make_oracle) -> Callable[[Oracle, str, str], reference.Captured]:
+    """The reference's: ``(oracle, case, dtype)``; dtype "truth" is float64 on bfloat16 weights."""
+
+    @functools.cache
+    def capture(name: str, case: str, dtype: str):
+        oracle = make_oracle(name)
+        field, side = CASES[case]
+        prompts = getattr(oracle, field)
+        if dtype != "truth":
+            return reference.capture(models(oracle, dtype)[1], prompts, side)
+        # One by one: its mask, the least float64, is -inf to the float32 softmax, so that rows of
+        # padding that see nothing become NaN.
+        alone = [reference.capture(truth(name), [prompt], side) for prompt in prompts]
+        return {key: [captured[key][0] for captured in alone] for key in alone[0]}
+
+    @functools.cache
+    def truth(name: str):
+        return oracles.truth(make_oracle(name))
+
+    return lambda oracle, case, dtype="float32": capture(oracle.name, case, dtype)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The worst figure of each site, over oracles, cases and layers."""
+    if not FIGURES:
+        return
+    names = [site.name for site in SITES]
+    rows = sorted(FIGURES, key=lambda row: names.index(row) if row in names else len(names))
+    terminalreporter.section("parity with PyTorch: worst figures")
+    terminalreporter.write_line(
+        f"{'':<26} {'rel L2, float32':>15}  {'where':<28} {'bf16 error / HF':>15}  where"
+    )
+    for row in rows:
+        parts = [f"{row:<26}"]
+        for figure, form in (("float32", ".1e"), ("bfloat16", ".3f")):
+            value, where = FIGURES[row].get(figure, (None, ""))
+            shown = "" if value is None else format(value, form)
+            parts.append(f"{shown:>15}  {where:<28}")
+        terminalreporter.write_line(" ".join(parts).rstrip())
