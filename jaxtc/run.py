@@ -8,9 +8,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jaxtc.activations import Activations
 from jaxtc.config import Gemma2Config
 from jaxtc.errors import InputError, SiteError
-from jaxtc.intercept import Activations, Edit, Tap, check_edits
+from jaxtc.intercept import Edit, Tap, check_edits
 from jaxtc.model import Gemma2
 from jaxtc.prompts import prepare
 from jaxtc.sites import BY_NAME, ORDER, Address, resolve
