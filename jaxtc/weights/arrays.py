@@ -104,4 +104,5 @@ def _all_finite(x: np.ndarray) -> bool:
 
 def to_jax(array: np.ndarray) -> jax.Array:
     """``array`` on the default device; on the CPU in place, so it must not be written again."""
-    return jax.device_put(array)
+    # Waiting keeps one host copy at a time where the device has memory of its own.
+    return jax.device_put(array).block_until_ready()

@@ -5,7 +5,12 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, list_repo_files
+from huggingface_hub import (
+    _CACHED_NO_EXIST,
+    hf_hub_download,
+    list_repo_files,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -55,6 +60,11 @@ def download(repo: str, file: str, revision: str | None = None) -> Path:
 
 def download_if_there(repo: str, file: str, revision: str | None = None) -> Path | None:
     """As :func:`download`, None when the repository has no such file."""
+    if revision and _COMMIT.fullmatch(revision):
+        # What the cache knows of a commit stays true, also when the hub cannot be reached.
+        known = try_to_load_from_cache(repo, file, revision=revision)
+        if known is not None:
+            return None if known is _CACHED_NO_EXIST else Path(known)
     try:
         return download(repo, file, revision)
     except SourceError as error:
@@ -92,7 +102,7 @@ def download_model(repo: str, revision: str | None = None) -> Path:
 def download_tokenizer(repo: str, revision: str | None = None) -> Path:
     """The local folder with a tokenizer's files. Raises SourceError as :func:`download`."""
     config = download(repo, "tokenizer_config.json", revision)
-    for name in TOKENIZER_FILES:
+    for name in (*TOKENIZER_FILES, "config.json"):
         download_if_there(repo, name, _pin(config, revision))
     return config.parent
 

@@ -50,7 +50,7 @@ def load_model(
     config = Gemma2Config.from_file(folder / "config.json")
     with open_checkpoint(folder) as checkpoint:
         names = parameter_names(config)
-        problems = _account(checkpoint, names)
+        problems = _account(checkpoint, names) or _untied(checkpoint)
         if problems:
             raise WeightsError(
                 f"The tensors in {folder} are not those of the Gemma-2 in its config.json: "
@@ -156,7 +156,7 @@ def _account(checkpoint: Checkpoint, names: list[Name]) -> list[str]:
     for hf in checkpoint.files:
         entry, name = checkpoint.entry(hf), expected.get(hf)
         if hf == TIED:
-            name = expected[EMBEDDING]  # its copy; only its shape matters
+            name = expected[EMBEDDING]
         elif name is None:
             if not is_buffer(hf):
                 problems.append(f"{hf} is not a tensor of this model")
@@ -167,6 +167,20 @@ def _account(checkpoint: Checkpoint, names: list[Name]) -> list[str]:
         if entry.dtype not in FLOATS:
             problems.append(f"{hf} has dtype {entry.dtype}, not one of {', '.join(FLOATS)}")
     return problems
+
+
+def _untied(checkpoint: Checkpoint) -> list[str]:
+    """A problem when a stored output matrix is not the embedding that the config says it is."""
+    if TIED not in checkpoint.files:
+        return []
+    count = arrays.CHUNK_BYTES // 8
+    pair = (checkpoint.files[hf].chunks(hf, count) for hf in (EMBEDDING, TIED))
+    if all(
+        np.array_equal(a.astype(np.float32), b.astype(np.float32))
+        for a, b in zip(*pair, strict=True)
+    ):
+        return []
+    return [f"{TIED} differs from {EMBEDDING}, to which the config ties it"]
 
 
 def _read(

@@ -33,7 +33,7 @@ _TABLE = (
 
 # Tensors that checkpoints may hold beside the parameters: frequencies computed from the config.
 _BUFFERS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-# The tied output matrix, stored by some writers a second time.
+# The output matrix is the embedding; some writers store it a second time.
 TIED = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
 

@@ -74,7 +74,11 @@ def write_params(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write ``params.npz``; whole or not at all."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.npz")
     try:
-        np.savez(partial, allow_pickle=False, **arrays)
+        with zipfile.ZipFile(partial, "w") as archive:
+            for key, array in arrays.items():
+                # A ZipInfo of its own has a fixed date, so equal arrays give equal files.
+                with archive.open(zipfile.ZipInfo(key + ".npy"), "w", force_zip64=True) as stream:
+                    np.lib.format.write_array(stream, array, allow_pickle=False)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -94,7 +98,7 @@ def _open(path: Path) -> Iterator[zipfile.ZipFile]:
     except OSError as error:
         raise WeightsError(f"{path} cannot be opened: {error.strerror}.") from error
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise _damaged(path, error) from error
+        raise _damaged(path, _sentence(error)) from error
     with archive:
         yield archive
 
@@ -108,7 +112,22 @@ def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iter
         with archive.open(info) as stream:
             yield stream
     except faults as error:
-        raise _damaged(path, f"{info.filename}: {error}") from error
+        raise _damaged(path, f"{info.filename}: {_sentence(error)}") from error
+
+
+def _sentence(error: Exception) -> str:
+    return str(error).rstrip(". ") or type(error).__name__
+
+
+def _check_size(path: Path, info: zipfile.ZipInfo) -> None:
+    """Refuse a member whose claimed size its stored bytes cannot yield."""
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise _damaged(path, f"{info.filename} is compressed in a way that npz files are not")
+    ratio = 1 if info.compress_type == zipfile.ZIP_STORED else _BEST_DEFLATE_RATIO
+    there = min(info.compress_size, path.stat().st_size - info.header_offset)
+    # A deflated block has a few bytes beside its data.
+    if info.file_size > max(there, 0) * ratio + (ratio > 1) * 1024:
+        raise _damaged(path, f"{info.filename} claims {info.file_size} bytes, {there} are there")
 
 
 def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, Member | str]:
@@ -118,23 +137,20 @@ def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, Member | str]:
         name = info.filename.removesuffix(".npy")
         if name in found:
             raise _damaged(path, f"it holds {info.filename} twice")
-        if info.file_size > max(info.compress_size, 1) * _BEST_DEFLATE_RATIO:
-            raise _damaged(
-                path,
-                f"{info.filename} claims {info.file_size} bytes from {info.compress_size}",
-            )
+        _check_size(path, info)
         with _member(path, archive, info) as stream:
             try:
                 shape, fortran, dtype = _header(stream)
             except ValueError as error:
-                raise _damaged(path, f"{info.filename}: {error}") from error
+                raise _damaged(path, f"{info.filename}: {_sentence(error)}") from error
             size = stream.tell() + int(np.prod(shape, dtype=object)) * dtype.itemsize
         if dtype.hasobject:
             found[name] = f"{name} holds pickled Python objects, which jaxtc never loads"
-        elif size != info.file_size:
+        elif size != info.file_size or min(shape, default=0) < 0:
             raise _damaged(
                 path,
-                f"{info.filename} should take {size} bytes by its header, it has {info.file_size}",
+                f"{info.filename} has {info.file_size} bytes, its header of shape {shape} and "
+                f"dtype {dtype} would take {size}",
             )
         elif dtype.kind != "f" or dtype.itemsize > 8:
             found[name] = f"{name} has dtype {dtype}, not a float of 16, 32 or 64 bits"
@@ -158,7 +174,7 @@ def _account(members: dict[str, Member | str]) -> list[str]:
     problems += [m for key, m in members.items() if key in KEYS and isinstance(m, str)]
     shapes = {key: m.shape for key, m in members.items() if key in KEYS and isinstance(m, Member)}
     if "W_enc" not in shapes:
-        return problems
+        return [*problems, *(f"{key} has shape {shape}" for key, shape in shapes.items())]
     if len(shapes["W_enc"]) != 2 or 0 in shapes["W_enc"]:
         return [*problems, f"W_enc has shape {shapes['W_enc']}, not (D, M)"]
     d_in, features = shapes["W_enc"]

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,17 @@ class SafetensorsFile:
         self._file.seek(self._data_start + entry.start)
         return read_array(self._fill, FLOATS[entry.dtype], entry.shape, dtype)
 
+    def chunks(self, name: str, count: int) -> Iterator[np.ndarray]:
+        """The elements of one tensor in C order, ``count`` at a time, in their stored dtype."""
+        entry = self.entries[name]
+        stored = FLOATS[entry.dtype]
+        for start in range(entry.start, entry.stop, count * stored.itemsize):
+            size = min(count * stored.itemsize, entry.stop - start)
+            chunk = np.empty(size // stored.itemsize, stored)
+            self._file.seek(self._data_start + start)
+            self._fill(memoryview(chunk.view(np.uint8)))
+            yield chunk
+
     def _fill(self, view: memoryview) -> None:
         while view:
             try:
@@ -122,9 +134,11 @@ class SafetensorsFile:
         header = bytearray(length)
         self._fill(memoryview(header))
         try:
-            # RecursionError: brackets nested a hundred thousand deep.
             raw = json.loads(header.decode("utf-8"), object_pairs_hook=self._unique)
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except WeightsError:
+            raise
+        # ValueError: also integers too long to convert; RecursionError: brackets nested too deep.
+        except (ValueError, RecursionError) as error:
             raise self._unsound(f"its header is not JSON ({error})") from error
         if not isinstance(raw, dict):
             raise self._unsound("its header is not a JSON object")

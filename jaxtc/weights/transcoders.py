@@ -1,7 +1,4 @@
-"""Transcoders from a source: Gemma Scope's on the hub, files and folders like them, the embedded.
-
-Their layout is ``layer_{l}/width_{w}/average_l0_{n}/params.npz``.
-"""
+"""Transcoders from a source: Gemma Scope's on the hub, files and folders like it, the embedded."""
 
 import os
 import re
@@ -10,27 +7,31 @@ from pathlib import Path, PurePosixPath
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxtc.errors import SourceError, did_you_mean, some
+from jaxtc.errors import SiteError, SourceError, did_you_mean
+from jaxtc.sites import BY_NAME
 from jaxtc.transcoder import Transcoder
 from jaxtc.weights import arrays, hub
-from jaxtc.weights.load import EMBEDDED, embedded_data, no_revision
+from jaxtc.weights.layout import (
+    DEFAULT_L0,
+    GEMMA_SCOPE_2B,
+    PARAMS,
+    SHAPE,
+    Tier,
+    check_layer,
+    choose,
+    default_path,
+    is_tier,
+    layer_of,
+    tiers_in,
+    tiers_of,
+)
+from jaxtc.weights.load import EMBEDDED, embedded_data, no_revision, parameter_path
 from jaxtc.weights.npz import KEYS, read_params, write_params
 
-PARAMS = "params.npz"
-
-GEMMA_SCOPE_2B = "google/gemma-scope-2b-pt-transcoders"
-
-# The average L0 of the transcoder that is usually meant for each layer of Gemma-2 2B, the same
-# choice as circuit-tracer, SAELens and Neuronpedia make among those of GEMMA_SCOPE_2B.
-DEFAULT_L0 = (
-    76, 65, 49, 54, 88, 87, 95, 70, 52, 72, 88, 5, 6, 8, 8, 8, 10, 12, 13, 12, 11, 13, 15, 25, 37,
-    41,
-)  # fmt: skip
-DEFAULT_WIDTH = "width_16k"
-
-_LAYER = re.compile(r"layer_(\d+)")
-_LAYOUT = re.compile(r"(?:.*/)?layer_\d+/width_[^/]+/average_l0_[^/]+/params\.npz")
+# Sparse autoencoders of the same release and the same file format: they read and write one site.
+_SAE = re.compile(r"gemma-scope.*-(res|mlp|att)(-.*)?")
 
 
 def load_transcoder(
@@ -56,16 +57,21 @@ def load_transcoder(
 
     Raises:
         SourceError: nothing there, no access to it, or more than one candidate; they are listed.
+        SiteError: no such ``input_site``.
         WeightsError: a damaged file; arrays missing, extra, misshapen, or not finite.
     """
     dtype = arrays.check_dtype(dtype)
-    if layer is not None and (not isinstance(layer, int) or isinstance(layer, bool) or layer < 0):
-        raise SourceError(f"layer is {layer!r}, expected a whole number from 0.")
+    if input_site not in BY_NAME:
+        raise SiteError(
+            f"There is no site called {input_site!r}.{did_you_mean(input_site, BY_NAME)}"
+        )
+    if layer is not None and layer < 0:
+        raise SourceError(f"layer is {layer}, expected a whole number from 0.")
     file, name = _find(source, layer, path, revision)
-    found = _LAYER.findall(name)
-    if found and layer is not None and int(found[-1]) != layer:
-        raise SourceError(f"layer={layer} was asked for, but {name} is of layer {found[-1]}.")
-    return _read(file, dtype, int(found[-1]) if found else layer, input_site, name)
+    named = layer_of(file.absolute().as_posix())
+    if None not in (named, layer) and named != layer:
+        raise SourceError(f"layer={layer} was asked for, but {name} is of layer {named}.")
+    return _read(file, dtype, layer if named is None else named, input_site, name)
 
 
 def load_transcoders(
@@ -105,15 +111,16 @@ def available_layers(source: str | Path = EMBEDDED, revision: str | None = None)
     if source == GEMMA_SCOPE_2B:
         return list(range(len(DEFAULT_L0)))
     if source == EMBEDDED:
-        paths = _list(embedded_data("transcoders", revision))
+        tiers = tiers_in(embedded_data("transcoders", revision))
     elif (folder := Path(source).expanduser()).is_dir():
         no_revision(source, revision)
-        paths = _list(folder)
+        tiers = tiers_in(folder)
     else:
-        paths = [p for p in hub.list_files(*_split(source)[:1], revision) if _LAYOUT.fullmatch(p)]
-    layers = sorted({_layer_of(file) for file in paths})
+        repo, inside = _split(source)
+        tiers = [t for t in _listed(repo, revision) if t.is_below(inside)]
+    layers = sorted({tier.layer for tier in tiers})
     if not layers:
-        raise SourceError(f"{source} holds no layer_N/width_W/average_l0_L/{PARAMS}.")
+        raise SourceError(f"{source} holds no transcoders; expected {SHAPE} in it.")
     return layers
 
 
@@ -141,71 +148,76 @@ def save_transcoder(transcoder: Transcoder, path: str | Path) -> Path:
     return file
 
 
-def _read(file: Path, dtype, layer: int | None, input_site: str, name: str) -> Transcoder:
+def _read(file: Path, dtype: np.dtype, layer: int | None, input_site: str, name: str) -> Transcoder:
     params = read_params(file, dtype)
     (d_in, features), (_, d_out) = params["W_enc"].shape, params["W_dec"].shape
     abstract = Transcoder.abstract(
         d_in, features, d_out, layer=layer, input_site=input_site, source=name, dtype=dtype
     )
     shapes, structure = jax.tree_util.tree_flatten_with_path(abstract)
-    leaves = [arrays.to_jax(params[_key(path)]) for path, _ in shapes]
+    leaves = [arrays.to_jax(params[parameter_path(path)]) for path, _ in shapes]
     return jax.tree.unflatten(structure, leaves)
-
-
-def _key(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
 def _find(
     source: str | Path, layer: int | None, path: str | None, revision: str | None
 ) -> tuple[Path, str]:
     """The local file of a transcoder, and the name it goes by."""
+    if path is not None and (os.path.isabs(path) or ".." in PurePosixPath(path).parts):
+        raise SourceError(f"path={path!r} leaves {source}; give a path below it.")
     if source == EMBEDDED:
-        return _in_folder(embedded_data("transcoders", revision), EMBEDDED, layer, path)
+        return _in_folder(embedded_data("transcoders", revision), EMBEDDED, layer, path or "")
     local = Path(source).expanduser()
+    if local.is_dir():
+        no_revision(source, revision)
+        return _in_folder(local, str(source), layer, path or "")
     if local.exists():
         no_revision(source, revision)
-        if local.is_dir():
-            return _in_folder(local, str(source), layer, path)
         if path is not None:
             raise SourceError(f"{source} is a file, so there is no {path!r} in it.")
         return local, str(source)
     repo, inside = _split(source)
-    parts = [part for part in (inside, path) if part]
-    wanted = _file("/".join(parts)) if parts else ""
-    if not _LAYOUT.fullmatch(wanted):
-        if repo == GEMMA_SCOPE_2B and layer is not None and not parts:
-            _check_layer(layer, range(len(DEFAULT_L0)), repo)
-            wanted = _default_path(layer)
-        else:
-            paths = [p for p in hub.list_files(repo, revision) if _LAYOUT.fullmatch(p)]
-            wanted = _choose(paths, "/".join(parts), layer, repo)
-    file = hub.download_if_there(repo, wanted, revision)
+    return _on_hub(repo, "/".join(filter(None, (inside, path))), layer, revision)
+
+
+def _in_folder(folder: Path, source: str, layer: int | None, path: str) -> tuple[Path, str]:
+    chosen = _file(path) if path else PARAMS
+    if not (folder / chosen).is_file():
+        chosen = choose(tiers_in(folder), _folder(path), layer, source).path
+    inside = _folder(chosen)
+    return folder / chosen, f"{source.rstrip('/')}/{inside}" if inside else source
+
+
+def _on_hub(repo: str, path: str, layer: int | None, revision: str | None) -> tuple[Path, str]:
+    wanted = _file(path) if path else ""
+    if not path and repo == GEMMA_SCOPE_2B and layer is not None:
+        check_layer(layer, range(len(DEFAULT_L0)), repo)
+        wanted = default_path(layer)
+    file = hub.download_if_there(repo, wanted, revision) if is_tier(wanted) else None
     if file is None:
-        paths = [p for p in hub.list_files(repo, revision) if _LAYOUT.fullmatch(p)]
-        wanted = _choose(paths, str(PurePosixPath(wanted).parent), layer, repo)
+        wanted = choose(_listed(repo, revision), _folder(path), layer, repo).path
         file = hub.download(repo, wanted, revision)
-    return file, f"{repo}/{PurePosixPath(wanted).parent}"
+    return file, f"{repo}/{_folder(wanted)}"
+
+
+def _listed(repo: str, revision: str | None) -> list[Tier]:
+    return tiers_of(hub.list_files(repo, revision))
 
 
 def _split(source: str | Path) -> tuple[str, str]:
+    """The repository and the path in it that a hub source names."""
     parts = hub.split_id(source) if isinstance(source, str) else None
     if parts is None:
         raise SourceError(
             f"There is no file or folder {source}, and it is not a hub id such as {GEMMA_SCOPE_2B}."
         )
+    if _SAE.fullmatch(parts[0].split("/")[1]):
+        raise SourceError(
+            f"{parts[0]} holds sparse autoencoders, which rebuild one site, not transcoders, which "
+            f"imitate an MLP; run as transcoders they would give wrong numbers. See "
+            f"{GEMMA_SCOPE_2B}."
+        )
     return parts
-
-
-def _in_folder(folder: Path, source: str, layer: int | None, path: str | None) -> tuple[Path, str]:
-    if path and (os.path.isabs(path) or ".." in PurePosixPath(path).parts):
-        raise SourceError(f"path={path!r} leaves {source}; give a path below it.")
-    direct = folder / _file(path) if path else folder / PARAMS
-    chosen = direct.relative_to(folder).as_posix()
-    if not direct.is_file():
-        chosen = _choose(_list(folder), (path or "").strip("/"), layer, source)
-    inside = str(PurePosixPath(chosen).parent)
-    return folder / chosen, source if inside == "." else f"{source.rstrip('/')}/{inside}"
 
 
 def _file(path: str) -> str:
@@ -213,58 +225,8 @@ def _file(path: str) -> str:
     return path if path.endswith(".npz") else f"{path}/{PARAMS}"
 
 
-def _list(folder: Path) -> list[str]:
-    """All transcoders below a folder that is, or lies somewhere in, the layout."""
-    files = folder.glob("**/" + PARAMS)
-    paths = [file.relative_to(folder).as_posix() for file in files]
-    return sorted(path for path in paths if _LAYOUT.fullmatch((folder / path).as_posix()))
-
-
-def _choose(paths: list[str], below: str, layer: int | None, source: str) -> str:
-    """The one of ``paths`` that is meant."""
-    if not paths:
-        raise SourceError(
-            f"{source} holds no transcoders: expected layer_N/width_W/average_l0_L/{PARAMS}."
-        )
-    if layer is not None:
-        _check_layer(layer, {_layer_of(p, layer) for p in paths}, source)
-    inside = [p for p in paths if f"{p}/".startswith(f"{below}/" if below else "")]
-    if below and not inside:
-        tiers = [str(PurePosixPath(p).parent) for p in paths]
-        near = did_you_mean(below, tiers)
-        raise SourceError(f"{source} has no {below!r}.{near or f' It has {some(sorted(tiers))}.'}")
-    if layer is not None:
-        inside = [p for p in inside if _layer_of(p, layer) == layer]
-        if _default_path(layer) in inside:
-            return _default_path(layer)
-    if len(inside) == 1:
-        return inside[0]
-    layers = sorted({_layer_of(p, -1) for p in inside})
-    if layer is None and len(layers) > 1:
-        raise SourceError(
-            f"{source} has transcoders for several layers ({some([str(n) for n in layers], 50)}); "
-            "say which layer."
-        )
-    tiers = sorted(str(PurePosixPath(p).parent) for p in inside)
-    raise SourceError(
-        f"{source} has {len(tiers)} transcoders for that layer; choose one by its path: "
-        f"{some(tiers, 20)}."
-    )
-
-
-def _check_layer(layer: int, layers: Iterable[int], source: str) -> None:
-    if layer not in (layers := sorted(layers)):
-        raise SourceError(
-            f"{source} has no transcoder for layer {layer}; it has layers "
-            f"{some([str(n) for n in layers], 50)}."
-        )
-
-
-def _default_path(layer: int) -> str:
-    l0 = DEFAULT_L0[layer] if layer < len(DEFAULT_L0) else "none"
-    return f"layer_{layer}/{DEFAULT_WIDTH}/average_l0_{l0}/{PARAMS}"
-
-
-def _layer_of(path: str, unknown: int = -1) -> int:
-    found = _LAYER.findall(path)
-    return int(found[-1]) if found else unknown
+def _folder(path: str) -> str:
+    """``path`` without its file and without slashes around it; empty for the top."""
+    path = path.strip("/")
+    folder = str(PurePosixPath(path).parent) if path.endswith(".npz") else path
+    return "" if folder == "." else folder
