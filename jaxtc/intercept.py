@@ -148,6 +148,7 @@ class Tap:
         positions: (B, T) int32.
         lengths: (B,) int32.
         length: T before padding.
+        real: (B, T) booleans, false on padding; None when every token is real.
     """
 
     def __init__(
@@ -157,14 +158,17 @@ class Tap:
         positions: jax.Array | None = None,
         lengths: jax.Array | None = None,
         length: int = 0,
+        real: jax.Array | None = None,
     ):
         self.captures = frozenset(captures)
         self.edits = tuple(edits)
         self.positions, self.lengths, self.length = positions, lengths, length
         self.activations: dict[Address, jax.Array] = {}
-        # One flag an edit: whether it has applied anywhere. An edit whose target is a tracer (under
-        # vmap) cannot be checked before the run; `run` turns its false flag into NaN.
-        self.fired = [jnp.zeros((), bool) for _ in self.edits]
+        self.real = real
+        # For each edit (B,) flags: the row is not its business, or it has applied there. An edit
+        # whose target is a tracer (under vmap) cannot be checked before the run; `run` turns its
+        # false flags into NaN.
+        self.fired = [self._other_rows(edit) for edit in self.edits]
         self._read_sites = frozenset(site for edit in self.edits for site in edit.reads)
         self._live: dict[str, jax.Array] = {}
 
@@ -197,13 +201,26 @@ class Tap:
             )
         here = self._where(edit, row, layer)
         if here is None:
-            self.fired[index] = jnp.ones((), bool)
+            self.fired[index] = jnp.ones_like(self.fired[index])
             return new
-        self.fired[index] |= here.any()
+        reached = here if self.real is None else here & self.real
+        self.fired[index] |= jnp.broadcast_to(reached, self.positions.shape).any(-1)
         shape = [1] * x.ndim
         if here.ndim:
             shape[0], shape[row.sequence_axis] = here.shape
         return jnp.where(here.reshape(shape), new, x)
+
+    def _rows(self, edit: Edit) -> jax.Array:
+        """(B,) booleans: the batch rows an edit names."""
+        rows = jnp.arange(self.positions.shape[0])
+        if edit.row is None:
+            return jnp.ones_like(rows, bool)
+        return (rows[:, None] == jnp.atleast_1d(jnp.asarray(edit.row))[None, :]).any(-1)
+
+    def _other_rows(self, edit: Edit) -> jax.Array:
+        """(B,) booleans: the rows an edit does not name; none when it names no row that exists."""
+        rows = self._rows(edit)
+        return ~rows & rows.any()
 
     def _where(self, edit: Edit, site: Site, layer: int | None) -> jax.Array | None:
         """Where an edit applies, as () or (B, T) booleans; None when everywhere."""
@@ -216,9 +233,8 @@ class Tap:
             hit = (self.positions[:, :, None] == wanted[:, None, :]).any(-1)
             parts.append(hit)
         if edit.row is not None:
-            rows = jnp.arange(self.positions.shape[0])
-            hit = (rows[:, None] == jnp.atleast_1d(jnp.asarray(edit.row))[None, :]).any(-1)
-            parts.append(jnp.broadcast_to(hit[:, None], self.positions.shape))
+            rows = self._rows(edit)
+            parts.append(jnp.broadcast_to(rows[:, None], self.positions.shape))
         if not parts:
             return None
         here = parts[0]

@@ -136,8 +136,8 @@ def rebuild(config: Gemma2Config, leaves: Sequence[jax.Array]) -> Gemma2:
 
 
 def poison(tap: Tap, tree: Any) -> Any:
-    """``tree`` with NaN in every float when some edit of the pass never applied."""
-    fired = functools.reduce(jnp.logical_and, tap.fired, jnp.ones((), bool))
+    """``tree`` with NaN in every float when some edit of the pass missed a row it names."""
+    fired = jnp.stack(tap.fired).all()
     return jax.tree.map(
         lambda x: jnp.where(fired, x, jnp.nan) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
     )
@@ -147,7 +147,8 @@ def poison(tap: Tap, tree: Any) -> Any:
 def _run(plan: Plan, leaves, tokens, lengths, edits):
     model = rebuild(plan.config, leaves)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    tap = Tap(plan.captures, edits, positions, lengths, plan.length)
+    real = positions < lengths[:, None]
+    tap = Tap(plan.captures, edits, positions, lengths, plan.length, real)
     # Editing or capturing the logits needs them all, whatever is returned.
     whole = any(a.site == "logits" for a in (*plan.captures, *edits))
     at = lengths - 1 if plan.logits == "last" and not whole else None
