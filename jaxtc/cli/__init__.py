@@ -1,0 +1,155 @@
+"""The command line: parses, calls the library, draws. JAX is imported by the commands that need it.
+
+Errors of the user's are one paragraph on stderr and exit code 2; Ctrl-C is 130.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version as installed_version
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from jaxtc.errors import JaxtcError
+
+
+class _Embedded(TyperGroup):
+    """The commands of ``jaxtc embedded``, imported when one of them is asked for."""
+
+    def _group(self) -> TyperGroup:
+        from jaxtc.embedded.cli import app as embedded
+
+        return typer.main.get_group(embedded)
+
+    def list_commands(self, ctx):
+        return self._group().list_commands(ctx)
+
+    def get_command(self, ctx, cmd_name):
+        return self._group().get_command(ctx, cmd_name)
+
+
+app = typer.Typer(
+    name="jaxtc",
+    help="Gemma-2 and its transcoders in JAX: see what an MLP does with a prompt.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(
+    typer.Typer(cls=_Embedded, no_args_is_help=True),
+    name="embedded",
+    help="The small model and transcoders that ship with jaxtc: train them again, measure them.",
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"jaxtc {installed_version('jaxtc')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def explain(
+    prompt: Annotated[str, typer.Argument(help="The text to explain; <bos> is added.")],
+    model: Annotated[
+        str,
+        typer.Option(help="'embedded', a hub id such as google/gemma-2-2b, or a folder."),
+    ] = "embedded",
+    transcoder: Annotated[
+        str | None,
+        typer.Option(
+            help="'embedded', a hub id with or without a path (google/gemma-scope-2b-pt-transcoders"
+            "/layer_20/width_16k/average_l0_11), a folder or a params.npz. The model's own, if "
+            "it has some.",
+            show_default=False,
+        ),
+    ] = None,
+    layer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|all",
+            help="Which layer's MLP, from 0; 'all' for a row per layer. "
+            "By default 0 for the embedded model and 20, the Gemma Scope tutorial's, "
+            "for google/gemma-2-2b.",
+            show_default=False,
+        ),
+    ] = None,
+    input_site: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SITE",
+            help="Feed the transcoder another site than the one it was trained on; mlp_in is what "
+            "the Gemma Scope tutorial feeds.",
+            show_default=False,
+        ),
+    ] = None,
+    top_features: Annotated[int, typer.Option(help="Strongest features shown per token.")] = 3,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the continuation.")] = 2,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the model's weights: float32, bfloat16 or float16. float32 on a CPU and "
+            "bfloat16 on accelerators by default.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")] = False,
+) -> None:
+    """Show, token by token, which transcoder features explain what an MLP did with a prompt."""
+    from jaxtc.cli.explain import command
+
+    command(
+        prompt,
+        model=model,
+        transcoder=transcoder,
+        layer=layer,
+        input_site=input_site,
+        top_features=top_features,
+        max_new_tokens=max_new_tokens,
+        dtype=dtype,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def sites(
+    model: Annotated[
+        str, typer.Option(help="Whose shapes to show; only its config.json is read.")
+    ] = "embedded",
+    as_json: Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")] = False,
+) -> None:
+    """List every site that can be captured or edited, with its shape and its names elsewhere."""
+    from jaxtc.cli.sites import command
+
+    command(model, as_json=as_json)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The ``jaxtc`` command; raises SystemExit with its exit code."""
+    try:
+        app(arguments)
+    except JaxtcError as error:
+        from rich.console import Console
+        from rich.text import Text
+
+        console = Console(stderr=True)
+        message = Text.assemble(("Error: ", "bold red"), " ".join(str(error).split()))
+        # A file or a pipe gets one line, which is easier to search than a wrapped one.
+        console.print(message, soft_wrap=not console.is_terminal)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

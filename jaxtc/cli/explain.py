@@ -1,0 +1,104 @@
+"""``jaxtc explain``: loads what is named, explains, and draws or prints JSON."""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+
+from rich.console import Console
+
+from jaxtc.cli.runtime import working
+from jaxtc.errors import JaxtcError
+
+EMBEDDED = "embedded"
+# Of the embedded model: where the states of cities are looked up. Of Gemma Scope: the tutorial's.
+DEFAULT_LAYER = 0
+GEMMA_SCOPE_LAYER = 20
+
+
+def command(
+    prompt: str,
+    *,
+    model: str,
+    transcoder: str | None,
+    layer: str | None,
+    input_site: str | None,
+    top_features: int,
+    max_new_tokens: int,
+    dtype: str | None,
+    as_json: bool,
+) -> None:
+    """Explain ``prompt``; the options are those of the command line."""
+    if layer is not None and layer != "all" and not re.fullmatch(r"\d+", layer, re.ASCII):
+        raise JaxtcError(
+            f"--layer is {layer!r}, expected the number of a layer, counted from 0, or 'all'."
+        )
+    with working("Starting JAX") as progress:
+        from jaxtc.explain import explain
+        from jaxtc.weights.load import load_model, load_tokenizer
+
+        transcoders = _transcoders(transcoder or _own_transcoders(model), layer, progress)
+        progress(f"Loading {model}")
+        loaded = load_model(model, dtype=dtype)
+        tokenizer = load_tokenizer(model)
+        found = explain(
+            loaded,
+            tokenizer,
+            prompt,
+            transcoders,
+            input_site=input_site,
+            # The table of all layers has room for one feature of each.
+            top_features=min(top_features, 1) if layer == "all" and not as_json else top_features,
+            max_new_tokens=max_new_tokens,
+            progress=progress,
+        )
+    if as_json:
+        sys.stdout.write(json.dumps(found.to_dict(), ensure_ascii=False, indent=2) + "\n")
+        return
+    from jaxtc.cli.draw import draw
+
+    draw(Console(), found, by_layer=layer == "all")
+
+
+def _own_transcoders(model: str) -> str:
+    from jaxtc.weights.layout import GEMMA_SCOPE_2B
+
+    own = {EMBEDDED: EMBEDDED, "google/gemma-2-2b": GEMMA_SCOPE_2B}
+    if model not in own:
+        raise JaxtcError(
+            f"Which transcoder explains {model}? Give --transcoder: a hub id, a folder, or a "
+            f"params.npz that was trained on this model. (Known by themselves: {', '.join(own)}.)"
+        )
+    return own[model]
+
+
+def _transcoders(source: str, layer: str | None, progress: Callable[[str], None]):
+    from jaxtc.weights.layout import GEMMA_SCOPE_2B
+    from jaxtc.weights.transcoders import available_layers, load_transcoder
+
+    if layer == "all":
+        return _OnDemand(source, available_layers(source))
+    defaults = {EMBEDDED: DEFAULT_LAYER, GEMMA_SCOPE_2B: GEMMA_SCOPE_LAYER}
+    number = defaults.get(source) if layer is None else int(layer)
+    progress(f"Loading the transcoder from {source}")
+    return load_transcoder(source, number)
+
+
+class _OnDemand(Mapping):
+    """Transcoders by layer, loaded when asked for and not kept: 26 of 300 MB are many."""
+
+    def __init__(self, source: str, layers: list[int]):
+        self.source, self.layers = source, layers
+
+    def __getitem__(self, layer: int):
+        from jaxtc.weights.transcoders import load_transcoder
+
+        if layer not in self.layers:
+            raise KeyError(layer)
+        return load_transcoder(self.source, layer)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)

@@ -1,0 +1,97 @@
+"""What the commands share: a quiet JAX with a compilation cache, and progress on stderr."""
+
+import contextlib
+import logging
+import os
+import stat
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rich.console import Console
+
+
+@contextlib.contextmanager
+def working(first: str) -> Iterator[Callable[[str], None]]:
+    """A spinner on stderr (a plain line a step where stderr is no terminal) around long work.
+
+    Whatever a library prints to stdout meanwhile goes to stderr: stdout is for the result.
+    """
+    console = Console(stderr=True)
+    with contextlib.redirect_stdout(sys.stderr):
+        if console.is_terminal:
+            with console.status(first) as status:
+                quiet()
+                use_compilation_cache(console)
+                yield lambda step: status.update(f"{step} …")
+        else:
+            quiet()
+            use_compilation_cache(console)
+            say = lambda step: console.print(f"{step} …", highlight=False, soft_wrap=True)  # noqa: E731
+            say(first)
+            yield say
+
+
+def quiet() -> None:
+    """Keep the libraries' notes to developers from the user; errors still come through."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in ("jax", "jax._src.xla_bridge", "absl", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        for category in (DeprecationWarning, FutureWarning, UserWarning):
+            warnings.filterwarnings("ignore", category=category)
+
+
+def use_compilation_cache(console: Console) -> None:
+    """Keep compiled programs between runs, unless the user has said where (or that none is kept).
+
+    A cached program is code that will be run, so the folder is the user's own, with mode 0700.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+        return
+    from platformdirs import user_cache_path
+
+    folder = user_cache_path("jaxtc") / "xla"
+    problem = make_private(folder)
+    if problem:
+        console.print(
+            f"Compiled programs are not kept: {problem}. Set JAX_COMPILATION_CACHE_DIR to a folder "
+            "of your own to keep them.",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # Many small programs are compiled once each; together they are a second or more.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def make_private(folder: Path) -> str | None:
+    """Make ``folder`` with mode 0700, or say why it would not be private."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.mkdir(exist_ok=True, mode=0o700)
+        if not hasattr(os, "getuid"):
+            return None
+        for place in (folder, *folder.resolve().parents):
+            seen = place.lstat()
+            if stat.S_ISLNK(seen.st_mode):
+                return f"{place} is a link"
+            if seen.st_uid not in (os.getuid(), 0) or (place == folder and not _mine(seen)):
+                return f"{place} belongs to another user"
+            # In a sticky folder such as /tmp nobody can replace what is another's.
+            if seen.st_mode & 0o022 and (place == folder or not seen.st_mode & stat.S_ISVTX):
+                return f"others can write to {place}"
+        if stat.S_IMODE(folder.lstat().st_mode) != 0o700:
+            folder.chmod(0o700)
+    except OSError as error:
+        return f"{folder} cannot be used ({error.strerror})"
+    return None
+
+
+def _mine(seen: os.stat_result) -> bool:
+    return seen.st_uid == os.getuid()

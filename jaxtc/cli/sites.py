@@ -1,0 +1,86 @@
+"""``jaxtc sites``: the table of sites, with the shapes of a model."""
+
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table, box
+from rich.text import Text
+
+from jaxtc.config import Gemma2Config
+from jaxtc.sites import SITES, Site
+
+
+def command(model: str, *, as_json: bool) -> None:
+    """Print the table for ``model``, reading nothing but its ``config.json``."""
+    config = _config(model)
+    if as_json:
+        rows = [_row(site, config) for site in SITES]
+        sys.stdout.write(json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
+        return
+    _draw(Console(), config, model)
+
+
+def _config(source: str) -> Gemma2Config:
+    from jaxtc.weights import hub
+    from jaxtc.weights.load import EMBEDDED, model_folder
+
+    repo = hub.split_id(source)
+    if source != EMBEDDED and not Path(source).expanduser().exists() and repo and not repo[1]:
+        return Gemma2Config.from_file(hub.download(repo[0], "config.json"))
+    return Gemma2Config.from_file(model_folder(source) / "config.json")
+
+
+def _shape(site: Site, config: Gemma2Config) -> list[str | int]:
+    """Sizes where the config fixes them, axis letters where the prompt does."""
+    sizes = {**config.sizes, "1": 1}
+    return [sizes.get(letter, letter) for letter in site.axes.split()]
+
+
+def _row(site: Site, config: Gemma2Config) -> dict:
+    refused = dict(site.unlike)
+    names = {"hf": site.hf, "tl": site.tl}
+    return {
+        "site": site.name,
+        "address": f"layers.N.{site.name}" if site.per_layer else site.name,
+        "axes": site.axes.split(),
+        "shape": _shape(site, config),
+        "dtype": "float32" if site.float32 else "that of the weights",
+        "meaning": site.meaning,
+        "hf": site.aliases("N").get("hf"),
+        "transformer_lens": site.aliases("N").get("tl"),
+        "refused": {library: refused[name] for library, name in names.items() if name in refused},
+    }
+
+
+def _draw(console: Console, config: Gemma2Config, model: str) -> None:
+    """Two lines a site: what it is, and what others call it."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("site", style="bold cyan", no_wrap=True)
+    table.add_column("axes", no_wrap=True)
+    table.add_column("shape", no_wrap=True)
+    names = "meaning; [green]HF[/] and [yellow]TransformerLens[/] names"
+    table.add_column(names, ratio=1, overflow="fold")
+    for site in SITES:
+        refused = dict(site.unlike)
+        names, notes = [], []
+        for library, own, style in (("hf", site.hf, "green"), ("tl", site.tl, "yellow")):
+            if own in refused:
+                style += " strike"
+                notes.append(Text(f"\nrefused: {refused[own]}", "dim"))
+            if own:
+                names.append(Text(site.aliases("l")[library], style))
+        meaning = Text.assemble(site.meaning, "\n" if names else "", Text("  ").join(names), *notes)
+        shape = " ".join(map(str, _shape(site, config)))
+        table.add_row(site.name, site.axes, shape, meaning)
+    console.print(table)
+    console.print(
+        Text(
+            f"Shapes of {model}: {config.num_hidden_layers} layers; B prompts, T (query) and S "
+            "(key) positions are the prompt's. Address a site as layers.20.mlp_out, or mlp_out for "
+            "every layer; embed, final_scale, final_norm and logits exist once. Names of other "
+            "libraries are accepted too, but those marked refused, which hold another number.",
+            "dim",
+        )
+    )

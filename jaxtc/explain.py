@@ -1,0 +1,376 @@
+"""``explain``: what the MLPs of a model did with a prompt, told by the features of transcoders.
+
+Axis letters: T tokens of the prompt, D hidden, M features, V vocabulary.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtc.activations import Activations
+from jaxtc.errors import InputError, JaxtcError, SiteError, some
+from jaxtc.explanation import ActiveFeature, Explanation, LayerReport, TokenReport
+from jaxtc.generate import generate
+from jaxtc.metrics import FVU, Mean, notebook_score, relative_error, special_token_mask
+from jaxtc.model import Gemma2
+from jaxtc.neuronpedia import feature_url
+from jaxtc.prompts import bucket, prepare
+from jaxtc.run import run
+from jaxtc.sites import BY_NAME, Address, check_layer, parse
+from jaxtc.transcoder import Transcoder
+
+#: The site the Gemma Scope tutorial notebook feeds its transcoder: what the MLP reads, with the
+#: norm's gain. Gemma Scope's weights were trained on ``mlp_in_normed``.
+NOTEBOOK_SITE = "mlp_in"
+
+# What is written to the residual stream reaches the logits through the final norm alone.
+_RESIDUAL = frozenset({"attn_out", "mlp_out", "resid_pre", "resid_mid", "resid_post"})
+_CHUNK = 1024  # tokens encoded at once: bounds the dense (tokens, M) array
+_BLOCK = 64  # features whose logits are computed at once: bounds the (features, V) array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prompt:
+    """A tokenized prompt: ids, pieces and masked are all of length T."""
+
+    ids: list[int]
+    pieces: tuple[str, ...]
+    masked: np.ndarray
+
+
+def explain(
+    model: Gemma2,
+    tokenizer: Any,
+    prompt: str,
+    transcoders: Transcoder | Sequence[Transcoder] | Mapping[int, Transcoder],
+    *,
+    input_site: str | None = None,
+    top_features: int = 5,
+    promoted: int = 5,
+    max_new_tokens: int = 2,
+    progress: Callable[[str], None] = lambda step: None,
+) -> Explanation:
+    """Run a prompt once, and let transcoders say which features each token's MLP output is made of.
+
+    Args:
+        model: from :func:`jaxtc.load_model`.
+        tokenizer: the model's, from :func:`jaxtc.load_tokenizer`.
+        prompt: text; the tokenizer puts <bos> in front.
+        transcoders: one, several, or a mapping by layer. A mapping is read one layer at a time, so
+            that it may load them as they are asked for.
+        input_site: what to feed instead of each transcoder's own input site; ``"mlp_in"`` is what
+            the Gemma Scope tutorial feeds.
+        top_features: how many features to report for each token, at most M.
+        promoted: how many tokens to report for each feature.
+        max_new_tokens: length of the continuation; 0 for none.
+        progress: called with a few words at each long step.
+
+    Raises:
+        InputError: an empty prompt, one that does not fit the model's context, or a count that is
+            out of range.
+        JaxtcError: a transcoder of another model (its D differs), or one that knows no layer.
+        SiteError: no such site or layer.
+    """
+    config = model.config
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InputError(
+            "The prompt is empty. Give some text, for example "
+            "'The capital of the state containing Dallas is'."
+        )
+    counts = {"top_features": top_features, "promoted": promoted, "max_new_tokens": max_new_tokens}
+    for name, count in counts.items():
+        if not isinstance(count, int) or count < 0:
+            raise InputError(f"{name} is {count!r}, expected a whole number of at least 0.")
+    by_layer = _by_layer(transcoders, config.num_hidden_layers)
+    told, warnings = _tokenize(tokenizer, prompt, config.bos_token_id)
+    prepare(told.ids, config, extra=max_new_tokens)  # refuses a long prompt before any long work
+
+    # A mapping may load on demand, so its first transcoder speaks for the sites of all.
+    layers = list(by_layer)
+    first = by_layer[layers[0]]
+    fed = _input_site(input_site) if input_site else first.input_site
+    sites = sorted({fed, first.output_site, NOTEBOOK_SITE})
+    _check_fit(first, layers[0], fed, model)
+    progress("Running the model")
+    capture = [Address(site, layer) for layer in layers for site in sites]
+    activations = run(model, told.ids, capture=capture, logits=None).activations
+    reports = []
+    for layer in layers:
+        progress(f"Explaining layer {layer}")
+        transcoder = first if layer == layers[0] else by_layer[layer]
+        if not {fed if input_site else transcoder.input_site, transcoder.output_site} <= {*sites}:
+            raise JaxtcError(
+                f"The transcoder of layer {layer} reads {transcoder.input_site} and writes "
+                f"{transcoder.output_site}, but that of layer {layers[0]} reads "
+                f"{first.input_site} and writes {first.output_site}; explain one kind at a time."
+            )
+        site = fed if input_site else transcoder.input_site
+        _check_fit(transcoder, layer, site, model)
+        report, tops = _measure(transcoder, layer, site, activations, told, top_features)
+        names = _promoted_pieces(model, tokenizer, transcoder, tops, promoted)
+        reports.append(_with_features(report, tops, names, transcoder.source))
+
+    new: list[int] = []
+    if max_new_tokens:
+        progress("Continuing the prompt")
+        new = generate(model, told.ids, max_new_tokens).tokens[0]
+    return Explanation(
+        prompt=prompt,
+        ids=tuple(told.ids),
+        tokens=told.pieces,
+        layers=tuple(reports),
+        continuation=_continuation(tokenizer, told.ids, new),
+        continuation_ids=tuple(new),
+        warnings=tuple(warnings),
+    )
+
+
+def _by_layer(transcoders: Any, layers: int) -> Mapping[int, Transcoder]:
+    """Transcoders by layer, in order.
+
+    Raises:
+        JaxtcError: none, two for one layer, or one that knows no layer.
+        SiteError: a layer the model does not have.
+    """
+    if isinstance(transcoders, Mapping):
+        for layer in transcoders:
+            check_layer(layer, layers, "A transcoder")
+        found = transcoders
+    else:
+        given = [transcoders] if isinstance(transcoders, Transcoder) else list(transcoders)
+        found = {}
+        for transcoder in given:
+            if transcoder.layer is None:
+                raise JaxtcError(
+                    f"The transcoder from {transcoder.source or 'memory'} does not know its layer; "
+                    "give a mapping such as {20: transcoder}."
+                )
+            layer = check_layer(transcoder.layer, layers, "A transcoder")
+            if layer in found:
+                raise JaxtcError(f"Two transcoders are for layer {layer}; explain one at a time.")
+            found[layer] = transcoder
+        found = dict(sorted(found.items()))
+    if not found:
+        raise JaxtcError("No transcoder was given; explain needs at least one.")
+    return found
+
+
+def _input_site(name: str) -> str:
+    """The site that ``--input-site`` names."""
+    site, layer = parse(name)
+    if layer is not None:
+        raise SiteError(f"input_site is {name!r}; leave the layer out: {site!r}.")
+    if not BY_NAME[site].per_layer:
+        raise SiteError(f"input_site is {name!r}, which the model has once; layers have mlp_in.")
+    return site
+
+
+def _check_fit(transcoder: Transcoder, layer: int, site: str, model: Gemma2) -> None:
+    """Refuse a transcoder whose widths are not those of the sites it reads and writes."""
+    ends = {site: transcoder.d_in, transcoder.output_site: transcoder.d_out}
+    for name, width in ends.items():
+        axis = BY_NAME[name].axes.split()[2:]
+        size = model.config.sizes.get(axis[0], 1) if len(axis) == 1 else None
+        if size != width:
+            holds = f"{axis[0]}={size}" if size else " ".join(axis) + " (several axes)"
+            raise JaxtcError(
+                f"The transcoder of layer {layer} ({transcoder.source or 'in memory'}) has width "
+                f"D={width} at {name}, where this model has {holds}. It belongs to another model; "
+                "give one that was trained on this model."
+            )
+
+
+def _tokenize(tokenizer: Any, prompt: str, bos: int | None) -> tuple[_Prompt, list[str]]:
+    """The prompt's tokens, and what is odd about them."""
+    encoded = tokenizer(prompt, return_offsets_mapping=bool(tokenizer.is_fast))
+    ids = list(encoded["input_ids"])
+    warnings = []
+    unknown = [index for index, token in enumerate(ids) if token == tokenizer.unk_token_id]
+    if unknown:
+        spans = encoded.get("offset_mapping")
+        texts = [prompt[slice(*spans[index])] if spans else "a word" for index in unknown]
+        words = dict.fromkeys(repr(text.strip() or text) for text in texts)
+        warnings.append(
+            f"The tokenizer does not know {some([*words])}: "
+            f"the model sees {tokenizer.unk_token} there, and what is said below is about that."
+        )
+    if bos is not None and ids[:1] != [bos]:
+        warnings.append("The tokenizer put no <bos> in front; Gemma-2 is not itself without one.")
+    if ids[:2] == [bos, bos]:
+        warnings.append(
+            "The prompt has <bos> twice: the tokenizer adds it, so leave it out of the text."
+        )
+    special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
+    pieces = tuple(tokenizer.convert_ids_to_tokens(ids))
+    return _Prompt(ids, pieces, special_token_mask(ids, special)), warnings
+
+
+def _continuation(tokenizer: Any, ids: list[int], new: list[int]) -> str:
+    """The text of the new tokens, with the space that decoding them alone would lose."""
+    before = tokenizer.decode(ids, skip_special_tokens=True)
+    after = tokenizer.decode([*ids, *new], skip_special_tokens=True)
+    return after[len(before) :] if after.startswith(before) else tokenizer.decode(new)
+
+
+@functools.partial(jax.jit, static_argnames="top")
+def _encode(transcoder: Transcoder, x: jax.Array, top: int) -> dict[str, jax.Array]:
+    a = transcoder.encode(x)
+    values, ids = jax.lax.top_k(a, top)
+    counts = {"l0": (a > 0).sum(-1), "above_one": (a > 1).sum(-1)}
+    return {"values": values, "ids": ids, "y": transcoder.decode(a), **counts}
+
+
+def _encoded(transcoder: Transcoder, x: jax.Array, top: int) -> dict[str, np.ndarray]:
+    """The strongest features, counts and reconstruction of (T, D) inputs, as (T, ...) on the host.
+
+    Padded to a bucket and cut in chunks, with layer and source blotted out: one compiled program
+    serves prompts of all lengths and transcoders of all layers.
+    """
+    nameless = jax.tree.map(lambda leaf: leaf, transcoder)
+    nameless.layer, nameless.source = None, ""
+    T, D = x.shape
+    width = min(bucket(T), _CHUNK)
+    padded = np.zeros((-(-T // width) * width, D), np.float32)
+    padded[:T] = np.asarray(x, np.float32)
+    parts = [_encode(nameless, part, top) for part in padded.reshape(-1, width, D)]
+    return {name: np.concatenate([part[name] for part in parts])[:T] for name in parts[0]}
+
+
+def _measure(
+    transcoder: Transcoder, layer: int, site: str, activations: Activations, told: _Prompt, top: int
+) -> tuple[LayerReport, dict[str, np.ndarray]]:
+    """The figures of a layer and its tokens, without features; and the features, (T, top)."""
+    if top > transcoder.features:
+        raise InputError(
+            f"top_features is {top}, but the transcoder of layer {layer} has "
+            f"{transcoder.features} features."
+        )
+    read = lambda name: activations[Address(name, layer)][0]  # noqa: E731
+    target = read(transcoder.output_site)
+    got = _encoded(transcoder, read(site), max(top, 1))
+    errors = relative_error(target, got["y"])
+    keep = ~told.masked
+    fvu = FVU().update(target, got["y"], keep)
+    score = math.nan
+    if transcoder.output_site == "mlp_out" and transcoder.d_in == read(NOTEBOOK_SITE).shape[-1]:
+        same = site == NOTEBOOK_SITE
+        guess = got["y"] if same else _encoded(transcoder, read(NOTEBOOK_SITE), max(top, 1))["y"]
+        score = notebook_score(guess, target)
+    tokens = tuple(
+        TokenReport(
+            position=position,
+            id=int(told.ids[position]),
+            text=told.pieces[position],
+            masked=bool(told.masked[position]),
+            l0=int(got["l0"][position]),
+            above_one=int(got["above_one"][position]),
+            relative_error=float(errors[position]),
+            features=(),
+        )
+        for position in range(len(told.ids))
+    )
+    report = LayerReport(
+        layer=layer,
+        transcoder=transcoder.source,
+        width=transcoder.features,
+        input_site=site,
+        output_site=transcoder.output_site,
+        fvu=fvu.fvu,
+        explained_variance=fvu.explained_variance,
+        l0=Mean().update(got["l0"], keep).mean,
+        relative_error=Mean().update(errors, keep).mean,
+        notebook_score=score,
+        tokens=tokens,
+    )
+    return report, {name: got[name][:, :top] for name in ("values", "ids")}
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def _promoted(rows: jax.Array, gain: jax.Array, embedding: jax.Array, count: int) -> jax.Array:
+    rows = (rows.astype(jnp.float32) * (1 + gain.astype(jnp.float32))).astype(embedding.dtype)
+    logits = jnp.einsum(
+        "md,vd->mv", rows, embedding, precision="highest", preferred_element_type=jnp.float32
+    )
+    return jax.lax.top_k(logits, count)[1]
+
+
+def promoted_tokens(
+    model: Gemma2, transcoder: Transcoder, features: Sequence[int], count: int = 5
+) -> np.ndarray:
+    """The tokens that features push for: direct logit attribution of their decoder rows.
+
+    ``(W_dec[f] · (1 + w)) Eᵀ`` with w the final norm's gain and E the embedding. What is left out,
+    the norm's 1/rms and the softcap, changes no order; what other layers do with the feature is
+    not in it, so it says most about late layers.
+
+    Args:
+        model: whose unembedding to use.
+        transcoder: one that writes to the residual stream (``mlp_out``, say).
+        features: ids of n features.
+        count: how many tokens, at most V.
+
+    Returns:
+        (n, count) int32 token ids, strongest first.
+
+    Raises:
+        InputError: no such feature, or a count beyond V.
+        JaxtcError: the transcoder's D differs from the model's, or it writes elsewhere.
+    """
+    wanted = np.asarray(features, np.int64).reshape(-1)
+    if wanted.size and not 0 <= wanted.min() <= wanted.max() < transcoder.features:
+        raise InputError(f"Features are 0 to {transcoder.features - 1}, got {wanted.tolist()}.")
+    if not 0 <= count <= model.config.vocab_size:
+        raise InputError(f"count is {count}, the vocabulary has {model.config.vocab_size} tokens.")
+    if transcoder.output_site not in _RESIDUAL or transcoder.d_out != model.config.hidden_size:
+        raise JaxtcError(
+            f"This transcoder writes D={transcoder.d_out} at {transcoder.output_site}; only what "
+            f"is added to the residual stream (D={model.config.hidden_size}) promotes tokens."
+        )
+    found = np.zeros((len(wanted), count), np.int32)
+    block = min(_BLOCK, bucket(max(len(wanted), 1)))
+    for start in range(0, len(wanted), block):
+        some_ids = wanted[start : start + block]
+        rows = transcoder.W_dec[...][np.pad(some_ids, (0, block - len(some_ids)))]
+        gain, embedding = model.final_norm.weight[...], model.embed.weight[...]
+        best = np.asarray(_promoted(rows, gain, embedding, count))
+        found[start : start + block] = best[: len(some_ids)]
+    return found
+
+
+def _promoted_pieces(
+    model: Gemma2, tokenizer: Any, transcoder: Transcoder, tops: dict[str, np.ndarray], count: int
+) -> dict[int, tuple[str, ...]]:
+    """Pieces of the vocabulary by feature, for every feature that will be shown."""
+    shown = np.unique(tops["ids"][tops["values"] > 0])
+    if transcoder.output_site not in _RESIDUAL:
+        return {int(feature): () for feature in shown}
+    best = promoted_tokens(model, transcoder, shown, min(count, model.config.vocab_size))
+    return {
+        int(feature): tuple(tokenizer.convert_ids_to_tokens(row.tolist()))
+        for feature, row in zip(shown, best, strict=True)
+    }
+
+
+def _with_features(
+    report: LayerReport,
+    tops: dict[str, np.ndarray],
+    names: Mapping[int, tuple[str, ...]],
+    source: str,
+) -> LayerReport:
+    """``report`` with each token's strongest active features filled in."""
+    tokens = []
+    for token in report.tokens:
+        pairs = zip(tops["ids"][token.position], tops["values"][token.position], strict=True)
+        features = tuple(
+            ActiveFeature(int(f), float(v), names[int(f)], feature_url(source, int(f)))
+            for f, v in pairs
+            if v > 0
+        )
+        tokens.append(dataclasses.replace(token, features=features))
+    return dataclasses.replace(report, tokens=tuple(tokens))
