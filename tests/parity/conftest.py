@@ -1,7 +1,9 @@
 """Oracles and their activations, computed once a session, and the table of the worst figures."""
 
 import functools
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
@@ -9,8 +11,11 @@ import torch
 
 import jaxtc
 from jaxtc.sites import SITES, Address
-from tests.parity import oracles, reference
+from tests.parity import oracles, reference, torch_transcoder
 from tests.parity.oracles import Oracle
+
+# These models are so small that a second thread costs torch more than it gives.
+torch.set_num_threads(1)
 
 # Prompts and the side on which the reference pads them.
 CASES = {"right": ("prompts", "right"), "left": ("prompts", "left"), "long": ("long", "right")}
@@ -78,6 +83,42 @@ def ours(models, make_oracle) -> Callable[[Oracle, str, str], reference.Captured
         return {key: cut(key, x, list(map(len, prompts))) for key, x in kept.items()}
 
     return lambda oracle, field, dtype="float32": capture(oracle.name, field, dtype)
+
+
+@pytest.fixture(scope="session")
+def transcoder_file(tmp_path_factory) -> Callable[[Oracle], tuple[int, Path]]:
+    """(layer, ``params.npz``) of a transcoder for an oracle: the embedded one, or a random one."""
+
+    @functools.cache
+    def file(name: str, folder: Path) -> tuple[int, Path]:
+        if name == oracles.EMBEDDED:
+            layer = json.loads((folder / "config.json").read_text())["num_hidden_layers"] - 1
+            [path] = (folder.parent / "transcoders").glob(f"layer_{layer}/*/*/params.npz")
+            return layer, path
+        width = oracles.SHAPES[name]["hidden_size"]
+        place = Path("layer_2") / "width_512" / "average_l0_100" / "params.npz"
+        root = tmp_path_factory.mktemp(f"{name}-transcoders")
+        return 2, torch_transcoder.save_random(root / place, width, 512, seed=4)
+
+    return lambda oracle: file(oracle.name, oracle.folder)
+
+
+@pytest.fixture(scope="session")
+def transcoders_of(transcoder_file) -> Callable[[Oracle], tuple]:
+    """An oracle's transcoder in both frameworks: (ours, the reference)."""
+
+    def load(oracle: Oracle):
+        layer, file = transcoder_file(oracle)
+        folder = file.parents[3]
+        source = oracle.source if oracle.name == oracles.EMBEDDED else folder
+        return jaxtc.load_transcoder(source, layer), torch_transcoder.JumpReLU.load(file)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def transcoders(oracle, transcoders_of) -> tuple:
+    return transcoders_of(oracle)
 
 
 def cut(key: Address, x, lengths: list[int]) -> list:

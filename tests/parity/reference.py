@@ -15,7 +15,9 @@ from jaxtc.sites import SITES, Address
 Captured = dict[Address, list[torch.Tensor]]
 
 
-def hook(model: Gemma2ForCausalLM, where: str, keep: dict, key) -> torch.utils.hooks.RemovableHandle:
+def hook(
+    model: Gemma2ForCausalLM, where: str, keep: dict, key
+) -> torch.utils.hooks.RemovableHandle:
     """Keep what passes at ``module.input``, ``module.output`` or ``module.output.1``."""
     path, end, index = re.fullmatch(r"(.+?)\.(input|output)(?:\.(\d))?", where).groups()
     module = model.get_submodule(path)
@@ -74,7 +76,9 @@ def capture(model: Gemma2ForCausalLM, prompts: Sequence[Sequence[int]], side: st
 
     kept[Address("logits")] = out.logits  # the table says it: lm_head's own are not softcapped yet
     inner = model.model
-    kept[Address("final_scale")] = rate(inner.norm, kept[Address("resid_post", inner.layers[-1].self_attn.layer_idx)])
+    kept[Address("final_scale")] = rate(
+        inner.norm, kept[Address("resid_post", inner.layers[-1].self_attn.layer_idx)]
+    )
     for layer, block in enumerate(inner.layers):
         at = functools.partial(Address, layer=layer)
         for site, norm, source in (
@@ -93,7 +97,9 @@ def capture(model: Gemma2ForCausalLM, prompts: Sequence[Sequence[int]], side: st
             ~visible[:, None], torch.nan
         )
         # The window as this file understands it is the one the reference has.
-        hidden = kept[at("attn_pattern")].masked_select(~visible[:, None] & mask[:, None, :, None].bool())
+        hidden = kept[at("attn_pattern")].masked_select(
+            ~visible[:, None] & mask[:, None, :, None].bool()
+        )
         assert (hidden == 0).all()
     return {key: unpadded(key, value, mask) for key, value in kept.items()}
 

@@ -89,5 +89,5 @@ def test_the_oracle_sees(name, change, make_oracle, models):
 def test_gains_and_softcaps_bite(name, make_oracle, theirs):
     captured = theirs(make_oracle(name), "right")
     scores = torch.cat([x[~x.isnan()] for x in captured[Address("attn_scores", 1)]])
-    assert scores.abs().max() > 20
+    assert scores.abs().max() > 15
     assert max(x.abs().max() for x in captured[Address("logits")]) > 15

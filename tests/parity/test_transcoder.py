@@ -1,0 +1,84 @@
+"""The transcoder against a plain PyTorch JumpReLU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import jaxtc
+from tests.parity.conftest import note
+from tests.parity.reference import relative
+from tests.parity.torch_transcoder import JumpReLU
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def inputs(transcoders) -> torch.Tensor:
+    """(3, 11, D) activations of the size of a normed residual."""
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(3, 11, transcoders[1].W_enc.shape[0], generator=generator)
+
+
+def test_encode(transcoders, inputs):
+    ours, theirs = transcoders
+    a, expected = ours.encode(jnp.asarray(inputs)), theirs.encode(inputs)
+    assert 0 < (expected > 0).float().mean() < 0.7
+    error = note("float32", "transcoder features", relative([a], [expected]), ours.source[-28:])
+    assert error <= TOLERANCE
+    z = inputs @ theirs.W_enc + theirs.b_enc
+    near = (z - theirs.threshold).abs() < 1e-5  # where rounding may choose the side
+    assert ((np.asarray(a) > 0) == (expected > 0).numpy())[~near.numpy()].all()
+
+
+def test_decode_and_call(transcoders, inputs):
+    ours, theirs = transcoders
+    a = theirs.encode(inputs)
+    assert relative([ours.decode(jnp.asarray(a))], [theirs.decode(a)]) <= TOLERANCE
+    error = relative([ours(jnp.asarray(inputs))], [theirs(inputs)])
+    assert note("float32", "transcoder output", error, ours.source[-28:]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_sparse_path(transcoders, inputs, jit):
+    ours, theirs = transcoders
+    expected = theirs.encode(inputs)
+    most = int((expected > 0).sum(-1).max())
+    encode = lambda x: ours.encode_sparse(x, most)  # noqa: E731
+    found = (jax.jit(encode) if jit else encode)(jnp.asarray(inputs))
+    assert (np.asarray(found.count) == (expected > 0).sum(-1).numpy()).all()
+    values, ids = expected.topk(most)
+    assert relative([found.values], [values]) <= TOLERANCE
+    real = values > 0
+    assert (np.asarray(found.ids)[real] == ids.numpy()[real]).all()
+    assert relative([ours.decode_sparse(found)], [theirs(inputs)]) <= TOLERANCE
+
+
+# (pre-activation, threshold, activation): all exact in float32, so no rounding decides.
+EDGES = [
+    (0.5, 0.5, 0.0),  # strictly above
+    (0.5, 0.25, 0.5),
+    (0.25, 0.5, 0.0),
+    (-0.25, -0.5, 0.0),  # above a negative threshold, still not positive
+    (-0.5, -0.25, 0.0),
+    (0.0, -0.5, 0.0),
+    (0.125, -0.5, 0.125),
+    (0.0, 0.0, 0.0),
+]
+
+
+@pytest.mark.parametrize(("z", "threshold", "expected"), EDGES)
+def test_threshold_edges(z, threshold, expected):
+    from flax import nnx
+
+    theirs = JumpReLU(1, 1, 1)
+    ours = jaxtc.Transcoder(1, 1, rngs=nnx.Rngs(0))
+    ours.W_enc.set_value(jnp.ones((1, 1)))
+    ours.threshold.set_value(jnp.array([threshold]))
+    with torch.no_grad():
+        theirs.W_enc.fill_(1)
+        theirs.threshold.fill_(threshold)
+        assert theirs.encode(torch.tensor([z])).item() == expected
+    assert ours.encode(jnp.array([z])).item() == expected
+    assert ours.encode_sparse(jnp.array([z]), 1).values.item() == expected
