@@ -6,6 +6,7 @@ from jaxtc.edits import Detach as Detach
 from jaxtc.edits import SetTo as SetTo
 from jaxtc.edits import Splice as Splice
 from jaxtc.errors import JaxtcError as JaxtcError
+from jaxtc.explain import explain as explain
 from jaxtc.generate import generate as generate
 from jaxtc.intercept import Edit as Edit
 from jaxtc.intercept import register_edit as register_edit
