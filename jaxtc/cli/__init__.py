@@ -34,7 +34,7 @@ app = typer.Typer(
     help="Gemma-2 and its transcoders in JAX: see what an MLP does with a prompt.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(

@@ -1,5 +1,6 @@
 """``explain`` against the same quantities computed by hand, and what it refuses."""
 
+import importlib
 import json
 import math
 
@@ -161,11 +162,9 @@ def test_json_holds_everything_and_no_nan():
 
 
 def test_padding_and_chunks_do_not_show(monkeypatch):
-    import jaxtc.explain
-
     prompt = " ".join(["the capital of texas is austin"] * 6)
     whole = explained(prompt=prompt)
-    monkeypatch.setattr(jaxtc.explain, "_CHUNK", 16)
+    monkeypatch.setattr(importlib.import_module("jaxtc.explain"), "_CHUNK", 16)
     for one, other in zip(
         whole.layers[0].tokens, explained(prompt=prompt).layers[0].tokens, strict=True
     ):
