@@ -16,8 +16,9 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    LocalEntryNotFoundError,
+    HTTPError,
     OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -68,8 +69,7 @@ def download_if_there(repo: str, file: str, revision: str | None = None) -> Path
     try:
         return download(repo, file, revision)
     except SourceError as error:
-        absent = isinstance(error.__cause__, EntryNotFoundError)
-        if absent and not isinstance(error.__cause__, LocalEntryNotFoundError):
+        if isinstance(error.__cause__, RemoteEntryNotFoundError):
             return None
         raise
 
@@ -113,55 +113,57 @@ def _pin(file: Path, revision: str | None) -> str | None:
     return commit if _COMMIT.fullmatch(commit) else revision
 
 
-def _what(repo: str, file: str) -> str:
-    return f"{repo}/{file}" if file else repo
-
-
 @contextlib.contextmanager
 def _explained(repo: str, file: str, revision: str | None) -> Iterator[None]:
-    at = f" at revision {revision!r}" if revision else ""
+    # HTTPError covers what the HTTP client itself raises; OSError a full disk.
+    faults = (HTTPError, EntryNotFoundError, OfflineModeIsEnabled, HFValidationError, OSError)
     try:
         yield
-    # The order matters: each of these is a subclass of a later one.
-    except GatedRepoError as error:
-        raise SourceError(_gated(repo)) from error
-    except RepositoryNotFoundError as error:
-        raise SourceError(
+    except faults as error:
+        raise SourceError(_explain(error, repo, file, revision)) from error
+
+
+def _explain(error: Exception, repo: str, file: str, revision: str | None) -> str:
+    what = (f"{repo}/{file}" if file else repo) + (f" at revision {revision!r}" if revision else "")
+    status = _status(error)
+    if isinstance(error, HFValidationError):
+        return f"{repo!r} is not a hub id: {_first_line(error)}"
+    if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
+        return (
             f"The Hugging Face hub has no repository {repo!r} that you may see. Check the "
             "spelling (owner/name); if it is private or gated, log in with `hf auth login` or set "
             "HF_TOKEN. A local folder must exist to be taken as one."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise SourceError(
+        )
+    if isinstance(error, GatedRepoError) or status in (401, 403):
+        return _gated(repo)
+    if isinstance(error, RevisionNotFoundError):
+        return (
             f"{repo} on the Hugging Face hub has no revision {revision!r}; give a branch, a tag "
             "or a commit hash of it."
-        ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise SourceError(
-            f"{_what(repo, file)}{at} is not in the local cache, and the Hugging Face hub cannot "
-            "be reached. Check the network (and that HF_HUB_OFFLINE is not set), give a local "
-            "folder instead, or use the source 'embedded', which needs no network."
-        ) from error
-    except EntryNotFoundError as error:
-        raise SourceError(
-            f"{repo} on the Hugging Face hub has no file {file!r}{at}; see "
+        )
+    if isinstance(error, RemoteEntryNotFoundError):
+        return (
+            f"The Hugging Face hub has no file {what}; see "
             f"https://huggingface.co/{repo}/tree/{revision or 'main'}."
-        ) from error
-    except HfHubHTTPError as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status in (401, 403):
-            raise SourceError(_gated(repo)) from error
-        raise SourceError(
-            f"The Hugging Face hub answered {status or 'with an error'} for "
-            f"{_what(repo, file)}{at}: {_first_line(error)} Try again later."
-        ) from error
-    except HFValidationError as error:
-        raise SourceError(f"{repo!r} is not a hub id: {_first_line(error)}") from error
-    except OSError as error:
-        raise SourceError(
-            f"Fetching {_what(repo, file)} from the Hugging Face hub failed: {_first_line(error)} "
-            "Check the network and the room on the disk."
-        ) from error
+        )
+    if status is not None:
+        return f"The Hugging Face hub answered {what} with status {status}. Try again later."
+    if isinstance(error, HTTPError | EntryNotFoundError | OfflineModeIsEnabled):
+        return (
+            f"{what} is not in the local cache, and the Hugging Face hub cannot be reached. Check "
+            "the network (and that HF_HUB_OFFLINE is not set), give a local folder instead, or use "
+            "the source 'embedded', which needs no network."
+        )
+    return f"{what} could not be fetched: {_first_line(error)} Is there room on the disk?"
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status behind an error; the hub wraps some answers into "not in the cache"."""
+    while error is not None:
+        if isinstance(error, HfHubHTTPError) and error.response is not None:
+            return error.response.status_code
+        error = error.__cause__
+    return None
 
 
 def _gated(repo: str) -> str:

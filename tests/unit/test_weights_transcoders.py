@@ -1,0 +1,328 @@
+"""Transcoders from files, folders and layouts; damaged npz files; which one a layer means."""
+
+import io
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxtc
+from jaxtc.errors import SiteError, SourceError, WeightsError
+from jaxtc.weights import layout, load
+from tests.unit.weights_files import params, same, write_tier
+
+KEYS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+
+
+def matches(transcoder, arrays) -> bool:
+    return all(np.array_equal(np.asarray(getattr(transcoder, k)[...]), arrays[k]) for k in KEYS)
+
+
+def npy(array, **options) -> bytes:
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, array, **options)
+    return stream.getvalue()
+
+
+def write_zip(path, members: dict[str, bytes], compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+def refused(path, match):
+    with pytest.raises(WeightsError, match=match) as error:
+        jaxtc.load_transcoder(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture
+def path(tmp_path):
+    np.savez(tmp_path / "params.npz", **params())
+    return tmp_path / "params.npz"
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_reads_what_numpy_writes(tmp_path, save):
+    save(tmp_path / "params.npz", **params())
+    loaded = jaxtc.load_transcoder(tmp_path / "params.npz")
+    assert matches(loaded, params()) and loaded.layer is None
+    built = jaxtc.Transcoder(24, 60, source=loaded.source, rngs=nnx.Rngs(0))
+    assert jax.tree.structure(loaded) == jax.tree.structure(built)
+
+
+def test_order_and_byte_order_of_storage_do_not_matter(tmp_path):
+    arrays = params()
+    stored = {key: np.asfortranarray(value).astype(">f8") for key, value in arrays.items()}
+    np.savez(tmp_path / "params.npz", **stored)
+    assert matches(jaxtc.load_transcoder(tmp_path / "params.npz"), arrays)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtype(path, dtype):
+    loaded = jaxtc.load_transcoder(path, dtype=dtype)
+    assert matches(loaded, {k: v.astype(dtype) for k, v in params().items()})
+    assert loaded.W_enc.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("d_out", [24, 16])
+def test_round_trip_is_exact(tmp_path, dtype, d_out):
+    made = jaxtc.Transcoder(24, 60, d_out, dtype=dtype, rngs=nnx.Rngs(3))
+    made.threshold[...] = jax.random.uniform(jax.random.key(0), (60,), dtype)
+    file = jaxtc.save_transcoder(made, tmp_path / "deep" / "folder")
+    assert file == tmp_path / "deep/folder/params.npz"
+    loaded = jaxtc.load_transcoder(file, dtype=dtype)
+    assert matches(loaded, {key: np.asarray(getattr(made, key)[...]) for key in KEYS})
+    made.source = loaded.source
+    assert same(made, loaded)
+    with np.load(file, allow_pickle=False) as stored:
+        assert set(stored) == set(KEYS) and stored["W_enc"].dtype == np.float32
+    first = file.read_bytes()
+    assert jaxtc.save_transcoder(made, tmp_path / "again.npz").read_bytes() == first
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again.npz", "deep"]
+
+
+def test_saving_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    made = jaxtc.Transcoder(2, 3, rngs=nnx.Rngs(0))
+    with pytest.raises(SourceError, match="cannot be written"):
+        jaxtc.save_transcoder(made, tmp_path / "file" / "params.npz")
+
+
+def test_truncated_anywhere(path):
+    raw = path.read_bytes()
+    for length in (*range(0, len(raw), 97), len(raw) - 1):
+        path.write_bytes(raw[:length])
+        refused(path, "not a sound npz file")
+
+
+def test_a_flipped_bit_in_the_data_is_found(path):
+    raw = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        starts = [info.header_offset for info in archive.infolist()]
+    for start in starts:
+        damaged = bytearray(raw)
+        damaged[start + 30 + len("W_enc.npy") + 20 + 128 + 40] ^= 4
+        path.write_bytes(damaged)
+        refused(path, "not a sound npz file")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"not a zip at all", b"\0" * 100])
+def test_file_that_is_no_zip(path, content):
+    path.write_bytes(content)
+    refused(path, "not a sound npz file")
+
+
+def test_object_arrays_are_never_unpickled(path, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "exploded"), "w"))
+
+    arrays = params()
+    evil = np.empty(60, object)
+    evil[:] = [Bomb()] * 60
+    members = {f"{k}.npy": npy(v) for k, v in arrays.items()}
+    write_zip(path, {**members, "threshold.npy": npy(evil, allow_pickle=True)})
+    # numpy's array of objects has pointers by its header, a pickle in its bytes.
+    refused(path, "threshold holds pickled Python objects")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_all_that_is_wrong_with_the_arrays_is_one_error(path):
+    arrays = params()
+    del arrays["threshold"]
+    arrays["W_dec"] = np.ascontiguousarray(arrays["W_dec"].T)
+    arrays["b_enc"] = arrays["b_enc"].astype(np.int32)
+    arrays["scale"] = np.zeros(3, np.float32)
+    np.savez(path, **arrays)
+    message = refused(path, "not a transcoder")
+    assert "threshold is missing" in message
+    assert "W_dec has shape (24, 60), not (60, 24) (W_enc says D=24, M=60)" in message
+    assert "b_enc has dtype int32" in message
+    assert "scale is not part of a transcoder" in message
+
+
+@pytest.mark.parametrize("shape", [(24,), (24, 0), (2, 3, 4), ()])
+def test_encoder_that_is_no_matrix(path, shape):
+    np.savez(path, **{**params(), "W_enc": np.zeros(shape, np.float32)})
+    refused(path, "W_enc has shape")
+
+
+def test_bfloat16_as_numpy_stores_it_is_not_guessed(path):
+    arrays = {k: v.astype(ml_dtypes.bfloat16) for k, v in params().items()}
+    np.savez(path, **arrays)
+    refused(path, "W_enc has dtype")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_values_that_are_not_finite(path, bad, order):
+    arrays = params()
+    arrays["W_dec"][3, 4] = arrays["threshold"][0] = bad
+    np.savez(path, **{key: np.asarray(value, order=order) for key, value in arrays.items()})
+    message = refused(path, "cannot be used")
+    assert "W_dec holds NaN" in message and "threshold holds NaN" in message
+    assert "W_enc" not in message
+
+
+def header(shape, descr="<f4") -> bytes:
+    stream = io.BytesIO()
+    fields = {"descr": descr, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, fields)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("shape", [(10**9, 10**6), (24, 61), (-24, -60), (24,)])
+def test_header_that_claims_another_size(path, shape):
+    members = {f"{k}.npy": npy(v) for k, v in params().items()}
+    members["W_enc.npy"] = header(shape) + params()["W_enc"].tobytes()
+    write_zip(path, members)
+    refused(path, r"W_enc\.npy has \d+ bytes, its header of shape")
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_directory_that_claims_more_than_is_there(path, compression):
+    size = 4 * 10**9 // 2
+    members = {f"{k}.npy": npy(v) for k, v in params().items()}
+    members["W_enc.npy"] = header((size // 4 // 100, 100)) + b"\1" * 4000
+    write_zip(path, members, compression)
+    raw = bytearray(path.read_bytes())
+    entry = raw.index(b"W_enc.npy", raw.index(b"PK\1\2")) - 46
+    claimed = size + len(header((size // 4 // 100, 100)))
+    raw[entry + 24 : entry + 28] = claimed.to_bytes(4, "little")
+    if compression == zipfile.ZIP_STORED:
+        raw[entry + 20 : entry + 24] = claimed.to_bytes(4, "little")
+    path.write_bytes(raw)
+    refused(path, r"W_enc\.npy claims 20\d+ bytes")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"\x93NUMPY\x03\0", b"hello" * 50])
+def test_member_that_is_no_npy(path, content):
+    members = {f"{k}.npy": npy(v) for k, v in params().items()}
+    write_zip(path, {**members, "b_dec.npy": content})
+    refused(path, r"b_dec\.npy")
+
+
+def test_other_compressions_are_refused(path):
+    write_zip(path, {f"{k}.npy": npy(v) for k, v in params().items()}, zipfile.ZIP_LZMA)
+    refused(path, "compressed in a way")
+
+
+@pytest.fixture
+def scope(tmp_path):
+    """Layers 0, 1 and 20 of a folder like Gemma Scope's; layer 20 has its usual L0 and another."""
+    root = tmp_path / "scope"
+    for number, place in enumerate(
+        ["layer_0/width_1k/average_l0_9", "layer_1/width_1k/average_l0_7",
+         "layer_20/width_16k/average_l0_11", "layer_20/width_16k/average_l0_117"]
+    ):  # fmt: skip
+        arrays = params()
+        arrays["b_dec"][0] = number
+        write_tier(root, place, arrays)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "expected"),
+    [
+        ("", {"layer": 0}, ("layer_0/width_1k/average_l0_9", 0)),
+        ("", {"layer": 20}, ("layer_20/width_16k/average_l0_11", 2)),
+        ("", {"path": "layer_20/width_16k/average_l0_117"},
+         ("layer_20/width_16k/average_l0_117", 3)),
+        ("", {"path": "layer_20/width_16k/average_l0_117/params.npz"},
+         ("layer_20/width_16k/average_l0_117", 3)),
+        ("", {"path": "layer_1"}, ("layer_1/width_1k/average_l0_7", 1)),
+        ("layer_1", {}, ("layer_1/width_1k/average_l0_7", 1)),
+        ("layer_20", {}, ("layer_20/width_16k/average_l0_11", 2)),
+        ("layer_20/width_16k/average_l0_117", {"layer": 20},
+         ("layer_20/width_16k/average_l0_117", 3)),
+    ],
+)  # fmt: skip
+def test_which_one_of_a_folder(scope, source, options, expected):
+    name, mark = expected
+    loaded = jaxtc.load_transcoder(f"{scope}/{source}".rstrip("/"), **options)
+    assert loaded.source == f"{scope}/{name}" and loaded.b_dec[0] == mark
+    assert loaded.layer == int(name.split("/")[0].removeprefix("layer_"))
+    assert (loaded.input_site, loaded.output_site) == ("mlp_in_normed", "mlp_out")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({}, ["layers 0, 1, 20", "say which layer"]),
+        ({"layer": 2}, ["no transcoder for layer 2", "0, 1, 20"]),
+        ({"layer": -1}, ["layer is -1"]),
+        ({"path": "layer_3/width_1k/average_l0_9"}, ["no transcoder for layer 3", "0, 1, 20"]),
+        ({"path": "layer_20/width_16k/average_l0_12"}, ["average_l0_11", "average_l0_117"]),
+        ({"path": "layer_1/width_1k/average_l0_7", "layer": 0}, ["layer=0", "layer 1"]),
+        ({"path": "../scope/layer_1"}, ["leaves"]),
+        ({"path": "/layer_1"}, ["leaves"]),
+        ({"layer": 0, "revision": "main"}, ["revision='main'"]),
+    ],
+)
+def test_requests_that_a_folder_cannot_answer(scope, options, named):
+    with pytest.raises(SourceError) as error:
+        jaxtc.load_transcoder(scope, **options)
+    assert all(part in str(error.value) for part in named), str(error.value)
+
+
+def test_several_tiers_without_a_usual_one_are_listed(scope):
+    write_tier(scope, "layer_0/width_1k/average_l0_30")
+    with pytest.raises(SourceError) as error:
+        jaxtc.load_transcoder(scope, 0)
+    for tier in ("layer_0/width_1k/average_l0_9", "layer_0/width_1k/average_l0_30"):
+        assert tier in str(error.value)
+
+
+def test_every_layer_of_a_folder(scope):
+    loaded = jaxtc.load_transcoders(scope)
+    assert list(loaded) == [0, 1, 20] and [t.layer for t in loaded.values()] == [0, 1, 20]
+    assert list(jaxtc.load_transcoders(scope, [20, 0])) == [20, 0]
+    with pytest.raises(SourceError, match="no transcoder for layer 5"):
+        jaxtc.load_transcoders(scope, [0, 5])
+    with pytest.raises(SourceError, match="expected 'all'"):
+        jaxtc.load_transcoders(scope, "every")
+
+
+def test_folder_without_transcoders(tmp_path):
+    for call in (jaxtc.load_transcoder, jaxtc.load_transcoders):
+        with pytest.raises(SourceError, match="holds no transcoders; expected layer_N"):
+            call(tmp_path)
+
+
+def test_embedded_is_a_folder_of_that_layout(scope, monkeypatch, tmp_path):
+    scope.rename(tmp_path / "transcoders")
+    monkeypatch.setattr(load, "EMBEDDED_DATA", tmp_path)
+    loaded = jaxtc.load_transcoder(layer=1)
+    assert loaded.source == "embedded/layer_1/width_1k/average_l0_7" and loaded.b_dec[0] == 1
+    assert list(jaxtc.load_transcoders()) == [0, 1, 20]
+
+
+def test_input_site(scope):
+    assert jaxtc.load_transcoder(scope, 1, input_site="mlp_in").input_site == "mlp_in"
+    with pytest.raises(SiteError, match="Did you mean 'mlp_in'"):
+        jaxtc.load_transcoder(scope, 1, input_site="mlp_inn")
+
+
+@pytest.mark.parametrize("source", ["nothing", "./nothing/there", "/nothing"])
+def test_source_that_is_nothing(source):
+    with pytest.raises(SourceError, match="no file or folder"):
+        jaxtc.load_transcoder(source, 0)
+
+
+def test_autoencoders_are_not_taken_for_transcoders():
+    for kind in ("res", "mlp", "att", "res-canonical"):
+        with pytest.raises(SourceError, match="sparse autoencoders"):
+            jaxtc.load_transcoder(f"google/gemma-scope-2b-pt-{kind}", 20)
+
+
+def test_default_tiers_are_the_published_ones():
+    assert len(layout.DEFAULT_L0) == 26
+    assert layout.default_path(20) == "layer_20/width_16k/average_l0_11/params.npz"
+    assert [layout.DEFAULT_L0[layer] for layer in (0, 10, 11, 25)] == [76, 88, 5, 41]
