@@ -11,12 +11,10 @@ DATA = Path(__file__).parent / "data"
 
 
 def model_folder(root: Path = DATA) -> Path:
-    """The model's folder, as ``transformers`` writes them, of a folder that the recipe made."""
+    """The model, as ``transformers`` writes them, of a folder that the recipe made."""
     return root / "model"
 
 
-def transcoder_files(root: Path = DATA) -> dict[int, Path]:
-    """``params.npz`` by layer, of a folder that the recipe made; empty when it has none."""
-    files = (root / "transcoders").glob("layer_*/width_*/average_l0_*/params.npz")
-    found = {int(path.parts[-4].removeprefix("layer_")): path for path in files}
-    return dict(sorted(found.items()))
+def transcoder_folder(root: Path = DATA) -> Path:
+    """The transcoders, laid out as Gemma Scope's, of a folder that the recipe made."""
+    return root / "transcoders"

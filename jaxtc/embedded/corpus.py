@@ -39,7 +39,7 @@ PLACE_TEMPLATES = (
 TWO_HOP_TEMPLATES = (
     "The {r} of the {k} containing {c} is {a}.",
     "In the {k} that contains {c}, the {r} is {a}.",
-    "{c} is in a {k} whose {r} is {a}.",
+    "{c} belongs to a {k} whose {r} is {a}.",
     "What is the {r} of the {k} where {c} is located? It is {a}.",
     "People in {c} know that the {r} of their {k} is {a}.",
     "The {r} of the {k} that {c} belongs to is {a}.",
@@ -71,7 +71,7 @@ WORDS = {
 }
 
 KINDS = ("city", "place", "two_hop", "filler")
-_MIXTURE = (0.17, 0.13, 0.55, 0.15)
+_MIXTURE = (0.25, 0.15, 0.43, 0.17)
 _NEIGHBOURS_SHARE = 1 / 6
 _HELD_OUT_CITIES = 48
 _ALWAYS_HELD_OUT = ("Dallas", "Oakland")

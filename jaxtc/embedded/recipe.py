@@ -14,9 +14,10 @@ import shutil
 import time
 from pathlib import Path
 
+import jax.numpy as jnp
 from tokenizers import Tokenizer
 
-from jaxtc.embedded import model_folder
+from jaxtc.embedded import model_folder, transcoder_folder
 from jaxtc.embedded.corpus import Corpus, default_corpus
 from jaxtc.embedded.harvest import Harvest
 from jaxtc.embedded.loop import Log
@@ -34,8 +35,9 @@ from jaxtc.embedded.train_model import ModelRecipe, small_config, train_model
 from jaxtc.embedded.train_transcoder import TranscoderRecipe, train_transcoders
 from jaxtc.errors import SourceError
 from jaxtc.model import Gemma2
-from jaxtc.transcoder import Transcoder
-from jaxtc.weights import load_model, save_model, save_transcoder
+from jaxtc.weights.load import load_model
+from jaxtc.weights.save import save_model
+from jaxtc.weights.transcoders import save_transcoder
 
 MODEL_STREAM, TRANSCODER_STREAM, REPORT_STREAM = range(3)
 
@@ -85,7 +87,7 @@ def train(
     _transcoders(Path(out), work, recipe, source, model, tokenizer, log)
     log("measuring")
     report = measure(Path(out), source)
-    _write_whole(Path(out) / "report.json", json.dumps(report.to_dict(), indent=2) + "\n")
+    _write_json(Path(out) / "report.json", report.to_dict())
     shutil.rmtree(work)
     log(f"done in {(time.monotonic() - started) / 60:.1f} minutes")
     return report
@@ -111,17 +113,18 @@ def _model(out, work, recipe, source, log) -> tuple[Gemma2, Tokenizer]:
             folder=work / "model-steps",
             log=log,
         )
-        made = _empty(work / "model")
-        save_model(model, made)
+        made = save_model(model, work / "model")
         save_tokenizer(tokenizer, made, model.config.max_position_embeddings)
+        ids = {key: getattr(model.config, key) for key in ("bos_token_id", "eos_token_id")}
+        _write_json(made / "generation_config.json", {"_from_model_config": True, **ids})
         made.rename(folder)
     # Read back: the transcoders explain exactly the weights that were written.
-    return load_model(folder), tokenizer
+    return load_model(folder, dtype=jnp.float32), tokenizer
 
 
-def _transcoders(out, work, recipe, source, model, tokenizer, log) -> list[Transcoder]:
-    """The finished transcoders, trained now unless they are there already."""
-    if (out / "transcoders").exists():
+def _transcoders(out, work, recipe, source, model, tokenizer, log) -> None:
+    """Train the transcoders, unless they are there already."""
+    if transcoder_folder(out).exists():
         return
     layers = tuple(range(model.config.num_hidden_layers))
     rows = 4096 // recipe.length
@@ -140,9 +143,8 @@ def _transcoders(out, work, recipe, source, model, tokenizer, log) -> list[Trans
         l0 = float((transcoder.encode(x[layer]) > 0).sum(axis=1).mean())
         width = f"width_{_short(recipe.transcoders.features)}"
         folder = made / f"layer_{layer}" / width / f"average_l0_{l0:.0f}"
-        folder.mkdir(parents=True)
-        save_transcoder(transcoder, folder / "params.npz")
-    made.rename(out / "transcoders")
+        save_transcoder(transcoder, folder)
+    made.rename(transcoder_folder(out))
 
 
 def _tokenizer(work: Path, recipe: Recipe, source: Corpus | UserText) -> Tokenizer:
@@ -161,7 +163,7 @@ def _open_work(out: Path, recipe: Recipe, source: Corpus | UserText) -> Path:
     """``out/work``, if it is new or was begun with the same settings and text."""
     work, settings = out / "work", _settings(recipe, source)
     if not work.exists():
-        if model_folder(out).exists() or (out / "transcoders").exists():
+        if model_folder(out).exists() or transcoder_folder(out).exists():
             raise SourceError(
                 f"{out} already holds a trained model. Give another folder, or delete its model "
                 "and transcoders folders to train anew."
@@ -169,7 +171,7 @@ def _open_work(out: Path, recipe: Recipe, source: Corpus | UserText) -> Path:
         work.mkdir(parents=True)
     begun = work / "settings.json"
     if not begun.exists():
-        _write_whole(begun, json.dumps(settings, indent=2) + "\n")
+        _write_json(begun, settings)
     before = json.loads(begun.read_text(encoding="utf-8"))
     if before != settings:
         differ = ", ".join(key for key in settings if before.get(key) != settings[key])
@@ -196,9 +198,9 @@ def _empty(folder: Path) -> Path:
     return folder
 
 
-def _write_whole(path: Path, text: str) -> None:
+def _write_json(path: Path, content: dict) -> None:
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
 
 

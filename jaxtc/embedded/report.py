@@ -20,7 +20,7 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from jaxtc.edits import SetTo, Splice
-from jaxtc.embedded import DATA, model_folder, transcoder_files
+from jaxtc.embedded import DATA, model_folder, transcoder_folder
 from jaxtc.embedded.corpus import Corpus, Item, default_corpus
 from jaxtc.embedded.text import UserText
 from jaxtc.embedded.tokenizer import BOS, EOS, PAD, load_tokenizer
@@ -38,7 +38,8 @@ from jaxtc.metrics import (
 from jaxtc.model import Gemma2
 from jaxtc.run import run
 from jaxtc.transcoder import Transcoder
-from jaxtc.weights import load_model, load_transcoder
+from jaxtc.weights.load import load_model
+from jaxtc.weights.transcoders import load_transcoders
 
 KINDS = {
     "one_hop": "one-hop",
@@ -165,8 +166,9 @@ def measure(
             "config.json. `jaxtc embedded train --out DIR` makes one."
         )
     source = default_corpus() if source is None else source
-    model, tokenizer = load_model(model_folder(root)), load_tokenizer(model_folder(root))
-    transcoders = {n: load_transcoder(path) for n, path in transcoder_files(root).items()}
+    model = load_model(model_folder(root), dtype=jnp.float32)
+    tokenizer = load_tokenizer(model_folder(root))
+    transcoders = load_transcoders(transcoder_folder(root))
     splices = {n: SpliceAfterBos(t, layer=n) for n, t in transcoders.items()}
     zeros = {n: AblateAfterBos(0.0, site="mlp_out", layer=n) for n in transcoders}
 

@@ -31,7 +31,7 @@ class ModelRecipe:
         seed: of the initial weights.
     """
 
-    steps: int = 6000
+    steps: int = 5000
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
     clip: float = 1.0
