@@ -11,6 +11,7 @@ from jaxtc.explanation import ActiveFeature, Explanation, LayerReport, TokenRepo
 from jaxtc.neuronpedia import feature_url
 
 FEATURE, PIECE, FAINT = "cyan", "green", "dim"
+EDGES = 2  # columns that a table takes beside its cells and the two between them
 
 
 def draw(console: Console, found: Explanation, by_layer: bool = False) -> None:
@@ -18,10 +19,10 @@ def draw(console: Console, found: Explanation, by_layer: bool = False) -> None:
     for warning in found.warnings:
         console.print(Text.assemble(("Note: ", "bold yellow"), warning))
     if by_layer:
-        console.print(_all_layers(found))
+        console.print(_all_layers(found, console.width))
     else:
         for report in found.layers:
-            console.print(_one_layer(report))
+            console.print(_one_layer(report, console.width))
     console.print(_continuation(found))
 
 
@@ -30,55 +31,65 @@ def number(value: float, digits: int = 3) -> str:
     return f"{value:.{digits}f}" if math.isfinite(value) else "–"
 
 
-def _pieces(text: str, style: str) -> Text:
-    """Pieces of the vocabulary on one line: control characters spelled out, ▁ (a space) faint."""
-    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    shown = Text(plain, style)
-    shown.highlight_regex("▁", FAINT)
-    return shown
+def _piece(piece: str, style: str) -> Text:
+    """A piece of the vocabulary: a faint ▁ where a word begins, control characters spelled out."""
+    begins = piece.startswith("▁")
+    rest = piece.removeprefix("▁").replace("▁", " ")
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in rest)
+    return Text.assemble(("▁" if begins else "", FAINT), (plain, style))
 
 
-def _feature(feature: ActiveFeature) -> Text:
-    name = Text(f"{feature.feature:>5}", FEATURE)
+def _feature(feature: ActiveFeature, room: int) -> Text:
+    """A feature on one line of ``room`` columns: as many of the tokens it promotes as fit."""
+    line = Text.assemble((f"{feature.feature:>5}", FEATURE), f" {feature.activation:>6.2f} ")
     if feature.url:
-        name.stylize(f"link {feature.url}")
-    return Text.assemble(
-        name, f" {feature.activation:>6.2f}  ", _pieces(" ".join(feature.promotes), PIECE)
-    )
+        line.stylize(f"link {feature.url}", 0, 5)
+    for index, text in enumerate(feature.promotes):
+        piece = _piece(text, PIECE)
+        last = index == len(feature.promotes) - 1
+        if index and line.cell_len + piece.cell_len + (1 if last else 3) > room:
+            line.append(" …", FAINT)
+            break
+        line = Text.assemble(line, " ", piece, "" if last else " ")
+    line.truncate(room, overflow="ellipsis")
+    return line
 
 
-def _features(token: TokenReport) -> Group | Text:
-    if not token.features:
-        return Text("none active", FAINT)
-    return Group(*(_one_line(_feature(feature)) for feature in token.features))
+def _features(token: TokenReport, room: int) -> Text:
+    lines = [_feature(feature, room) for feature in token.features]
+    return Text("\n").join(lines) if lines else Text("none active", FAINT)
 
 
-def _one_line(text: Text) -> Text:
-    text.no_wrap, text.overflow = True, "ellipsis"
+def _cut(text: Text, room: int) -> Text:
+    text.truncate(room, overflow="ellipsis")
     return text
 
 
-def _one_layer(report: LayerReport) -> Group:
+def _one_layer(report: LayerReport, columns: int) -> Group:
     title = Text.assemble(
         (f"Layer {report.layer}", "bold"),
         f"  {report.input_site} → {report.width} features → {report.output_site}\n",
         (report.transcoder, FAINT),
     )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("", justify="right", style=FAINT)
-    table.add_column("token", max_width=20)
-    table.add_column("L0", justify="right")
-    table.add_column(">1", justify="right")
-    table.add_column("error", justify="right")
+    pieces = [
+        _cut(_piece(token.text, FAINT if token.masked else "bold"), 20) for token in report.tokens
+    ]
+    longest = max(piece.cell_len for piece in pieces)
+    headings = {"": len(str(len(pieces))), "token": max(longest, 5), "L0": 3, ">1": 3, "error": 5}
+    for heading, width in headings.items():
+        side = "left" if heading == "token" else "right"
+        table.add_column(heading, justify=side, min_width=width)
     table.add_column("feature, activation, tokens it promotes", no_wrap=True)
+    room = max(columns - sum(headings.values()) - 2 * len(headings) - EDGES, 20)
     for token in report.tokens:
         table.add_row(
             str(token.position),
-            _pieces(token.text, FAINT if token.masked else "bold"),
+            pieces[token.position],
             str(token.l0),
             str(token.above_one),
             number(token.relative_error, 2),
-            _features(token),
+            _features(token, room),
             style=FAINT if token.masked else "",
         )
     return Group(title, table, _totals(report))
@@ -111,14 +122,14 @@ def _links(report: LayerReport) -> list[Text]:
     return [Text.assemble("Neuronpedia  ", (url, FEATURE))] if url else []
 
 
-def _all_layers(found: Explanation) -> Group:
+def _all_layers(found: Explanation, columns: int) -> Group:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for name, width in (("layer", 5), ("EV", 6), ("L0", 5), ("error", 5), ("notebook", 8)):
+    headings = {"layer": 5, "EV": 6, "L0": 5, "error": 5, "notebook": 8}
+    for name, width in headings.items():
         table.add_column(name, justify="right", min_width=width)
-    last = Text.assemble(
-        "strongest at ", _pieces(found.tokens[-1], "bold"), " and what it promotes"
-    )
-    table.add_column(_one_line(last))
+    room = max(columns - sum(headings.values()) - 2 * len(headings) - EDGES, 20)
+    last = Text.assemble("strongest at ", _piece(found.tokens[-1], "bold"), " and what it promotes")
+    table.add_column(_cut(last, room), no_wrap=True)
     for report in found.layers:
         strongest = report.tokens[-1].features[:1]
         table.add_row(
@@ -127,7 +138,7 @@ def _all_layers(found: Explanation) -> Group:
             number(report.l0, 1),
             number(report.relative_error),
             number(report.notebook_score),
-            _one_line(_feature(strongest[0])) if strongest else Text("none active", FAINT),
+            _feature(strongest[0], room) if strongest else Text("none active", FAINT),
         )
     counted = sum(not token.masked for token in found.layers[0].tokens)
     meaning = Text(

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 import jaxtc
 
 WORDS = ("the", "capital", "of", "texas", "is", "austin", "paris", "france", "a", "city")
-WORDS += ("[bold]", "in", "and", "or", "to")
+WORDS += ("[bold]", "in", "and", "or", "a-word-of-so-many-letters-that-no-table-has-room-for-it")
 
 
 @functools.cache
