@@ -1,6 +1,7 @@
 """Models from and to folders: exact round trips, and every damaged folder refused by name."""
 
 import json
+import os
 import shutil
 
 import jax
@@ -58,8 +59,11 @@ def test_round_trip_is_exact(tmp_path, dtype, shard):
     loaded = jaxtc.load_model(folder, dtype=dtype)
     assert same(model, loaded) and loaded.config == CONFIG
     assert jax.tree.structure(loaded) == jax.tree.structure(jaxtc.Gemma2.abstract(CONFIG))
+
+
+def test_what_was_loaded_runs(model, folder):
     tokens = jnp.asarray([[2, 5, 7]])
-    logits = [jaxtc.run(m, tokens).logits for m in (model, loaded)]
+    logits = [jaxtc.run(m, tokens).logits for m in (model, jaxtc.load_model(folder))]
     assert (logits[0] == logits[1]).all()
 
 
@@ -286,11 +290,12 @@ def test_config_of_another_size_is_a_mismatch_not_a_guess(folder):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_values_that_are_not_finite(folder, bad, stored):
+def test_values_that_are_not_finite(folder, monkeypatch, bad, stored):
+    monkeypatch.setattr("jaxtc.weights.arrays.CHUNK_BYTES", 40)
     values = {k: v.astype(stored) for k, v in tensors(folder).items()}
     names = ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"]
-    for name in names:
-        values[name].reshape(-1)[-1] = bad
+    for name, place in zip(names, (0, -1), strict=True):  # in the first chunk, in the last
+        values[name].reshape(-1)[place] = bad
     rewrite(folder, values)
     for dtype in ("float32", "bfloat16", "float16"):
         with pytest.raises(WeightsError) as error:
@@ -349,6 +354,22 @@ def test_saving_that_fails_leaves_what_was_there(model, folder):
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     with pytest.raises(SourceError, match="No space left"):
         jaxtc.save_model(model, folder, tokenizer=_Failing())
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def test_moving_that_fails_leaves_what_was_there(model, folder, monkeypatch):
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    rename = os.rename
+
+    def fail_for_the_new_one(source, target):
+        if target == folder and not str(source).endswith(".old"):
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail_for_the_new_one)
+    with pytest.raises(SourceError, match="Input/output error"):
+        jaxtc.save_model(model, folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
 

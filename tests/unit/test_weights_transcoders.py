@@ -113,6 +113,15 @@ def test_a_flipped_bit_in_the_data_is_found(path):
         refused(path, "not a sound npz file")
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_wrong_checksum_is_found(path, save):
+    save(path, **params(64, 128))  # more than zipfile reads ahead
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(b"PK\1\2") + 16] ^= 1
+    path.write_bytes(raw)
+    refused(path, "Bad CRC-32")
+
+
 @pytest.mark.parametrize("content", [b"", b"PK", b"not a zip at all", b"\0" * 100])
 def test_file_that_is_no_zip(path, content):
     path.write_bytes(content)
@@ -220,7 +229,8 @@ def scope(tmp_path):
     root = tmp_path / "scope"
     for number, place in enumerate(
         ["layer_0/width_1k/average_l0_9", "layer_1/width_1k/average_l0_7",
-         "layer_20/width_16k/average_l0_11", "layer_20/width_16k/average_l0_117"]
+         "layer_20/width_16k/average_l0_11", "layer_20/width_16k/average_l0_117",
+         "layer_20/width_65k/average_l0_11"]
     ):  # fmt: skip
         arrays = params()
         arrays["b_dec"][0] = number
