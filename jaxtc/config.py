@@ -45,7 +45,7 @@ class Gemma2Config:
     bos_token_id: int | None = 2
 
     def __post_init__(self):
-        if not self.layer_types:
+        if not self.layer_types and isinstance(self.num_hidden_layers, int):
             # Even layers slide, odd ones see everything (facts of the released checkpoints).
             kinds = tuple((SLIDING, FULL)[i % 2] for i in range(self.num_hidden_layers))
             object.__setattr__(self, "layer_types", kinds)
@@ -78,13 +78,18 @@ class Gemma2Config:
             )
         if self.head_dim % 2:
             found.append(f"head_dim ({self.head_dim}) is odd, rotary embedding needs pairs")
-        if len(self.layer_types) != self.num_hidden_layers:
+        if not isinstance(self.layer_types, tuple):
+            found.append(f"layer_types is {self.layer_types!r}, expected a list of names")
+        elif len(self.layer_types) != self.num_hidden_layers:
             found.append(
                 f"layer_types lists {len(self.layer_types)} layers, "
                 f"num_hidden_layers says {self.num_hidden_layers}"
             )
-        for kind in sorted(set(self.layer_types) - {SLIDING, FULL}):
-            found.append(f"layer type {kind!r} is neither {SLIDING!r} nor {FULL!r}")
+        else:
+            for kind in self.layer_types:
+                if kind not in (SLIDING, FULL):
+                    found.append(f"layer type {kind!r} is neither {SLIDING!r} nor {FULL!r}")
+                    break
         return found
 
     def window(self, layer: int) -> int | None:

@@ -121,7 +121,7 @@ class Context:
         for axis, letter in enumerate(letters):
             if letter in "TS" and value.shape[axis] == self.length and self.length > 1:
                 pads[axis] = (0, x.shape[axis - value.ndim] - self.length)
-        value = jnp.pad(value, pads)
+        value = jnp.pad(value, pads) if pads else value
         try:
             fits = jnp.broadcast_shapes(value.shape, x.shape) == x.shape
         except ValueError:
@@ -278,6 +278,11 @@ def check_edits(
         if not isinstance(edit, Edit):
             raise EditError(
                 f"edits must be edits such as jaxtc.Add(...), got {type(edit).__name__}: {edit!r}."
+            )
+        if jax.tree.leaves(edit)[:1] == [edit]:
+            raise EditError(
+                f"{type(edit).__name__} is not registered, so jax does not see its fields: put "
+                "@jaxtc.register_edit() above the class."
             )
         per_layer = BY_NAME[edit.site].per_layer
         if not per_layer and edit.layer is not None:
