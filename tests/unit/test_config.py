@@ -1,0 +1,122 @@
+"""Reading a config.json."""
+
+import json
+
+import pytest
+from transformers import Gemma2Config as TorchConfig
+
+from jaxtc import Gemma2Config
+from jaxtc.errors import ConfigError
+
+RELEASED = {
+    "2b": Gemma2Config(),
+    "9b": Gemma2Config(
+        hidden_size=3584, intermediate_size=14336, num_hidden_layers=42,
+        num_attention_heads=16, num_key_value_heads=8,
+    ),
+    "27b": Gemma2Config(
+        hidden_size=4608, intermediate_size=36864, num_hidden_layers=46,
+        num_attention_heads=32, num_key_value_heads=16, head_dim=128, query_pre_attn_scalar=144,
+    ),
+}  # fmt: skip
+
+
+def test_defaults_are_those_of_transformers():
+    ours = Gemma2Config()
+    theirs = TorchConfig().to_dict()
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
+                 "num_attention_heads", "num_key_value_heads", "query_pre_attn_scalar",
+                 "sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
+                 "rms_norm_eps", "max_position_embeddings", "pad_token_id", "eos_token_id",
+                 "bos_token_id"):  # fmt: skip
+        assert getattr(ours, name) == theirs[name], name
+    assert list(ours.layer_types) == theirs["layer_types"]
+    assert ours.rope_theta == theirs["rope_parameters"]["rope_theta"]
+
+
+@pytest.mark.parametrize("size", RELEASED)
+def test_round_trip_through_transformers(size):
+    config = RELEASED[size]
+    theirs = TorchConfig(**config.to_dict())
+    assert Gemma2Config.from_dict(theirs.to_dict()) == config
+    assert Gemma2Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert hash(Gemma2Config.from_dict(config.to_dict())) == hash(config)
+
+
+def test_even_layers_slide():
+    config = Gemma2Config(num_hidden_layers=3)
+    assert [config.window(layer) for layer in range(3)] == [4096, None, 4096]
+    swapped = Gemma2Config(num_hidden_layers=2, layer_types=("full_attention", "sliding_attention"))
+    assert [swapped.window(layer) for layer in range(2)] == [None, 4096]
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ({"rope_theta": 500.0}, {"rope_theta": 500.0}),
+        ({"rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}}, {"rope_theta": 7.0}),
+        ({"rope_scaling": None}, {"rope_theta": 10000.0}),
+        ({"eos_token_id": [1, 107]}, {"eos_token_id": (1, 107)}),
+        ({"layer_types": None}, {"layer_types": Gemma2Config().layer_types}),
+        ({"attn_logit_softcapping": None}, {"attn_logit_softcapping": None}),
+        ({"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"}, {}),
+        ({"transformers_version": "4.42.0", "torch_dtype": "bfloat16"}, {}),
+    ],
+)
+def test_forms_of_several_versions(raw, expected):
+    base = {"model_type": "gemma2", "hidden_activation": "gelu_pytorch_tanh"}
+    config = Gemma2Config.from_dict(base | raw)
+    for name, value in expected.items():
+        assert getattr(config, name) == value
+
+
+OTHERS = [
+    ({"model_type": "gemma"}, "model_type 'gemma'.*runs Gemma-2 only"),
+    ({"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}, "Gemma3ForCausalLM"),
+    ({"model_type": "llama"}, "model_type 'llama'"),
+    ({"model_type": None}, "no architecture named"),
+    ({"hidden_activation": "silu"}, "hidden_activation = 'silu'"),
+    ({"attention_bias": True}, "attention_bias = True"),
+    ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ({"tie_word_embeddings": False}, "tie_word_embeddings = False"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type = 'linear'"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type = 'yarn'"),
+    ({"sliding_window": None}, "no sliding_window"),
+    ({"hidden_size": 0}, "hidden_size is 0, expected a whole number of at least 1"),
+    ({"num_hidden_layers": 2.5}, "num_hidden_layers is 2.5"),
+    ({"vocab_size": True}, "vocab_size is True"),
+    ({"head_dim": "256"}, "head_dim is '256'"),
+    ({"head_dim": 7}, "head_dim .7. is odd"),
+    ({"num_attention_heads": 9}, "not a multiple of"),
+    ({"layer_types": ["full_attention"]}, "lists 1 layers"),
+    ({"num_hidden_layers": "26"}, "num_hidden_layers is '26'"),
+    ({"layer_types": 26}, "layer_types is 26"),
+    ({"layer_types": [["full_attention"]] * 26}, "layer type .'full_attention'. is neither"),
+    ({"layer_types": ["dense"] * 26}, "layer type 'dense'"),
+    ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+    ({"attn_logit_softcapping": -1.0}, "attn_logit_softcapping is -1.0"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), OTHERS, ids=lambda x: str(x)[:40])
+def test_refused(change, message):
+    raw = {"model_type": "gemma2", "hidden_activation": "gelu_pytorch_tanh"} | change
+    with pytest.raises(ConfigError, match=message):
+        Gemma2Config.from_dict(raw)
+
+
+def test_all_problems_at_once():
+    with pytest.raises(ConfigError) as caught:
+        Gemma2Config(hidden_size=-1, vocab_size=0)
+    assert "hidden_size" in str(caught.value) and "vocab_size" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\xff"])
+def test_files_that_are_no_config(tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match="config.json"):
+        Gemma2Config.from_file(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Gemma2Config.from_file(tmp_path / "absent.json")
