@@ -140,7 +140,8 @@ def _by_layer(transcoders: Any, layers: int) -> Mapping[int, Transcoder]:
     """
     if isinstance(transcoders, Mapping):
         for layer in transcoders:
-            check_layer(layer, layers, "A transcoder")
+            if check_layer(layer, layers, "A transcoder") != layer:
+                raise SiteError(f"A transcoder is for layer {layer}; count layers from 0 here.")
         found = transcoders
     else:
         given = [transcoders] if isinstance(transcoders, Transcoder) else list(transcoders)

@@ -104,7 +104,7 @@ def _totals(report: LayerReport) -> Group:
     figures.add_row(
         "explained variance",
         number(report.explained_variance),
-        f"1 − FVU around the mean of these {len(counted)} tokens",
+        f"1 − FVU (dataset mean), over these {len(counted)} tokens",
     )
     figures.add_row("mean L0", number(report.l0, 1), "active features a token (>1: above 1)")
     figures.add_row("mean error", number(report.relative_error), "‖y − ŷ‖ / ‖y‖ of a token")
@@ -119,7 +119,9 @@ def _totals(report: LayerReport) -> Group:
 
 def _links(report: LayerReport) -> list[Text]:
     url = feature_url(report.transcoder, "FEATURE")
-    return [Text.assemble("Neuronpedia  ", (url, FEATURE))] if url else []
+    return (
+        [Text.assemble("Neuronpedia has a page for each feature:\n", (url, FEATURE))] if url else []
+    )
 
 
 def _all_layers(found: Explanation, columns: int) -> Group:
@@ -142,7 +144,7 @@ def _all_layers(found: Explanation, columns: int) -> Group:
         )
     counted = sum(not token.masked for token in found.layers[0].tokens)
     meaning = Text(
-        f"EV: explained variance, 1 − FVU around the mean vector of these {counted} tokens. "
+        f"EV: explained variance, 1 − FVU (dataset mean), over these {counted} tokens. "
         "L0: active features a token. error: mean ‖y − ŷ‖ / ‖y‖. All three without special tokens. "
         "notebook: the Gemma Scope tutorial's score (reads mlp_in, keeps <bos>, one scalar "
         "variance).",

@@ -1,6 +1,7 @@
 """The command line: what it prints, where, and how it fails."""
 
 import importlib
+import io
 import json
 import os
 import signal
@@ -8,11 +9,14 @@ import stat
 import subprocess
 import sys
 
+import jax
 import pytest
 from rich.cells import cell_len
+from rich.console import Console
 
 import jaxtc
 from jaxtc import cli
+from jaxtc.cli.draw import draw
 from jaxtc.cli.runtime import make_private
 from jaxtc.sites import SITES
 from tests.unit import tiny
@@ -127,6 +131,19 @@ def test_the_notebooks_site_and_other_options_reach_the_library(cli_run, folders
     )
     rounded, right = found["layers"][0]["fvu"], exact.layers[0].fvu
     assert rounded != right and rounded == pytest.approx(right, rel=0.05)
+
+
+def test_features_that_neuronpedia_has_are_linked(monkeypatch):
+    scope = jax.tree.map(lambda leaf: leaf, tiny.transcoder(1))
+    scope.source = "google/gemma-scope-2b-pt-transcoders/layer_1/width_16k/average_l0_65"
+    found = jaxtc.explain(tiny.model(), tiny.tokenizer(), PROMPT, scope)
+    page = "https://www.neuronpedia.org/gemma-2-2b/1-gemmascope-transcoder-16k/"
+    strongest = found.layers[0].tokens[-1].features[0]
+    assert strongest.url == f"{page}{strongest.feature}"
+    console = Console(width=80, file=io.StringIO(), force_terminal=True)
+    draw(console, found)
+    shown = console.file.getvalue()
+    assert f"{strongest.url}\x1b" in shown and f"{page}FEATURE" in shown
 
 
 @pytest.mark.parametrize(

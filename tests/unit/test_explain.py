@@ -191,6 +191,7 @@ def test_padding_and_chunks_do_not_show(monkeypatch):
         ({"input_site": "mlp_act"}, JaxtcError, "D=24 at mlp_act, where this model has F=40"),
         ({"input_site": "attn_heads"}, JaxtcError, "several axes"),
         ({"transcoders": []}, JaxtcError, "No transcoder"),
+        ({"transcoders": {-1: tiny.transcoder(1)}}, SiteError, "count layers from 0"),
         ({"transcoders": {3: tiny.transcoder(1)}}, SiteError, "layer 3, .* 3 layers: 0 to 2"),
         ({"transcoders": tiny.transcoder(None)}, JaxtcError, "does not know its layer"),
         ({"transcoders": [tiny.transcoder(1)] * 2}, JaxtcError, "Two transcoders"),
