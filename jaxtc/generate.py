@@ -61,10 +61,13 @@ def generate(
         EditError: an edit that does not fit or could never fire.
     """
     config = model.config
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens!r}, expected at least 1.")
+    whole = isinstance(max_new_tokens, int | np.integer) and not isinstance(max_new_tokens, bool)
+    if not whole or max_new_tokens < 1:
+        raise InputError(
+            f"max_new_tokens is {max_new_tokens!r}, expected a whole number of at least 1."
+        )
     prompts = prepare(tokens, config, lengths, extra=max_new_tokens)
-    if prompts.known_lengths is None:
+    if prompts.known_lengths is None or isinstance(prompts.tokens, jax.core.Tracer):
         raise InputError("generate loops in Python and cannot run inside jit, vmap or grad.")
     layers = config.num_hidden_layers
     # The last new token is never fed back, so an edit at its position would not fire.
@@ -116,7 +119,11 @@ def _prefill(config: Gemma2Config, slots: int, leaves, tokens, lengths, edits):
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     cache = Cache.empty(config, tokens.shape[0], slots, model.dtype)
     tap = Tap((), edits, positions, lengths, tokens.shape[1])
-    logits, cache = model(tokens, positions=positions, cache=cache, tap=tap, logits_at=lengths - 1)
+    # An edit of the logits selects among those of every token.
+    at = None if any(edit.site == "logits" for edit in edits) else lengths - 1
+    logits, cache = model(tokens, positions=positions, cache=cache, tap=tap, logits_at=at)
+    if at is None:
+        logits = jnp.take_along_axis(logits, lengths[:, None, None] - 1, axis=1)
     return logits[:, 0].argmax(-1).astype(jnp.int32), cache
 
 

@@ -86,7 +86,7 @@ def prepare(
 
 
 def _traced(tokens: Any, config: Gemma2Config, lengths: Any, extra: int, pad: bool) -> Prompts:
-    """Inside a trace ids cannot be checked here: the embedding gives NaN for a bad one."""
+    """Inside a trace ids cannot be checked here: the embedding gives NaN for a bad one's row."""
     tokens = jnp.atleast_2d(jnp.asarray(tokens, jnp.int32))
     length = tokens.shape[1]
     _check_context(length, extra, config)
@@ -94,6 +94,10 @@ def _traced(tokens: Any, config: Gemma2Config, lengths: Any, extra: int, pad: bo
     if lengths is None:
         known = np.full(tokens.shape[0], length)
         lengths = known
+    else:
+        # What lies past a length may be no token at all, and its NaN would reach the others.
+        real = jnp.arange(length)[None] < jnp.asarray(lengths)[:, None]
+        tokens = jnp.where(real, tokens, config.pad_token_id or 0)
     width = bucket(length) if pad else length
     padded = jnp.pad(tokens, [(0, 0), (0, width - length)])
     return Prompts(padded, jnp.asarray(lengths, jnp.int32), known, length)
