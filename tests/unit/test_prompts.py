@@ -98,6 +98,6 @@ def test_inside_a_trace():
 
     tokens, lengths = traced(jnp.array([[2, 5, 6]]), jnp.array([2]))
     assert shapes == [((1, 16), None, 3)]
-    assert tokens[0, :3].tolist() == [2, 5, 6] and lengths.tolist() == [2]
+    assert tokens[0, :3].tolist() == [2, 5, CONFIG.pad_token_id] and lengths.tolist() == [2]
     with pytest.raises(InputError, match="context"):
         jax.eval_shape(lambda t: prepare(t, CONFIG).tokens, jnp.zeros((1, CONTEXT + 1), jnp.int32))
