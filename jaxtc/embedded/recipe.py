@@ -39,7 +39,8 @@ from jaxtc.weights.load import load_model
 from jaxtc.weights.save import save_model
 from jaxtc.weights.transcoders import save_transcoder
 
-MODEL_STREAM, TRANSCODER_STREAM, REPORT_STREAM = range(3)
+MODEL_STREAM, TRANSCODER_STREAM = range(2)
+MODEL_STEPS, TRANSCODER_STEPS = "model-steps", "transcoder-steps"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,7 @@ def _model(out, work, recipe, source, log) -> tuple[Gemma2, Tokenizer]:
             Batches(source, tokenizer, recipe.rows, recipe.length, MODEL_STREAM),
             recipe.model,
             frozen_tokens=frozen,
-            folder=work / "model-steps",
+            folder=work / MODEL_STEPS,
             log=log,
         )
         made = save_model(model, work / "model")
@@ -133,7 +134,7 @@ def _transcoders(out, work, recipe, source, model, tokenizer, log) -> None:
         Harvest(model, batches, layers),
         layers,
         recipe.transcoders,
-        folder=work / "transcoder-steps",
+        folder=work / TRANSCODER_STEPS,
         log=log,
     )
     held_out = Batches(source, tokenizer, rows, recipe.length, TRANSCODER_STREAM, held_out=True)
@@ -170,15 +171,18 @@ def _open_work(out: Path, recipe: Recipe, source: Corpus | UserText) -> Path:
             )
         work.mkdir(parents=True)
     begun = work / "settings.json"
-    if not begun.exists():
-        _write_json(begun, settings)
-    before = json.loads(begun.read_text(encoding="utf-8"))
-    if before != settings:
-        differ = ", ".join(key for key in settings if before.get(key) != settings[key])
+    before = json.loads(begun.read_text(encoding="utf-8")) if begun.exists() else settings
+    differ = [key for key in settings if before.get(key) != settings[key]]
+    # Nothing made so far depends on the transcoders' settings before their training begins.
+    if differ == ["transcoders"] and not (work / TRANSCODER_STEPS).exists():
+        differ = []
+    if differ:
         raise SourceError(
-            f"{out} holds an unfinished run with other settings ({differ}). Start it again with "
-            f"those settings to go on, delete {work} to begin anew, or give another folder."
+            f"{out} holds an unfinished run with other settings ({', '.join(differ)}). Start it "
+            f"again with those settings to go on, delete {work} to begin anew, or give another "
+            "folder."
         )
+    _write_json(begun, settings)
     return work
 
 

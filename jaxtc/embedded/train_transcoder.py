@@ -6,8 +6,9 @@ Gemma 3 release, which sets L0 itself. Gradients reach the thresholds through a 
 coordinate has unit mean square, and the constants are folded into the weights at the end.
 
 Differences from the paper, because a run here is a thousandth as long: a wider kernel, a higher
-learning rate that decays, thresholds that start where L0 is near its goal, and a pull on features
-that have stopped firing. Axis letters: n tokens, D hidden, M features.
+learning rate that decays, thresholds that start where L0 is near its goal, and features that have
+all but stopped firing are set anew on what is explained worst (resampling, after Bricken et al.
+2023, "Towards Monosemanticity"). Axis letters: n tokens, D hidden, M features.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from jaxtc.embedded.harvest import Harvest
 from jaxtc.embedded.loop import Log, fit
 from jaxtc.transcoder import Transcoder
 
+# A new feature gets a density from which it is dead again after 300 silent steps.
+_DENSITY_RATE, _REVIVED_DENSITY = 0.01, 20
+
 
 @dataclass(frozen=True)
 class TranscoderRecipe:
@@ -41,21 +45,21 @@ class TranscoderRecipe:
         l0_weight: λ, reached linearly over the first 20% of the steps.
         bandwidth: width ε of the rectangle kernel.
         start_density: share of tokens on which a feature is active at the start.
-        idle_steps: a feature silent for so many steps is pulled towards firing.
-        idle_weight: weight of that pull.
+        rarest: a feature active on a smaller share of tokens counts as dead.
+        revive_every: steps between settings anew of dead features; none after 60% of the steps.
         seed: of the initial weights.
     """
 
     features: int = 1024
-    target_l0: float = 22.0
-    steps: int = 3000
-    batch: int = 2048
-    learning_rate: float = 2e-3
+    target_l0: float = 23.0
+    steps: int = 4000
+    batch: int = 1024
+    learning_rate: float = 3e-3
     l0_weight: float = 1.0
     bandwidth: float = 0.1
-    start_density: float = 0.08
-    idle_steps: int = 100
-    idle_weight: float = 1.0
+    start_density: float = 0.05
+    rarest: float = 5e-5
+    revive_every: int = 200
     seed: int = 0
 
 
@@ -102,7 +106,8 @@ def initial_weights(
     """Random weights; thresholds and ``b_dec`` fitted to normalised activations, (n, D) each."""
     inward, outward = jax.random.split(key)
     he_uniform = jax.nn.initializers.he_uniform()
-    W_enc = he_uniform(inward, (x.shape[1], recipe.features), jnp.float32)
+    # Small: unit decoder rows that fire at random would drown the target and be silenced at once.
+    W_enc = 0.1 * he_uniform(inward, (x.shape[1], recipe.features), jnp.float32)
     W_dec = he_uniform(outward, (recipe.features, y.shape[1]), jnp.float32)
     threshold = jnp.quantile(x @ W_enc, 1 - recipe.start_density, axis=0)
     return Weights(
@@ -114,18 +119,49 @@ def initial_weights(
     )
 
 
-def loss(weights: Weights, x: jax.Array, y: jax.Array, idle: jax.Array, ramp, recipe):
-    """The loss of a batch, normalised activations (n, D) each; with figures and who fired (M,)."""
+def loss(weights: Weights, x: jax.Array, y: jax.Array, ramp: jax.Array, recipe: TranscoderRecipe):
+    """The loss of a batch of normalised activations, (n, D) each; with figures.
+
+    Returns:
+        (loss, (figures, density (M,) in this batch, what is left unexplained (n, D))).
+    """
     z = x @ weights.W_enc + weights.b_enc
     activations, gate = jumprelu(z, weights.threshold, recipe.bandwidth)
-    error = jnp.sum((activations @ weights.W_dec + weights.b_dec - y) ** 2, axis=1).mean()
+    left = y - (activations @ weights.W_dec + weights.b_dec)
+    error = jnp.sum(left**2, axis=1).mean()
     l0 = gate.sum(axis=1).mean()
     excess = (2 / recipe.target_l0) * (l0 - recipe.target_l0) ** 2
-    silent = idle >= recipe.idle_steps
-    pull = jnp.sum(silent * jnp.maximum(weights.threshold - z.max(axis=0), 0))
-    total = error + ramp * recipe.l0_weight * excess + recipe.idle_weight * pull
     fvu = error / jnp.sum((y - y.mean(axis=0)) ** 2, axis=1).mean()
-    return total, ({"fvu": fvu, "l0": l0, "dead": silent.mean()}, gate.max(axis=0) > 0)
+    total = error + ramp * recipe.l0_weight * excess
+    return total, ({"fvu": fvu, "l0": l0}, gate.mean(axis=0), left)
+
+
+def revive(key: jax.Array, weights: Weights, dead: jax.Array, x: jax.Array, left: jax.Array):
+    """Set dead features anew, each on a token drawn in proportion to its squared error.
+
+    The new feature fires on tokens whose input lies in the direction of that token's (from the
+    batch's mean), and writes what was left unexplained there.
+
+    Args:
+        key: for the draw.
+        weights: before.
+        dead: (M,) booleans.
+        x: (n, D) inputs of a batch.
+        left: (n, D), target minus reconstruction of that batch.
+    """
+    squared = jnp.sum(left**2, axis=1)
+    drawn = jax.random.categorical(key, jnp.log(squared + 1e-12), shape=dead.shape)
+    size = jnp.sqrt(squared[drawn])
+    inward = x[drawn] - x.mean(axis=0)
+    # On the drawn token the pre-activation is the size of the error.
+    W_enc = (inward * (size / jnp.sum(inward**2, axis=1))[:, None]).T
+    return Weights(
+        W_enc=jnp.where(dead, W_enc, weights.W_enc),
+        b_enc=jnp.where(dead, -x.mean(axis=0) @ W_enc, weights.b_enc),
+        W_dec=jnp.where(dead[:, None], _unit_rows(left[drawn]), weights.W_dec),
+        b_dec=weights.b_dec,
+        threshold=jnp.where(dead, 0.7 * size, weights.threshold),
+    )
 
 
 def train_transcoders(
@@ -157,23 +193,39 @@ def train_transcoders(
 
     def start(i: int):
         weights = initial_weights(keys[i], x[i] / scales[i][0], y[i] / scales[i][1], recipe)
-        return weights, transform.init(weights), jnp.zeros(recipe.features, jnp.int32)
+        return (
+            weights,
+            transform.init(weights),
+            jnp.full(recipe.features, _REVIVED_DENSITY * recipe.rarest),
+        )
 
     def step(carry, batch):
         number, states = carry
         ramp = jnp.minimum(1.0, number / (0.2 * recipe.steps))
+        reviving = (number % recipe.revive_every == 0) & (number > 0)
+        reviving &= number <= 0.6 * recipe.steps
         after, figures = [], {}
-        for i, (weights, state, idle) in enumerate(states):
+        for i, (weights, state, density) in enumerate(states):
             pair = batch[0][i] / scales[i][0], batch[1][i] / scales[i][1]
-            gradient, (seen, fired) = jax.grad(loss, has_aux=True)(
-                weights, *pair, idle, ramp, recipe
-            )
+            gradient, (seen, now, left) = jax.grad(loss, has_aux=True)(weights, *pair, ramp, recipe)
             updates, state = transform.update(_tangent(gradient, weights), state)
             weights = optax.apply_updates(weights, updates)
             weights = weights._replace(
                 W_dec=_unit_rows(weights.W_dec), threshold=jnp.maximum(weights.threshold, 0)
             )
-            after.append((weights, state, jnp.where(fired, 0, idle + 1)))
+            density += _DENSITY_RATE * (now - density)
+            dead = density < recipe.rarest
+            weights, density = jax.lax.cond(
+                reviving,
+                lambda key, w, d, dead, x, left: (
+                    revive(key, w, dead, x, left),
+                    jnp.where(dead, _REVIVED_DENSITY * recipe.rarest, d),
+                ),
+                lambda key, w, d, dead, x, left: (w, d),
+                jax.random.fold_in(keys[i], number), weights, density, dead, pair[0], left,
+            )  # fmt: skip
+            after.append((weights, state, density))
+            seen["dead"] = dead.mean()
             figures |= {f"{name}[{layers[i]}]": value for name, value in seen.items()}
         return (number + 1, after), figures
 

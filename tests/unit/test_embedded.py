@@ -42,6 +42,7 @@ from jaxtc.embedded.train_transcoder import (
     Weights,
     _fold,
     jumprelu,
+    revive,
     train_transcoders,
 )
 
@@ -257,7 +258,9 @@ def test_a_killed_model_run_goes_on_to_the_same_weights(tmp_path):
 
 def test_a_killed_transcoder_run_goes_on_to_the_same_weights(tmp_path):
     model = jaxtc.Gemma2(tiny_config(), rngs=nnx.Rngs(0))
-    recipe = TranscoderRecipe(features=64, target_l0=8, steps=40, batch=32)
+    recipe = TranscoderRecipe(
+        features=64, target_l0=8, steps=40, batch=32, revive_every=5, rarest=0.05
+    )
 
     def go(**options):
         harvest = Harvest(model, tiny_batches(stream=1), (0, 1), tokens=512)
@@ -288,6 +291,25 @@ def test_the_threshold_gradient_estimates_the_slope_of_the_expected_value():
     assert jax.grad(total)(jnp.full(1, t))[0] == pytest.approx(-t * density, rel=0.02)
     by_z = jax.grad(lambda x: jumprelu(x, jnp.full(1, t), 0.1)[0].sum())(z)
     np.testing.assert_array_equal(by_z, (z > t).astype(np.float32))
+
+
+def test_a_revived_feature_explains_the_token_it_was_set_on():
+    rng = np.random.default_rng(0)
+    D, M, n = 8, 5, 40
+    draw = [rng.normal(size=s) for s in [(D, M), (M,), (M, D), (D,)]]
+    before = Weights(*(jnp.asarray(a, jnp.float32) for a in draw), jnp.full(M, 0.3))
+    x = jnp.asarray(rng.normal(size=(n, D)), jnp.float32)
+    left = jnp.zeros((n, D)).at[7].set(jnp.arange(8.0))  # only token 7 is explained badly
+    dead = jnp.arange(M) == 2
+    after = revive(jax.random.key(0), before, dead, x, left)
+    for a, b in zip(before, after, strict=True):
+        kept = [slice(None)] * a.ndim
+        if M in a.shape:
+            kept[a.shape.index(M)] = np.flatnonzero(~dead)
+        np.testing.assert_array_equal(a[tuple(kept)], b[tuple(kept)])
+    active, _ = jumprelu(x @ after.W_enc + after.b_enc, after.threshold, 0.1)
+    np.testing.assert_allclose(active[7, 2] * after.W_dec[2], left[7], rtol=1e-4, atol=1e-4)
+    assert (active[:, 2] > 0).sum() < n / 2
 
 
 def test_folded_scales_make_the_weights_act_on_raw_activations():
