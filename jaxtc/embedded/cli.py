@@ -1,6 +1,6 @@
 """``jaxtc embedded``: make the embedded model again, or one from your own text, and measure it.
 
-JAX is imported inside the commands, so that ``--help`` answers at once.
+The training libraries are imported inside the commands, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
@@ -14,12 +14,28 @@ import typer
 from rich.console import Console
 
 from jaxtc.embedded import DATA
+from jaxtc.embedded.settings import ModelRecipe, Recipe, TranscoderRecipe
 
 app = typer.Typer(
     name="embedded",
     help="The small model and transcoders that ship with jaxtc: train them again, measure them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+)
+
+DEFAULT = Recipe()
+TRAIN_HELP = "\n\n".join(
+    [
+        "Train a small Gemma-2, then JumpReLU transcoders on all its layers, from nothing.",
+        "Without options this makes the files that ship with jaxtc, on its generated corpus of "
+        "facts about places; it takes about 20 minutes on two free cores.",
+        "With --text the same recipe runs on a text of yours: a byte-fallback BPE tokenizer is "
+        "trained on it, then the model, then the transcoders. For example: jaxtc embedded train "
+        "--text notes.txt --out my-model --vocab 2000 --steps 3000",
+        "What comes out can be used wherever a model is named: jaxtc explain PROMPT --model "
+        "my-model/model --transcoder my-model/transcoders",
+        "Stop it at any time (Ctrl-C): the same command goes on from the last checkpoint.",
+    ]
 )
 
 Text = Annotated[
@@ -30,55 +46,40 @@ Text = Annotated[
         "empty lines, or one a line. One document in 20 is held out to test on.",
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Of the text, the weights and the order.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the text, the weights and the order.")]
 
 
-@app.command()
+def _count(least: int, text: str):
+    """The type of an option that is a whole number of at least ``least``."""
+    return Annotated[int, typer.Option(min=least, help=text)]
+
+
+@app.command(help=TRAIN_HELP)
 def train(
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Where model/ and transcoders/ are written.")
     ] = Path("jaxtc-embedded"),
     text: Text = None,
     seed: Seed = 0,
-    layers: Annotated[int, typer.Option(help="Layers of the model.")] = 4,
-    hidden: Annotated[int, typer.Option(help="Hidden size D.")] = 128,
-    mlp: Annotated[int, typer.Option(help="MLP width F.")] = 512,
-    heads: Annotated[int, typer.Option(help="Query heads N; half as many key/value heads.")] = 4,
-    window: Annotated[int, typer.Option(help="Positions that a sliding layer sees.")] = 4,
-    vocab: Annotated[int, typer.Option(help="Tokens of a tokenizer trained on --text.")] = 4096,
-    length: Annotated[int, typer.Option(help="Tokens in a packed row of training text.")] = 64,
-    rows: Annotated[int, typer.Option(help="Rows in a batch.")] = 16,
-    steps: Annotated[int | None, typer.Option(help="Training steps of the model.")] = None,
-    features: Annotated[int | None, typer.Option(help="Features M of a transcoder.")] = None,
-    l0: Annotated[float | None, typer.Option(help="Active features a token to aim at.")] = None,
-    transcoder_steps: Annotated[
-        int | None, typer.Option(help="Training steps of the transcoders.")
-    ] = None,
+    layers: _count(1, "Layers of the model.") = 4,
+    hidden: _count(8, "Hidden size D.") = 128,
+    mlp: _count(1, "MLP width F.") = 512,
+    heads: _count(1, "Query heads N; half as many key/value heads.") = 4,
+    window: _count(1, "Positions that a sliding layer sees.") = 4,
+    vocab: _count(300, "Tokens of a tokenizer trained on --text.") = DEFAULT.vocab_size,
+    length: _count(16, "Tokens in a packed row of training text.") = DEFAULT.length,
+    rows: _count(1, "Rows in a batch.") = DEFAULT.rows,
+    steps: _count(1, "Training steps of the model.") = DEFAULT.model.steps,
+    features: _count(1, "Features M of a transcoder.") = DEFAULT.transcoders.features,
+    l0: Annotated[
+        float, typer.Option(min=1, help="Active features a token to aim at.")
+    ] = DEFAULT.transcoders.target_l0,
+    transcoder_steps: _count(1, "Training steps of the transcoders.") = DEFAULT.transcoders.steps,
 ) -> None:
-    """Train a small Gemma-2, then JumpReLU transcoders on all its layers, from nothing.
-
-    Without options this makes the files that ship with jaxtc, on its generated corpus of facts
-    about places. With --text it runs the same recipe on a text of yours: a byte-fallback BPE
-    tokenizer is trained on it, then the model, then the transcoders. For example:
-
-    jaxtc embedded train --text notes.txt --out my-model --vocab 2000 --steps 3000
-
-    What comes out can be used wherever a model is named: jaxtc explain "…" --model
-    my-model/model --transcoder my-model/transcoders.
-
-    Stop it at any time (Ctrl-C): the same command goes on from the last checkpoint.
-    """
-    import dataclasses
-
+    """Train a model and its transcoders; see TRAIN_HELP."""
     from jaxtc.embedded import recipe as recipes
     from jaxtc.embedded.corpus import default_corpus
     from jaxtc.embedded.text import UserText
-
-    default = recipes.Recipe()
-
-    def changed(part, **options):
-        given = {name: value for name, value in options.items() if value is not None}
-        return dataclasses.replace(part, **given)
 
     sizes = {
         "num_hidden_layers": layers,
@@ -90,11 +91,10 @@ def train(
         "query_pre_attn_scalar": hidden // heads,
         "sliding_window": window,
     }
-    recipe = changed(
-        default,
-        model=changed(default.model, steps=steps, seed=seed),
-        transcoders=changed(
-            default.transcoders, features=features, target_l0=l0, steps=transcoder_steps, seed=seed
+    recipe = Recipe(
+        model=ModelRecipe(steps=steps, seed=seed),
+        transcoders=TranscoderRecipe(
+            features=features, target_l0=l0, steps=transcoder_steps, seed=seed
         ),
         rows=rows,
         length=length,

@@ -67,7 +67,7 @@ def fit(
     name: str,
     folder: Path | None = None,
     chunk: int = 25,
-    save_every: int = 1000,
+    save_every: int = 500,
     stop_at: int | None = None,
     log: Log = print,
 ) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ def pack(documents: list[list[int]], rows: int, length: int) -> Batch:
     """
     tokens, positions, segments = (np.zeros((rows, length), np.int32) for _ in range(3))
     used, count = np.zeros(rows, int), np.zeros(rows, int)
-    for ids in _pieces(documents, length):
+    for ids in pieces(documents, length):
         fits = np.flatnonzero(used + len(ids) <= length)
         if not len(fits):
             break
@@ -54,7 +55,8 @@ def pack(documents: list[list[int]], rows: int, length: int) -> Batch:
     return Batch(tokens, positions, segments)
 
 
-def _pieces(documents: list[list[int]], length: int):
+def pieces(documents: Iterable[list[int]], length: int) -> Iterator[list[int]]:
+    """Documents with ``<eos>``, those longer than ``length`` cut, each piece with its ``<bos>``."""
     for ids in documents:
         body = [*ids[1:], EOS]
         for start in range(0, len(body), length - 1):

@@ -23,6 +23,7 @@ from jaxtc.embedded.harvest import Harvest
 from jaxtc.embedded.loop import Log
 from jaxtc.embedded.packing import Batches
 from jaxtc.embedded.report import Report, measure
+from jaxtc.embedded.settings import Recipe
 from jaxtc.embedded.text import UserText
 from jaxtc.embedded.tokenizer import (
     entity_id,
@@ -31,8 +32,8 @@ from jaxtc.embedded.tokenizer import (
     train_bpe,
     world_tokenizer,
 )
-from jaxtc.embedded.train_model import ModelRecipe, small_config, train_model
-from jaxtc.embedded.train_transcoder import TranscoderRecipe, train_transcoders
+from jaxtc.embedded.train_model import small_config, train_model
+from jaxtc.embedded.train_transcoder import train_transcoders
 from jaxtc.errors import SourceError
 from jaxtc.model import Gemma2
 from jaxtc.weights.load import load_model
@@ -41,27 +42,6 @@ from jaxtc.weights.transcoders import save_transcoder
 
 MODEL_STREAM, TRANSCODER_STREAM = range(2)
 MODEL_STEPS, TRANSCODER_STEPS = "model-steps", "transcoder-steps"
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """Everything that decides what comes out; the defaults made the shipped files.
-
-    Attributes:
-        model: training of the model.
-        transcoders: training of the transcoders.
-        rows: packed rows in a batch of the model.
-        length: tokens in a row.
-        vocab_size: of the tokenizer trained on a user's text; the world's has one word a token.
-        sizes: fields of Gemma2Config that differ from the embedded model's.
-    """
-
-    model: ModelRecipe = ModelRecipe()
-    transcoders: TranscoderRecipe = TranscoderRecipe()
-    rows: int = 16
-    length: int = 64
-    vocab_size: int = 4096
-    sizes: tuple[tuple[str, int], ...] = ()
 
 
 def train(
@@ -128,7 +108,7 @@ def _transcoders(out, work, recipe, source, model, tokenizer, log) -> None:
     if transcoder_folder(out).exists():
         return
     layers = tuple(range(model.config.num_hidden_layers))
-    rows = 4096 // recipe.length
+    rows = max(4096 // recipe.length, 1)
     batches = Batches(source, tokenizer, rows, recipe.length, TRANSCODER_STREAM)
     transcoders = train_transcoders(
         Harvest(model, batches, layers),

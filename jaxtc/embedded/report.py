@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from jaxtc.edits import SetTo, Splice
 from jaxtc.embedded import DATA, model_folder, transcoder_folder
 from jaxtc.embedded.corpus import Corpus, Item, default_corpus
+from jaxtc.embedded.packing import pieces
 from jaxtc.embedded.text import UserText
 from jaxtc.embedded.tokenizer import BOS, EOS, PAD, load_tokenizer
 from jaxtc.errors import SourceError
@@ -47,7 +48,7 @@ KINDS = {
     "h1": "two-hop, pair held out (h1)",
     "h2": "two-hop, city held out (h2)",
 }
-_ROWS = 128
+_ROWS, _LENGTH = 128, 64
 _STREAM = 2
 _DOCUMENTS = 2048
 
@@ -173,7 +174,7 @@ def measure(
     zeros = {n: AblateAfterBos(0.0, site="mlp_out", layer=n) for n in transcoders}
 
     texts = source.documents(stream, 0, documents, held_out=True)
-    ids = [[*encoded.ids, EOS] for encoded in tokenizer.encode_batch(texts)]
+    ids = list(pieces((encoded.ids for encoded in tokenizer.encode_batch(texts)), _LENGTH))
 
     def loss(*edits: Edit) -> float:
         return text_loss(model, ids, edits)

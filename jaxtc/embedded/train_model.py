@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -15,27 +14,8 @@ from flax import nnx
 from jaxtc.config import Gemma2Config
 from jaxtc.embedded.loop import Log, fit
 from jaxtc.embedded.packing import Batch, Batches, next_token_loss
+from jaxtc.embedded.settings import ModelRecipe
 from jaxtc.model import Gemma2
-
-
-@dataclass(frozen=True)
-class ModelRecipe:
-    """How the model is trained.
-
-    Attributes:
-        steps: optimiser steps.
-        learning_rate: at its peak, after a warm-up over 2% of the steps; it stays there until
-            40% of the steps and then falls linearly to 0.
-        weight_decay: of AdamW, on matrices; not on norms and embeddings.
-        clip: largest norm of the gradient.
-        seed: of the initial weights.
-    """
-
-    steps: int = 5000
-    learning_rate: float = 3e-3
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    seed: int = 0
 
 
 def small_config(vocab_size: int, **sizes) -> Gemma2Config:

@@ -14,7 +14,6 @@ all but stopped firing are set anew on what is explained worst (resampling, afte
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,41 +25,11 @@ from flax import nnx
 
 from jaxtc.embedded.harvest import Harvest
 from jaxtc.embedded.loop import Log, fit
+from jaxtc.embedded.settings import TranscoderRecipe
 from jaxtc.transcoder import Transcoder
 
 # A new feature gets a density from which it is dead again after 300 silent steps.
 _DENSITY_RATE, _REVIVED_DENSITY = 0.01, 20
-
-
-@dataclass(frozen=True)
-class TranscoderRecipe:
-    """How transcoders are trained.
-
-    Attributes:
-        features: M.
-        target_l0: L0*, the mean number of active features a token to aim at.
-        steps: optimiser steps, all layers in each.
-        batch: tokens a step.
-        learning_rate: at its peak, reached after 2% of the steps; it falls to 0 over the last 60%.
-        l0_weight: λ, reached linearly over the first 20% of the steps.
-        bandwidth: width ε of the rectangle kernel.
-        start_density: share of tokens on which a feature is active at the start.
-        rarest: a feature active on a smaller share of tokens counts as dead.
-        revive_every: steps between settings anew of dead features; none after 60% of the steps.
-        seed: of the initial weights.
-    """
-
-    features: int = 1024
-    target_l0: float = 23.0
-    steps: int = 4000
-    batch: int = 1024
-    learning_rate: float = 3e-3
-    l0_weight: float = 1.0
-    bandwidth: float = 0.1
-    start_density: float = 0.05
-    rarest: float = 5e-5
-    revive_every: int = 200
-    seed: int = 0
 
 
 class Weights(NamedTuple):
@@ -237,7 +206,6 @@ def train_transcoders(
         name="transcoders",
         folder=folder,
         chunk=16,
-        save_every=500,
         stop_at=stop_at,
         log=log,
     )

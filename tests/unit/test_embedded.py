@@ -27,6 +27,7 @@ from jaxtc.embedded.corpus import (
 from jaxtc.embedded.harvest import Harvest
 from jaxtc.embedded.packing import Batches, next_token_loss, pack
 from jaxtc.embedded.report import measure
+from jaxtc.embedded.settings import ModelRecipe, TranscoderRecipe
 from jaxtc.embedded.text import UserText
 from jaxtc.embedded.tokenizer import (
     EOS,
@@ -36,9 +37,8 @@ from jaxtc.embedded.tokenizer import (
     train_bpe,
     world_tokenizer,
 )
-from jaxtc.embedded.train_model import ModelRecipe, small_config, train_model
+from jaxtc.embedded.train_model import small_config, train_model
 from jaxtc.embedded.train_transcoder import (
-    TranscoderRecipe,
     Weights,
     _fold,
     jumprelu,
