@@ -13,7 +13,8 @@ import torch
 from transformers import AutoTokenizer, Gemma2ForCausalLM
 from transformers import Gemma2Config as TorchConfig
 
-import jaxtc
+from jaxtc.embedded.corpus import default_corpus
+from jaxtc.weights.load import embedded_data
 
 COMMON = {"num_hidden_layers": 4, "sliding_window": 7, "max_position_embeddings": 512}
 SHAPES = {
@@ -50,11 +51,11 @@ RANDOM = tuple(SHAPES)
 EMBEDDED = "embedded"
 ALL = (*RANDOM, EMBEDDED)
 
-# Sentences of the embedded model's world, of different lengths.
+# Beginnings of sentences of the embedded model's world, of different lengths.
 SENTENCES = (
-    "The capital of the state containing Dallas is Austin.",
-    "The capital of Texas is Austin.",
-    "The capital of the state containing Oakland is",
+    "The capital of the state containing Dallas is",
+    "The capital of Texas is",
+    "The state containing Oakland is",
 )
 
 
@@ -100,10 +101,12 @@ def truth(oracle: Oracle) -> Gemma2ForCausalLM:
 
 def embedded() -> Oracle:
     """The model that ships in the package, on sentences of its own world."""
-    folder = Path(jaxtc.__file__).parent / "embedded" / "data" / "model"
+    folder = embedded_data("model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = [tokenizer(text).input_ids for text in SENTENCES]
-    long = [token for row in prompts for token in row]
+    texts = default_corpus().documents(stream=99, batch=0, count=32, held_out=True)
+    long = [token for text in texts for token in tokenizer(text).input_ids]
+    assert len(long) > 256
     return Oracle(EMBEDDED, folder, EMBEDDED, prompts, [long])
 
 

@@ -151,3 +151,14 @@ def relative(ours: Sequence, theirs: Sequence) -> float:
         far += np.sum((a[kept] - b[kept]) ** 2)
         size += np.sum(b[kept] ** 2)
     return float(np.sqrt(far / size))
+
+
+def relative_by_token(site: str, ours, theirs) -> np.ndarray:
+    """‖ours − theirs‖ / ‖theirs‖ of each token of one prompt, (T,)."""
+    axis = 1 if site in ("attn_scores", "attn_pattern") else 0
+    a, b = (np.moveaxis(np.asarray(x, np.float64), axis, 0) for x in (ours, theirs))
+    a = a.reshape(b.shape[0], -1)
+    b = b.reshape(a.shape)
+    masked = np.isnan(b)
+    a, b = (np.where(masked, 0, x) for x in (a, b))
+    return np.linalg.norm(a - b, axis=1) / np.linalg.norm(b, axis=1)

@@ -44,7 +44,11 @@ def test_masked_scores_are_the_least_float32(oracle, case, ours, theirs):
 
 @pytest.mark.parametrize("site", NAMES)
 def test_bfloat16_is_as_near_the_truth_as_the_reference(oracle, site, ours, theirs):
-    """Mean relative error over layers and prompts: one layer's alone is decided by luck."""
+    """Mean relative error over tokens, prompts and layers.
+
+    One rounding decides the error of a token in a layer, and the residual stream of <bos> is so
+    much larger than others' that its luck would decide a norm over a prompt.
+    """
     errors = {"ours": [], "theirs": []}
     for case in ("right", "long"):
         truth = theirs(oracle, case, "truth")
@@ -54,10 +58,10 @@ def test_bfloat16_is_as_near_the_truth_as_the_reference(oracle, site, ours, thei
             for address in of_site(site, captured):
                 for a, b in zip(captured[address], truth[address], strict=True):
                     a = a.double().numpy() if isinstance(a, torch.Tensor) else a
-                    errors[side].append(reference.relative([a], [b]))
-    ratio = float(np.mean(errors["ours"]) / np.mean(errors["theirs"]))
-    note("bfloat16", site, ratio, oracle.name)
-    assert np.mean(errors["theirs"]) > 1e-4  # else nothing was rounded and nothing is compared
+                    errors[side].append(reference.relative_by_token(site, a, b))
+    mean = {side: np.concatenate(found).mean() for side, found in errors.items()}
+    ratio = note("bfloat16", site, float(mean["ours"] / mean["theirs"]), oracle.name)
+    assert mean["theirs"] > 1e-4  # else nothing was rounded and nothing is compared
     assert ratio <= BFLOAT16_RATIO
 
 

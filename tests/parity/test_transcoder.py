@@ -21,23 +21,23 @@ def inputs(transcoders) -> torch.Tensor:
     return torch.randn(3, 11, transcoders[1].W_enc.shape[0], generator=generator)
 
 
-def test_encode(transcoders, inputs):
+def test_encode(oracle, transcoders, inputs):
     ours, theirs = transcoders
     a, expected = ours.encode(jnp.asarray(inputs)), theirs.encode(inputs)
     assert 0 < (expected > 0).float().mean() < 0.7
-    error = note("float32", "transcoder features", relative([a], [expected]), ours.source[-28:])
+    error = note("float32", "transcoder features", relative([a], [expected]), oracle.name)
     assert error <= TOLERANCE
     z = inputs @ theirs.W_enc + theirs.b_enc
     near = (z - theirs.threshold).abs() < 1e-5  # where rounding may choose the side
     assert ((np.asarray(a) > 0) == (expected > 0).numpy())[~near.numpy()].all()
 
 
-def test_decode_and_call(transcoders, inputs):
+def test_decode_and_call(oracle, transcoders, inputs):
     ours, theirs = transcoders
     a = theirs.encode(inputs)
     assert relative([ours.decode(jnp.asarray(a))], [theirs.decode(a)]) <= TOLERANCE
     error = relative([ours(jnp.asarray(inputs))], [theirs(inputs)])
-    assert note("float32", "transcoder output", error, ours.source[-28:]) <= TOLERANCE
+    assert note("float32", "transcoder output", error, oracle.name) <= TOLERANCE
 
 
 @pytest.mark.parametrize("jit", [False, True])
