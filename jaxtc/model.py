@@ -142,7 +142,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x, tap):
         """(B, T, D) to (B, T, D)."""
-        gate = jax.nn.gelu(einsum("btd,fd->btf", x, self.gate[...]), approximate=True)
+        gate = einsum("btd,fd->btf", x, self.gate[...]).astype(jnp.float32)
+        # Rounded once; in bfloat16 each of its steps would round.
+        gate = jax.nn.gelu(gate, approximate=True).astype(x.dtype)
         act = tap("mlp_act", gate * einsum("btd,fd->btf", x, self.up[...]))
         return tap("mlp_proj", einsum("btf,df->btd", act, self.down[...]))
 
