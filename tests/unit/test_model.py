@@ -165,6 +165,46 @@ def test_the_embedding_scale_is_rounded_to_the_weights_dtype():
     assert (embed.encode(jnp.array([[2]])) == 59.75).all()
 
 
+def is_rounded_once(found, exact):
+    """Whether bfloat16 values are the nearest to float64 ones, but for ties that float32 breaks."""
+    nearest = np.asarray(jnp.asarray(exact, jnp.float32).astype(jnp.bfloat16), np.float64)
+    return (np.asarray(found, np.float64) == nearest).mean() > 0.995
+
+
+@pytest.fixture(scope="module")
+def narrow():
+    """A bfloat16 model with random gains."""
+    model = Gemma2(CONFIG, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    draw = jax.random.normal(jax.random.key(0), (CONFIG.hidden_size,), jnp.bfloat16)
+    model.layers[0].mlp_in_norm.weight[...] = draw
+    return model
+
+
+def test_a_norm_in_bfloat16_is_rounded_once(narrow):
+    norm, x = narrow.layers[0].mlp_in_norm, jax.random.normal(jax.random.key(1), (2, 99, 24))
+    x = x.astype(jnp.bfloat16)
+    found = jax.jit(lambda x: norm(x, lambda site, x: x, "mlp_in_scale", "mlp_in"))(x)
+    wide = np.asarray(x, np.float64)
+    wide = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + CONFIG.rms_norm_eps)
+    assert is_rounded_once(found, wide * (1 + np.asarray(norm.weight[...], np.float64)))
+
+
+def test_gelu_in_bfloat16_is_rounded_once(narrow):
+    """Rows of `gate` read coordinate 0 and rows of `up` coordinate 1, which is 1."""
+    mlp = narrow.layers[0].mlp
+    unit = jnp.eye(CONFIG.hidden_size, dtype=jnp.bfloat16)
+    kept = {}
+    v = jnp.linspace(-5, 5, 999).astype(jnp.bfloat16)
+    x = v[None, :, None] * unit[0] + unit[1]
+    for param, row in ((mlp.gate, unit[0]), (mlp.up, unit[1])):
+        param[...] = jnp.broadcast_to(row, param.shape)
+    mlp(x, lambda site, x: kept.setdefault(site, x))
+    v = np.asarray(v, np.float64)
+    exact = v / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
+    # Far below 0, tanh is so near -1 in float32 that the difference keeps few digits.
+    assert is_rounded_once(kept["mlp_act"][0, v > -2, 0], exact[v > -2])
+
+
 def test_abstract_allocates_nothing_and_has_the_same_structure():
     huge = jaxtc.Gemma2Config(num_hidden_layers=46, hidden_size=4608, intermediate_size=36864)
     leaves = jax.tree.leaves(Gemma2.abstract(huge))
