@@ -279,7 +279,7 @@ def check_edits(
             raise EditError(
                 f"edits must be edits such as jaxtc.Add(...), got {type(edit).__name__}: {edit!r}."
             )
-        if jax.tree.leaves(edit)[:1] == [edit]:
+        if any(leaf is edit for leaf in jax.tree.leaves(edit)):
             raise EditError(
                 f"{type(edit).__name__} is not registered, so jax does not see its fields: put "
                 "@jaxtc.register_edit() above the class."
