@@ -18,7 +18,7 @@ class ModelRecipe:
         seed: of the initial weights.
     """
 
-    steps: int = 5000
+    steps: int = 6000
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
     clip: float = 1.0
@@ -44,7 +44,7 @@ class TranscoderRecipe:
     """
 
     features: int = 1024
-    target_l0: float = 23.0
+    target_l0: float = 16.0
     steps: int = 4000
     batch: int = 1024
     learning_rate: float = 3e-3
