@@ -83,8 +83,8 @@ def explain(
         typer.Option(
             metavar="N|all",
             help="Which layer's MLP, from 0; 'all' for a row per layer. "
-            "By default 0 for the embedded model and 20, the Gemma Scope tutorial's, "
-            "for google/gemma-2-2b.",
+            "By default 3, the last, for the embedded model and 20, the Gemma Scope "
+            "tutorial's, for google/gemma-2-2b.",
             show_default=False,
         ),
     ] = None,

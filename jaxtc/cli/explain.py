@@ -11,8 +11,9 @@ from jaxtc.cli.runtime import working
 from jaxtc.errors import JaxtcError
 
 EMBEDDED = "embedded"
-# Of the embedded model: where the states of cities are looked up. Of Gemma Scope: the tutorial's.
-DEFAULT_LAYER = 0
+# Of the embedded model: its last, where the tokens a feature promotes say most about it. Of Gemma
+# Scope: the tutorial's.
+DEFAULT_LAYER = 3
 GEMMA_SCOPE_LAYER = 20
 
 

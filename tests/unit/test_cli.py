@@ -88,6 +88,12 @@ def test_the_table_shows_every_token_and_fits(cli_run, folders, columns):
     assert "Running the model" in err and "Running the model" not in out
 
 
+def test_the_embedded_model_is_explained_without_any_option(cli_run):
+    code, out, _ = cli_run("explain", "The capital of the state containing Dallas is")
+    assert code == 0
+    assert out.startswith("Layer 3") and "Dallas is Austin." in out
+
+
 def test_all_layers_get_a_row_each(cli_run, folders):
     code, out, _ = cli_run("explain", PROMPT, *options(folders), "--layer", "all")
     assert code == 0
