@@ -37,7 +37,7 @@ class Harvest:
     model: Gemma2
     batches: Batches
     layers: tuple[int, ...]
-    tokens: int = 131_072
+    tokens: int
     input_site: str = "mlp_in_normed"
     output_site: str = "mlp_out"
     _held: tuple = field(default=(None, None), init=False, repr=False)

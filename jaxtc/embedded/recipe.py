@@ -42,6 +42,7 @@ from jaxtc.weights.transcoders import save_transcoder
 
 MODEL_STREAM, TRANSCODER_STREAM = range(2)
 MODEL_STEPS, TRANSCODER_STEPS = "model-steps", "transcoder-steps"
+_BUCKET = 131_072
 
 
 def train(
@@ -110,8 +111,9 @@ def _transcoders(out, work, recipe, source, model, tokenizer, log) -> None:
     layers = tuple(range(model.config.num_hidden_layers))
     rows = max(4096 // recipe.length, 1)
     batches = Batches(source, tokenizer, rows, recipe.length, TRANSCODER_STREAM)
+    bucket = min(_BUCKET, recipe.transcoders.steps * recipe.transcoders.batch)
     transcoders = train_transcoders(
-        Harvest(model, batches, layers),
+        Harvest(model, batches, layers, bucket),
         layers,
         recipe.transcoders,
         folder=work / TRANSCODER_STEPS,

@@ -19,12 +19,12 @@ class TextSource(Protocol):
     """Where documents come from: the generated corpus or a user's text."""
 
     def documents(self, stream: int, batch: int, count: int, held_out: bool = False) -> list[str]:
-        """``count`` documents, a pure function of the arguments.
+        """Documents, a pure function of the arguments.
 
         Args:
             stream: which sequence of batches, such as one for the model and one for transcoders.
             batch: which batch of the stream.
-            count: how many documents.
+            count: how many documents, at most.
             held_out: from the held-out text only; otherwise from the training text only.
         """
         ...
@@ -76,10 +76,11 @@ class UserText:
         return [p for p in self._paragraphs if _is_held_out(p)]
 
     def documents(self, stream: int, batch: int, count: int, held_out: bool = False) -> list[str]:
-        """As :meth:`TextSource.documents`."""
-        pool = self.held_out if held_out else self.train
+        """As :meth:`TextSource.documents`; of the held-out text, each paragraph at most once."""
         rng = np.random.default_rng([self.seed, 4, stream, batch, held_out])
-        return [pool[i] for i in rng.integers(len(pool), size=count)]
+        if held_out:
+            return [self.held_out[i] for i in rng.permutation(len(self.held_out))[:count]]
+        return [self.train[i] for i in rng.integers(len(self.train), size=count)]
 
 
 def _is_held_out(paragraph: str) -> bool:

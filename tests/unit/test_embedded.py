@@ -406,7 +406,7 @@ def test_shipped_files_are_the_public_formats_and_small():
 
 
 def test_shipped_model_and_transcoders_reach_their_goals_on_fresh_held_out_text():
-    report = measure(items=1500, documents=600, stream=11)
+    report = measure(items=600, documents=300, stream=11)
     accuracies = {kind: figures.clean for kind, figures in report.kinds.items()}
     assert accuracies["one_hop"] >= 0.99
     assert accuracies["two_hop"] >= 0.99
@@ -415,7 +415,9 @@ def test_shipped_model_and_transcoders_reach_their_goals_on_fresh_held_out_text(
     for layer in report.layers.values():
         assert layer.fvu <= 0.10
         assert layer.l0 <= 25
-    assert report.loss < report.loss_spliced < report.loss_ablated
+    # Most of what the MLPs do is kept when all are replaced at once: facts, not only loss.
+    assert report.loss_spliced - report.loss < 0.05 < report.loss_ablated - report.loss
+    assert min(report.kinds[kind].spliced for kind in ("one_hop", "two_hop")) >= 0.95
     # The figures that ship are these, up to the other text.
     stored = json.loads((DATA / "report.json").read_text())
     assert stored["loss"] == pytest.approx(report.loss, abs=0.05)
