@@ -5,12 +5,12 @@ Errors of the user's are one paragraph on stderr and exit code 2; Ctrl-C is 130.
 
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version as installed_version
 from typing import Annotated
 
 import typer
 from typer.core import TyperGroup
 
+from jaxtc import __version__
 from jaxtc.errors import JaxtcError
 
 
@@ -46,7 +46,7 @@ app.add_typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"jaxtc {installed_version('jaxtc')}")
+        typer.echo(f"jaxtc {__version__}")
         raise typer.Exit()
 
 
