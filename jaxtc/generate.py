@@ -11,11 +11,12 @@ import numpy as np
 
 from jaxtc.config import Gemma2Config
 from jaxtc.errors import InputError
-from jaxtc.intercept import Edit, Tap, check_edits
+from jaxtc.intercept import Edit, Tap
 from jaxtc.model import Cache, Gemma2
 from jaxtc.prompts import bucket, prepare
 from jaxtc.run import parameters, rebuild
 from jaxtc.sites import ORDER
+from jaxtc.targets import check_edits
 
 
 @dataclasses.dataclass(frozen=True)

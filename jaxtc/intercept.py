@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.errors import EditError
-from jaxtc.sites import BY_NAME, ORDER, Address, Site, check_layer, parse
+from jaxtc.sites import BY_NAME, Address, Site, parse
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=False)
@@ -241,95 +241,3 @@ class Tap:
         for part in parts[1:]:
             here = here & part
         return here
-
-
-def concrete(value: Any) -> np.ndarray | None:
-    """``value`` as NumPy, or None when it is absent or only known inside a trace."""
-    if value is None or isinstance(value, jax.core.Tracer):
-        return None
-    return np.atleast_1d(np.asarray(value))
-
-
-def check_edits(
-    edits: Sequence[Edit],
-    layers: int,
-    reach: tuple[int, int],
-    lengths: np.ndarray | None,
-    extra: int = 0,
-) -> tuple[tuple[Edit, ...], bool]:
-    """Refuse edits that could not fire, and count negative layers from the front.
-
-    Args:
-        edits: as the user gave them.
-        layers: layers of the model.
-        reach: the last (layer, place in the layer) that this pass needs.
-        lengths: (B,) prompt lengths, or None when traced.
-        extra: tokens that will follow the prompts (generation).
-
-    Returns:
-        (the edits, whether some target is traced and could not be checked).
-
-    Raises:
-        EditError: a target out of range, or one that the pass never reaches.
-        SiteError: a layer that does not exist.
-    """
-    checked, unsure = [], False
-    for edit in edits:
-        if not isinstance(edit, Edit):
-            raise EditError(
-                f"edits must be edits such as jaxtc.Add(...), got {type(edit).__name__}: {edit!r}."
-            )
-        if any(leaf is edit for leaf in jax.tree.leaves(edit)):
-            raise EditError(
-                f"{type(edit).__name__} is not registered, so jax does not see its fields: put "
-                "@jaxtc.register_edit() above the class."
-            )
-        per_layer = BY_NAME[edit.site].per_layer
-        if not per_layer and edit.layer is not None:
-            raise EditError(f"{edit}: the model has {edit.site!r} once, so it takes no layer.")
-        for read in edit.reads:
-            if ORDER[read] >= ORDER[edit.site] or BY_NAME[read].per_layer != per_layer:
-                raise EditError(
-                    f"{edit} reads {read!r}, which is not computed before {edit.site!r}."
-                )
-        targets = {name: getattr(edit, name) for name in ("layer", "position", "row")}
-        unsure |= any(isinstance(value, jax.core.Tracer) for value in targets.values())
-        for name, value in targets.items():
-            known = concrete(value)
-            if known is not None and (known.dtype.kind not in "iu" or not known.size):
-                raise EditError(f"{edit}: {name} must be whole numbers, got {value!r}.")
-        wanted = concrete(edit.layer)
-        if wanted is not None:
-            front = np.array([check_layer(int(layer), layers, str(edit)) for layer in wanted])
-            layer = int(front[0]) if np.ndim(edit.layer) == 0 else front.astype(np.int32)
-            edit = dataclasses.replace(edit, layer=layer)
-        else:
-            front = np.array([0 if per_layer else -1 if edit.site == "embed" else layers])
-        late = [int(layer) for layer in front if (int(layer), ORDER[edit.site]) > reach]
-        if late and not isinstance(edit.layer, jax.core.Tracer):
-            raise EditError(
-                f"{edit} would never fire: nothing that was asked for depends on {edit.site!r}"
-                + (f" of layer {late[0]}" if per_layer else "")
-                + ". Ask for logits, or for a capture that comes after it."
-            )
-        if lengths is not None:
-            _check_span(edit, lengths, extra)
-        checked.append(edit)
-    return tuple(checked), unsure
-
-
-def _check_span(edit: Edit, lengths: np.ndarray, extra: int) -> None:
-    """Refuse a batch row or a position that no prompt has."""
-    rows = concrete(edit.row)
-    if rows is not None and ((rows < 0) | (rows >= len(lengths))).any():
-        raise EditError(f"{edit}: the batch has rows 0 to {len(lengths) - 1}.")
-    chosen = lengths if rows is None else lengths[rows]
-    positions = concrete(edit.position)
-    if positions is None or isinstance(edit.row, jax.core.Tracer):
-        return
-    for position in positions:
-        if position >= chosen.min() + extra or position < -chosen.min():
-            raise EditError(
-                f"{edit}: position {position} lies outside a prompt of {chosen.min()} tokens "
-                f"(0 to {chosen.min() - 1}, or -{chosen.min()} to -1)."
-            )

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from jaxtc.activations import Activations
 from jaxtc.config import Gemma2Config
 from jaxtc.errors import InputError, SiteError
-from jaxtc.intercept import Edit, Tap, check_edits
+from jaxtc.intercept import Edit, Tap
 from jaxtc.model import Gemma2
 from jaxtc.prompts import prepare
 from jaxtc.sites import BY_NAME, ORDER, Address, resolve
+from jaxtc.targets import check_edits
 
 
 @jax.tree_util.register_dataclass
