@@ -71,7 +71,7 @@ WORDS = {
 }
 
 KINDS = ("city", "place", "two_hop", "filler")
-_MIXTURE = (0.22, 0.13, 0.5, 0.15)
+_MIXTURE = (0.17, 0.13, 0.55, 0.15)
 _NEIGHBOURS_SHARE = 1 / 6
 _HELD_OUT_CITIES = 48
 _ALWAYS_HELD_OUT = ("Dallas", "Oakland")

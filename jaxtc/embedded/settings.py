@@ -18,7 +18,7 @@ class ModelRecipe:
         seed: of the initial weights.
     """
 
-    steps: int = 6000
+    steps: int = 5000
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
     clip: float = 1.0
@@ -45,7 +45,7 @@ class TranscoderRecipe:
 
     features: int = 1024
     target_l0: float = 16.0
-    steps: int = 4000
+    steps: int = 3000
     batch: int = 1024
     learning_rate: float = 3e-3
     l0_weight: float = 1.0
