@@ -28,7 +28,7 @@ TRAIN_HELP = "\n\n".join(
     [
         "Train a small Gemma-2, then JumpReLU transcoders on all its layers, from nothing.",
         "Without options this makes the files that ship with jaxtc, on its generated corpus of "
-        "facts about places; it takes about 20 minutes on two free cores.",
+        "facts about places; it takes about 10 minutes on two free cores.",
         "With --text the same recipe runs on a text of yours: a byte-fallback BPE tokenizer is "
         "trained on it, then the model, then the transcoders. For example: jaxtc embedded train "
         "--text notes.txt --out my-model --vocab 2000 --steps 3000",
