@@ -48,7 +48,6 @@ def load_here(folder: Path, dtype: str) -> None:
 
 def torch_twin(model):
     """HF's model over the arrays of ours, without a copy."""
-    import operator
     import warnings
 
     import torch
@@ -66,12 +65,8 @@ def torch_twin(model):
     config = Gemma2Config(**raw, attn_implementation="eager")
     with torch.device("meta"):
         twin = Gemma2ForCausalLM(config)
-    state = {}
-    for name in parameter_names(model.config):
-        node = model
-        for part in name.ours.split("."):
-            node = node[int(part)] if part.isdigit() else operator.attrgetter(part)(node)
-        state[name.hf] = view(node[...], name.hf_shape)
+    arrays = by_path(model)
+    state = {n.hf: view(arrays[n.ours], n.hf_shape) for n in parameter_names(model.config)}
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     twin.load_state_dict(state, assign=True, strict=True)
     twin.model.rotary_emb = Gemma2RotaryEmbedding(config)
@@ -79,16 +74,21 @@ def torch_twin(model):
     return twin.eval()
 
 
+def by_path(model) -> dict[str, jax.Array]:
+    """The model's arrays by our name for the parameter."""
+    from jaxtc.weights.load import parameter_path
+
+    leaves, _ = jax.tree_util.tree_flatten_with_path(model)
+    return {parameter_path(path): leaf for path, leaf in leaves}
+
+
 def shorten(model, layers: int):
-    """The same model's first layers."""
+    """The same model's first layers, over the same arrays."""
     import dataclasses
 
     config = dataclasses.replace(model.config, num_hidden_layers=layers, layer_types=())
-    short = type(model).abstract(config)
-    short.embed, short.final_norm = model.embed, model.final_norm
-    for index in range(layers):
-        short.layers[index] = model.layers[index]
-    return short
+    arrays, short = by_path(model), type(model).abstract(config)
+    return jax.tree.unflatten(jax.tree.structure(short), [arrays[path] for path in by_path(short)])
 
 
 def alternate(ours: Callable, theirs: Callable, repeats: int) -> tuple[float, float]:
