@@ -262,7 +262,7 @@ def _measure(
     if transcoder.output_site == "mlp_out" and transcoder.d_in == read(NOTEBOOK_SITE).shape[-1]:
         same = site == NOTEBOOK_SITE
         guess = got["y"] if same else _encoded(transcoder, read(NOTEBOOK_SITE), max(top, 1))["y"]
-        score = notebook_score(guess, target)
+        score = notebook_score(target, guess)
     tokens = tuple(
         TokenReport(
             position=position,

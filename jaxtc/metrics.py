@@ -11,6 +11,7 @@ swamp a sum of squares. Use ``mask=~special_token_mask(ids, special_ids)``.
 """
 
 import math
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,12 +28,23 @@ def special_token_mask(ids: Any, special_ids: Iterable[int]) -> np.ndarray:
 
     Args:
         ids: (...) whole numbers.
-        special_ids: the ids that count as special.
+        special_ids: the ids that count as special; None, which a tokenizer or config has in the
+            place of a token it lacks, stands for none.
 
     Returns:
         (...) booleans.
+
+    Raises:
+        InputError: a special id that is no whole number.
     """
-    return np.isin(np.asarray(ids), [int(index) for index in special_ids])
+    special_ids = [index for index in special_ids if index is not None]
+    try:
+        special = [operator.index(index) for index in special_ids]
+    except TypeError as error:
+        raise InputError(
+            f"special_ids are {special_ids!r}, expected whole numbers, such as [0, 1, 2]."
+        ) from error
+    return np.isin(np.asarray(ids), special)
 
 
 class FVU:
@@ -193,7 +205,7 @@ def relative_error(target: Any, reconstruction: Any) -> np.ndarray:
     return ratio.reshape(np.shape(target)[:-1])
 
 
-def notebook_score(reconstruction: Any, target: Any) -> float:
+def notebook_score(target: Any, reconstruction: Any) -> float:
     """The explained-variance score of Gemma Scope's tutorial notebook, number for number.
 
     ``1 - mean((ŷ − y)²) / var(y)`` over ``[0, :, 1:]``: that slice drops the first *coordinate* of
@@ -202,8 +214,8 @@ def notebook_score(reconstruction: Any, target: Any) -> float:
     with published runs; :class:`FVU` is the measure to quote.
 
     Args:
-        reconstruction: (T, D) or (1, T, D), ŷ.
-        target: the same shape, y.
+        target: (T, D) or (1, T, D), y.
+        reconstruction: the same shape, ŷ.
 
     Raises:
         InputError: shapes that differ, or a batch of several prompts (the notebook reads one).

@@ -118,7 +118,7 @@ def notebook_job(model, twin, folder: Path, ids: np.ndarray) -> tuple[Callable, 
     def ours() -> float:
         kept = jaxtc.run(model, ids, capture=sites, logits=None).activations
         recon = apply(transcoder, kept[sites[0]])
-        return notebook_score(np.asarray(recon), np.asarray(kept[sites[1]]))
+        return notebook_score(np.asarray(kept[sites[1]]), np.asarray(recon))
 
     W_enc, W_dec, b_enc, b_dec, threshold = (
         torch.from_numpy(np.array(getattr(transcoder, name)[...]))

@@ -57,7 +57,7 @@ def in_jax(model, transcoder, ids: list[int], layer: int) -> dict[str, np.ndarra
         "activations shape": activations.shape,
         "reconstruction": recon,
         "target": target,
-        "score": notebook_score(recon, target),
+        "score": notebook_score(target, recon),
         "features above 1": (activations > 1).sum(-1),
     }
     return {key: np.asarray(value) for key, value in numbers.items()}

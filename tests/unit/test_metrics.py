@@ -129,22 +129,22 @@ def test_notebook_score_is_the_notebooks_arithmetic():
     kept, missed = y[0, :, 1:], guess[0, :, 1:] - y[0, :, 1:]
     variance = ((kept - kept.sum() / kept.size) ** 2).sum() / (kept.size - 1)
     expected = 1 - (missed**2).sum() / missed.size / variance
-    assert notebook_score(guess, y) == pytest.approx(expected, rel=1e-14)
-    assert notebook_score(guess[0], y[0]) == notebook_score(guess, y)
+    assert notebook_score(y, guess) == pytest.approx(expected, rel=1e-14)
+    assert notebook_score(y[0], guess[0]) == notebook_score(y, guess)
 
 
 def test_notebook_score_drops_the_first_coordinate_and_keeps_the_first_token():
     guess, y = GUESS[0].copy(), Y[0].copy()
-    base = notebook_score(guess, y)
+    base = notebook_score(y, guess)
     guess[:, 0] += 1e6
-    assert notebook_score(guess, y) == base
+    assert notebook_score(y, guess) == base
     guess[0, 1] += 1e3
-    assert notebook_score(guess, y) < base - 1
+    assert notebook_score(y, guess) < base - 1
 
 
 def test_notebook_score_refuses_a_batch():
     with pytest.raises(InputError, match="batch of 5"):
-        notebook_score(GUESS, Y)
+        notebook_score(Y, GUESS)
 
 
 def test_next_token_loss_and_its_mean():
@@ -177,6 +177,9 @@ def test_special_tokens_are_found_by_id_wherever_they_stand():
     expected = [[True, False, True, True], [False, True, True, True]]
     np.testing.assert_array_equal(special_token_mask(ids, (0, 1, 2)), expected)
     np.testing.assert_array_equal(special_token_mask(ids, ()), np.zeros((2, 4), bool))
+    np.testing.assert_array_equal(special_token_mask(ids, [None, np.int64(5)]), np.equal(ids, 5))
+    with pytest.raises(InputError, match=r"special_ids are \[2, \(1, 107\)\]"):
+        special_token_mask(ids, [2, (1, 107)])
 
 
 @pytest.mark.parametrize(
