@@ -2,14 +2,27 @@
 
 import dataclasses
 import json
-import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxtc.errors import ConfigError
 
+# What a config may claim: one list entry a layer is made before any weight is seen.
+_MOST_LAYERS = 10_000
+
 SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _positive(value: Any) -> bool:
+    """Whether this is a number above 0 that float64 holds."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 < value <= sys.float_info.max
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +58,10 @@ class Gemma2Config:
     bos_token_id: int | None = 2
 
     def __post_init__(self):
-        if not self.layer_types and isinstance(self.num_hidden_layers, int):
+        layers = self.num_hidden_layers
+        if self.layer_types == () and _whole(layers, 1) and layers <= _MOST_LAYERS:
             # Even layers slide, odd ones see everything (facts of the released checkpoints).
-            kinds = tuple((SLIDING, FULL)[i % 2] for i in range(self.num_hidden_layers))
+            kinds = tuple((SLIDING, FULL)[i % 2] for i in range(layers))
             object.__setattr__(self, "layer_types", kinds)
         problems = self._problems()
         if problems:
@@ -60,14 +74,21 @@ class Gemma2Config:
         counts += ["max_position_embeddings"]
         for name in counts:
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not _whole(value, 1):
                 found.append(f"{name} is {value!r}, expected a whole number of at least 1")
+        if _whole(self.num_hidden_layers, _MOST_LAYERS + 1):
+            found.append(f"num_hidden_layers is beyond {_MOST_LAYERS}")
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            several = name == "eos_token_id" and isinstance(value, tuple)
+            if value is not None and not all(_whole(v, 0) for v in (value if several else [value])):
+                expected = "the id of a token" + (" or a list of them" if "eos" in name else "")
+                found.append(f"{name} is {value!r}, expected {expected}")
         numbers = ["query_pre_attn_scalar", "rope_theta", "rms_norm_eps"]
         caps = ["attn_logit_softcapping", "final_logit_softcapping"]
         for name in numbers + [cap for cap in caps if getattr(self, cap) is not None]:
             value = getattr(self, name)
-            good = isinstance(value, int | float) and math.isfinite(value) and value > 0
-            if not good or isinstance(value, bool):
+            if not _positive(value):
                 found.append(f"{name} is {value!r}, expected a finite number above 0")
         if found:
             return found
@@ -91,10 +112,6 @@ class Gemma2Config:
                     found.append(f"layer type {kind!r} is neither {SLIDING!r} nor {FULL!r}")
                     break
         return found
-
-    def window(self, layer: int) -> int | None:
-        """How many positions layer ``layer`` sees back, itself included; None when all."""
-        return self.sliding_window if self.layer_types[layer] == SLIDING else None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -122,13 +139,20 @@ class Gemma2Config:
         """
         kind = raw.get("model_type")
         if kind != "gemma2":
-            named = ", ".join(raw.get("architectures") or []) or "no architecture named"
+            names = raw.get("architectures")
+            known = isinstance(names, list) and all(isinstance(name, str) for name in names)
+            named = (known and ", ".join(names)) or "no architecture named"
             raise ConfigError(
                 f"{where} describes model_type {kind!r} ({named}), but jaxtc runs Gemma-2 only "
                 "(model_type 'gemma2'). Give a Gemma-2 checkpoint, for example "
                 "google/gemma-2-2b, google/gemma-2-9b or google/gemma-2-27b."
             )
-        rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+        rope = {}
+        for key in ("rope_scaling", "rope_parameters"):
+            given = raw.get(key)
+            if not isinstance(given, Mapping | None):
+                raise ConfigError(f"{where}: {key} is {given!r}, expected an object or null.")
+            rope.update(given or {})
         unsupported = {
             # Only hidden_activation counts: transformers does not read hidden_act for Gemma-2.
             "hidden_activation": raw.get("hidden_activation")
@@ -166,7 +190,8 @@ class Gemma2Config:
         path = Path(path)
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        # ValueError: not UTF-8, not JSON, integers too long; RecursionError: nested too deep.
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{path} cannot be read as a config.json: {error}.") from error
         if not isinstance(raw, dict):
             raise ConfigError(f"{path} holds a JSON {type(raw).__name__}, expected an object.")

@@ -45,9 +45,7 @@ def test_round_trip_through_transformers(size):
 
 def test_even_layers_slide():
     config = Gemma2Config(num_hidden_layers=3)
-    assert [config.window(layer) for layer in range(3)] == [4096, None, 4096]
-    swapped = Gemma2Config(num_hidden_layers=2, layer_types=("full_attention", "sliding_attention"))
-    assert [swapped.window(layer) for layer in range(2)] == [None, 4096]
+    assert config.layer_types == ("sliding_attention", "full_attention", "sliding_attention")
 
 
 @pytest.mark.parametrize(
@@ -96,6 +94,18 @@ OTHERS = [
     ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0"),
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
     ({"attn_logit_softcapping": -1.0}, "attn_logit_softcapping is -1.0"),
+    ({"rope_theta": [1e4]}, "rope_theta is .10000.0., expected a finite number"),
+    ({"rms_norm_eps": 10**400}, "expected a finite number above 0"),
+    ({"rope_scaling": [1]}, "rope_scaling is .1., expected an object or null"),
+    ({"rope_parameters": "default"}, "rope_parameters is 'default'"),
+    ({"bos_token_id": [2]}, "bos_token_id is .2., expected the id of a token"),
+    ({"pad_token_id": "0"}, "pad_token_id is '0'"),
+    ({"pad_token_id": -1}, "pad_token_id is -1"),
+    ({"eos_token_id": [1, None]}, "eos_token_id is .1, None., expected .* or a list of them"),
+    ({"eos_token_id": True}, "eos_token_id is True"),
+    ({"layer_types": {}}, "layer_types is {}, expected a list"),
+    ({"model_type": "llama", "architectures": [1]}, "no architecture named"),
+    ({"model_type": "llama", "architectures": 7}, "no architecture named"),
 ]
 
 
@@ -112,7 +122,17 @@ def test_all_problems_at_once():
     assert "hidden_size" in str(caught.value) and "vocab_size" in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "\xff"])
+@pytest.mark.parametrize("kind", [None, True, -1, 2.5, 10**400, "x", [1], [[]], {}, {"a": 1}])
+def test_no_field_of_another_type_gets_through_as_another_error(kind):
+    sound = Gemma2Config(num_hidden_layers=2).to_dict()
+    for name in {**sound, "rope_scaling": 0, "hidden_activation": 0}:
+        try:
+            hash(Gemma2Config.from_dict({**sound, name: kind}))
+        except ConfigError as error:
+            assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\xff", "[" * 200_000, "9" * 5000])
 def test_files_that_are_no_config(tmp_path, text):
     path = tmp_path / "config.json"
     path.write_bytes(text.encode("latin-1"))
