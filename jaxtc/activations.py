@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from jaxtc.sites import ORDER, Address, resolve
+from jaxtc.errors import SiteError
+from jaxtc.sites import BY_NAME, ORDER, Address, parse, resolve
 
 
 class Activations(Mapping):
@@ -25,9 +26,17 @@ class Activations(Mapping):
         if not kept:
             held = ", ".join(map(str, self._arrays)) or "nothing"
             raise KeyError(f"{key!r} was not captured; this result holds {held}")
-        if len(wanted) == 1:
-            return self._arrays[kept[0]]
-        return jnp.stack([self._arrays[address] for address in kept])
+        site, layer = parse(str(key))
+        if BY_NAME[site].per_layer and layer is None:
+            return jnp.stack([self._arrays[address] for address in kept])
+        return self._arrays[kept[0]]
+
+    def __contains__(self, key: object) -> bool:
+        try:
+            self[key]
+        except (KeyError, SiteError):
+            return False
+        return True
 
     def __iter__(self):
         return map(str, self._arrays)

@@ -7,9 +7,11 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxtc.errors import EditError
 from jaxtc.intercept import Context, Edit, register_edit
+from jaxtc.sites import parse
 from jaxtc.transcoder import Transcoder
 
 __all__ = ["Add", "Detach", "SetTo", "Splice"]
@@ -44,7 +46,7 @@ class SetTo(Edit):
 
     def new(self, x: jax.Array, context: Context) -> jax.Array:
         """``value``, spread to the shape of ``x``."""
-        return context.fit(self.value, x, self) + jax.numpy.zeros_like(x)
+        return jnp.broadcast_to(context.fit(self.value, x, self), x.shape)
 
 
 @register_edit()
@@ -79,16 +81,22 @@ class Splice(Edit):
     def __post_init__(self):
         given = self.transcoder
         if isinstance(given, Transcoder):
-            if self.layer is None:
-                object.__setattr__(self, "layer", given.layer)
             object.__setattr__(self, "site", self.site or given.output_site)
-            object.__setattr__(self, "reads", self.reads or (given.input_site,))
+            reads = (self.reads,) if isinstance(self.reads, str) else self.reads
+            reads = tuple(parse(name)[0] for name in reads or (given.input_site,))
+            object.__setattr__(self, "reads", reads)
+        super().__post_init__()
+        if self.layer is None and isinstance(given, Transcoder):
+            object.__setattr__(self, "layer", given.layer)
         if not isinstance(self.layer, int):
             raise EditError(
                 f"Splice needs one layer as a whole number, got {self.layer!r}; a transcoder "
                 "whose file's place names no layer does not know its own: give layer=..."
             )
-        super().__post_init__()
+
+    def prepared(self) -> "Splice":
+        """With a transcoder that names no source, so that another of its shape runs the same."""
+        return dataclasses.replace(self, transcoder=self.transcoder.nameless())
 
     def new(self, x: jax.Array, context: Context) -> jax.Array:
         """The transcoder's output on its input site, in the dtype of ``x``."""

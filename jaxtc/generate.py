@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.config import Gemma2Config
-from jaxtc.errors import InputError
+from jaxtc.errors import InputError, JaxtcError
 from jaxtc.intercept import Edit, Tap
 from jaxtc.model import Cache, Gemma2
 from jaxtc.prompts import bucket, prepare
@@ -44,7 +44,7 @@ def generate(
     *,
     lengths: Any = None,
     edits: Sequence[Edit] = (),
-    stop: Sequence[int] | None = None,
+    stop: int | Sequence[int] | None = None,
 ) -> Generation:
     """Continue each prompt with its most likely next token, again and again.
 
@@ -55,11 +55,12 @@ def generate(
         lengths: as for :func:`jaxtc.run`.
         edits: applied to prompts and new tokens alike; a ``position`` counts from the prompt's
             start, or its end when negative, and may name a new token.
-        stop: ids that end a text; by default the config's ``eos_token_id``, none when empty.
+        stop: id or ids that end a text; the config's ``eos_token_id`` by default, none when empty.
 
     Raises:
         InputError: tokens the model cannot run, or more of them than its context.
         EditError: an edit that does not fit or could never fire.
+        JaxtcError: the model computed NaN.
     """
     config = model.config
     whole = isinstance(max_new_tokens, int | np.integer) and not isinstance(max_new_tokens, bool)
@@ -67,20 +68,19 @@ def generate(
         raise InputError(
             f"max_new_tokens is {max_new_tokens!r}, expected a whole number of at least 1."
         )
-    prompts = prepare(tokens, config, lengths, extra=max_new_tokens)
-    if prompts.known_lengths is None or isinstance(prompts.tokens, jax.core.Tracer):
-        raise InputError("generate loops in Python and cannot run inside jit, vmap or grad.")
-    layers = config.num_hidden_layers
-    # The last new token is never fed back, so an edit at its position would not fire.
-    checked, unsure = check_edits(
-        edits, layers, (layers, len(ORDER)), prompts.known_lengths, max_new_tokens - 1
-    )
-    if unsure:
-        raise InputError("generate loops in Python and cannot run inside jit, vmap or grad.")
-    if stop is None:
-        eos = config.eos_token_id
-        stop = () if eos is None else eos if isinstance(eos, tuple) else (eos,)
     leaves = parameters(model)
+    if any(
+        isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((tokens, lengths, edits, leaves))
+    ):
+        raise InputError("generate loops in Python and cannot run inside jit, vmap or grad.")
+    prompts = prepare(tokens, config, lengths, extra=max_new_tokens)
+    layers, batch = config.num_hidden_layers, len(prompts.tokens)
+    # The last new token is never fed back, so an edit at its position would not fire.
+    checked, _ = check_edits(
+        edits, layers, (layers, len(ORDER)), prompts.known_lengths, batch, max_new_tokens - 1
+    )
+    stop = config.eos_token_id if stop is None else stop
+    stop = () if stop is None else np.atleast_1d(stop).tolist()
     slots = bucket(prompts.length + max_new_tokens)
     token, cache = _prefill(
         config,
@@ -90,14 +90,14 @@ def generate(
         prompts.lengths,
         checked,
     )
-    new = [np.asarray(token)]
+    new = [_ids(token)]
     done = np.isin(new[0], stop)
     for step in range(max_new_tokens - 1):
         if done.all():
             break
         places = prompts.lengths + step
         token, cache = _step(config, leaves, token, places, prompts.lengths, cache, checked)
-        new.append(np.asarray(token))
+        new.append(_ids(token))
         done |= np.isin(new[-1], stop)
     rows = np.stack(new, axis=1)
     texts = np.asarray(prompts.tokens)
@@ -105,6 +105,24 @@ def generate(
         [texts[i, :n].tolist() for i, n in enumerate(prompts.known_lengths)],
         [_until(row.tolist(), stop) for row in rows],
     )
+
+
+def _ids(token: jax.Array) -> np.ndarray:
+    """(B,) ids on the host; refuses what :func:`_likeliest` marked."""
+    ids = np.asarray(token)
+    if (ids < 0).any():
+        raise JaxtcError(
+            f"The model computed NaN for prompt {int(np.argmin(ids))}, so it has no next token. An "
+            "edit put NaN or something too large there, or the weights' dtype overflows (float16 "
+            "does, with Gemma-2's activations): use bfloat16 or float32."
+        )
+    return ids
+
+
+def _likeliest(logits: jax.Array) -> jax.Array:
+    """(B, V) logits to (B,) ids of the largest, -1 where there is NaN among them."""
+    best = logits.argmax(-1).astype(jnp.int32)
+    return jnp.where(jnp.isnan(logits).any(-1), -1, best)
 
 
 def _until(row: list[int], stop: Sequence[int]) -> list[int]:
@@ -125,7 +143,7 @@ def _prefill(config: Gemma2Config, slots: int, leaves, tokens, lengths, edits):
     logits, cache = model(tokens, positions=positions, cache=cache, tap=tap, logits_at=at)
     if at is None:
         logits = jnp.take_along_axis(logits, lengths[:, None, None] - 1, axis=1)
-    return logits[:, 0].argmax(-1).astype(jnp.int32), cache
+    return _likeliest(logits[:, 0]), cache
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
@@ -133,6 +151,6 @@ def _step(config: Gemma2Config, leaves, token, places, lengths, cache, edits):
     """One token more: (B,) ids at positions (B,) to the next ids, and the cache."""
     model = rebuild(config, leaves)
     positions = places[:, None]
-    tap = Tap((), edits, positions, lengths, 1)
+    tap = Tap((), edits, positions, lengths, 1, ends=places + 1)
     logits, cache = model(token[:, None], positions=positions, cache=cache, tap=tap)
-    return logits[:, 0].argmax(-1).astype(jnp.int32), cache
+    return _likeliest(logits[:, 0]), cache

@@ -24,7 +24,7 @@ def register_edit(*static: str) -> Callable[[type], type]:
     def register(cls):
         cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
         names = [field.name for field in dataclasses.fields(cls)]
-        fixed = {"site", *static}
+        cls.static = fixed = frozenset({"site", *static})
         data = [name for name in names if name not in fixed]
         return jax.tree_util.register_dataclass(cls, data, [n for n in names if n in fixed])
 
@@ -50,6 +50,8 @@ class Edit:
 
     # Sites of the same layer that `new` asks its context for.
     reads = ()
+    # Fields that are part of the compile key; `register_edit` fills it in.
+    static = frozenset({"site"})
 
     def __post_init__(self):
         if not self.site:
@@ -75,6 +77,10 @@ class Edit:
             context: tokens' positions, and the upstream sites listed in :attr:`reads`.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what it changes")
+
+    def prepared(self) -> "Edit":
+        """The edit as compiled programs take it: static parts that change nothing are dropped."""
+        return self
 
     def __str__(self):
         parts = [self.site]
@@ -106,8 +112,8 @@ class Context:
     def fit(self, value: Any, x: jax.Array, edit: Edit) -> jax.Array:
         """``value`` in the dtype of ``x``, broadcastable to it.
 
-        An axis over tokens is filled with zeros up to the bucket that the prompts were padded to:
-        no position there is ever selected.
+        An axis over tokens is filled with zeros up to the bucket that the prompts were padded to;
+        the tap keeps what padding keys had.
 
         Raises:
             EditError: the shape does not broadcast to the site's.
@@ -116,27 +122,26 @@ class Context:
         if jnp.issubdtype(value.dtype, jnp.complexfloating):
             raise EditError(f"{edit} was given complex numbers, expected {x.dtype}.")
         value = value.astype(x.dtype)
-        pads = [(0, 0)] * value.ndim
-        letters = self.site.axes.split()[-value.ndim :] if value.ndim else []
-        for axis, letter in enumerate(letters):
-            if letter in "TS" and value.shape[axis] == self.length and self.length > 1:
-                pads[axis] = (0, x.shape[axis - value.ndim] - self.length)
-        value = jnp.pad(value, pads) if pads else value
+        width = self.positions.shape[1]
+        letters = self.site.axes.split()
+        true = tuple(
+            self.length if letter in "TS" and size == width else size
+            for letter, size in zip(letters, x.shape, strict=True)
+        )
         try:
-            fits = jnp.broadcast_shapes(value.shape, x.shape) == x.shape
+            fits = jnp.broadcast_shapes(value.shape, true) == true
         except ValueError:
             fits = False
         if not fits:
-            axes = self.site.axes.split()
-            shape = [
-                self.length if letter in "TS" else size
-                for letter, size in zip(axes, x.shape, strict=True)
-            ]
             raise EditError(
                 f"{edit} was given a value of shape {value.shape}, which does not broadcast to "
-                f"{self.site.name} [{self.site.axes}] = {tuple(shape)}."
+                f"{self.site.name} [{self.site.axes}] = {true}."
             )
-        return value
+        pads = [(0, 0)] * value.ndim
+        for axis in range(-value.ndim, 0):
+            if value.shape[axis] > 1:
+                pads[axis] = (0, x.shape[axis] - true[axis])
+        return jnp.pad(value, pads) if pads else value
 
 
 class Tap:
@@ -146,9 +151,10 @@ class Tap:
         captures: addresses to keep.
         edits: applied in order wherever their site is computed.
         positions: (B, T) int32.
-        lengths: (B,) int32.
+        lengths: (B,) int32, tokens of each prompt.
         length: T before padding.
-        real: (B, T) booleans, false on padding; None when every token is real.
+        ends: (B,) int32, how many tokens of each text there are by the end of this pass: the
+            prompts' lengths, by default.
     """
 
     def __init__(
@@ -158,17 +164,13 @@ class Tap:
         positions: jax.Array | None = None,
         lengths: jax.Array | None = None,
         length: int = 0,
-        real: jax.Array | None = None,
+        ends: jax.Array | None = None,
     ):
         self.captures = frozenset(captures)
         self.edits = tuple(edits)
         self.positions, self.lengths, self.length = positions, lengths, length
+        self.ends = lengths if ends is None else ends
         self.activations: dict[Address, jax.Array] = {}
-        self.real = real
-        # For each edit (B,) flags: the row is not its business, or it has applied there. An edit
-        # whose target is a tracer (under vmap) cannot be checked before the run; `run` turns its
-        # false flags into NaN.
-        self.fired = [self._other_rows(edit) for edit in self.edits]
         self._read_sites = frozenset(site for edit in self.edits for site in edit.reads)
         self._live: dict[str, jax.Array] = {}
 
@@ -178,9 +180,9 @@ class Tap:
 
     def __call__(self, site: str, x: jax.Array, layer: int | None = None) -> jax.Array:
         """Apply the edits of this site to ``x``, keep it if asked for, and give it back."""
-        for index, edit in enumerate(self.edits):
+        for edit in self.edits:
             if edit.site == site:
-                x = self._apply(index, edit, x, layer)
+                x = self._apply(edit, x, layer)
         if site in self._read_sites:
             self._live[site] = x
         address = Address(site, layer)
@@ -188,9 +190,9 @@ class Tap:
             self.activations[address] = x
         return x
 
-    def _apply(self, index: int, edit: Edit, x: jax.Array, layer: int | None) -> jax.Array:
-        if layer is not None and isinstance(edit.layer, int) and edit.layer != layer:
-            return x  # a static layer (Splice): nothing is traced at the others
+    def _apply(self, edit: Edit, x: jax.Array, layer: int | None) -> jax.Array:
+        if "layer" in edit.static and edit.layer not in (None, layer):
+            return x  # nothing is traced at the layers of a static edit's others
         row = BY_NAME[edit.site]
         context = Context(row, self.positions, self.lengths, self.length, self._live.__getitem__)
         new = edit.new(x, context)
@@ -199,41 +201,28 @@ class Tap:
                 f"{edit} returned {new.dtype}{list(new.shape)} for a site of "
                 f"{x.dtype}{list(x.shape)}; `new` must keep shape and dtype."
             )
-        here = self._where(edit, row, layer)
+        if row.axes.endswith("S"):
+            # Keys that are padding, or not written yet, are nobody's to attend to.
+            there = jnp.arange(x.shape[-1]) < self.ends[:, None]
+            new = jnp.where(there[:, None, None, :], new, x)
+        here = self._where(edit, layer)
         if here is None:
-            self.fired[index] = jnp.ones_like(self.fired[index])
             return new
-        reached = here if self.real is None else here & self.real
-        self.fired[index] |= jnp.broadcast_to(reached, self.positions.shape).any(-1)
         shape = [1] * x.ndim
         if here.ndim:
             shape[0], shape[row.sequence_axis] = here.shape
         return jnp.where(here.reshape(shape), new, x)
 
-    def _rows(self, edit: Edit) -> jax.Array:
-        """(B,) booleans: the batch rows an edit names."""
-        rows = jnp.arange(self.positions.shape[0])
-        if edit.row is None:
-            return jnp.ones_like(rows, bool)
-        return (rows[:, None] == jnp.atleast_1d(jnp.asarray(edit.row))[None, :]).any(-1)
-
-    def _other_rows(self, edit: Edit) -> jax.Array:
-        """(B,) booleans: the rows an edit does not name; none when it names no row that exists."""
-        rows = self._rows(edit)
-        return ~rows & rows.any()
-
-    def _where(self, edit: Edit, site: Site, layer: int | None) -> jax.Array | None:
+    def _where(self, edit: Edit, layer: int | None) -> jax.Array | None:
         """Where an edit applies, as () or (B, T) booleans; None when everywhere."""
         parts = []
-        if layer is not None and edit.layer is not None and not isinstance(edit.layer, int):
+        if layer is not None and edit.layer is not None and "layer" not in edit.static:
             parts.append((jnp.asarray(edit.layer) == layer).any())
         if edit.position is not None:
-            wanted = jnp.atleast_1d(jnp.asarray(edit.position))[None, :]
-            wanted = jnp.where(wanted < 0, wanted + self.lengths[:, None], wanted)
-            hit = (self.positions[:, :, None] == wanted[:, None, :]).any(-1)
-            parts.append(hit)
+            wanted = places(edit.position, self.lengths)
+            parts.append((self.positions[:, :, None] == wanted[:, None, :]).any(-1))
         if edit.row is not None:
-            rows = self._rows(edit)
+            rows = named_rows(edit, self.positions.shape[0])
             parts.append(jnp.broadcast_to(rows[:, None], self.positions.shape))
         if not parts:
             return None
@@ -241,3 +230,17 @@ class Tap:
         for part in parts[1:]:
             here = here & part
         return here
+
+
+def places(position: Any, lengths: jax.Array) -> jax.Array:
+    """(B, P) positions counted from the front, of P that may count from each prompt's end."""
+    wanted = jnp.atleast_1d(jnp.asarray(position))[None, :]
+    return jnp.where(wanted < 0, wanted + lengths[:, None], wanted)
+
+
+def named_rows(edit: Edit, batch: int) -> jax.Array:
+    """(B,) booleans: the batch rows an edit names."""
+    rows = jnp.arange(batch)
+    if edit.row is None:
+        return jnp.ones_like(rows, bool)
+    return (rows[:, None] == jnp.atleast_1d(jnp.asarray(edit.row))[None, :]).any(-1)

@@ -14,8 +14,8 @@ from jaxtc.errors import InputError, SiteError
 from jaxtc.intercept import Edit, Tap
 from jaxtc.model import Gemma2
 from jaxtc.prompts import prepare
-from jaxtc.sites import BY_NAME, ORDER, Address, resolve
-from jaxtc.targets import check_edits
+from jaxtc.sites import BY_NAME, ORDER, Address, Site, resolve
+from jaxtc.targets import all_fire, check_edits
 
 
 @jax.tree_util.register_dataclass
@@ -48,7 +48,7 @@ class Plan:
     config: Gemma2Config
     captures: tuple[Address, ...]
     logits: str | None
-    depth: int | None
+    reach: tuple[int, int]
     length: int
     unsure: bool
 
@@ -64,8 +64,9 @@ def run(
 ) -> RunResult:
     """Run prompts through the model once, keeping what is captured and applying edits.
 
-    Compiled once per combination of captured sites, kinds of edits and padded length; other token
-    ids, and other values, layers, positions or rows of an edit, run the same program. Layers past
+    Compiled once per combination of captured sites, kinds of edits and padded length (with edits:
+    length); other token ids, and other values, layers, positions or rows of an edit, run the same
+    program. Layers past
     the last one asked for are not run when ``logits`` is None.
 
     Args:
@@ -95,10 +96,14 @@ def run(
         (layers, len(ORDER)) if logits else max(map(functools.partial(_reach, layers), captures))
     )
     prompts = prepare(tokens, config, lengths)
-    checked, unsure = check_edits(edits, layers, reach, prompts.known_lengths)
-    depth = reach[0] + 1 if reach[0] < layers else None
-    plan = Plan(config, captures, logits, depth, prompts.length, unsure)
+    batch, width = prompts.tokens.shape
+    checked, unsure = check_edits(edits, layers, reach, prompts.known_lengths, batch)
+    # Only edits need to know where the prompts ended before padding.
+    plan = Plan(config, captures, logits, reach, prompts.length if edits else width, unsure)
     out, arrays = _run(plan, parameters(model), prompts.tokens, prompts.lengths, checked)
+    if prompts.length < width:
+        arrays = {a: _cut(BY_NAME[a.site], x, prompts.length) for a, x in arrays.items()}
+        out = _cut(BY_NAME["logits"], out, prompts.length) if logits == "all" else out
     return RunResult(out, Activations(arrays, layers), prompts.lengths, prompts.length)
 
 
@@ -136,37 +141,32 @@ def rebuild(config: Gemma2Config, leaves: Sequence[jax.Array]) -> Gemma2:
     return jax.tree.unflatten(_structure(config), leaves)
 
 
-def poison(tap: Tap, tree: Any) -> Any:
-    """``tree`` with NaN in every float when some edit of the pass missed a row it names."""
-    fired = jnp.stack(tap.fired).all()
-    return jax.tree.map(
-        lambda x: jnp.where(fired, x, jnp.nan) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
-    )
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _run(plan: Plan, leaves, tokens, lengths, edits):
-    model = rebuild(plan.config, leaves)
+    """Logits and captured arrays, both still padded."""
+    model, layers = rebuild(plan.config, leaves), plan.config.num_hidden_layers
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    real = positions < lengths[:, None]
-    tap = Tap(plan.captures, edits, positions, lengths, plan.length, real)
+    tap = Tap(plan.captures, edits, positions, lengths, plan.length)
     # Editing or capturing the logits needs them all, whatever is returned.
     whole = any(a.site == "logits" for a in (*plan.captures, *edits))
     at = lengths - 1 if plan.logits == "last" and not whole else None
-    out, _ = model(tokens, positions=positions, tap=tap, depth=plan.depth, logits_at=at)
+    depth = plan.reach[0] + 1 if plan.reach[0] < layers else None
+    out, _ = model(tokens, positions=positions, tap=tap, depth=depth, logits_at=at)
     if plan.logits is None:
         out = None
-    elif plan.logits == "all":
-        out = out[:, : plan.length]
-    elif whole:
-        out = jnp.take_along_axis(out, lengths[:, None, None] - 1, axis=1)[:, 0]
-    else:
+    elif plan.logits == "last":
+        out = jnp.take_along_axis(out, lengths[:, None, None] - 1, axis=1) if whole else out
         out = out[:, 0]
-    arrays = {a: _cut(a, tap.activations[a], plan.length) for a in plan.captures}
-    return poison(tap, (out, arrays)) if plan.unsure else (out, arrays)
+    if plan.unsure:
+        fine = all_fire(edits, layers, plan.reach, lengths)
+        out, arrays = jax.tree.map(
+            lambda x: jnp.where(fine, x, jnp.nan).astype(x.dtype), (out, tap.activations)
+        )
+        return out, arrays
+    return out, tap.activations
 
 
-def _cut(address: Address, x: jax.Array, length: int) -> jax.Array:
+def _cut(site: Site, x: jax.Array, length: int) -> jax.Array:
     """``x`` without the padding up to the bucket."""
-    letters = BY_NAME[address.site].axes.split()
+    letters = site.axes.split()
     return x[tuple(slice(length) if letter in "TS" else slice(None) for letter in letters)]

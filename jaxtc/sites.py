@@ -207,9 +207,9 @@ def resolve(address: "str | Address", layers: int) -> tuple[Address, ...]:
     Raises:
         SiteError: no such site or no such layer.
     """
-    site, layer = (address.site, address.layer) if isinstance(address, Address) else parse(address)
-    if site not in BY_NAME:
-        return resolve(site, layers)  # raises, with near misses
+    site, layer = parse(address.site if isinstance(address, Address) else address)
+    if isinstance(address, Address):
+        layer = address.layer
     if not BY_NAME[site].per_layer:
         return (Address(site),)
     if layer is None:

@@ -13,6 +13,7 @@ from flax import nnx
 
 from jaxtc.errors import CapacityError, JaxtcError
 from jaxtc.params import Init, declare, he_uniform, zeros
+from jaxtc.sites import parse
 
 
 @jax.tree_util.register_dataclass
@@ -70,7 +71,7 @@ class Transcoder(nnx.Module):
         self.b_dec = param((d_out,), ("embed",), zeros)
         self.threshold = param((features,), ("features",), zeros)
         self.layer, self.source = layer, source
-        self.input_site, self.output_site = input_site, output_site
+        self.input_site, self.output_site = parse(input_site)[0], parse(output_site)[0]
 
     @property
     def d_in(self) -> int:
@@ -104,7 +105,8 @@ class Transcoder(nnx.Module):
             JaxtcError: the last axis of ``x`` is not D.
         """
         z = self.pre_activations(x)
-        return jnp.where((z > self.threshold[...]) & (z > 0), z, 0)
+        # Said the other way round, so that NaN stays NaN.
+        return jnp.where((z <= self.threshold[...]) | (z <= 0), 0, z)
 
     def decode(self, a: jax.Array) -> jax.Array:
         """``a W_dec + b_dec``: (..., M) to (..., D)."""
@@ -125,13 +127,13 @@ class Transcoder(nnx.Module):
             CapacityError: a token has more than C active features. Under ``jit`` nothing can be
                 raised: that token's values are NaN, and ``count`` tells.
         """
-        if not 1 <= capacity <= self.features:
+        if not isinstance(capacity, int) or not 1 <= capacity <= self.features:
             raise CapacityError(
-                f"capacity is {capacity}, expected 1 to {self.features} (this transcoder's M)."
+                f"capacity is {capacity!r}, expected 1 to {self.features} (this transcoder's M)."
             )
         a = self.encode(x)
         values, ids = jax.lax.top_k(a, capacity)
-        count = (a > 0).sum(-1, dtype=jnp.int32)
+        count = (a != 0).sum(-1, dtype=jnp.int32)
         if not isinstance(count, jax.core.Tracer):
             most = int(np.max(np.asarray(count), initial=0))
             if most > capacity:
@@ -147,6 +149,12 @@ class Transcoder(nnx.Module):
         rows = jnp.take(self.W_dec[...], features.ids, axis=0)
         mixed = jnp.einsum("...c,...cd->...d", features.values, rows, precision="highest")
         return mixed + self.b_dec[...]
+
+    def nameless(self) -> "Transcoder":
+        """The same arrays without layer and source, which would be part of a compile key."""
+        twin = jax.tree.map(lambda leaf: leaf, self)
+        twin.layer, twin.source = None, ""
+        return twin
 
     @classmethod
     def abstract(cls, *args, **kwargs) -> "Transcoder":

@@ -71,7 +71,7 @@ V, CONTEXT = CONFIG.vocab_size, CONFIG.max_position_embeddings
         (np.zeros((1, 2, 3), int), None, "shape"),
         (3, None, "one row or several"),
         ([2] * (CONTEXT + 1), None, f"{CONTEXT + 1} tokens is longer than.*context of {CONTEXT}"),
-        ([[2, 3]], [3], "lengths say up to 3 tokens, but the rows hold 2"),
+        ([[2, 3]], [3], "lengths say 3 tokens for prompt 0, which has 2"),
         ([[2, 3]], [1, 1], "lengths must be 1 whole numbers"),
         ([[2, 3]], [1.0], "lengths must be 1 whole numbers"),
     ],
