@@ -7,6 +7,8 @@ the others and against the bytes that are there before anything large is allocat
 import dataclasses
 import os
 import secrets
+import tokenize
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -20,6 +22,11 @@ from jaxtc.errors import WeightsError, some
 from jaxtc.weights.arrays import read_array
 
 KEYS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+
+# What numpy's reader of headers lets through: they are Python literals, parsed as such.
+_HEADER_FAULTS = (
+    ValueError, TypeError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError,
+)  # fmt: skip
 
 # deflate cannot do better, so a member that claims more is a bomb or damaged.
 _BEST_DEFLATE_RATIO = 1032
@@ -141,7 +148,7 @@ def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, Member | str]:
         with _member(path, archive, info) as stream:
             try:
                 shape, fortran, dtype = _header(stream)
-            except ValueError as error:
+            except _HEADER_FAULTS as error:
                 raise _damaged(path, f"{info.filename}: {_sentence(error)}") from error
             size = stream.tell() + int(np.prod(shape, dtype=object)) * dtype.itemsize
         if dtype.hasobject:
@@ -161,10 +168,12 @@ def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, Member | str]:
 
 def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     version = np.lib.format.read_magic(stream)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(stream)
-    if version == (2, 0):
-        return np.lib.format.read_array_header_2_0(stream)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that Python 2 wrote it, or that its literals are odd
+        if version == (1, 0):
+            return np.lib.format.read_array_header_1_0(stream)
+        if version == (2, 0):
+            return np.lib.format.read_array_header_2_0(stream)
     raise ValueError(f"npy version {version} does not hold plain arrays")
 
 
