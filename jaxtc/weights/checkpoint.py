@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from jaxtc.errors import SourceError, WeightsError, some
+from jaxtc.weights import local
 from jaxtc.weights.safetensors_file import Entry, SafetensorsFile
 
 SINGLE = "model.safetensors"
@@ -37,15 +38,15 @@ def open_checkpoint(folder: Path) -> Iterator[Checkpoint]:
         WeightsError: an unsound file or index, a missing shard.
     """
     with contextlib.ExitStack() as stack:
-        if (folder / SINGLE).is_file():
+        if local.has(folder, SINGLE):
             file = stack.enter_context(SafetensorsFile(folder / SINGLE))
             yield Checkpoint(folder, dict.fromkeys(file.entries, file))
             return
-        if not (folder / INDEX).is_file():
+        if not local.has(folder, INDEX):
             raise SourceError(_no_weights(folder))
         shards = read_index(folder / INDEX)
         names = sorted(set(shards.values()))
-        missing = [name for name in names if not (folder / name).is_file()]
+        missing = [name for name in names if not local.has(folder, name)]
         if missing:
             raise WeightsError(
                 f"{folder} lacks {some(missing)} of the {len(names)} files that {INDEX} names. "

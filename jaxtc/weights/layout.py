@@ -20,7 +20,7 @@ DEFAULT_L0 = (
 )  # fmt: skip
 DEFAULT_WIDTH = "16k"
 
-_LAYER = re.compile(r"layer_(\d+)")
+_LAYER = re.compile(r"(?:^|/)layer_(\d+)(?=/|$)")
 _LAYOUT = re.compile(r"(?:.*/)?layer_(\d+)/width_([^/]+)/average_l0_([^/]+)/params\.npz")
 
 
@@ -60,7 +60,7 @@ def is_tier(path: str) -> bool:
 
 
 def layer_of(path: str) -> int | None:
-    """The layer that a path names, None when it names none."""
+    """The layer that the last ``layer_N`` folder of a path names, None when it names none."""
     found = _LAYER.findall(path)
     return int(found[-1]) if found else None
 

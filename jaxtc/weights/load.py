@@ -11,7 +11,7 @@ import numpy as np
 from jaxtc.config import Gemma2Config
 from jaxtc.errors import SourceError, WeightsError, some
 from jaxtc.model import Gemma2
-from jaxtc.weights import arrays, hub
+from jaxtc.weights import arrays, hub, local
 from jaxtc.weights.checkpoint import Checkpoint, open_checkpoint
 from jaxtc.weights.names import EMBEDDING, TIED, Name, is_buffer, parameter_names
 from jaxtc.weights.safetensors_file import FLOATS
@@ -73,7 +73,7 @@ def load_tokenizer(source: str | Path = EMBEDDED, *, revision: str | None = None
     from transformers import AutoTokenizer  # slow to import, and not needed for token ids
 
     folder = _find(source, revision, hub.download_tokenizer)
-    if not any((folder / name).is_file() for name in hub.TOKENIZER_FILES):
+    if not any(local.has(folder, name) for name in hub.TOKENIZER_FILES):
         raise SourceError(
             f"{folder} has no tokenizer (tokenizer.json, tokenizer_config.json). Copy those of the "
             "model there, or load the tokenizer from elsewhere."
@@ -91,7 +91,7 @@ def model_folder(source: str | Path, revision: str | None = None) -> Path:
         SourceError: nothing there, or no access to it.
     """
     folder = _find(source, revision, hub.download_model)
-    if not (folder / "config.json").is_file():
+    if not local.has(folder, "config.json"):
         raise SourceError(
             f"{folder} has no config.json, so it is not a model's folder in Hugging Face's format "
             "(config.json beside model.safetensors)."
@@ -102,11 +102,11 @@ def model_folder(source: str | Path, revision: str | None = None) -> Path:
 def _find(source: str | Path, revision: str | None, fetch: Callable[..., Path]) -> Path:
     if source == EMBEDDED:
         return embedded_data("model", revision)
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path = local.find(source)
+    if path is not None and path.is_dir():
         no_revision(source, revision)
         return path
-    if path.exists():
+    if path is not None:
         raise SourceError(f"{source} is a file; give the folder that holds config.json.")
     repo = hub.split_id(source) if isinstance(source, str) else None
     if repo is None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxtc.errors import SourceError, some
 from jaxtc.model import Gemma2
+from jaxtc.weights import local
 from jaxtc.weights.checkpoint import INDEX, SINGLE
 from jaxtc.weights.load import parameter_path
 from jaxtc.weights.names import Name, parameter_names
@@ -56,12 +57,12 @@ def save_model(
     Raises:
         SourceError: the folder holds other things, or cannot be written.
     """
-    folder = Path(folder).expanduser().resolve()
+    folder = local.expand(folder).resolve()
     if max_shard_size < 1:
         raise SourceError(f"max_shard_size is {max_shard_size} bytes, expected at least 1.")
-    _check_replaceable(folder)
     partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     try:
+        _check_replaceable(folder)
         partial.mkdir(parents=True)
         _write(model, partial, tokenizer, max_shard_size)
         _replace(folder, partial)

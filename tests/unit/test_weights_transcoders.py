@@ -13,6 +13,7 @@ from flax import nnx
 import jaxtc
 from jaxtc.errors import SiteError, SourceError, WeightsError
 from jaxtc.weights import layout, load
+from jaxtc.weights.transcoders import available_layers
 from tests.unit.weights_files import params, same, write_tier
 
 KEYS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
@@ -318,9 +319,62 @@ def test_input_site(scope):
     assert jaxtc.load_transcoder(scope, 1, input_site="mlp_in").input_site == "mlp_in"
     with pytest.raises(SiteError, match="Did you mean 'mlp_in'"):
         jaxtc.load_transcoder(scope, 1, input_site="mlp_inn")
+    with pytest.raises(SiteError, match="Did you mean 'mlp_out'"):
+        jaxtc.load_transcoder(scope, 1, output_site="mlp_outt")
 
 
-@pytest.mark.parametrize("source", ["nothing", "./nothing/there", "/nothing"])
+@pytest.mark.parametrize("sites", [{"input_site": "mlp_in"}, {"output_site": "attn_out"}])
+def test_sites_that_a_file_cannot_hold_are_not_lost_in_silence(tmp_path, sites):
+    made = jaxtc.Transcoder(24, 60, rngs=nnx.Rngs(3), **sites)
+    ((name, site),) = sites.items()
+    with pytest.raises(SiteError, match=f"{name}='{site}'.*without_sites=True"):
+        jaxtc.save_transcoder(made, tmp_path)
+    assert not list(tmp_path.iterdir())
+    file = jaxtc.save_transcoder(made, tmp_path, without_sites=True)
+    made.source = str(file)
+    assert same(made, jaxtc.load_transcoder(file, **sites))
+    assert not same(made, jaxtc.load_transcoder(file))
+
+
+def test_a_path_in_the_place_of_the_layer(scope):
+    with pytest.raises(SourceError, match="path='layer_1/width_1k/average_l0_7'"):
+        jaxtc.load_transcoder(scope, "layer_1/width_1k/average_l0_7")
+    with pytest.raises(SourceError, match="layer is 1.5, expected"):
+        jaxtc.load_transcoder(scope, 1.5)
+    with pytest.raises(SourceError, match="layers is 1, expected 'all' or several, such as .1."):
+        jaxtc.load_transcoders(scope, 1)
+    assert jaxtc.load_transcoder(scope, np.int64(1)).layer == 1
+
+
+@pytest.mark.parametrize(
+    ("folder", "layer"),
+    [
+        ("player_2", None),
+        ("layer_12_ablation", None),
+        ("layer_3", 3),
+        ("layer_3/layer_12_ablation", 3),
+        ("layer_3/layer_5", 5),
+        ("layer_3/player_2", 3),
+    ],
+)
+def test_only_a_whole_folder_name_tells_the_layer(tmp_path, folder, layer):
+    (tmp_path / folder).mkdir(parents=True)
+    np.savez(tmp_path / folder / "params.npz", **params())
+    assert jaxtc.load_transcoder(tmp_path / folder / "params.npz").layer == layer
+    assert jaxtc.load_transcoder(tmp_path / folder).layer == layer
+    assert layout.layer_of(folder) == layer
+
+
+def test_the_layer_of_one_file(scope, tmp_path):
+    file = scope / "layer_20/width_65k/average_l0_11/params.npz"
+    assert available_layers(file) == [20]
+    assert jaxtc.load_transcoders(file)[20].b_dec[0] == 4
+    np.savez(tmp_path / "mine.npz", **params())
+    with pytest.raises(SourceError, match="is one transcoder.*say which layer"):
+        available_layers(tmp_path / "mine.npz")
+
+
+@pytest.mark.parametrize("source", ["nothing", "./nothing/there", "/nothing", "dir/params.npz"])
 def test_source_that_is_nothing(source):
     with pytest.raises(SourceError, match="no file or folder"):
         jaxtc.load_transcoder(source, 0)
@@ -330,6 +384,24 @@ def test_autoencoders_are_not_taken_for_transcoders():
     for kind in ("res", "mlp", "att", "res-canonical"):
         with pytest.raises(SourceError, match="sparse autoencoders"):
             jaxtc.load_transcoder(f"google/gemma-scope-2b-pt-{kind}", 20)
+
+
+@pytest.mark.parametrize(
+    "folder", ["gemma-scope-9b-it-res", "models--google--gemma-scope-2b-pt-att/snapshots/0a"]
+)
+def test_autoencoders_on_disk_are_told_by_their_folder(tmp_path, folder, monkeypatch):
+    tier = "layer_20/width_16k/average_l0_71"
+    file = write_tier(tmp_path, f"{folder}/{tier}")
+    monkeypatch.chdir(tmp_path / folder)
+    places = [(tmp_path / folder, None), (file, None), (tmp_path, f"{folder}/{tier}"), (tier, None)]
+    for source, path in places:
+        with pytest.raises(SourceError, match="sparse autoencoders"):
+            jaxtc.load_transcoder(source, path=path)
+
+
+def test_transcoders_on_disk_are_not_taken_for_autoencoders(tmp_path):
+    for name in ("gemma-scope-2b-pt-transcoders", "gemma-scope-transcoders-mlp-copy"):
+        assert jaxtc.load_transcoder(write_tier(tmp_path, f"{name}/layer_1")).layer == 1
 
 
 def test_default_tiers_are_the_published_ones():

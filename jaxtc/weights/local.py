@@ -1,0 +1,52 @@
+"""Looking for a source on this machine; what the file system refuses becomes a SourceError."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from jaxtc.errors import SourceError
+
+
+def expand(source: str | Path) -> Path:
+    """``source`` as a path, ``~`` at its start replaced by the home folder.
+
+    Raises:
+        SourceError: nobody's home folder.
+    """
+    with _explained(source):
+        return Path(source).expanduser()
+
+
+def find(source: str | Path) -> Path | None:
+    """The file or folder that a source names, None when there is none.
+
+    Raises:
+        SourceError: it cannot be looked up: too long a name, no permission.
+    """
+    path = expand(source)
+    with _explained(source):
+        try:
+            path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return path
+
+
+def has(folder: Path, name: str) -> bool:
+    """Whether a folder has a file of this name. Raises SourceError as :func:`find`."""
+    found = find(folder / name)
+    return found is not None and found.is_file()
+
+
+@contextlib.contextmanager
+def _explained(source: str | Path) -> Iterator[None]:
+    # RuntimeError: ~ of an unknown user; ValueError: a zero byte.
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        given, reason = str(source), getattr(error, "strerror", None) or str(error)
+        short = given if len(given) <= 100 else f"{given[:100]}…"
+        raise SourceError(
+            f"{short!r} cannot be looked up on this machine: {reason.rstrip('.')}. Give a folder "
+            "or file that you may read, or a hub id such as google/gemma-2-2b."
+        ) from error
