@@ -66,7 +66,7 @@ def prepare(tokens: Any, config: Gemma2Config, lengths: Any = None, extra: int =
             "first to be <bos> (the tokenizer adds it)."
         )
     # Padding is seen by nobody; 0 is an id of every vocabulary.
-    array = np.zeros((len(rows), bucket(held.max())), np.int32)
+    array = np.zeros((len(rows), bucket(int(held.max()))), np.int32)
     for index, (row, count) in enumerate(zip(rows, known, strict=True)):
         wrong = np.flatnonzero((row[:count] < 0) | (row[:count] >= config.vocab_size))
         if wrong.size:
