@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.activations import Activations
@@ -20,6 +19,7 @@ from jaxtc.generate import generate
 from jaxtc.metrics import FVU, Mean, notebook_score, relative_error, special_token_mask
 from jaxtc.model import Gemma2
 from jaxtc.neuronpedia import feature_url
+from jaxtc.promoted import pieces_of, promoted_pieces
 from jaxtc.prompts import bucket, prepare
 from jaxtc.run import run
 from jaxtc.sites import BY_NAME, Address, check_layer, parse
@@ -29,10 +29,7 @@ from jaxtc.transcoder import Transcoder
 #: norm's gain. Gemma Scope's weights were trained on ``mlp_in_normed``.
 NOTEBOOK_SITE = "mlp_in"
 
-# What is written to the residual stream reaches the logits through the final norm alone.
-_RESIDUAL = frozenset({"attn_out", "mlp_out", "resid_pre", "resid_mid", "resid_post"})
 _CHUNK = 1024  # tokens encoded at once: bounds the dense (tokens, M) array
-_BLOCK = 64  # features whose logits are computed at once: bounds the (features, V) array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +69,10 @@ def explain(
         progress: called with a few words at each long step.
 
     Raises:
-        InputError: an empty prompt, one that does not fit the model's context, or a count that is
-            out of range.
-        JaxtcError: a transcoder of another model (its D differs), or one that knows no layer.
+        InputError: a prompt that is empty, no Unicode, or longer than the model's context; a count
+            that is out of range.
+        JaxtcError: a transcoder of another model (its D differs), or one that knows no layer; NaN
+            or infinity in what the model or a transcoder computes (float16 overflows easily).
         SiteError: no such site or layer.
     """
     config = model.config
@@ -83,6 +81,13 @@ def explain(
             "The prompt is empty. Give some text, for example "
             "'The capital of the state containing Dallas is'."
         )
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"The prompt is not Unicode text: character {error.start} is {prompt[error.start]!a}, "
+            "which stands for a byte that is not UTF-8. Convert the text to UTF-8 first."
+        ) from error
     counts = {"top_features": top_features, "promoted": promoted, "max_new_tokens": max_new_tokens}
     for name, count in counts.items():
         if not isinstance(count, int) or count < 0:
@@ -100,6 +105,8 @@ def explain(
     progress("Running the model")
     capture = [Address(site, layer) for layer in layers for site in sites]
     activations = run(model, told.ids, capture=capture, logits=None).activations
+    for address in capture:
+        _check_finite(activations[address], f"What the model has at {address}", model.dtype)
     reports = []
     for layer in layers:
         progress(f"Explaining layer {layer}")
@@ -113,7 +120,7 @@ def explain(
         site = fed if input_site else transcoder.input_site
         _check_fit(transcoder, layer, site, model)
         report, tops = _measure(transcoder, layer, site, activations, told, top_features)
-        names = _promoted_pieces(model, tokenizer, transcoder, tops, promoted)
+        names = promoted_pieces(model, tokenizer, transcoder, tops, promoted)
         reports.append(_with_features(report, tops, names, transcoder.source))
 
     new: list[int] = []
@@ -162,6 +169,24 @@ def _by_layer(transcoders: Any, layers: int) -> Mapping[int, Transcoder]:
     return found
 
 
+def _check_finite(x: Any, what: str, dtype: Any) -> None:
+    """Refuse what has overflowed: L0 would be 0 and every comparison with it false."""
+    if np.isfinite(np.asarray(x)).all():
+        return
+    name = np.dtype(dtype).name
+    remedy = "The weights themselves are broken; load others."
+    if name in ("float16", "bfloat16"):
+        remedy = (
+            f"{name} may be too narrow for it: load it with dtype='float32'"
+            + (" or 'bfloat16'" if name == "float16" else "")
+            + " (--dtype, for the model, on the command line)."
+        )
+    raise JaxtcError(
+        f"{what} is NaN or infinite somewhere on this prompt, so its figures would mean nothing. "
+        f"It was computed in {name}. {remedy}"
+    )
+
+
 def _input_site(name: str) -> str:
     """The site that ``--input-site`` names."""
     site, layer = parse(name)
@@ -208,12 +233,14 @@ def _tokenize(tokenizer: Any, prompt: str, bos: int | None) -> tuple[_Prompt, li
             "The prompt has <bos> twice: the tokenizer adds it, so leave it out of the text."
         )
     special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
-    pieces = tuple(tokenizer.convert_ids_to_tokens(ids))
+    pieces = pieces_of(tokenizer, ids)
     return _Prompt(ids, pieces, special_token_mask(ids, special)), warnings
 
 
 def _continuation(tokenizer: Any, ids: list[int], new: list[int]) -> str:
     """The text of the new tokens, with the space that decoding them alone would lose."""
+    if None in tokenizer.convert_ids_to_tokens(new):  # decoding leaves them out
+        return "".join(pieces_of(tokenizer, new)).replace("▁", " ")
     before = tokenizer.decode(ids, skip_special_tokens=True)
     after = tokenizer.decode([*ids, *new], skip_special_tokens=True)
     return after[len(before) :] if after.startswith(before) else tokenizer.decode(new)
@@ -255,6 +282,9 @@ def _measure(
     read = lambda name: activations[Address(name, layer)][0]  # noqa: E731
     target = read(transcoder.output_site)
     got = _encoded(transcoder, read(site), max(top, 1))
+    _check_finite(
+        got["y"], f"What the transcoder of layer {layer} computes", transcoder.W_dec.dtype
+    )
     errors = relative_error(target, got["y"])
     keep = ~told.masked
     fvu = FVU().update(target, got["y"], keep)
@@ -290,72 +320,6 @@ def _measure(
         tokens=tokens,
     )
     return report, {name: got[name][:, :top] for name in ("values", "ids")}
-
-
-@functools.partial(jax.jit, static_argnames="count")
-def _promoted(rows: jax.Array, gain: jax.Array, embedding: jax.Array, count: int) -> jax.Array:
-    rows = (rows.astype(jnp.float32) * (1 + gain.astype(jnp.float32))).astype(embedding.dtype)
-    logits = jnp.einsum(
-        "md,vd->mv", rows, embedding, precision="highest", preferred_element_type=jnp.float32
-    )
-    return jax.lax.top_k(logits, count)[1]
-
-
-def promoted_tokens(
-    model: Gemma2, transcoder: Transcoder, features: Sequence[int], count: int = 5
-) -> np.ndarray:
-    """The tokens that features push for: direct logit attribution of their decoder rows.
-
-    ``(W_dec[f] · (1 + w)) Eᵀ`` with w the final norm's gain and E the embedding. What is left out,
-    the norm's 1/rms and the softcap, changes no order; what other layers do with the feature is
-    not in it, so it says most about late layers.
-
-    Args:
-        model: whose unembedding to use.
-        transcoder: one that writes to the residual stream (``mlp_out``, say).
-        features: ids of n features.
-        count: how many tokens, at most V.
-
-    Returns:
-        (n, count) int32 token ids, strongest first.
-
-    Raises:
-        InputError: no such feature, or a count beyond V.
-        JaxtcError: the transcoder's D differs from the model's, or it writes elsewhere.
-    """
-    wanted = np.asarray(features, np.int64).reshape(-1)
-    if wanted.size and not 0 <= wanted.min() <= wanted.max() < transcoder.features:
-        raise InputError(f"Features are 0 to {transcoder.features - 1}, got {wanted.tolist()}.")
-    if not 0 <= count <= model.config.vocab_size:
-        raise InputError(f"count is {count}, the vocabulary has {model.config.vocab_size} tokens.")
-    if transcoder.output_site not in _RESIDUAL or transcoder.d_out != model.config.hidden_size:
-        raise JaxtcError(
-            f"This transcoder writes D={transcoder.d_out} at {transcoder.output_site}; only what "
-            f"is added to the residual stream (D={model.config.hidden_size}) promotes tokens."
-        )
-    found = np.zeros((len(wanted), count), np.int32)
-    block = min(_BLOCK, bucket(max(len(wanted), 1)))
-    for start in range(0, len(wanted), block):
-        some_ids = wanted[start : start + block]
-        rows = transcoder.W_dec[...][np.pad(some_ids, (0, block - len(some_ids)))]
-        gain, embedding = model.final_norm.weight[...], model.embed.weight[...]
-        best = np.asarray(_promoted(rows, gain, embedding, count))
-        found[start : start + block] = best[: len(some_ids)]
-    return found
-
-
-def _promoted_pieces(
-    model: Gemma2, tokenizer: Any, transcoder: Transcoder, tops: dict[str, np.ndarray], count: int
-) -> dict[int, tuple[str, ...]]:
-    """Pieces of the vocabulary by feature, for every feature that will be shown."""
-    shown = np.unique(tops["ids"][tops["values"] > 0])
-    if transcoder.output_site not in _RESIDUAL:
-        return {int(feature): () for feature in shown}
-    best = promoted_tokens(model, transcoder, shown, min(count, model.config.vocab_size))
-    return {
-        int(feature): tuple(tokenizer.convert_ids_to_tokens(row.tolist()))
-        for feature, row in zip(shown, best, strict=True)
-    }
 
 
 def _with_features(

@@ -1,17 +1,21 @@
 """``explain`` against the same quantities computed by hand, and what it refuses."""
 
+import dataclasses
 import importlib
 import json
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxtc
 from jaxtc.errors import InputError, JaxtcError, SiteError
-from jaxtc.explain import explain, promoted_tokens
+from jaxtc.explain import explain
 from jaxtc.neuronpedia import feature_url
+from jaxtc.promoted import promoted_tokens
 from tests.unit import tiny
 
 PROMPT = "the capital of texas is"
@@ -177,6 +181,7 @@ def test_padding_and_chunks_do_not_show(monkeypatch):
     [
         ({"prompt": ""}, InputError, "prompt is empty"),
         ({"prompt": " \n "}, InputError, "prompt is empty"),
+        ({"prompt": "caf\udce9 is"}, InputError, r"character 3 is '.udce9'.*UTF-8"),
         (
             {"prompt": "texas" + " texas" * 49},
             InputError,
@@ -210,11 +215,50 @@ def test_transcoders_of_different_kinds_are_refused():
 
 
 def test_bfloat16_models_are_explained():
-    import jax
-
     model = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny.model())
     found = explain(model, tiny.tokenizer(), PROMPT, tiny.transcoder(1)).layers[0]
     assert found.fvu == pytest.approx(explained().layers[0].fvu, rel=0.05)
+
+
+@pytest.mark.parametrize(("dtype", "remedy"), [("float16", "'bfloat16'"), ("float32", "broken")])
+def test_a_model_that_overflows_is_refused(dtype, remedy):
+    largest = {"float16": 60_000, "float32": 3e38}[dtype]
+    wide = jax.tree.map(lambda leaf: leaf, tiny.model())
+    wide.layers[1].mlp_out_norm.weight[...] = jnp.full((24,), largest, jnp.float32)
+    narrow = jax.tree.map(lambda leaf: leaf.astype(dtype), wide)
+    message = f"layers.1.mlp_out is NaN or infinite.*computed in {dtype}.*{remedy}"
+    with pytest.raises(JaxtcError, match=message):
+        explain(narrow, tiny.tokenizer(), PROMPT, tiny.transcoder(1))
+    if dtype == "float16":
+        assert math.isfinite(
+            explain(wide, tiny.tokenizer(), PROMPT, tiny.transcoder(1)).layers[0].fvu
+        )
+
+
+def test_a_transcoder_that_overflows_is_refused():
+    narrow = jax.tree.map(lambda leaf: leaf.astype("float16"), tiny.transcoder(1))
+    assert math.isfinite(explained(narrow).layers[0].fvu)
+    narrow.W_dec[...] = jnp.full((50, 24), 60_000, "float16")
+    with pytest.raises(JaxtcError, match="transcoder of layer 1 computes is NaN.*in float16"):
+        explained(narrow)
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_shown_as_ids():
+    config = dataclasses.replace(tiny.config(), vocab_size=40)
+    model = jaxtc.Gemma2(config, rngs=nnx.Rngs(0))
+    found = explain(model, tiny.tokenizer(), PROMPT, tiny.transcoder(1), max_new_tokens=4)
+    features = [f for token in found.layers[0].tokens for f in token.features]
+    shown = {piece for feature in features for piece in feature.promotes}
+    assert {
+        f"<id {index}>" for index in range(len(tiny.tokenizer()), 40)
+    } & shown and "▁texas" in shown
+    # Rows along one axis, of which the longest two are always said, whatever the sign is.
+    model.embed.weight[...] = (
+        jnp.zeros((40, 24)).at[:, 0].set(1).at[33:35, 0].set(jnp.array([2, -2]))
+    )
+    found = explain(model, tiny.tokenizer(), PROMPT, tiny.transcoder(1), max_new_tokens=2)
+    assert found.continuation == "".join(f"<id {index}>" for index in found.continuation_ids)
+    assert set(found.continuation_ids) <= {33, 34}
 
 
 @pytest.mark.parametrize(
