@@ -1,4 +1,7 @@
-"""The command line: parses, calls the library, draws. JAX is imported by the commands that need it.
+"""The command line: parses, calls the library, draws.
+
+Importing any of jaxtc imports JAX; transformers, which is as slow, is imported when a tokenizer is
+loaded, and what training needs by the commands of ``jaxtc embedded``.
 
 Errors of the user's are one paragraph on stderr and exit code 2; Ctrl-C is 130.
 """
@@ -8,9 +11,13 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.text import Text
 from typer.core import TyperGroup
 
 from jaxtc import __version__
+from jaxtc.cli.explain import command as explain_command
+from jaxtc.cli.sites import command as sites_command
 from jaxtc.errors import JaxtcError
 
 
@@ -110,9 +117,7 @@ def explain(
     as_json: Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")] = False,
 ) -> None:
     """Show, token by token, which transcoder features explain what an MLP did with a prompt."""
-    from jaxtc.cli.explain import command
-
-    command(
+    explain_command(
         prompt,
         model=model,
         transcoder=transcoder,
@@ -133,9 +138,7 @@ def sites(
     as_json: Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")] = False,
 ) -> None:
     """List every site that can be captured or edited, with its shape and its names elsewhere."""
-    from jaxtc.cli.sites import command
-
-    command(model, as_json=as_json)
+    sites_command(model, as_json=as_json)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -143,9 +146,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(arguments)
     except JaxtcError as error:
-        from rich.console import Console
-        from rich.text import Text
-
         console = Console(stderr=True)
         message = Text.assemble(("Error: ", "bold red"), " ".join(str(error).split()))
         # A file or a pipe gets one line, which is easier to search than a wrapped one.

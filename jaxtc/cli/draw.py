@@ -57,7 +57,12 @@ def _feature(feature: ActiveFeature, room: int) -> Text:
 
 def _features(token: TokenReport, room: int) -> Text:
     lines = [_feature(feature, room) for feature in token.features]
-    return Text("\n").join(lines) if lines else Text("none active", FAINT)
+    return Text("\n").join(lines) if lines else _no_feature(token)
+
+
+def _no_feature(token: TokenReport) -> Text:
+    """What stands for features: nothing where there are some that nobody asked to see."""
+    return Text("" if token.l0 else "none active", FAINT)
 
 
 def _cut(text: Text, room: int) -> Text:
@@ -140,7 +145,7 @@ def _all_layers(found: Explanation, columns: int) -> Group:
             number(report.l0, 1),
             number(report.relative_error),
             number(report.notebook_score),
-            _feature(strongest[0], room) if strongest else Text("none active", FAINT),
+            _feature(strongest[0], room) if strongest else _no_feature(report.tokens[-1]),
         )
     counted = sum(not token.masked for token in found.layers[0].tokens)
     meaning = Text(

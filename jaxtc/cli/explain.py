@@ -3,14 +3,19 @@
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from rich.console import Console
 
-from jaxtc.cli.runtime import working
+from jaxtc.cli.draw import draw
+from jaxtc.cli.runtime import Progress, working
 from jaxtc.errors import JaxtcError
+from jaxtc.explain import explain
+from jaxtc.transcoder import Transcoder
+from jaxtc.weights.layout import GEMMA_SCOPE_2B
+from jaxtc.weights.load import EMBEDDED, load_model, load_tokenizer
+from jaxtc.weights.transcoders import available_layers, load_transcoder
 
-EMBEDDED = "embedded"
 # Of the embedded model: its last, where the tokens a feature promotes say most about it. Of Gemma
 # Scope: the tutorial's.
 DEFAULT_LAYER = 3
@@ -35,12 +40,10 @@ def command(
             f"--layer is {layer!r}, expected the number of a layer, counted from 0, or 'all'."
         )
     with working("Starting JAX") as progress:
-        from jaxtc.explain import explain
-        from jaxtc.weights.load import load_model, load_tokenizer
-
         transcoders = _transcoders(transcoder or _own_transcoders(model), layer, progress)
         progress(f"Loading {model}")
-        loaded = load_model(model, dtype=dtype)
+        loaded = load_model(model, dtype=dtype, progress=progress.part)
+        progress("Loading the tokenizer")
         tokenizer = load_tokenizer(model)
         found = explain(
             loaded,
@@ -56,14 +59,10 @@ def command(
     if as_json:
         sys.stdout.write(json.dumps(found.to_dict(), ensure_ascii=False, indent=2) + "\n")
         return
-    from jaxtc.cli.draw import draw
-
     draw(Console(), found, by_layer=layer == "all")
 
 
 def _own_transcoders(model: str) -> str:
-    from jaxtc.weights.layout import GEMMA_SCOPE_2B
-
     own = {EMBEDDED: EMBEDDED, "google/gemma-2-2b": GEMMA_SCOPE_2B}
     if model not in own:
         raise JaxtcError(
@@ -73,10 +72,9 @@ def _own_transcoders(model: str) -> str:
     return own[model]
 
 
-def _transcoders(source: str, layer: str | None, progress: Callable[[str], None]):
-    from jaxtc.weights.layout import GEMMA_SCOPE_2B
-    from jaxtc.weights.transcoders import available_layers, load_transcoder
-
+def _transcoders(
+    source: str, layer: str | None, progress: Progress
+) -> Transcoder | Mapping[int, Transcoder]:
     if layer == "all":
         return _OnDemand(source, available_layers(source))
     defaults = {EMBEDDED: DEFAULT_LAYER, GEMMA_SCOPE_2B: GEMMA_SCOPE_LAYER}
@@ -91,9 +89,7 @@ class _OnDemand(Mapping):
     def __init__(self, source: str, layers: list[int]):
         self.source, self.layers = source, layers
 
-    def __getitem__(self, layer: int):
-        from jaxtc.weights.transcoders import load_transcoder
-
+    def __getitem__(self, layer: int) -> Transcoder:
         if layer not in self.layers:
             raise KeyError(layer)
         return load_transcoder(self.source, layer)

@@ -6,36 +6,58 @@ import os
 import stat
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+from platformdirs import user_cache_path
 from rich.console import Console
+from rich.status import Status
+from rich.text import Text
+
+
+class Progress:
+    """Says what is being done: on a spinner when there is one, in a line a step otherwise."""
+
+    def __init__(self, console: Console, status: Status | None = None):
+        self._console, self._status, self._step = console, status, ""
+
+    def __call__(self, step: str) -> None:
+        """Begin a step, named by a few words."""
+        self._step = step
+        self._show("")
+
+    def part(self, done: int, total: int) -> None:
+        """How far the step is; shown by a spinner only."""
+        if self._status and total:
+            self._show(f" {done / total:.0%}")
+
+    def _show(self, rest: str) -> None:
+        text = Text(f"{self._step} …{rest}")  # a Text: what the user typed is no markup
+        if self._status:
+            self._status.update(text)
+        else:
+            self._console.print(text, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
-def working(first: str) -> Iterator[Callable[[str], None]]:
+def working(first: str) -> Iterator[Progress]:
     """A spinner on stderr (a plain line a step where stderr is no terminal) around long work.
 
     Whatever a library prints to stdout meanwhile goes to stderr: stdout is for the result.
     """
     console = Console(stderr=True)
-    with contextlib.redirect_stdout(sys.stderr):
-        if console.is_terminal:
-            with console.status(first) as status:
-                quiet()
-                use_compilation_cache(console)
-                yield lambda step: status.update(f"{step} …")
-        else:
-            quiet()
-            use_compilation_cache(console)
-            say = lambda step: console.print(f"{step} …", highlight=False, soft_wrap=True)  # noqa: E731
-            say(first)
-            yield say
+    spinner = console.status("") if console.is_terminal else contextlib.nullcontext()
+    with contextlib.redirect_stdout(sys.stderr), spinner as status:
+        progress = Progress(console, status)
+        progress(first)
+        quiet()
+        use_compilation_cache(console)
+        yield progress
 
 
 def quiet() -> None:
     """Keep the libraries' notes to developers from the user; errors still come through."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for name in ("jax", "jax._src.xla_bridge", "absl", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -49,18 +71,15 @@ def use_compilation_cache(console: Console) -> None:
 
     A cached program is code that will be run, so the folder is the user's own, with mode 0700.
     """
-    import jax
-
     if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
         return
-    from platformdirs import user_cache_path
-
     folder = user_cache_path("jaxtc") / "xla"
     problem = make_private(folder)
     if problem:
         console.print(
             f"Compiled programs are not kept: {problem}. Set JAX_COMPILATION_CACHE_DIR to a folder "
             "of your own to keep them.",
+            markup=False,
             highlight=False,
             soft_wrap=True,
         )

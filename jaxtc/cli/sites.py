@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table, box
@@ -10,6 +9,8 @@ from rich.text import Text
 
 from jaxtc.config import Gemma2Config
 from jaxtc.sites import SITES, Site
+from jaxtc.weights import hub, local
+from jaxtc.weights.load import EMBEDDED, model_folder
 
 
 def command(model: str, *, as_json: bool) -> None:
@@ -23,11 +24,8 @@ def command(model: str, *, as_json: bool) -> None:
 
 
 def _config(source: str) -> Gemma2Config:
-    from jaxtc.weights import hub
-    from jaxtc.weights.load import EMBEDDED, model_folder
-
     repo = hub.split_id(source)
-    if source != EMBEDDED and not Path(source).expanduser().exists() and repo and not repo[1]:
+    if source != EMBEDDED and repo and not repo[1] and local.find(source) is None:
         return Gemma2Config.from_file(hub.download(repo[0], "config.json"))
     return Gemma2Config.from_file(model_folder(source) / "config.json")
 

@@ -4,15 +4,19 @@ import importlib
 import io
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 from rich.cells import cell_len
 from rich.console import Console
+from rich.status import Status
 
 import jaxtc
 from jaxtc import cli
@@ -107,6 +111,53 @@ def test_all_layers_get_a_row_each(cli_run, folders):
         assert str(report.tokens[-1].features[0].feature) in row
 
 
+def test_features_that_nobody_asked_for_are_not_called_inactive(cli_run, folders):
+    for layer in (1, "all"):
+        given = [*options(folders), "--layer", layer, "--top-features"]
+        code, out, _ = cli_run("explain", PROMPT, *given, 0)
+        assert code == 0 and "none active" not in out
+        feature = re.compile(r"\d +\d+\.\d\d  [▁<]")
+        assert feature.search(cli_run("explain", PROMPT, *given, 1)[1])
+        assert not feature.search(out)
+
+
+def test_a_token_without_active_features_says_so(cli_run, folders, tmp_path):
+    silent = jaxtc.Transcoder(24, 50, rngs=nnx.Rngs(0))
+    silent.threshold[...] = jnp.full((50,), 1e6)
+    file = jaxtc.save_transcoder(silent, tmp_path / "layer_1")
+    given = ["--model", folders / "model", "--transcoder", file, "--layer"]
+    for layer in (1, "all"):  # one file of a known layer is all the layers there are
+        code, out, _ = cli_run("explain", PROMPT, *given, layer)
+        assert code == 0 and "none active" in out
+
+
+def test_loading_shows_how_far_it_is_on_a_terminal_only(cli_run, folders, monkeypatch):
+    shown = []
+    monkeypatch.setattr(Status, "update", lambda self, text: shown.append(str(text)))
+    _, _, err = cli_run("explain", PROMPT, *options(folders), "--layer", 1)
+    assert not shown and "%" not in err and err.count("Loading") == 3
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    code, _, _ = cli_run("explain", PROMPT, *options(folders), "--layer", 1)
+    assert code == 0
+    loading = [text for text in shown if f"Loading {folders / 'model'} …" in text]
+    percents = [int(text.split()[-1].removesuffix("%")) for text in loading if "%" in text]
+    assert len(percents) > 10 and percents == sorted(percents) and percents[-1] == 100
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_brackets_in_a_source_are_not_markup(cli_run, folders, tmp_path, monkeypatch, terminal):
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    place = tmp_path / "[/red][bold]" / "layer_1"
+    jaxtc.save_transcoder(tiny.transcoder(1), place)
+    given = ["--model", folders / "model", "--transcoder", place]
+    code, out, err = cli_run("explain", PROMPT, *given, columns=300)
+    assert code == 0 and str(place) in out
+    assert terminal or f"Loading the transcoder from {place} …" in err
+    code, out, err = cli_run("explain", PROMPT, *given[:3], "[/x]")
+    assert code == 2 and "[/x]" in err
+
+
 def test_json_is_all_that_stdout_gets(cli_run, folders):
     code, out, err = cli_run(
         "explain", PROMPT, *options(folders), "--layer", "all", "--top-features", 2, "--json"
@@ -170,11 +221,19 @@ def test_features_that_neuronpedia_has_are_linked(monkeypatch):
         ({"--input-site": "mlp_inn"}, "Did you mean 'mlp_in'"),
         ({"--top-features": "51"}, "top_features is 51"),
         ({"--dtype": "int8"}, "int8"),
+        ({"prompt": "caf\udce9 is"}, "not UTF-8"),
+        ({"--model": "m" * 300}, "File name too long"),
+        ({"--model": "~nosuchuser/m"}, "home directory"),
+        ({"--transcoder": "~nosuchuser/m"}, "home directory"),
+        ({"--transcoder": "dir/params.npz"}, "There is no file or folder dir/params.npz"),
+        ({"--transcoder": "dir/params.npz", "--layer": "all"}, "There is no file or folder dir/"),
+        ({"--transcoder": "NARROW FILE", "--layer": "all"}, "is one transcoder"),
     ],
 )
 def test_bad_input_is_one_paragraph_and_exit_code_2(cli_run, folders, tmp_path, changes, message):
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 24}')
     known = {"LLAMA": tmp_path, "NARROW": folders / "narrow"}
+    known["NARROW FILE"] = folders / "narrow" / "params.npz"
     given = {
         "prompt": PROMPT,
         "--model": folders / "model",
@@ -208,6 +267,12 @@ def test_sites_lists_the_table_with_the_shapes_of_a_model(cli_run, folders, tmp_
     assert rows["q"]["shape"] == ["B", "T", 4, 8]
     assert rows["mlp_out"]["hf"] == "model.layers.N.post_feedforward_layernorm.output"
     assert "hf" in rows["logits"]["refused"] and not rows["mlp_out"]["refused"]
+
+
+@pytest.mark.parametrize("model", ["m" * 300, "~nosuchuser/m", "/nowhere"])
+def test_sites_of_a_model_that_cannot_be_found(cli_run, model):
+    code, out, err = cli_run("sites", "--model", model)
+    assert (code, out) == (2, "") and err.startswith("Error: ") and err.count("\n") == 1
 
 
 def test_version_and_the_commands_of_embedded(cli_run):
