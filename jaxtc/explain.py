@@ -257,15 +257,14 @@ def _encode(transcoder: Transcoder, x: jax.Array, top: int) -> dict[str, jax.Arr
 def _encoded(transcoder: Transcoder, x: jax.Array, top: int) -> dict[str, np.ndarray]:
     """The strongest features, counts and reconstruction of (T, D) inputs, as (T, ...) on the host.
 
-    Padded to a bucket and cut in chunks, with layer and source blotted out: one compiled program
-    serves prompts of all lengths and transcoders of all layers.
+    Padded to a bucket and cut in chunks, without layer and source: one compiled program serves
+    prompts of all lengths and transcoders of all layers.
     """
-    nameless = jax.tree.map(lambda leaf: leaf, transcoder)
-    nameless.layer, nameless.source = None, ""
     T, D = x.shape
     width = min(bucket(T), _CHUNK)
     padded = np.zeros((-(-T // width) * width, D), np.float32)
     padded[:T] = np.asarray(x, np.float32)
+    nameless = transcoder.nameless()
     parts = [_encode(nameless, part, top) for part in padded.reshape(-1, width, D)]
     return {name: np.concatenate([part[name] for part in parts])[:T] for name in parts[0]}
 

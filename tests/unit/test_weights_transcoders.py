@@ -1,6 +1,7 @@
 """Transcoders from files, folders and layouts; damaged npz files; which one a layer means."""
 
 import io
+import pickle
 import zipfile
 
 import jax
@@ -23,9 +24,9 @@ def matches(transcoder, arrays) -> bool:
     return all(np.array_equal(np.asarray(getattr(transcoder, k)[...]), arrays[k]) for k in KEYS)
 
 
-def npy(array, **options) -> bytes:
+def npy(array) -> bytes:
     stream = io.BytesIO()
-    np.lib.format.write_array(stream, array, **options)
+    np.lib.format.write_array(stream, array, allow_pickle=False)
     return stream.getvalue()
 
 
@@ -134,12 +135,13 @@ def test_object_arrays_are_never_unpickled(path, tmp_path):
         def __reduce__(self):
             return (open, (str(tmp_path / "exploded"), "w"))
 
-    arrays = params()
-    evil = np.empty(60, object)
-    evil[:] = [Bomb()] * 60
-    members = {f"{k}.npy": npy(v) for k, v in arrays.items()}
-    write_zip(path, {**members, "threshold.npy": npy(evil, allow_pickle=True)})
     # numpy's array of objects has pointers by its header, a pickle in its bytes.
+    evil = io.BytesIO()
+    header = {"descr": "|O", "fortran_order": False, "shape": (60,)}
+    np.lib.format.write_array_header_1_0(evil, header)
+    evil.write(pickle.dumps([Bomb()] * 60))
+    members = {f"{k}.npy": npy(v) for k, v in params().items()}
+    write_zip(path, {**members, "threshold.npy": evil.getvalue()})
     refused(path, "threshold holds pickled Python objects")
     assert not (tmp_path / "exploded").exists()
 
