@@ -1,6 +1,7 @@
 """The captured arrays of a pass, found under any of their names."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +14,33 @@ class Activations(Mapping):
     """The captured arrays, by address.
 
     Keys are canonical addresses (``layers.20.mlp_out``); every alias that names one works too, and
-    a site without a layer gives all captured layers stacked in front, (L, ...).
+    a site without a layer gives all captured layers stacked in front, (L, ...). What a reducer kept
+    is found under the reducer's name, such as ``At(resid_post)``, or the name it was given.
+
+    Attributes:
+        layers: how many the model has.
     """
 
-    def __init__(self, arrays: Mapping[Address, jax.Array], layers: int):
+    def __init__(
+        self,
+        arrays: Mapping[Address, jax.Array],
+        layers: int,
+        reduced: Mapping[str, Any] | None = None,
+        aliases: Mapping[str, str] | None = None,
+    ):
         self._arrays = dict(sorted(arrays.items(), key=lambda item: _by_layer(item[0])))
-        self._layers = layers
+        self.layers = layers
+        self._reduced, self._aliases = dict(reduced or {}), dict(aliases or {})
 
-    def __getitem__(self, key: "str | Address") -> jax.Array:
-        wanted = resolve(key, self._layers)
+    def __getitem__(self, key: "str | Address") -> Any:
+        if key in self._reduced:
+            return self._reduced[key]
+        wanted = resolve(self._aliases.get(key, key), self.layers)
         kept = [address for address in wanted if address in self._arrays]
         if not kept:
-            held = ", ".join(map(str, self._arrays)) or "nothing"
+            held = ", ".join(self) or "nothing"
             raise KeyError(f"{key!r} was not captured; this result holds {held}")
-        site, layer = parse(str(key))
+        site, layer = parse(str(self._aliases.get(key, key)))
         if BY_NAME[site].per_layer and layer is None:
             return jnp.stack([self._arrays[address] for address in kept])
         return self._arrays[kept[0]]
@@ -39,14 +53,15 @@ class Activations(Mapping):
         return True
 
     def __iter__(self):
-        return map(str, self._arrays)
+        yield from map(str, self._arrays)
+        yield from self._reduced
 
     def __len__(self):
-        return len(self._arrays)
+        return len(self._arrays) + len(self._reduced)
 
     def __repr__(self):
-        rows = (f"{key}: {x.dtype}{list(x.shape)}" for key, x in self._arrays.items())
-        return f"Activations({', '.join(rows)})"
+        rows = [f"{key}: {x.dtype}{list(x.shape)}" for key, x in self._arrays.items()]
+        return f"Activations({', '.join([*rows, *self._reduced])})"
 
 
 def _by_layer(address: Address) -> tuple[int, int]:
@@ -55,8 +70,15 @@ def _by_layer(address: Address) -> tuple[int, int]:
     return (address.layer, ORDER[address.site])
 
 
-jax.tree_util.register_pytree_node(
-    Activations,
-    lambda kept: (tuple(kept._arrays.values()), (tuple(kept._arrays), kept._layers)),
-    lambda aux, arrays: Activations(dict(zip(aux[0], arrays, strict=True)), aux[1]),
-)
+def _flatten(kept: Activations):
+    static = (tuple(kept._arrays), kept.layers, tuple(kept._aliases.items()))
+    return (tuple(kept._arrays.values()), kept._reduced), static
+
+
+def _unflatten(static, children) -> Activations:
+    addresses, layers, aliases = static
+    arrays, reduced = children
+    return Activations(dict(zip(addresses, arrays, strict=True)), layers, reduced, dict(aliases))
+
+
+jax.tree_util.register_pytree_node(Activations, _flatten, _unflatten)

@@ -1,20 +1,37 @@
 """The edits: what can be done to an activation. Each says when one would use it.
 
-They combine: ``run(..., edits=[...])`` applies them in the order given, each at its own site.
+They combine: ``run(..., edits=[...])`` applies them in the order given, each at its own site. Where
+each applies (layer, position, row, head, ...) is said by the fields that all share, see
+:class:`jaxtc.Edit`. Edits of where information flows are in :mod:`jaxtc.flow_edits`, those that
+need a transcoder in :mod:`jaxtc.feature_edits`.
 """
 
-import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxtc.activations import Activations
+from jaxtc.edit import Edit, PerLayer, register_edit
 from jaxtc.errors import EditError
-from jaxtc.intercept import Context, Edit, register_edit
-from jaxtc.sites import parse
-from jaxtc.transcoder import Transcoder
+from jaxtc.intercept import Context
+from jaxtc.positions import is_traced
+from jaxtc.sites import BY_NAME
 
-__all__ = ["Add", "Detach", "SetTo", "Splice"]
+__all__ = [
+    "Add",
+    "Apply",
+    "Detach",
+    "Freeze",
+    "Interpolate",
+    "MeanAblate",
+    "Noise",
+    "ProjectOut",
+    "Scale",
+    "SetTo",
+    "Zero",
+]
 
 
 @register_edit()
@@ -28,10 +45,11 @@ class Add(Edit):
     """
 
     value: Any
+    values = ("value",)
 
     def new(self, x: jax.Array, context: Context) -> jax.Array:
         """``x + value``."""
-        return x + context.fit(self.value, x, self)
+        return x + context.fit(self.value, x)
 
 
 @register_edit()
@@ -43,10 +61,179 @@ class SetTo(Edit):
     """
 
     value: Any
+    values = ("value",)
 
     def new(self, x: jax.Array, context: Context) -> jax.Array:
         """``value``, spread to the shape of ``x``."""
-        return jnp.broadcast_to(context.fit(self.value, x, self), x.shape)
+        return jnp.broadcast_to(context.fit(self.value, x), x.shape)
+
+
+@register_edit()
+class Zero(Edit):
+    """Replace the activation by zeros: does the model need this at all?
+
+    Zero is far from what the later layers are used to; :class:`MeanAblate` takes away only what is
+    particular to this text.
+    """
+
+    def new(self, x: jax.Array, context: Context) -> jax.Array:
+        """Zeros."""
+        return jnp.zeros_like(x)
+
+
+@register_edit()
+class Scale(Edit):
+    """Multiply the activation: turn a component up or down, or flip its sign.
+
+    Attributes:
+        factor: a number, or anything that broadcasts to the site.
+    """
+
+    factor: Any
+    values = ("factor",)
+
+    def new(self, x: jax.Array, context: Context) -> jax.Array:
+        """``x · factor``."""
+        return x * context.fit(self.factor, x)
+
+
+@register_edit()
+class Interpolate(Edit):
+    """Go part of the way from one value to another: how much of a patch is enough?
+
+    Integrated gradients take the gradient at several weights between a baseline and the activation.
+
+    Attributes:
+        end: the value at weight 1; broadcasts to the site.
+        weight: 0 is the start, 1 the end; beyond them extrapolates.
+        start: the value at weight 0; what the model computed, by default.
+    """
+
+    end: Any
+    weight: Any
+    start: Any = None
+    values = ("end", "weight", "start")
+
+    def new(self, x: jax.Array, context: Context) -> jax.Array:
+        """``start + weight · (end − start)``."""
+        start = x if self.start is None else context.fit(self.start, x)
+        moved = context.fit(self.end, x) - start
+        return start + context.fit(self.weight, x) * moved
+
+
+@register_edit("over")
+class MeanAblate(Edit):
+    """Replace the activation by a mean: take away what is particular here, keep what is usual.
+
+    Attributes:
+        value: a mean over a dataset (what one should report); broadcasts to the site. By default
+            the mean over this run itself, as ``over`` says.
+        over: "batch": all tokens of all prompts; "prompt": the tokens of the same prompt; "rows":
+            the same position in all prompts (static). Padding does not count, <bos> does.
+    """
+
+    value: Any = None
+    over: Literal["batch", "prompt", "rows"] = "batch"
+    values = ("value",)
+
+    def check(self, sizes, lengths):
+        """Refuse an unknown ``over``."""
+        if self.over not in ("batch", "prompt", "rows"):
+            raise EditError(f"{self}: over is {self.over!r}, expected 'batch', 'prompt' or 'rows'.")
+
+    @property
+    def needs_prompt(self) -> bool:
+        """In decode there is one token a row, and no mean over them."""
+        return self.value is None
+
+    def new(self, x: jax.Array, context: Context) -> jax.Array:
+        """The mean, spread to the shape of ``x``."""
+        if self.value is not None:
+            return jnp.broadcast_to(context.fit(self.value, x), x.shape)
+        tokens = context.site.sequence_axis
+        real = jnp.expand_dims(context.real, [a for a in range(1, x.ndim) if a != tokens])
+        axes = {"batch": (0, tokens), "prompt": (tokens,), "rows": (0,)}[self.over]
+        mean = jnp.mean(x.astype(jnp.float32), axes, keepdims=True, where=real)
+        # A position that no prompt has keeps its padding.
+        mean = jnp.where(jnp.isnan(mean) & ~real.any(axes, keepdims=True), 0, mean)
+        return jnp.broadcast_to(mean, x.shape).astype(x.dtype)
+
+
+@register_edit()
+class ProjectOut(Edit):
+    """Remove a direction, or a subspace: can the model still do it without this information?
+
+    Attributes:
+        direction: (D,), or (K, D) for the span of K linearly independent directions, where D is the
+            size of the site's last axis. Their lengths do not matter.
+    """
+
+    direction: Any
+
+    def check(self, sizes, lengths):
+        """Refuse directions of another width, dependent ones and zero."""
+        given = self.direction
+        if np.ndim(given) not in (1, 2) or np.shape(given)[-1] != sizes["last"]:
+            raise EditError(
+                f"{self} was given directions of shape {np.shape(given)}, expected "
+                f"({sizes['last']},) or (K, {sizes['last']}): {self.site}'s last axis."
+            )
+        if is_traced(given):
+            return
+        known = np.atleast_2d(np.asarray(given, np.float64))
+        rank = np.linalg.matrix_rank(known) if np.isfinite(known).all() else len(known)
+        if rank < len(known):
+            raise EditError(
+                f"{self}: the {len(known)} directions span only {rank} dimensions (a direction of "
+                "zeros spans none); give linearly independent ones."
+            )
+
+    def new(self, x: jax.Array, context: Context) -> jax.Array:
+        """``x`` without its component in the span of the directions."""
+        span = jnp.atleast_2d(jnp.asarray(self.direction, jnp.float32))
+        span = span / jnp.linalg.norm(span, axis=-1, keepdims=True)
+        wide = x.astype(jnp.float32)
+        along = jnp.einsum("...d,kd->...k", wide, span, precision="highest")
+        gram = jnp.einsum("kd,jd->kj", span, span, precision="highest")
+        parts = jnp.linalg.solve(gram, along[..., None])[..., 0]
+        inside = jnp.einsum("...k,kd->...d", parts, span, precision="highest")
+        return (wide - inside).astype(x.dtype)
+
+
+@register_edit()
+class Noise(Edit):
+    """Add Gaussian noise: corrupt a token and see what the model can still recover.
+
+    Causal tracing (Meng et al. 2022, arXiv 2202.05262, §2) adds it to the embeddings of a prompt's
+    subject with three times their standard deviation. A token's noise depends on the seed, its
+    layer, row and position only: not on other prompts, padding, or whether it was generated.
+
+    Attributes:
+        seed: an int or a ``jax.random.key``.
+        scale: standard deviation.
+    """
+
+    seed: Any
+    scale: Any = 1.0
+    values = ("scale",)
+
+    def new(self, x: jax.Array, context: Context) -> jax.Array:
+        """``x + scale · N(0, 1)``."""
+        key = jnp.asarray(self.seed)
+        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            key = jax.random.key(key)
+        key = jax.random.fold_in(key, 0 if context.layer is None else context.layer + 1)
+        axis = context.site.sequence_axis
+        shape = jnp.moveaxis(x, axis, 1).shape[2:]
+
+        def draw(row, position):
+            own = jax.random.fold_in(jax.random.fold_in(key, row), position)
+            return jax.random.normal(own, shape, jnp.float32)
+
+        rows = jnp.arange(x.shape[0])
+        noise = jax.vmap(jax.vmap(draw, (None, 0)))(rows, context.positions)
+        noise = jnp.moveaxis(noise, 1, axis).astype(x.dtype)
+        return x + context.fit(self.scale, x) * noise
 
 
 @register_edit()
@@ -61,50 +248,70 @@ class Detach(Edit):
         return jax.lax.stop_gradient(x)
 
 
-@register_edit("layer", "reads")
-class Splice(Edit):
-    """Put a transcoder in place of the MLP: what is lost when only its features speak?
+@register_edit()
+class Freeze(Edit):
+    """Hold a site at what a stored run had there: to ask what flows through the others.
 
-    Reads the transcoder's input site and writes its output site. Where it applies to every token
-    the MLP itself is not computed, since nothing needs it; that is why its layer is static.
+    Freezing ``attn_pattern`` to the clean run's while patching the residual stream shows what the
+    patch does by other ways than by changing where heads look. Gradients stop here.
 
     Attributes:
-        transcoder: a :class:`jaxtc.Transcoder`; its arrays are leaves of this edit.
-        layer: defaults to the layer the transcoder was trained on (static).
-        site: defaults to the transcoder's output site.
-        reads: defaults to the transcoder's input site, as a tuple of one.
+        activations: ``result.activations`` of a run that captured the site; each layer gets its
+            own. Also one array for the site, or a :class:`jaxtc.PerLayer`.
     """
 
-    transcoder: Transcoder
-    reads: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
+    activations: Any
+    values = ("activations",)
 
     def __post_init__(self):
-        given = self.transcoder
-        if isinstance(given, Transcoder):
-            object.__setattr__(self, "site", self.site or given.output_site)
-            reads = (self.reads,) if isinstance(self.reads, str) else self.reads
-            reads = tuple(parse(name)[0] for name in reads or (given.input_site,))
-            object.__setattr__(self, "reads", reads)
         super().__post_init__()
-        if self.layer is None and isinstance(given, Transcoder):
-            object.__setattr__(self, "layer", given.layer)
-        if not isinstance(self.layer, int):
-            raise EditError(
-                f"Splice needs one layer as a whole number, got {self.layer!r}; a transcoder "
-                "whose file's place names no layer does not know its own: give layer=..."
-            )
-
-    def prepared(self) -> "Splice":
-        """With a transcoder that names no source, so that another of its shape runs the same."""
-        return dataclasses.replace(self, transcoder=self.transcoder.nameless())
+        stored = self.activations
+        if not isinstance(stored, Activations):
+            return
+        per_layer = BY_NAME[self.site].per_layer
+        single = per_layer and isinstance(self.layer, int)
+        try:
+            value = stored[f"layers.{self.layer}.{self.site}" if single else self.site]
+        except KeyError as error:
+            raise EditError(f"{self}: the stored run lacks this site: {error.args[0]}.") from None
+        if per_layer and not single:
+            if value.shape[0] < stored.layers:
+                raise EditError(
+                    f"{self}: the stored run captured {self.site!r} at {value.shape[0]} of "
+                    f"{stored.layers} layers. Capture it at all, or freeze one layer: layer=..."
+                )
+            value = PerLayer(value)
+        object.__setattr__(self, "activations", value)
 
     def new(self, x: jax.Array, context: Context) -> jax.Array:
-        """The transcoder's output on its input site, in the dtype of ``x``."""
-        source = context.read(self.reads[0])
-        if source.shape[-1] != self.transcoder.d_in or x.shape[-1] != self.transcoder.d_out:
-            raise EditError(
-                f"{self}: the transcoder reads D={self.transcoder.d_in} and writes "
-                f"D={self.transcoder.d_out}, but this model has {source.shape[-1]} at "
-                f"{self.reads[0]} and {x.shape[-1]} at {self.site}. It belongs to another model."
-            )
-        return self.transcoder(source).astype(x.dtype)
+        """What was stored, detached."""
+        value = jnp.broadcast_to(context.fit(self.activations, x), x.shape)
+        return jax.lax.stop_gradient(value)
+
+
+@register_edit()
+class Apply(Edit):
+    """Any change of your own: ``Apply(function, site=...)`` puts ``function(x)`` there.
+
+    Attributes:
+        function: a callable that takes the site's array and gives one of the same shape and dtype.
+            Where it is a pytree (``jax.tree_util.Partial``, a Flax or Equinox module) its arrays
+            are data; a plain function is part of the compile key: define it once, outside loops.
+            To know positions or read other sites, subclass :class:`jaxtc.Edit` in its place.
+    """
+
+    function: Any
+
+    def __post_init__(self):
+        super().__post_init__()
+        if callable(self.function) and jax.tree.leaves(self.function)[:1] == [self.function]:
+            object.__setattr__(self, "function", jax.tree_util.Partial(self.function))
+
+    def check(self, sizes, lengths):
+        """Refuse what cannot be called."""
+        if not callable(self.function):
+            raise EditError(f"{self}: expected a function, got {type(self.function).__name__}.")
+
+    def new(self, x: jax.Array, context: Context) -> jax.Array:
+        """``function(x)``."""
+        return self.function(x)

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.config import Gemma2Config
+from jaxtc.dispatch import parameters, rebuild
+from jaxtc.edit import Edit
 from jaxtc.errors import InputError, JaxtcError
-from jaxtc.intercept import Edit, Tap
+from jaxtc.intercept import Tap
 from jaxtc.model import Cache, Gemma2
 from jaxtc.prompts import bucket, prepare
-from jaxtc.run import parameters, rebuild
 from jaxtc.sites import ORDER
 from jaxtc.targets import check_edits
 
@@ -74,11 +75,9 @@ def generate(
     ):
         raise InputError("generate loops in Python and cannot run inside jit, vmap or grad.")
     prompts = prepare(tokens, config, lengths, extra=max_new_tokens)
-    layers, batch = config.num_hidden_layers, len(prompts.tokens)
+    layers = config.num_hidden_layers
     # The last new token is never fed back, so an edit at its position would not fire.
-    checked, _ = check_edits(
-        edits, layers, (layers, len(ORDER)), prompts.known_lengths, batch, max_new_tokens - 1
-    )
+    checked, _ = check_edits(edits, config, (layers, len(ORDER)), prompts, max_new_tokens - 1)
     stop = config.eos_token_id if stop is None else stop
     stop = () if stop is None else np.atleast_1d(stop).tolist()
     slots = bucket(prompts.length + max_new_tokens)
@@ -137,7 +136,7 @@ def _prefill(config: Gemma2Config, slots: int, leaves, tokens, lengths, edits):
     model = rebuild(config, leaves)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     cache = Cache.empty(config, tokens.shape[0], slots, model.dtype)
-    tap = Tap((), edits, positions, lengths, tokens.shape[1])
+    tap = Tap((), edits, positions, lengths)
     # An edit of the logits selects among those of every token.
     at = None if any(edit.site == "logits" for edit in edits) else lengths - 1
     logits, cache = model(tokens, positions=positions, cache=cache, tap=tap, logits_at=at)
@@ -151,6 +150,6 @@ def _step(config: Gemma2Config, leaves, token, places, lengths, cache, edits):
     """One token more: (B,) ids at positions (B,) to the next ids, and the cache."""
     model = rebuild(config, leaves)
     positions = places[:, None]
-    tap = Tap((), edits, positions, lengths, 1, ends=places + 1)
+    tap = Tap((), edits, positions, lengths, ends=places + 1)
     logits, cache = model(token[:, None], positions=positions, cache=cache, tap=tap)
     return _likeliest(logits[:, 0]), cache

@@ -2,146 +2,64 @@
 
 The model says ``x = tap("resid_mid", x)`` and nothing else. Which values are kept is static (part
 of the compile key); what an edit does is data (a pytree whose arrays are arguments of the compiled
-program), so other values, layers, positions or rows run the same program.
+program), so other values, layers, positions, rows or heads run the same program.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, dataclass_transform
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from jaxtc.edit import Edit, PerLayer
 from jaxtc.errors import EditError
-from jaxtc.sites import BY_NAME, Address, Site, parse
-
-
-@dataclass_transform(frozen_default=True, kw_only_default=False)
-def register_edit(*static: str) -> Callable[[type], type]:
-    """Class decorator: a frozen dataclass, and a pytree whose fields are leaves but ``static``."""
-
-    def register(cls):
-        cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
-        names = [field.name for field in dataclasses.fields(cls)]
-        cls.static = fixed = frozenset({"site", *static})
-        data = [name for name in names if name not in fixed]
-        return jax.tree_util.register_dataclass(cls, data, [n for n in names if n in fixed])
-
-    return register
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Edit:
-    """What every edit has: where it applies. Subclasses say what happens there (:meth:`new`).
-
-    Attributes:
-        site: a site of the table, or an alias (static). ``layers.12.resid_post`` also sets `layer`.
-        layer: int, array of ints, or None for every layer. Negative counts from the last.
-        position: int, array of ints, or None for every token. Negative counts from each prompt's
-            own end, so -1 is the last real token of every row of a padded batch.
-        row: batch row or rows, or None for all.
-    """
-
-    site: str = dataclasses.field(default="", kw_only=True)
-    layer: Any = dataclasses.field(default=None, kw_only=True)
-    position: Any = dataclasses.field(default=None, kw_only=True)
-    row: Any = dataclasses.field(default=None, kw_only=True)
-
-    # Sites of the same layer that `new` asks its context for.
-    reads = ()
-    # Fields that are part of the compile key; `register_edit` fills it in.
-    static = frozenset({"site"})
-
-    def __post_init__(self):
-        if not self.site:
-            raise EditError(
-                f"{type(self).__name__} needs a site, for example site='resid_post'; "
-                "`jaxtc sites` lists them."
-            )
-        name, layer = parse(self.site)
-        object.__setattr__(self, "site", name)
-        if layer is not None:
-            if self.layer is not None:
-                raise EditError(
-                    f"{type(self).__name__} names layer {layer} in its site and layer={self.layer} "
-                    "besides; give one of the two."
-                )
-            object.__setattr__(self, "layer", layer)
-
-    def new(self, x: jax.Array, context: "Context") -> jax.Array:
-        """The value of the whole site after the edit; the tap keeps ``x`` where it does not apply.
-
-        Args:
-            x: the site's value, with the axes of the table.
-            context: tokens' positions, and the upstream sites listed in :attr:`reads`.
-        """
-        raise NotImplementedError(f"{type(self).__name__} does not say what it changes")
-
-    def prepared(self) -> "Edit":
-        """The edit as compiled programs take it: static parts that change nothing are dropped."""
-        return self
-
-    def __str__(self):
-        parts = [self.site]
-        for name in ("layer", "position", "row"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, jax.core.Tracer):
-                parts.append(f"{name}={np.asarray(value).tolist()}")
-        return f"{type(self).__name__}({', '.join(parts)})"
+from jaxtc.sites import BY_NAME, ORDER, Address, Site, parse
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What an edit may know about the pass it is part of.
+    """What an edit or a reducer may know about the pass it is part of.
 
     Attributes:
-        site: row of the table of the site being edited.
+        site: row of the table of the site.
+        layer: this layer, a plain int; None for a site that the model has once.
         positions: (B, T) int32, position of each token in its own text.
         lengths: (B,) int32, tokens of each prompt.
-        length: T as the caller gave it, before padding to a bucket.
         read: value of an upstream site of the same layer, after its edits.
     """
 
     site: Site
+    layer: int | None
     positions: jax.Array
     lengths: jax.Array
-    length: int
     read: Callable[[str], jax.Array]
 
-    def fit(self, value: Any, x: jax.Array, edit: Edit) -> jax.Array:
-        """``value`` in the dtype of ``x``, broadcastable to it.
+    @property
+    def real(self) -> jax.Array:
+        """(B, T) booleans, true on tokens of the prompts (padding and new tokens are not)."""
+        return self.positions < self.lengths[:, None]
 
-        An axis over tokens is filled with zeros up to the bucket that the prompts were padded to;
-        the tap keeps what padding keys had.
+    def fit(self, value: Any, x: jax.Array) -> jax.Array:
+        """``value``, or this layer's where it is a :class:`PerLayer`, in the dtype of ``x``.
 
         Raises:
-            EditError: the shape does not broadcast to the site's.
+            EditError: the shape does not broadcast to that of ``x``.
         """
-        value = jnp.asarray(value)
-        if jnp.issubdtype(value.dtype, jnp.complexfloating):
-            raise EditError(f"{edit} was given complex numbers, expected {x.dtype}.")
-        value = value.astype(x.dtype)
-        width = self.positions.shape[1]
-        letters = self.site.axes.split()
-        true = tuple(
-            self.length if letter in "TS" and size == width else size
-            for letter, size in zip(letters, x.shape, strict=True)
-        )
+        if isinstance(value, PerLayer):
+            value = value.array[self.layer]
+        value = jnp.asarray(value).astype(x.dtype)
         try:
-            fits = jnp.broadcast_shapes(value.shape, true) == true
+            fits = jnp.broadcast_shapes(value.shape, x.shape) == x.shape
         except ValueError:
             fits = False
         if not fits:
             raise EditError(
-                f"{edit} was given a value of shape {value.shape}, which does not broadcast to "
-                f"{self.site.name} [{self.site.axes}] = {true}."
+                f"A value of shape {value.shape} does not broadcast to {self.site.name} "
+                f"[{self.site.axes}] = {x.shape}. (An edit of your own names the fields that hold "
+                'values in `values = ("value",)`: they are padded as the prompts are.)'
             )
-        pads = [(0, 0)] * value.ndim
-        for axis in range(-value.ndim, 0):
-            if value.shape[axis] > 1:
-                pads[axis] = (0, x.shape[axis] - true[axis])
-        return jnp.pad(value, pads) if pads else value
+        return value
 
 
 class Tap:
@@ -149,12 +67,12 @@ class Tap:
 
     Args:
         captures: addresses to keep.
-        edits: applied in order wherever their site is computed.
+        edits: applied in order wherever their site is computed; as ``check_edits`` gives them.
         positions: (B, T) int32.
         lengths: (B,) int32, tokens of each prompt.
-        length: T before padding.
         ends: (B,) int32, how many tokens of each text there are by the end of this pass: the
             prompts' lengths, by default.
+        reducers: what to keep of a site in place of all of it, see :mod:`jaxtc.reducers`.
     """
 
     def __init__(
@@ -163,20 +81,23 @@ class Tap:
         edits: Sequence[Edit] = (),
         positions: jax.Array | None = None,
         lengths: jax.Array | None = None,
-        length: int = 0,
         ends: jax.Array | None = None,
+        reducers: Sequence[Any] = (),
     ):
         self.captures = frozenset(captures)
-        self.edits = tuple(edits)
-        self.positions, self.lengths, self.length = positions, lengths, length
+        self.edits, self.reducers = tuple(edits), tuple(reducers)
+        self.positions, self.lengths = positions, lengths
         self.ends = lengths if ends is None else ends
         self.activations: dict[Address, jax.Array] = {}
-        self._read_sites = frozenset(site for edit in self.edits for site in edit.reads)
+        self.reduced: dict[tuple[int, int | None], Any] = {}
+        self._reducer_addresses = [parse(reducer.address) for reducer in self.reducers]
+        readers = (*self.edits, *self.reducers)
+        self._read_sites = frozenset(site for reader in readers for site in reader.reads)
         self._live: dict[str, jax.Array] = {}
 
-    def at(self, layer: int) -> Callable[[str, jax.Array], jax.Array]:
+    def at(self, layer: int) -> "LayerTap":
         """The tap of one layer: ``tap(site, x)`` gives ``x`` as it is after the edits."""
-        return lambda site, x: self(site, x, layer)
+        return LayerTap(self, layer)
 
     def __call__(self, site: str, x: jax.Array, layer: int | None = None) -> jax.Array:
         """Apply the edits of this site to ``x``, keep it if asked for, and give it back."""
@@ -185,62 +106,137 @@ class Tap:
                 x = self._apply(edit, x, layer)
         if site in self._read_sites:
             self._live[site] = x
-        address = Address(site, layer)
-        if address in self.captures:
-            self.activations[address] = x
+        if Address(site, layer) in self.captures:
+            self.activations[Address(site, layer)] = x
+        for index, (name, wanted) in enumerate(self._reducer_addresses):
+            if name == site and wanted in (None, layer):
+                context = self._context(site, layer)
+                self.reduced[index, layer] = self.reducers[index].reduce(x, context)
         return x
 
+    def stacked(self) -> list[Any]:
+        """What each reducer kept: of its one place, or of all layers along a leading axis L."""
+        found = []
+        for index, reducer in enumerate(self.reducers):
+            kept = [self.reduced[key] for key in self.reduced if key[0] == index]
+            stack = lambda *layers: jnp.stack(layers)  # noqa: E731
+            found.append(jax.tree.map(stack, *kept) if reducer.every_layer else kept[0])
+        return found
+
+    def unless_replaced(
+        self, site: str, compute: Callable[[], jax.Array], *, after: str, layer: int | None = None
+    ) -> jax.Array:
+        """``compute()``, the value of ``site`` before its edits; zeros where one replaces it.
+
+        What only computes a value that nobody will use is skipped, by a branch that the edit's
+        layer decides on as the program runs. ``after`` is the last site that is computed before:
+        those in between must not be asked for.
+        """
+        here = [e for e in self.edits if e.site == site and e.replaces and _could(e, layer)]
+        if not here or self._asked_between(after, site, layer):
+            return compute()
+        nothing = jax.eval_shape(compute)
+        nothing = jnp.zeros(nothing.shape, nothing.dtype)
+        if any(edit.layer is None for edit in here):
+            return nothing
+        replaced = jnp.stack([_at_layer(edit, layer) for edit in here]).any()
+        return jax.lax.cond(replaced, lambda: nothing, compute)
+
+    def _asked_between(self, first: str, last: str, layer: int | None) -> bool:
+        """Whether a capture, a reducer or an edit wants to see a site between these two."""
+        asked = {address.site for address in self.captures if address.layer == layer}
+        asked |= {name for name, wanted in self._reducer_addresses if wanted in (None, layer)}
+        return any(ORDER[first] < ORDER[name] < ORDER[last] for name in asked | self._read_sites)
+
+    def _context(self, site: str, layer: int | None) -> Context:
+        return Context(BY_NAME[site], layer, self.positions, self.lengths, self._live.__getitem__)
+
     def _apply(self, edit: Edit, x: jax.Array, layer: int | None) -> jax.Array:
-        if "layer" in edit.static and edit.layer not in (None, layer):
-            return x  # nothing is traced at the layers of a static edit's others
-        row = BY_NAME[edit.site]
-        context = Context(row, self.positions, self.lengths, self.length, self._live.__getitem__)
+        if not _could(edit, layer):
+            return x
+        context = self._context(edit.site, layer)
+        chosen = None
+        if layer is not None and edit.layer is not None:
+            chosen = _at_layer(edit, layer)
+        if edit.costly and chosen is not None:
+            new = jax.lax.cond(chosen, lambda: self._new(edit, x, context), lambda: x)
+        else:
+            new = self._new(edit, x, context)
+        letters = BY_NAME[edit.site].axes.split()
+        if letters[-1] == "S":
+            # Keys that are padding, or not written yet, are nobody's to attend to.
+            there = jnp.arange(x.shape[-1]) < self.ends[:, None]
+            new = jnp.where(there[:, None, None, :], new, x)
+        where = self._where(edit, letters, x)
+        if chosen is not None and not edit.costly:
+            where.append(chosen)
+        for part in where:
+            new = jnp.where(part, new, x)
+        return new
+
+    def _new(self, edit: Edit, x: jax.Array, context: Context) -> jax.Array:
         new = edit.new(x, context)
         if new.shape != x.shape or new.dtype != x.dtype:
             raise EditError(
                 f"{edit} returned {new.dtype}{list(new.shape)} for a site of "
                 f"{x.dtype}{list(x.shape)}; `new` must keep shape and dtype."
             )
-        if row.axes.endswith("S"):
-            # Keys that are padding, or not written yet, are nobody's to attend to.
-            there = jnp.arange(x.shape[-1]) < self.ends[:, None]
-            new = jnp.where(there[:, None, None, :], new, x)
-        here = self._where(edit, layer)
-        if here is None:
-            return new
-        shape = [1] * x.ndim
-        if here.ndim:
-            shape[0], shape[row.sequence_axis] = here.shape
-        return jnp.where(here.reshape(shape), new, x)
+        return new
 
-    def _where(self, edit: Edit, layer: int | None) -> jax.Array | None:
-        """Where an edit applies, as () or (B, T) booleans; None when everywhere."""
+    def _where(self, edit: Edit, letters: list[str], x: jax.Array) -> list[jax.Array]:
+        """Booleans that broadcast to ``x``, one for each target of the edit but its layer."""
+        batch, width = self.positions.shape
         parts = []
-        if layer is not None and edit.layer is not None and "layer" not in edit.static:
-            parts.append((jnp.asarray(edit.layer) == layer).any())
+
+        def along(flags: jax.Array, *axes: int) -> None:
+            shape = [1] * x.ndim
+            for size, axis in zip(flags.shape, axes, strict=True):
+                shape[axis] = size
+            parts.append(flags.reshape(shape))
+
         if edit.position is not None:
-            wanted = places(edit.position, self.lengths)
-            parts.append((self.positions[:, :, None] == wanted[:, None, :]).any(-1))
+            along(edit.position.selects(self.positions), 0, BY_NAME[edit.site].sequence_axis)
         if edit.row is not None:
-            rows = named_rows(edit, self.positions.shape[0])
-            parts.append(jnp.broadcast_to(rows[:, None], self.positions.shape))
-        if not parts:
-            return None
-        here = parts[0]
-        for part in parts[1:]:
-            here = here & part
-        return here
+            along(among(edit.row, batch), 0)
+        if edit.head is not None:
+            axis = next(i for i, letter in enumerate(letters) if letter in "NK")
+            along(among(edit.head, x.shape[axis]), axis)
+        if edit.coordinate is not None:
+            along(among(edit.coordinate, x.shape[-1]), -1)
+        if edit.key is not None and not edit.handles_key:
+            keys = jnp.broadcast_to(jnp.arange(x.shape[-1]), (batch, x.shape[-1]))
+            along(edit.key.selects(keys), 0, -1)
+        return parts
 
 
-def places(position: Any, lengths: jax.Array) -> jax.Array:
-    """(B, P) positions counted from the front, of P that may count from each prompt's end."""
-    wanted = jnp.atleast_1d(jnp.asarray(position))[None, :]
-    return jnp.where(wanted < 0, wanted + lengths[:, None], wanted)
+@dataclasses.dataclass(frozen=True)
+class LayerTap:
+    """The tap of one layer."""
+
+    tap: Tap
+    layer: int
+
+    def __call__(self, site: str, x: jax.Array) -> jax.Array:
+        """As :meth:`Tap.__call__` at this layer."""
+        return self.tap(site, x, self.layer)
+
+    def unless_replaced(
+        self, site: str, compute: Callable[[], jax.Array], *, after: str
+    ) -> jax.Array:
+        """As :meth:`Tap.unless_replaced` at this layer."""
+        return self.tap.unless_replaced(site, compute, after=after, layer=self.layer)
 
 
-def named_rows(edit: Edit, batch: int) -> jax.Array:
-    """(B,) booleans: the batch rows an edit names."""
-    rows = jnp.arange(batch)
-    if edit.row is None:
-        return jnp.ones_like(rows, bool)
-    return (rows[:, None] == jnp.atleast_1d(jnp.asarray(edit.row))[None, :]).any(-1)
+def _could(edit: Edit, layer: int | None) -> bool:
+    """Whether an edit may apply at a layer, as far as that is static."""
+    return edit.layers is None or layer in edit.layers
+
+
+def _at_layer(edit: Edit, layer: int) -> jax.Array:
+    """() boolean: whether the edit names this layer."""
+    return (jnp.asarray(edit.layer) == layer).any()
+
+
+def among(named: Any, size: int) -> jax.Array:
+    """(size,) booleans: the indices that are named."""
+    return (jnp.arange(size)[:, None] == jnp.atleast_1d(jnp.asarray(named))[None, :]).any(-1)

@@ -89,14 +89,14 @@ class Norm(nnx.Module):
         self.weight = declare(rngs, (config.hidden_size,), ("embed",), zeros, dtype)
         self.eps = config.rms_norm_eps
 
-    def __call__(self, x, tap, scale: str, out: str, normed: str | None = None):
-        """(B, T, D) to (B, T, D), through the sites called ``scale``, ``normed`` and ``out``."""
+    def __call__(self, x, tap, scale: str, normed: str | None = None):
+        """(B, T, D) to (B, T, D), through the sites called ``scale`` and ``normed``."""
         wide = x.astype(jnp.float32)
         rate = tap(scale, jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps))
         wide = wide * rate
         if normed is not None:
             wide = tap(normed, wide)
-        return tap(out, (wide * (1 + self.weight[...].astype(jnp.float32))).astype(x.dtype))
+        return (wide * (1 + self.weight[...].astype(jnp.float32))).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -178,14 +178,18 @@ class Block(nnx.Module):
     def __call__(self, x, positions, visible, past, tap):
         """(B, T, D) to (B, T, D); ``past`` as in :class:`Attention`."""
         x = tap("resid_pre", x)
-        h = self.attn_in_norm(x, tap, "attn_in_scale", "attn_in")
+        h = tap("attn_in", self.attn_in_norm(x, tap, "attn_in_scale"))
         h, past = self.attn(h, positions, visible, past, tap)
-        h = self.attn_out_norm(h, tap, "attn_out_scale", "attn_out")
+        h = tap("attn_out", self.attn_out_norm(h, tap, "attn_out_scale"))
         x = tap("resid_mid", x + h)
-        h = self.mlp_in_norm(x, tap, "mlp_in_scale", "mlp_in", normed="mlp_in_normed")
-        h = self.mlp(h, tap)
-        h = self.mlp_out_norm(h, tap, "mlp_out_scale", "mlp_out")
-        return tap("resid_post", x + h), past
+        h = tap("mlp_in", self.mlp_in_norm(x, tap, "mlp_in_scale", normed="mlp_in_normed"))
+
+        def feed_forward():
+            return self.mlp_out_norm(self.mlp(h, tap), tap, "mlp_out_scale")
+
+        # A transcoder in place of the MLP: the MLP is not computed.
+        out = tap("mlp_out", tap.unless_replaced("mlp_out", feed_forward, after="mlp_in"))
+        return tap("resid_post", x + out), past
 
 
 class Embedder(nnx.Module):
@@ -280,7 +284,7 @@ class Gemma2(nnx.Module):
             cache = Cache(keys, values)
         if depth is not None:
             return None, cache
-        x = self.final_norm(x, tap, "final_scale", "final_norm")
+        x = tap("final_norm", self.final_norm(x, tap, "final_scale"))
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)
         return tap("logits", self.embed.decode(x)), cache

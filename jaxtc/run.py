@@ -9,12 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxtc.activations import Activations
+from jaxtc.captures import Captures, understand
 from jaxtc.config import Gemma2Config
-from jaxtc.errors import InputError, SiteError
-from jaxtc.intercept import Edit, Tap
+from jaxtc.dispatch import parameters, rebuild
+from jaxtc.edit import Edit
+from jaxtc.errors import InputError
+from jaxtc.intercept import Tap
 from jaxtc.model import Gemma2
 from jaxtc.prompts import prepare
-from jaxtc.sites import BY_NAME, ORDER, Address, Site, resolve
+from jaxtc.sites import BY_NAME, ORDER, Address, Site
 from jaxtc.targets import all_fire, check_edits
 
 
@@ -49,7 +52,6 @@ class Plan:
     captures: tuple[Address, ...]
     logits: str | None
     reach: tuple[int, int]
-    length: int
     unsure: bool
 
 
@@ -58,23 +60,25 @@ def run(
     tokens: Any,
     *,
     lengths: Any = None,
-    capture: Sequence[str | Address] | str = (),
+    capture: Captures = (),
     edits: Sequence[Edit] = (),
     logits: Literal["all", "last"] | None = "all",
 ) -> RunResult:
     """Run prompts through the model once, keeping what is captured and applying edits.
 
-    Compiled once per combination of captured sites, kinds of edits and padded length (with edits:
-    length); other token ids, and other values, layers, positions or rows of an edit, run the same
-    program. Layers past
-    the last one asked for are not run when ``logits`` is None.
+    Compiled once per combination of captured sites, kinds of edits and padded length; other token
+    ids, other lengths of the same bucket, and other values, layers, positions, rows or features of
+    an edit run the same program (:func:`jaxtc.compiles` counts). Layers past the last one asked for
+    are not run when ``logits`` is None.
 
     Args:
         model: from :func:`jaxtc.load_model`.
         tokens: one prompt's ids, a list of prompts of any lengths, or an array (T,) or (B, T)
             padded on the right.
         lengths: (B,) real tokens of each row, when ``tokens`` is an array with padding.
-        capture: addresses such as ``"layers.20.mlp_in_normed"``; ``"mlp_out"`` means every layer.
+        capture: addresses such as ``"layers.20.mlp_in_normed"`` (``"mlp_out"`` means every layer)
+            and reducers of :mod:`jaxtc.reducers`, which keep less; one, several, or a mapping from
+            names of your own.
         edits: see :mod:`jaxtc.edits`; applied in this order.
         logits: of every token, of each prompt's last token only, or none.
 
@@ -87,83 +91,55 @@ def run(
     config = model.config
     if logits not in ("all", "last", None):
         raise InputError(f"logits is {logits!r}, expected 'all', 'last' or None.")
-    asked = [capture] if isinstance(capture, str | Address) else list(capture)
     layers = config.num_hidden_layers
-    captures = tuple(sorted({a for name in asked for a in resolve(name, layers)}, key=str))
-    if logits is None and not captures:
+    asked = understand(capture, layers)
+    if logits is None and not asked:
         raise InputError("Nothing was asked for: give capture=[...], or logits='all' or 'last'.")
-    reach = (
-        (layers, len(ORDER)) if logits else max(map(functools.partial(_reach, layers), captures))
-    )
+    reach = (layers, len(ORDER)) if logits else asked.reach(layers)
     prompts = prepare(tokens, config, lengths)
-    batch, width = prompts.tokens.shape
-    checked, unsure = check_edits(edits, layers, reach, prompts.known_lengths, batch)
-    # Only edits need to know where the prompts ended before padding.
-    plan = Plan(config, captures, logits, reach, prompts.length if edits else width, unsure)
-    out, arrays = _run(plan, parameters(model), prompts.tokens, prompts.lengths, checked)
-    if prompts.length < width:
-        arrays = {a: _cut(BY_NAME[a.site], x, prompts.length) for a, x in arrays.items()}
-        out = _cut(BY_NAME["logits"], out, prompts.length) if logits == "all" else out
-    return RunResult(out, Activations(arrays, layers), prompts.lengths, prompts.length)
-
-
-def _reach(layers: int, address: Address) -> tuple[int, int]:
-    """How far the pass must go for an address: (layer, place in the layer)."""
-    if address.layer is not None:
-        return address.layer, ORDER[address.site]
-    return (-1 if address.site == "embed" else layers), ORDER[address.site]
-
-
-def parameters(model: Gemma2) -> list[jax.Array]:
-    """The model's arrays in a fixed order: what compiled programs take.
-
-    Read anew at each call, so a parameter that was replaced is never stale.
-
-    Raises:
-        SiteError: the model's structure was changed after it was built.
-    """
-    leaves, structure = jax.tree.flatten(model)
-    if structure != _structure(model.config):
-        raise SiteError(
-            "The modules of this model were changed after it was built; compiled programs would "
-            "ignore that. Use edits (jaxtc.edits) to change what a model computes."
-        )
-    return leaves
-
-
-@functools.lru_cache(maxsize=64)
-def _structure(config: Gemma2Config) -> jax.tree_util.PyTreeDef:
-    return jax.tree.structure(Gemma2.abstract(config))
-
-
-def rebuild(config: Gemma2Config, leaves: Sequence[jax.Array]) -> Gemma2:
-    """The model around the arrays of :func:`parameters`, inside a trace."""
-    return jax.tree.unflatten(_structure(config), leaves)
+    length, width = prompts.length, prompts.tokens.shape[1]
+    checked, unsure = check_edits(edits, config, reach, prompts)
+    reducers = asked.checked(config, prompts)
+    plan = Plan(config, asked.addresses, logits, reach, unsure)
+    out, arrays, reduced = _run(
+        plan, parameters(model), prompts.tokens, prompts.lengths, checked, reducers
+    )
+    if length < width:
+        arrays = {a: _cut(BY_NAME[a.site], x, length) for a, x in arrays.items()}
+        reduced = [r.cut(kept, length) for r, kept in zip(reducers, reduced, strict=True)]
+        out = _cut(BY_NAME["logits"], out, length) if logits == "all" else out
+    named = dict(zip(asked.names, reduced, strict=True))
+    activations = Activations(arrays, layers, named, asked.aliases)
+    return RunResult(out, activations, prompts.lengths, length)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run(plan: Plan, leaves, tokens, lengths, edits):
-    """Logits and captured arrays, both still padded."""
+def _run(plan: Plan, leaves, tokens, lengths, edits, reducers):
+    """Logits, captured arrays and what reducers kept, all still padded."""
     model, layers = rebuild(plan.config, leaves), plan.config.num_hidden_layers
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    tap = Tap(plan.captures, edits, positions, lengths, plan.length)
+    tap = Tap(plan.captures, edits, positions, lengths, reducers=reducers)
     # Editing or capturing the logits needs them all, whatever is returned.
-    whole = any(a.site == "logits" for a in (*plan.captures, *edits))
-    at = lengths - 1 if plan.logits == "last" and not whole else None
+    named = {a.site for a in (*plan.captures, *edits)} | {r.site.name for r in reducers}
+    at = lengths - 1 if plan.logits == "last" and "logits" not in named else None
     depth = plan.reach[0] + 1 if plan.reach[0] < layers else None
     out, _ = model(tokens, positions=positions, tap=tap, depth=depth, logits_at=at)
     if plan.logits is None:
         out = None
     elif plan.logits == "last":
-        out = jnp.take_along_axis(out, lengths[:, None, None] - 1, axis=1) if whole else out
-        out = out[:, 0]
+        last = lengths[:, None, None] - 1
+        out = (out if at is not None else jnp.take_along_axis(out, last, axis=1))[:, 0]
+    kept = out, tap.activations, tap.stacked()
     if plan.unsure:
-        fine = all_fire(edits, layers, plan.reach, lengths)
-        out, arrays = jax.tree.map(
-            lambda x: jnp.where(fine, x, jnp.nan).astype(x.dtype), (out, tap.activations)
-        )
-        return out, arrays
-    return out, tap.activations
+        fine = all_fire(edits, plan.config, plan.reach, lengths)
+        kept = jax.tree.map(lambda x: jnp.where(fine, x, nothing(x)), kept)
+    return kept
+
+
+def nothing(x: jax.Array) -> jax.Array:
+    """NaN in the dtype of ``x``; -1 where that holds whole numbers."""
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    return jnp.asarray(jnp.nan if floating else -1).astype(x.dtype)
 
 
 def _cut(site: Site, x: jax.Array, length: int) -> jax.Array:

@@ -1,4 +1,8 @@
-"""Where edits apply, checked before anything runs: an edit that could not fire is an error."""
+"""Edits checked and brought to one form before anything runs: one that could not fire is an error.
+
+Outside a trace everything is refused by name. Where targets are traced (``vmap`` over layers, say)
+nothing can be raised: :func:`all_fire` tells, and the result of that variant becomes NaN.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,57 +12,64 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtc.config import Gemma2Config
+from jaxtc.edit import TARGETS, Edit, PerLayer
 from jaxtc.errors import EditError
-from jaxtc.intercept import Edit, named_rows, places
+from jaxtc.intercept import among
+from jaxtc.positions import is_traced, resolve
+from jaxtc.prompts import Prompts
 from jaxtc.sites import BY_NAME, ORDER, check_layer
+
+# Axes that a head, a coordinate or a key can be named along.
+HEADS, COORDINATES = "NK", "DHFV"
 
 
 def check_edits(
     edits: Sequence[Edit],
-    layers: int,
+    config: Gemma2Config,
     reach: tuple[int, int],
-    lengths: np.ndarray | None,
-    batch: int,
+    prompts: Prompts,
     extra: int = 0,
 ) -> tuple[tuple[Edit, ...], bool]:
-    """Refuse edits that could not fire, and bring their targets to one form.
+    """Refuse edits that could not fire, and bring them to the form that compiled programs take.
 
     Args:
         edits: as the user gave them.
-        layers: layers of the model.
+        config: of the model.
         reach: the last (layer, place in the layer) that this pass needs.
-        lengths: (B,) prompt lengths, or None when traced.
-        batch: B.
+        prompts: as prepared.
         extra: tokens that will follow the prompts (generation).
 
     Returns:
         (the edits, whether some target could not be checked and :func:`all_fire` must tell).
 
     Raises:
-        EditError: a target out of range, or one that the pass never reaches.
+        EditError: a target out of range, one that the pass never reaches, a value that does not
+            fit.
         SiteError: a layer that does not exist.
     """
     checked, unsure = [], False
     for edit in edits:
         _check_kind(edit)
-        edit = _check_layers(edit, layers, reach)
-        _check_rows(edit, batch)
-        if lengths is not None:
-            _check_positions(edit, lengths, extra)
-        targets = (edit.layer, edit.position, edit.row)
-        unsure |= any(isinstance(target, jax.core.Tracer) for target in targets)
-        unsure |= lengths is None and edit.position is not None
-        whole = {
-            name: _known(getattr(edit, name)).astype(np.int32)
-            for name in ("layer", "position", "row")
-            if name not in edit.static and _known(getattr(edit, name)) is not None
-        }
-        checked.append(dataclasses.replace(edit, **whole).prepared())
+        sizes = _sizes(edit, config, prompts)
+        edit = _layers(edit, config.num_hidden_layers, reach)
+        edit = _indices(edit, sizes)
+        edit = _positions(edit, prompts, extra)
+        edit = _values(edit, sizes, prompts, extra)
+        edit.check(sizes, prompts.known_lengths)
+        unsure |= is_traced([getattr(edit, name, None) for name in (*TARGETS, "from_position")])
+        checked.append(edit.prepared())
     return tuple(checked), unsure
 
 
+def of_phase(edits: Sequence[Edit], new: bool) -> tuple[Edit, ...]:
+    """The edits that can apply to the prompt, or to new tokens, as far as their kind tells."""
+    other = "prompt" if new else "new"
+    return tuple(edit for edit in edits if getattr(edit.position, "part", None) != other)
+
+
 def all_fire(
-    edits: Sequence[Edit], layers: int, reach: tuple[int, int], lengths: jax.Array
+    edits: Sequence[Edit], config: Gemma2Config, reach: tuple[int, int], lengths: jax.Array
 ) -> jax.Array:
     """() boolean: whether every target of every edit exists, told inside a trace.
 
@@ -66,29 +77,40 @@ def all_fire(
     """
     fine = jnp.ones((), bool)
     for edit in edits:
+        letters = BY_NAME[edit.site].axes.split()
         if edit.layer is not None:
-            wanted, order = jnp.atleast_1d(jnp.asarray(edit.layer)), ORDER[edit.site]
-            last = reach[0] if order <= reach[1] else reach[0] - 1
-            fine &= ((wanted >= 0) & (wanted <= min(last, layers - 1))).all()
+            last = reach[0] if ORDER[edit.site] <= reach[1] else reach[0] - 1
+            fine &= _below(edit.layer, min(last + 1, config.num_hidden_layers))
+            if edit.layers is not None:
+                named = jnp.atleast_1d(jnp.asarray(edit.layer))
+                fine &= (named[:, None] == jnp.asarray(edit.layers)).any(-1).all()
         if edit.row is not None:
-            wanted = jnp.atleast_1d(jnp.asarray(edit.row))
-            fine &= ((wanted >= 0) & (wanted < len(lengths))).all()
+            fine &= _below(edit.row, len(lengths))
+        if edit.head is not None:
+            fine &= _below(edit.head, config.sizes[_letter(letters, HEADS)])
+        if edit.coordinate is not None:
+            fine &= _below(edit.coordinate, config.sizes[letters[-1]])
+        rows = jnp.ones(len(lengths), bool) if edit.row is None else among(edit.row, len(lengths))
         if edit.position is not None:
-            wanted = places(edit.position, lengths)
-            there = ((wanted >= 0) & (wanted < lengths[:, None])).all(-1)
-            fine &= (there | ~named_rows(edit, len(lengths))).all()
+            fine &= (edit.position.exist(lengths) | ~rows).all()
+        if edit.key is not None:
+            fine &= (edit.key.exist(lengths) | ~rows).all()
+        if getattr(edit, "from_position", None) is not None:
+            fine &= (edit.from_position.exist(lengths) | ~_sources(edit, rows)).all()
     return fine
 
 
-def _known(value: Any) -> np.ndarray | None:
-    """``value`` as NumPy, or None when it is absent or only known inside a trace."""
-    if value is None or isinstance(value, jax.core.Tracer):
-        return None
-    return np.atleast_1d(np.asarray(value))
+def _below(given: Any, size: int) -> jax.Array:
+    given = jnp.asarray(given)
+    return ((given >= 0) & (given < size)).all()
+
+
+def _letter(letters: Sequence[str], among: str) -> str | None:
+    return next((letter for letter in letters if letter in among), None)
 
 
 def _check_kind(edit: Edit) -> None:
-    """Refuse what is no edit, reads what is not there yet, or has targets of another kind."""
+    """Refuse what is no edit, is not registered, or reads what is not there yet."""
     if not isinstance(edit, Edit):
         raise EditError(
             f"edits must be edits such as jaxtc.Add(...), got {type(edit).__name__}: {edit!r}."
@@ -98,36 +120,55 @@ def _check_kind(edit: Edit) -> None:
             f"{type(edit).__name__} is not registered, so jax does not see its fields: put "
             "@jaxtc.register_edit() above the class."
         )
-    per_layer = BY_NAME[edit.site].per_layer
-    if not per_layer and edit.layer is not None:
+    site = BY_NAME[edit.site]
+    if not site.per_layer and edit.layer is not None:
         raise EditError(f"{edit}: the model has {edit.site!r} once, so it takes no layer.")
     for read in edit.reads:
-        if ORDER[read] >= ORDER[edit.site] or BY_NAME[read].per_layer != per_layer:
+        if ORDER[read] >= ORDER[edit.site] or BY_NAME[read].per_layer != site.per_layer:
             raise EditError(f"{edit} reads {read!r}, which is not computed before {edit.site!r}.")
-    for name in ("layer", "position", "row"):
-        value = getattr(edit, name)
-        known = _known(value)
-        whole = known is None or (known.dtype.kind in "iu" and known.size)
-        if not whole or np.ndim(value) > 1:
-            raise EditError(
-                f"{edit}: {name} must be whole numbers, one or a row of them, got {value!r}."
-            )
 
 
-def _check_layers(edit: Edit, layers: int, reach: tuple[int, int]) -> Edit:
+def _sizes(edit: Edit, config: Gemma2Config, prompts: Prompts) -> dict[str, int]:
+    """Sizes of the axis letters, of the site's last axis, and of that of what the edit reads."""
+    sizes = dict(config.sizes)
+    sizes |= {"B": len(prompts.tokens), "T": prompts.length, "S": prompts.length, "1": 1}
+    sizes["L"] = config.num_hidden_layers
+    sizes["last"] = sizes[BY_NAME[edit.site].axes.split()[-1]]
+    if edit.reads:
+        sizes["read"] = sizes[BY_NAME[edit.reads[0]].axes.split()[-1]]
+    return sizes
+
+
+def _whole(edit: Edit, name: str) -> np.ndarray | None:
+    """A field that holds whole numbers, as NumPy; None when it is absent or traced."""
+    value = getattr(edit, name)
+    if value is None or isinstance(value, jax.core.Tracer):
+        return None
+    known = np.asarray(value)
+    if known.dtype.kind not in "iu" or known.ndim > 1 or not known.size:
+        raise EditError(
+            f"{edit}: {name} must be whole numbers, one or a row of them, got {value!r}."
+        )
+    return known
+
+
+def _layers(edit: Edit, layers: int, reach: tuple[int, int]) -> Edit:
     """The edit with its layers counted from the front; refused when the pass ends before them."""
     if isinstance(edit.layer, jax.core.Tracer):
         front = jnp.where(edit.layer < 0, edit.layer + layers, edit.layer)
         return dataclasses.replace(edit, layer=front)
-    per_layer, wanted = BY_NAME[edit.site].per_layer, _known(edit.layer)
-    if wanted is None:  # every layer fires when the first does
-        first = 0 if per_layer else -1 if edit.site == "embed" else layers
-        front = np.array([first])
-    else:
-        front = np.array([check_layer(int(layer), layers, str(edit)) for layer in wanted])
-        layer = int(front[0]) if np.ndim(edit.layer) == 0 else front.astype(np.int32)
-        edit = dataclasses.replace(edit, layer=layer)
-    late = [int(layer) for layer in front if (int(layer), ORDER[edit.site]) > reach]
+    per_layer, wanted = BY_NAME[edit.site].per_layer, _whole(edit, "layer")
+    if wanted is not None:
+        front = [check_layer(int(layer), layers, str(edit)) for layer in np.atleast_1d(wanted)]
+        edit = dataclasses.replace(edit, layer=np.reshape(front, wanted.shape).astype(np.int32))
+        missing = [layer for layer in front if edit.layers is not None and layer not in edit.layers]
+        if missing:
+            raise EditError(f"{edit} has nothing for layer {missing[0]}, only {edit.layers}.")
+    elif edit.layers is not None:
+        front = list(edit.layers)
+    else:  # every layer fires when the first does
+        front = [0 if per_layer else -1 if edit.site == "embed" else layers]
+    late = [layer for layer in front if (layer, ORDER[edit.site]) > reach]
     if late:
         raise EditError(
             f"{edit} would never fire: nothing that was asked for depends on {edit.site!r}"
@@ -137,22 +178,142 @@ def _check_layers(edit: Edit, layers: int, reach: tuple[int, int]) -> Edit:
     return edit
 
 
-def _check_rows(edit: Edit, batch: int) -> None:
-    """Refuse a row that the batch does not have."""
-    rows = _known(edit.row)
-    if rows is not None and ((rows < 0) | (rows >= batch)).any():
-        raise EditError(f"{edit}: the batch has rows 0 to {batch - 1}.")
-
-
-def _check_positions(edit: Edit, lengths: np.ndarray, extra: int) -> None:
-    """Refuse a position that some prompt does not have."""
-    positions, rows = _known(edit.position), _known(edit.row)
-    if positions is None or isinstance(edit.row, jax.core.Tracer):
-        return
-    shortest = (lengths if rows is None else lengths[rows]).min()
-    for position in positions:
-        if not -shortest <= position < shortest + extra:
+def _indices(edit: Edit, sizes: dict[str, int]) -> Edit:
+    """Rows, heads and coordinates: whole numbers in range, counted from the front."""
+    letters, found = BY_NAME[edit.site].axes.split(), {}
+    axes = {"row": "B", "head": _letter(letters, HEADS), "coordinate": letters[-1]}
+    for name, letter in axes.items():
+        if getattr(edit, name) is None:
+            continue
+        if letter is None or (name == "coordinate" and letter not in COORDINATES):
+            fitting = [site for site, row in BY_NAME.items() if _fits(row.axes.split(), name)]
             raise EditError(
-                f"{edit}: position {position} lies outside a prompt of {shortest} tokens "
-                f"(0 to {shortest - 1}, or -{shortest} to -1)."
+                f"{edit}: {edit.site} [{' '.join(letters)}] has no axis for {name}=...; these "
+                f"sites have one: {', '.join(fitting)}."
             )
+        known, size = _whole(edit, name), sizes[letter]
+        if known is None:
+            continue
+        if name != "row":
+            known = np.where(known < 0, known + size, known)
+        if ((known < 0) | (known >= size)).any():
+            what = "the batch has rows" if name == "row" else f"this model has {name}s"
+            raise EditError(f"{edit}: {what} 0 to {size - 1}.")
+        found[name] = known.astype(np.int32)
+    if edit.key is not None and letters[-1] != "S":
+        raise EditError(f"{edit}: key=... is for attn_scores and attn_pattern only.")
+    return dataclasses.replace(edit, **found) if found else edit
+
+
+def _fits(letters: list[str], name: str) -> bool:
+    return bool(_letter(letters, HEADS)) if name == "head" else letters[-1] in COORDINATES
+
+
+def _positions(edit: Edit, prompts: Prompts, extra: int) -> Edit:
+    """Positions of every kind as absolute ones; refused where a named row lacks them."""
+    batch = len(prompts.tokens)
+    rows = np.ones(batch, bool)
+    traced_row = isinstance(edit.row, jax.core.Tracer)
+    if edit.row is not None and not traced_row:
+        rows = np.isin(np.arange(batch), np.asarray(edit.row))
+    found = {}
+    for name in ("position", "key", "from_position"):
+        given = getattr(edit, name, None)
+        if given is None:
+            continue
+        at = rows
+        if name == "from_position" and edit.from_row is not None:
+            at = np.zeros(batch, bool) if is_traced(edit.from_row) else _sources(edit, rows)
+        found[name] = resolve(
+            given,
+            prompts.tokens,
+            prompts.lengths if prompts.known_lengths is None else prompts.known_lengths,
+            prompts.length,
+            extra=extra if name == "position" else 0,
+            rows=np.zeros(batch, bool) if traced_row else at,
+            what=str(edit),
+        )
+    if extra and edit.needs_prompt and not _prompt_only(edit, found):
+        raise EditError(
+            f"{edit} needs the whole prompt at once and cannot apply to generated tokens: give "
+            "position='prompt'."
+        )
+    return dataclasses.replace(edit, **found) if found else edit
+
+
+def _prompt_only(edit: Edit, found: dict) -> bool:
+    return getattr(found.get("position", edit.position), "part", None) == "prompt"
+
+
+def _sources(edit: Any, rows: Any) -> Any:
+    """(B,) booleans: the rows that the given rows copy from."""
+    xp = jnp if is_traced((edit.from_row, rows)) else np
+    if edit.from_row is None:
+        return rows
+    froms = xp.broadcast_to(xp.asarray(edit.from_row), rows.shape)
+    return ((xp.arange(len(rows))[:, None] == froms[None]) & rows[None]).any(-1)
+
+
+def _values(edit: Edit, sizes: dict[str, int], prompts: Prompts, extra: int) -> Edit:
+    """Values in one dtype a kind, padded to the bucket; refused when they do not broadcast."""
+    found = {}
+    for field in dataclasses.fields(edit):
+        value = getattr(edit, field.name)
+        if field.name in edit.values and value is not None:
+            found[field.name] = _value(edit, field.name, value, sizes, prompts, extra)
+        elif field.name in edit.amounts and value is not None:
+            found[field.name] = _number(edit, value)
+        elif type(value) in (int, float):
+            # A plain number is another type to jax than an array of one.
+            found[field.name] = np.asarray(value, np.int32 if type(value) is int else np.float32)
+    return dataclasses.replace(edit, **found) if found else edit
+
+
+def _number(edit: Edit, value: Any) -> Any:
+    """``value`` as an array of floats, whose type does not depend on how it was written."""
+    if not isinstance(value, jax.Array):
+        value = np.asarray(value)
+    kind = np.dtype(value.dtype).kind
+    if kind in "biu" or (isinstance(value, np.ndarray) and kind == "f"):
+        return value.astype(np.float32)
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise EditError(f"{edit} was given {value.dtype} values, expected real numbers.")
+    if getattr(value, "weak_type", False):
+        return jax.lax.convert_element_type(value, jnp.dtype(value.dtype))
+    return value
+
+
+def _value(edit: Edit, name: str, value: Any, sizes, prompts: Prompts, extra: int) -> Any:
+    site = BY_NAME[edit.site]
+    letters = site.axes.split()
+    each = isinstance(value, PerLayer)
+    array = _number(edit, value.array if each else value)
+    if each and (not site.per_layer or array.ndim < 1 or array.shape[0] != sizes["L"]):
+        raise EditError(
+            f"{edit}: a PerLayer value has one entry for each of the {sizes['L']} layers in front, "
+            f"at sites that each layer has; got shape {array.shape} for {edit.site}."
+        )
+    shape = array.shape[1:] if each else array.shape
+    true = tuple(sizes[letter] for letter in letters)
+    try:
+        fits = np.broadcast_shapes(shape, true) == true
+    except ValueError:
+        fits = False
+    if not fits:
+        raise EditError(
+            f"{edit} was given a {name} of shape {shape}, which does not broadcast to "
+            f"{edit.site} [{site.axes}] = {true}."
+        )
+    width = prompts.tokens.shape[1]
+    pads, over_tokens = [(0, 0)] * array.ndim, False
+    for back, size in enumerate(reversed(shape), start=1):
+        if letters[-back] in "TS" and size > 1:
+            pads[-back], over_tokens = (0, width - size), True
+    if over_tokens and extra and getattr(edit.position, "part", None) != "prompt":
+        raise EditError(
+            f"{edit}: its {name} of shape {shape} has an entry for each token of the prompt, and "
+            "none for those that are generated: give position='prompt'."
+        )
+    if any(after for _, after in pads):
+        array = jnp.pad(array, pads) if isinstance(array, jax.Array) else np.pad(array, pads)
+    return PerLayer(array) if each else array

@@ -12,21 +12,21 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Group
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from jaxtc.edits import SetTo, Splice
+from jaxtc.edit import Edit
+from jaxtc.edits import Zero
 from jaxtc.embedded import DATA, model_folder, transcoder_folder
 from jaxtc.embedded.corpus import Corpus, Item, default_corpus
 from jaxtc.embedded.packing import pieces
 from jaxtc.embedded.text import UserText
 from jaxtc.embedded.tokenizer import BOS, EOS, PAD, load_tokenizer
 from jaxtc.errors import SourceError
-from jaxtc.intercept import Context, Edit, register_edit
+from jaxtc.feature_edits import Splice
 from jaxtc.metrics import (
     FVU,
     FeatureStatistics,
@@ -53,22 +53,8 @@ _STREAM = 2
 _DOCUMENTS = 2048
 
 
-@register_edit("layer", "reads")
-class SpliceAfterBos(Splice):
-    """A transcoder in place of the MLP on every token but the first."""
-
-    def new(self, x: jax.Array, context: Context) -> jax.Array:
-        """The transcoder's output, and at position 0 the MLP's own."""
-        return jnp.where(context.positions[..., None] > 0, super().new(x, context), x)
-
-
-@register_edit()
-class AblateAfterBos(SetTo):
-    """Zero on every token but the first: the baseline that a splice at the same place must beat."""
-
-    def new(self, x: jax.Array, context: Context) -> jax.Array:
-        """Zero, and at position 0 the value itself."""
-        return jnp.where(context.positions[..., None] > 0, super().new(x, context), x)
+# On every token but <bos>, whose norm alone would swamp the others.
+_TEXT = slice(1, None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,8 +156,8 @@ def measure(
     model = load_model(model_folder(root), dtype=jnp.float32)
     tokenizer = load_tokenizer(model_folder(root))
     transcoders = load_transcoders(transcoder_folder(root))
-    splices = {n: SpliceAfterBos(t, layer=n) for n, t in transcoders.items()}
-    zeros = {n: AblateAfterBos(0.0, site="mlp_out", layer=n) for n in transcoders}
+    splice = Splice(transcoders, position=_TEXT)
+    zero = Zero(site="mlp_out", position=_TEXT)
 
     texts = source.documents(stream, 0, documents, held_out=True)
     ids = list(pieces((encoded.ids for encoded in tokenizer.encode_batch(texts)), _LENGTH))
@@ -182,7 +168,8 @@ def measure(
     clean = loss()
     layers = {}
     for n, (fvu, l0, dead) in reconstruction(model, ids, transcoders).items():
-        spliced, ablated = loss(splices[n]), loss(zeros[n])
+        spliced = loss(dataclasses.replace(splice, layer=n))
+        ablated = loss(dataclasses.replace(zero, layer=n))
         layers[n] = LayerReport(
             fvu=fvu,
             l0=l0,
@@ -199,13 +186,13 @@ def measure(
         kinds[kind] = KindReport(
             len(asked),
             accuracy(model, tokenizer, asked),
-            accuracy(model, tokenizer, asked, list(splices.values())),
+            accuracy(model, tokenizer, asked, [splice]),
         )
     return Report(
         tokens=sum(len(row) - 1 for row in ids),
         loss=clean,
-        loss_spliced=loss(*splices.values()),
-        loss_ablated=loss(*zeros.values()),
+        loss_spliced=loss(splice),
+        loss_ablated=loss(zero),
         kinds=kinds,
         layers=layers,
     )

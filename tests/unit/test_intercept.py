@@ -12,7 +12,9 @@ import jaxtc
 from jaxtc import Add, Detach, Edit, SetTo, Splice
 from jaxtc.errors import EditError, InputError, SiteError
 from jaxtc.intercept import Tap
+from jaxtc.prompts import prepare
 from jaxtc.sites import SITES
+from jaxtc.targets import check_edits
 from tests.unit import tiny
 from tests.unit.batch import LAYERS, LENGTHS, PROMPTS, VECTOR, D, logits, near, real, run
 
@@ -67,10 +69,12 @@ def test_every_site_can_be_edited(site):
     """Zero there changes the logits, and only from the edited position on."""
 
     def outputs(*edits):  # not compiled: 24 programs would take a minute
-        tokens, length = jnp.array(PROMPTS[:1]), LENGTHS[0]
-        positions = jnp.arange(length)[None]
-        tap = Tap((), edits, positions, jnp.array([length]), length)
-        return np.asarray(tiny.model()(tokens, tap=tap)[0])
+        prompts = prepare(PROMPTS[:1], tiny.config())
+        positions = jnp.arange(prompts.tokens.shape[1])[None]
+        checked, _ = check_edits(edits, tiny.config(), (LAYERS, len(SITES)), prompts)
+        tap = Tap((), checked, positions, prompts.lengths)
+        found = tiny.model()(jnp.asarray(prompts.tokens), tap=tap)[0]
+        return np.asarray(found)[:, : LENGTHS[0]]
 
     before = outputs()
     after = outputs(SetTo(0.0, site=site.name, layer=1 if site.per_layer else None, position=2))
@@ -178,10 +182,10 @@ REFUSED = [
     (lambda: Add(VECTOR, site="mlp_out", layer=3), SiteError, "layer 3, but this model has 3"),
     (lambda: Add(VECTOR, site="mlp_out", layer=[0, -4]), SiteError, "layer -4"),
     (lambda: Add(VECTOR, site="mlp_out", layer=1.0), EditError, "layer must be whole numbers"),
-    (lambda: Add(VECTOR, site="mlp_out", position=[]), EditError, "position must be whole numbers"),
-    (lambda: Add(VECTOR, site="mlp_out", position=3), EditError, "outside a prompt of 3 tokens"),
+    (lambda: Add(VECTOR, site="mlp_out", position=[]), EditError, "positions are whole numbers"),
+    (lambda: Add(VECTOR, site="mlp_out", position=3), EditError, "outside prompt 2 of 3 tokens"),
     (lambda: Add(VECTOR, site="mlp_out", position=-4), EditError, "0 to 2, or -3 to -1"),
-    (lambda: Add(VECTOR, site="mlp_out", position=9, row=0), EditError, "prompt of 9 tokens"),
+    (lambda: Add(VECTOR, site="mlp_out", position=9, row=0), EditError, "prompt 0 of 9 tokens"),
     (lambda: Add(VECTOR, site="mlp_out", row=3), EditError, "batch has rows 0 to 2"),
     (lambda: Add(VECTOR, site="mlp_out", row=-1), EditError, "batch has rows 0 to 2"),
     (lambda: Add(VECTOR, site="logits", layer=0), EditError, "takes no layer"),
@@ -232,7 +236,7 @@ def test_edits_that_nothing_asked_for_depends_on(edit, capture):
         ({"logits": "first"}, InputError, "expected 'all', 'last' or None"),
         ({"capture": ["layers.5.mlp_out"]}, SiteError, "layer 5"),
         ({"capture": "mlpp"}, SiteError, "no site called 'mlpp'"),
-        ({"capture": [3]}, SiteError, "named by a string"),
+        ({"capture": [3]}, InputError, "capture takes addresses"),
     ],
 )
 def test_runs_refused(options, error, message):
@@ -248,9 +252,10 @@ class Scale(Edit):
     """Multiply by a factor."""
 
     factor: Any
+    values = ("factor",)
 
     def new(self, x, context):
-        return x * context.fit(self.factor, x, self)
+        return x * context.fit(self.factor, x)
 
 
 @jaxtc.register_edit()

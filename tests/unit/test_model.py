@@ -11,9 +11,9 @@ from flax import nnx
 
 import jaxtc
 from jaxtc.config import FULL, SLIDING
+from jaxtc.dispatch import parameters
 from jaxtc.errors import SiteError
 from jaxtc.model import Cache, Gemma2, masks, rotate, softcap
-from jaxtc.run import parameters
 from tests.unit import tiny
 
 CONFIG = tiny.config()

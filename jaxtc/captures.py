@@ -1,0 +1,83 @@
+"""What a run is asked to keep: addresses, reducers, and the names they are found under."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from jaxtc.config import Gemma2Config
+from jaxtc.errors import InputError, SiteError
+from jaxtc.prompts import Prompts
+from jaxtc.reducer import Reducer, requests
+from jaxtc.sites import BY_NAME, ORDER, Address, parse, resolve
+
+# What users may give as `capture`.
+Capture = str | Address | Reducer
+Captures = Capture | Sequence[Capture] | Mapping[str, Capture]
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A ``capture`` argument, understood.
+
+    Attributes:
+        addresses: kept whole; sorted, each once (static).
+        reducers: kept reduced (data).
+        names: what each reducer's result is called.
+        aliases: names that the caller gave to whole captures, and their addresses.
+    """
+
+    addresses: tuple[Address, ...]
+    reducers: tuple[Reducer, ...]
+    names: tuple[str, ...]
+    aliases: Mapping[str, str]
+
+    def reach(self, layers: int) -> tuple[int, int]:
+        """How far a pass must go for all of it: (layer, place in the layer)."""
+        ends = [_reach(address, layers) for address in self.addresses]
+        for reducer in self.reducers:
+            ends += [_reach(address, layers) for address in resolve(reducer.address, layers)]
+        return max(ends)
+
+    def checked(self, config: Gemma2Config, prompts: Prompts) -> tuple[Reducer, ...]:
+        """The reducers as compiled programs take them; raises for those that do not fit."""
+        given = prompts.tokens, prompts.lengths, prompts.length
+        return tuple(reducer.checked(config, *given) for reducer in self.reducers)
+
+    def __bool__(self):
+        return bool(self.addresses or self.reducers)
+
+
+def understand(capture: Captures, layers: int) -> Asked:
+    """What a ``capture`` argument asks for, in a model of ``layers`` layers.
+
+    Raises:
+        SiteError: an address that names nothing here.
+        InputError: two reducers of one name, something that is neither address nor reducer, or a
+            name of the caller's that is an address already.
+    """
+    addresses, reducers, aliases = set(), {}, {}
+    for name, item in requests(capture).items():
+        if isinstance(capture, Mapping) and name != str(item) and _is_address(name):
+            raise InputError(f"capture names something {name!r}, which is an address already.")
+        if isinstance(item, Reducer):
+            resolve(item.address, layers)
+            reducers[name] = item
+        else:
+            addresses.update(resolve(item, layers))
+            aliases[name] = str(item)
+    aliases = {name: item for name, item in aliases.items() if not _is_address(name)}
+    ordered = tuple(sorted(addresses, key=str))
+    return Asked(ordered, tuple(reducers.values()), tuple(reducers), aliases)
+
+
+def _is_address(name: str) -> bool:
+    try:
+        parse(name)
+    except SiteError:
+        return False
+    return True
+
+
+def _reach(address: Address, layers: int) -> tuple[int, int]:
+    if BY_NAME[address.site].per_layer:
+        return address.layer, ORDER[address.site]
+    return (-1 if address.site == "embed" else layers), ORDER[address.site]
