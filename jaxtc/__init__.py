@@ -1,6 +1,7 @@
 """Gemma-2 and its transcoders in JAX: every activation open to reading and editing under jit."""
 
 from jaxtc import reducers as reducers
+from jaxtc.compiles import compiles as compiles
 from jaxtc.config import Gemma2Config as Gemma2Config
 from jaxtc.edit import Edit as Edit
 from jaxtc.edit import PerLayer as PerLayer
@@ -30,6 +31,7 @@ from jaxtc.positions import Token as Token
 from jaxtc.run import run as run
 from jaxtc.sites import SITES as SITES
 from jaxtc.transcoder import Transcoder as Transcoder
+from jaxtc.warm_up import warm_up as warm_up
 from jaxtc.weights.load import load_model as load_model
 from jaxtc.weights.load import load_tokenizer as load_tokenizer
 from jaxtc.weights.save import save_model as save_model

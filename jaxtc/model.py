@@ -252,6 +252,7 @@ class Gemma2(nnx.Module):
         tap: Tap | None = None,
         depth: int | None = None,
         logits_at: jax.Array | None = None,
+        resume: tuple[jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array | None, Cache | None]:
         """One pass, not jitted: ``jaxtc.run`` and ``jaxtc.generate`` are its compiled forms.
 
@@ -263,6 +264,8 @@ class Gemma2(nnx.Module):
             tap: captures and edits.
             depth: stop after this many layers, without logits.
             logits_at: (B,) int32, the only token of each row whose logits are wanted.
+            resume: (layer, (L, B, T, D) what enters each block): begin there, earlier blocks are
+                not run and their sites cannot be captured. The layer is data.
 
         Returns:
             (logits, cache). Logits are (B, T, V) float32, (B, 1, V) with ``logits_at``, None with
@@ -276,8 +279,11 @@ class Gemma2(nnx.Module):
         pasts = []
         for layer, block in enumerate(self.layers[:depth]):
             past = (cache.keys[layer], cache.values[layer]) if cache else None
-            kind = config.layer_types[layer]
-            x, past = block(x, positions, visible[kind], past, tap.at(layer))
+            seen = visible[config.layer_types[layer]]
+            if resume is not None:
+                x = resumed(layer, *resume, x, block, positions, seen, None, tap.at(layer))
+                continue
+            x, past = block(x, positions, seen, past, tap.at(layer))
             pasts.append(past)
         if cache:
             keys, values = zip(*pasts, strict=True)
@@ -288,6 +294,12 @@ class Gemma2(nnx.Module):
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)
         return tap("logits", self.embed.decode(x)), cache
+
+
+def resumed(layer: int, start: jax.Array, entering: jax.Array, x: jax.Array, block, *context):
+    """``x`` after this block, from layer ``start`` on; there it is taken from ``entering``."""
+    x = jnp.where(start == layer, entering[layer], x)
+    return jax.lax.cond(start <= layer, lambda x: block(x, *context)[0], lambda x: x, x)
 
 
 def masks(config, positions, segments, cache) -> dict[str, jax.Array]:

@@ -1,7 +1,6 @@
 """``run``: one compiled forward pass with captures and edits."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -9,14 +8,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxtc.activations import Activations
-from jaxtc.captures import Captures, understand
+from jaxtc.captures import Asked, Captures, understand
+from jaxtc.compiles import Fact, Program, description
 from jaxtc.config import Gemma2Config
 from jaxtc.dispatch import parameters, rebuild
 from jaxtc.edit import Edit
 from jaxtc.errors import InputError
 from jaxtc.intercept import Tap
 from jaxtc.model import Gemma2
-from jaxtc.prompts import prepare
+from jaxtc.prompts import Prompts, prepare
+from jaxtc.reducer import Reducer
 from jaxtc.sites import BY_NAME, ORDER, Address, Site
 from jaxtc.targets import all_fire, check_edits
 
@@ -91,31 +92,82 @@ def run(
     config = model.config
     if logits not in ("all", "last", None):
         raise InputError(f"logits is {logits!r}, expected 'all', 'last' or None.")
-    layers = config.num_hidden_layers
-    asked = understand(capture, layers)
-    if logits is None and not asked:
-        raise InputError("Nothing was asked for: give capture=[...], or logits='all' or 'last'.")
-    reach = (layers, len(ORDER)) if logits else asked.reach(layers)
-    prompts = prepare(tokens, config, lengths)
-    length, width = prompts.length, prompts.tokens.shape[1]
-    checked, unsure = check_edits(edits, config, reach, prompts)
-    reducers = asked.checked(config, prompts)
-    plan = Plan(config, asked.addresses, logits, reach, unsure)
-    out, arrays, reduced = _run(
-        plan, parameters(model), prompts.tokens, prompts.lengths, checked, reducers
-    )
-    if length < width:
-        arrays = {a: _cut(BY_NAME[a.site], x, length) for a, x in arrays.items()}
-        reduced = [r.cut(kept, length) for r, kept in zip(reducers, reduced, strict=True)]
-        out = _cut(BY_NAME["logits"], out, length) if logits == "all" else out
-    named = dict(zip(asked.names, reduced, strict=True))
-    activations = Activations(arrays, layers, named, asked.aliases)
-    return RunResult(out, activations, prompts.lengths, length)
+    asked = understand(capture, config.num_hidden_layers)
+    call = Call.of(config, prepare(tokens, config, lengths), asked, edits, logits)
+    leaves = parameters(model)
+    return call.result(_run(*call.arguments(leaves), describe=lambda: call.facts(leaves)))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _run(plan: Plan, leaves, tokens, lengths, edits, reducers):
-    """Logits, captured arrays and what reducers kept, all still padded."""
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call of :func:`run`, checked: what its program takes, and what to make of its results."""
+
+    plan: Plan
+    prompts: Prompts
+    asked: Asked
+    edits: tuple[Edit, ...]
+    reducers: tuple[Reducer, ...]
+
+    @classmethod
+    def of(
+        cls,
+        config: Gemma2Config,
+        prompts: Prompts,
+        asked: Asked,
+        edits: Sequence[Edit],
+        logits: str | None,
+    ) -> "Call":
+        """Check edits and captures against the model and the prompts; raises as :func:`run`."""
+        if logits is None and not asked:
+            raise InputError(
+                "Nothing was asked for: give capture=[...], or logits='all' or 'last'."
+            )
+        layers = config.num_hidden_layers
+        reach = (layers, len(ORDER)) if logits else asked.reach(layers)
+        checked, unsure = check_edits(edits, config, reach, prompts)
+        plan = Plan(config, asked.addresses, logits, reach, unsure)
+        return cls(plan, prompts, asked, checked, asked.checked(config, prompts))
+
+    def arguments(self, leaves: Sequence[jax.Array]) -> tuple:
+        """Of :func:`forward`."""
+        prompts = self.prompts
+        return self.plan, leaves, prompts.tokens, prompts.lengths, self.edits, self.reducers
+
+    def facts(self, leaves: Sequence[jax.Array]) -> list[Fact]:
+        """What its program depends on."""
+        plan, (batch, width) = self.plan, self.prompts.tokens.shape
+        return description(
+            plan.config, leaves, batch=batch, length=self.prompts.length, padded=width,
+            captures=plan.captures, edits=self.edits, reducers=self.reducers, logits=plan.logits,
+            last_layer=plan.reach[0], traced_targets=plan.unsure,
+        )  # fmt: skip
+
+    def result(self, kept: tuple) -> RunResult:
+        """Of what :func:`forward` gave, without the padding up to the bucket."""
+        out, arrays, reduced = kept
+        length = self.prompts.length
+        if length < self.prompts.tokens.shape[1]:
+            arrays = {a: _cut(BY_NAME[a.site], x, length) for a, x in arrays.items()}
+            reduced = [r.cut(one, length) for r, one in zip(self.reducers, reduced, strict=True)]
+            out = _cut(BY_NAME["logits"], out, length) if self.plan.logits == "all" else out
+        named = dict(zip(self.asked.names, reduced, strict=True))
+        layers = self.plan.config.num_hidden_layers
+        activations = Activations(arrays, layers, named, self.asked.aliases)
+        return RunResult(out, activations, self.prompts.lengths, length)
+
+
+def forward(plan: Plan, leaves, tokens, lengths, edits, reducers, resume=None):
+    """Logits, captured arrays and what reducers kept, all still padded; ``_run`` without jit.
+
+    Args:
+        plan: the static half.
+        leaves: of the model, as :func:`jaxtc.dispatch.parameters` gives them.
+        tokens: (B, W) ids.
+        lengths: (B,).
+        edits: as ``check_edits`` gives them.
+        reducers: as ``Asked.checked`` gives them.
+        resume: see :class:`jaxtc.model.Gemma2`.
+    """
     model, layers = rebuild(plan.config, leaves), plan.config.num_hidden_layers
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     tap = Tap(plan.captures, edits, positions, lengths, reducers=reducers)
@@ -123,7 +175,7 @@ def _run(plan: Plan, leaves, tokens, lengths, edits, reducers):
     named = {a.site for a in (*plan.captures, *edits)} | {r.site.name for r in reducers}
     at = lengths - 1 if plan.logits == "last" and "logits" not in named else None
     depth = plan.reach[0] + 1 if plan.reach[0] < layers else None
-    out, _ = model(tokens, positions=positions, tap=tap, depth=depth, logits_at=at)
+    out, _ = model(tokens, positions=positions, tap=tap, depth=depth, logits_at=at, resume=resume)
     if plan.logits is None:
         out = None
     elif plan.logits == "last":
@@ -134,6 +186,9 @@ def _run(plan: Plan, leaves, tokens, lengths, edits, reducers):
         fine = all_fire(edits, plan.config, plan.reach, lengths)
         kept = jax.tree.map(lambda x: jnp.where(fine, x, nothing(x)), kept)
     return kept
+
+
+_run = Program("run", forward, static_argnums=0)
 
 
 def nothing(x: jax.Array) -> jax.Array:
