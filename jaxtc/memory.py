@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,29 +30,38 @@ from jaxtc.transcoder import Transcoder
 _SMALL = 64 * 2**20
 
 
-def check_fits(bytes_needed: int, what: str, device: jax.Device | None = None) -> None:
+def check_fits(bytes_needed: int, what: str, devices: Collection[jax.Device] | None = None) -> None:
     """Refuse what cannot fit, before it is computed.
 
     Args:
-        bytes_needed: at the least.
-        what: needs them, for the message: "what this run captures".
-        device: where; the first one of this process by default.
+        bytes_needed: at the least, over all devices.
+        what: needs them, for the message: "What this run keeps".
+        devices: where, those of the weights say; over several, arrays are taken to be spread
+            evenly. The first one of this process by default.
 
     Raises:
-        CapacityError: the device has less than that available.
+        CapacityError: less than that is available.
     """
     if bytes_needed < _SMALL:
         return
-    free = available(device)
-    if free is None or bytes_needed <= free:
+    devices = devices or jax.local_devices()[:1]
+    mine = [device for device in devices if device.process_index == jax.process_index()]
+    free = available(mine[0]) if mine else None
+    if free is None:
         return
-    place = "this machine" if device is None else f"{device.platform} {device.id}"
+    # Devices of other processes cannot be asked; those of one CPU share its memory.
+    cpu = mine[0].platform == "cpu"
+    count = len({device.process_index for device in devices} if cpu else devices)
+    if bytes_needed <= free * count:
+        return
+    place = "this machine" if cpu else f"{mine[0].platform} {mine[0].id}"
     raise CapacityError(
-        f"{what} needs at least {pretty(bytes_needed)} of memory, and {pretty(free)} are available "
-        f"on {place}. Keep less: a reducer (capture=jaxtc.reducers.At('resid_post', -1) keeps the "
-        "last token only), logits='last' or None in place of 'all', fewer layers "
-        "('layers.20.mlp_out' in place of 'mlp_out'), or fewer or shorter prompts a call. "
-        "print(jaxtc.memory.estimate(...)) shows what each part takes."
+        f"{what} needs at least {pretty(-(-bytes_needed // count))} of memory, and {pretty(free)} "
+        f"are available on {place}. Keep less: a reducer "
+        "(capture=jaxtc.reducers.At('resid_post', -1) keeps the last token only), logits='last' or "
+        "None in place of 'all', fewer layers ('layers.20.mlp_out' in place of 'mlp_out'), or "
+        "fewer or shorter prompts a call. print(jaxtc.memory.estimate(...)) shows what each part "
+        "takes."
     )
 
 

@@ -169,6 +169,17 @@ def test_refused(options, error, message):
 # Whether it fits
 
 
+@dataclasses.dataclass(eq=False)
+class Accelerator:
+    stats: dict | None
+    platform: str = "gpu"
+    id: int = 1
+    process_index: int = 0
+
+    def memory_stats(self):
+        return self.stats
+
+
 def test_check_fits(monkeypatch):
     monkeypatch.setattr(memory, "available", lambda device: 3 * 2**30)
     check_fits(3 * 2**30, "this run")
@@ -181,6 +192,14 @@ def test_check_fits(monkeypatch):
     assert "\n" not in message
     monkeypatch.setattr(memory, "available", lambda device: None)
     check_fits(2**60, "this run")  # nobody knows
+
+
+def test_devices_of_one_cpu_share_its_memory(monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda device: 2**30)
+    devices = [Accelerator(None, "cpu", index) for index in range(8)]
+    check_fits(2**30, "this run", devices)
+    with pytest.raises(CapacityError, match="on this machine"):
+        check_fits(2**30 + 1, "this run", devices)
 
 
 def test_small_needs_do_not_look_at_the_machine(monkeypatch):
@@ -196,21 +215,16 @@ def _seconds(function):
     return time.perf_counter() - start
 
 
-@dataclasses.dataclass
-class Accelerator:
-    stats: dict | None
-    platform: str = "gpu"
-    id: int = 1
-
-    def memory_stats(self):
-        return self.stats
-
-
 def test_accelerators():
     device = Accelerator({"bytes_limit": 2**30, "bytes_in_use": 2**29})
     assert machine.available(device) == 2**29
     with pytest.raises(CapacityError, match="512.0 MiB are available on gpu 1"):
-        check_fits(2**29 + 1, "this run", device)
+        check_fits(2**29 + 1, "this run", {device})
+    other = Accelerator(None, id=2, process_index=1)  # of another process: as full as ours
+    check_fits(2**30, "this run", {device, other})
+    with pytest.raises(CapacityError, match="512.0 MiB"):
+        check_fits(2**30 + 2, "this run", {device, other})
+    check_fits(2**50, "this run", {other})
     for silent in (None, {}):
         assert machine.available(Accelerator(silent)) is None
 
