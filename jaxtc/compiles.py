@@ -32,11 +32,13 @@ ADVICE = {
     "batch": "Give batches of one size: fill up the last one, and drop those rows of the result.",
     "shape": "Other values of one shape run the same program: give as many positions, rows or "
     "layers each time, or a mask of booleans, and always the same kind of number.",
+    "reducer": "Give reducers as many positions or directions each time.",
     "function": "Define the function once, outside the loop; what changes from call to call can be "
     "an argument: jax.tree_util.Partial(function, array) has its arrays as data.",
     "edits": "Keep one list of edits and change their values: Scale(1.0) or Add(0.0) do nothing.",
     "captures": "Capture everything you will need each time, and pick from the result.",
-    "model": "Each configuration, dtype and device is a program of its own: finish with one model "
+    "place": "Keep the model where it is, or put it on its devices once before the loop.",
+    "model": "Each configuration and dtype is a program of its own: finish with one model "
     "before the next.",
     "transform": "jax.vmap compiles for each size it maps over, and jax.grad once more: put "
     "jax.jit around the whole, or map over chunks of one size.",
@@ -75,6 +77,7 @@ def description(
     slots: int | None = None,
     captures: Sequence[Any] = (),
     edits: Sequence[Any] = (),
+    reducers: Sequence[Any] = (),
     **options: Any,
 ) -> list[Fact]:
     """What a call of the model depends on.
@@ -86,14 +89,16 @@ def description(
         length: T as the user gave it.
         padded: T of the program.
         slots: tokens that the cache has room for.
-        captures: addresses or reducers; compared by how they print.
+        captures: addresses; compared by how they print.
         edits: as the program takes them.
+        reducers: as the program takes them.
         options: other static parts of the call; compared by ``==``, printed by name.
     """
     facts = [Fact("config", config, "model", "a model of another configuration", was=False)]
-    place = getattr(leaves[0], "sharding", None)
-    devices = sorted(map(str, place.device_set)) if place is not None else ["the host"]
-    facts.append(Fact("the weights are", f"{leaves[0].dtype} on {some(devices, 2)}", "model"))
+    facts.append(Fact("the weights are", str(leaves[0].dtype), "model"))
+    if isinstance(leaves[0], jax.Array) and not isinstance(leaves[0], jax.core.Tracer):
+        devices = some(sorted(map(str, leaves[0].devices())), 2)
+        facts.append(Fact("the weights are on", devices, "place"))
     if batch is not None:
         facts.append(Fact("batch", batch, "batch"))
     if padded is not None:
@@ -101,7 +106,7 @@ def description(
         facts.append(Fact("padded", padded, "length", f"{text} {padded}"))
     if slots is not None:
         facts.append(Fact("slots", slots, "length", f"the cache has room for {slots} tokens"))
-    names = tuple(map(str, captures))
+    names = tuple(map(str, [*captures, *reducers]))
     text = f"another set of captures: {some(names, 4) or 'none'}"
     facts.append(Fact("captures", names, "captures", text, was=False))
     for name, value in options.items():
@@ -110,24 +115,27 @@ def description(
     text = f"another list of edits: {some(kinds, 4) or 'none'}"
     facts.append(Fact("edits", tuple(kinds), "edits", text, was=False))
     for index, (kind, edit) in enumerate(zip(kinds, edits, strict=True)):
-        facts.extend(_edit_facts(f"edit {index}, {kind}", edit))
+        facts.extend(_parts(f"edit {index}, {kind}", edit, "shape"))
+    for index, reducer in enumerate(reducers):
+        facts.extend(_parts(f"reducer {index}, {reducer}", reducer, "reducer"))
     return facts
 
 
-def _edit_facts(label: str, edit: Any) -> Iterator[Fact]:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(edit):
+def _parts(label: str, node: Any, kind: str) -> Iterator[Fact]:
+    """Facts of an edit or a reducer: the shapes of its arrays, its functions, its static half."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(node):
         name = f"{label}: {jax.tree_util.keystr(path, simple=True, separator='.')}"
         aval = jax.typeof(leaf)
         weak = "weak " if getattr(aval, "weak_type", False) else ""  # a Python number
-        yield Fact(f"{name} is", f"{weak}{aval.dtype} of shape {aval.shape}", "shape")
-    for field in dataclasses.fields(edit):
-        value = getattr(edit, field.name)
+        yield Fact(f"{name} is", f"{weak}{aval.dtype} of shape {aval.shape}", kind)
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
         value = value.func if isinstance(value, jax.tree_util.Partial) else value
         if callable(value) and jax.tree_util.all_leaves([value]):
             # By id, as jax does: compiled programs keep their functions alive, this need not.
             text = f"a new function object was given to {label}: define it once outside the loop"
             yield Fact(f"{label}: {field.name}", id(value), "function", text, was=False)
-    structure = jax.tree.structure(edit)
+    structure = jax.tree.structure(node)
     yield Fact(label, structure, "structure", f"{label}: other static fields", was=False)
 
 
@@ -137,14 +145,18 @@ def differences(now: Sequence[Fact], before: Sequence[Fact]) -> list[tuple[str, 
     found = []
     for fact in now:
         earlier = old.pop(fact.key, None)
+        if earlier is None and fact.kind == "place":
+            continue  # nobody knows where the arrays of a trace are
         if earlier is None or earlier.value != fact.value:
             was = "absent" if earlier is None else earlier.value
             found.append((fact.kind, f"{fact} (was {was})" if fact.was else str(fact)))
-    gone = [fact for fact in old.values() if fact.was]
+    gone = [fact for fact in old.values() if fact.was and fact.kind != "place"]
     found += [(fact.kind, f"{fact.key} absent (was {fact.value})") for fact in gone]
     kinds = {kind for kind, _ in found}
-    if "edits" in kinds:  # what each of them has follows from that
-        found = [one for one in found if one[0] not in ("shape", "function")]
+    # What each edit or reducer has follows from which they are.
+    follows = {"shape", "function"} if "edits" in kinds else set()
+    follows |= {"reducer"} if "captures" in kinds else set()
+    found = [one for one in found if one[0] not in follows]
     if kinds != {"structure"}:
         found = [one for one in found if one[0] != "structure"]
     return found
@@ -155,7 +167,7 @@ class Compile:
     """One compile.
 
     Attributes:
-        program: what was compiled: "run", "generate: prefill", ...
+        program: what was compiled: "run", "generate: prefill", "generate: step", ...
         seconds: of tracing, lowering and compiling; the run itself is not part of it.
         because: what is new, against the most similar call that this program has seen.
     """

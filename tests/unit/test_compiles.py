@@ -1,5 +1,6 @@
 """Compiles are counted, timed, and explained in words; warming up leaves none to do."""
 
+import dataclasses
 import logging
 import threading
 
@@ -9,7 +10,15 @@ import numpy as np
 import pytest
 
 import jaxtc
-from jaxtc.compiles import REMEMBERED, REPEATS, Compiles, Program, compiles, description
+from jaxtc.compiles import (
+    REMEMBERED,
+    REPEATS,
+    Compiles,
+    Program,
+    compiles,
+    description,
+    differences,
+)
 from jaxtc.errors import InputError
 from tests.unit import tiny
 
@@ -224,6 +233,18 @@ CASES = {
 }  # fmt: skip
 
 
+def at(*positions):
+    return jaxtc.reducers.At("resid_post", position=list(positions))
+
+
+def test_reducers_are_told_by_what_they_hold():
+    one, two, other = [at(1)], [at(1, 2)], [jaxtc.reducers.TopK("logits", 3)]
+    said = why(dict(reducers=one), dict(reducers=two))
+    assert said.startswith("reducer 0, At(resid_post): position") and "shape" in said
+    said = why(dict(reducers=one), dict(reducers=other))
+    assert said == "another set of captures: TopK(logits)"
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_reason_in_words(case):
     before, now, expected = CASES[case]
@@ -238,9 +259,28 @@ def test_other_weights_and_another_configuration():
         half = [jnp.zeros(1, jnp.bfloat16)]
         double(jnp.ones(2), describe=lambda: description(tiny.config(), half))
         double(jnp.ones(3), describe=lambda: description(other, MODEL[1]))
-    assert found[1].because.startswith("the weights are bfloat16 on ")
-    assert found[1].because.endswith(" (was float32 on the host)")
+    assert found[1].because == "the weights are bfloat16 (was float32)"
     assert found[2].because == "a model of another configuration"
+
+
+def test_weights_that_are_traced_have_no_place():
+    placed, double = [jnp.zeros(1)], program()
+
+    def called(size, leaves):
+        double(jnp.ones(size), describe=lambda: description(tiny.config(), leaves, batch=size))
+
+    with compiles() as found:
+        called(1, placed)
+        jax.vmap(lambda x: called(2, [x]))(jnp.zeros((2, 1)))
+        called(3, placed)
+    assert [one.because for one in found[1:]] == ["batch 2 (was 1)", "batch 3 (was 2)"]
+
+
+def test_another_place_of_the_weights_is_told():
+    now, before = (description(*MODEL[:1], [jnp.zeros(1)]) for _ in range(2))
+    now = [dataclasses.replace(f, value="cpu:7") if f.kind == "place" else f for f in now]
+    ((kind, words),) = differences(now, before)
+    assert kind == "place" and words.startswith("the weights are on cpu:7 (was ")
 
 
 @jaxtc.register_edit()
