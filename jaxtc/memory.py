@@ -18,13 +18,14 @@ import numpy as np
 from jaxtc.captures import Captures, understand
 from jaxtc.config import Gemma2Config
 from jaxtc.errors import CapacityError, InputError
+from jaxtc.feature_edits import Splice
 from jaxtc.intercept import Context
 from jaxtc.machine import available
 from jaxtc.model import Gemma2
 from jaxtc.prompts import bucket, prepare
 from jaxtc.reducer import Reducer
+from jaxtc.reducers import Features
 from jaxtc.sites import BY_NAME, ORDER, Address, parse
-from jaxtc.transcoder import Transcoder
 
 # Needs below this are not worth a look at the machine.
 _SMALL = 64 * 2**20
@@ -161,31 +162,37 @@ def estimate(
     return _measure(size, kept, logits, _beyond(reducers, edits), sum(map(_bytes, leaves)))
 
 
-def needed(
+def check_run(
     config: Gemma2Config,
-    dtype: Any,
+    leaves: Sequence[jax.Array],
     shape: tuple[int, int, int],
     captures: tuple[Address, ...],
     reducers: Sequence[Reducer],
     logits: str | None,
     edits: Sequence[Any] = (),
-) -> int:
-    """:attr:`Estimate.needed` from what ``run`` has at hand; cached, since it is asked every call.
+) -> None:
+    """Refuse a run that cannot fit. Takes microseconds: the estimate is cached.
 
     Args:
         config: of the model.
-        dtype: of the weights.
+        leaves: the model's arrays, which say the dtype and the devices; perhaps traced.
         shape: (B, T, W).
         captures: resolved addresses.
         reducers: as :meth:`jaxtc.reducers.Reducer.checked` gives them.
         logits: "all", "last" or None.
         edits: as given to the run.
+
+    Raises:
+        CapacityError: less than :attr:`Estimate.needed` is available.
     """
-    leaves, structure = jax.tree.flatten(tuple(reducers))
-    kinds = map(jax.typeof, leaves)
+    data, structure = jax.tree.flatten(tuple(reducers))
+    kinds = map(jax.typeof, data)
     shapes = tuple((kind.shape, kind.dtype, kind.weak_type) for kind in kinds)
-    size = Size(config, jnp.dtype(dtype), *shape)
-    return _needed(size, captures, structure, shapes, logits, _beyond(reducers, edits))
+    size = Size(config, leaves[0].dtype, *shape)
+    total = _needed(size, captures, structure, shapes, logits, _beyond(reducers, edits))
+    if total >= _SMALL:
+        traced = isinstance(leaves[0], jax.core.Tracer)
+        check_fits(total, "What this run keeps", None if traced else leaves[0].devices())
 
 
 @functools.lru_cache(maxsize=256)
@@ -215,9 +222,10 @@ def _beyond(reducers: Sequence[Reducer], edits: Sequence[Any]) -> tuple[bool, in
     whole = any(r.site.name == "logits" for r in reducers) or any(e.site == "logits" for e in edits)
     widest = 0
     for part in (*reducers, *edits):
-        held = getattr(part, "transcoder", None)
-        for item in held.values() if isinstance(held, Mapping) else [held]:
-            widest = max(widest, item.features if isinstance(item, Transcoder) else 0)
+        if isinstance(part, Features | Splice):  # edits of single features need no other
+            held = part.transcoder
+            for item in held.values() if isinstance(held, Mapping) else [held]:
+                widest = max(widest, item.features)
     return whole, widest
 
 

@@ -32,7 +32,7 @@ class At(Reducer):
 
     Attributes:
         position: an int (negative from each prompt's own end), ints (P,), ints (B, P), a range, or
-            a :class:`jaxtc.positions.Token`.
+            a :class:`jaxtc.Token`.
         single: whether one position was named by itself, so that its axis is dropped; known from
             ``position`` (static).
 

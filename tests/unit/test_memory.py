@@ -13,7 +13,7 @@ import jaxtc
 from jaxtc import machine, memory
 from jaxtc.captures import understand
 from jaxtc.errors import CapacityError, InputError, SiteError
-from jaxtc.memory import check_fits, estimate, needed
+from jaxtc.memory import check_fits, check_run, estimate
 from jaxtc.prompts import prepare
 from jaxtc.reducers import At, Features, Mean, Norm, Project, TopK
 from jaxtc.sites import SITES
@@ -120,6 +120,7 @@ def test_workspace():
     assert work(capture=features) == B * 16 * 5000 * 4
     splice = jaxtc.Splice(tiny.transcoder(1, 5000))
     assert work(edits=[splice]) == B * 16 * 5000 * 4
+    assert work(edits=[jaxtc.SetFeature(tiny.transcoder(1, 5000), 3, 1.0)]) == work()
 
 
 def test_table():
@@ -135,16 +136,32 @@ def test_table():
 
 @pytest.mark.parametrize("prompts", [PROMPTS, [[2] * 16] * 3], ids=["padded", "full"])
 @pytest.mark.parametrize("capture", CAPTURES)
-def test_needed_is_the_same_from_the_parts_of_a_call(capture, prompts):
+def test_a_run_is_checked_for_what_the_estimate_says(capture, prompts, monkeypatch):
     capture = CAPTURES[capture]
     asked, given = understand(capture, LAYERS), prepare(prompts, tiny.config())
     reducers = asked.checked(tiny.config(), given)
     shape = (len(prompts), given.length, given.tokens.shape[1])
     edits = [jaxtc.SetTo(0.0, site="logits")]
+    checked = []
+    monkeypatch.setattr(memory, "_SMALL", 0)
+    monkeypatch.setattr(memory, "check_fits", lambda *args: checked.append(args))
     for logits in ("all", "last"):
-        parts = needed(tiny.config(), jnp.float32, shape, asked.addresses, reducers, logits, edits)
+        leaves = jax.tree.leaves(tiny.model())
+        check_run(tiny.config(), leaves, shape, asked.addresses, reducers, logits, edits)
         whole = estimate(tiny.model(), prompts, capture=capture, logits=logits, edits=edits)
-        assert parts == whole.needed
+        assert checked.pop() == (whole.needed, "What this run keeps", set(jax.devices()[:1]))
+
+
+def test_a_run_that_cannot_fit_is_refused_before_it_runs():
+    """256 TiB of logits and 4 of scores; in a trace too, where the weights are on no device."""
+    config = dataclasses.replace(tiny.config(), vocab_size=2**24, max_position_embeddings=2**16)
+
+    def check(leaf):
+        check_run(config, [leaf], (64, 2**16, 2**16), (), (), "all")
+
+    for call in (check, jax.jit(check)):
+        with pytest.raises(CapacityError, match="What this run keeps needs at least 260.0 TiB"):
+            call(jnp.ones(1))
 
 
 @pytest.mark.parametrize(
