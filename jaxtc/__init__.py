@@ -1,6 +1,7 @@
 """Gemma-2 and its transcoders in JAX: every activation open to reading and editing under jit."""
 
 from jaxtc import reducers as reducers
+from jaxtc import scores as scores
 from jaxtc.compiles import compiles as compiles
 from jaxtc.config import Gemma2Config as Gemma2Config
 from jaxtc.edit import Edit as Edit
@@ -26,10 +27,16 @@ from jaxtc.feature_edits import Splice as Splice
 from jaxtc.flow_edits import Copy as Copy
 from jaxtc.flow_edits import KnockOut as KnockOut
 from jaxtc.generate import generate as generate
+from jaxtc.gradients import gradients as gradients
+from jaxtc.memory import estimate as estimate
 from jaxtc.model import Gemma2 as Gemma2
+from jaxtc.patching import activation_patching as activation_patching
+from jaxtc.patching import attribution_patching as attribution_patching
 from jaxtc.positions import Token as Token
 from jaxtc.run import run as run
 from jaxtc.sites import SITES as SITES
+from jaxtc.sweep import Over as Over
+from jaxtc.sweep import sweep as sweep
 from jaxtc.transcoder import Transcoder as Transcoder
 from jaxtc.warm_up import warm_up as warm_up
 from jaxtc.weights.load import load_model as load_model

@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+import jax
+
 from jaxtc.config import Gemma2Config
 from jaxtc.errors import InputError, SiteError
 from jaxtc.prompts import Prompts
@@ -14,6 +16,7 @@ Capture = str | Address | Reducer
 Captures = Capture | Sequence[Capture] | Mapping[str, Capture]
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Asked:
     """A ``capture`` argument, understood.
@@ -21,14 +24,14 @@ class Asked:
     Attributes:
         addresses: kept whole; sorted, each once (static).
         reducers: kept reduced (data).
-        names: what each reducer's result is called.
-        aliases: names that the caller gave to whole captures, and their addresses.
+        names: what each reducer's result is called (static).
+        aliases: names that the caller gave to whole captures, with their addresses (static).
     """
 
-    addresses: tuple[Address, ...]
+    addresses: tuple[Address, ...] = dataclasses.field(metadata={"static": True})
     reducers: tuple[Reducer, ...]
-    names: tuple[str, ...]
-    aliases: Mapping[str, str]
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    aliases: tuple[tuple[str, str], ...] = dataclasses.field(metadata={"static": True})
 
     def reach(self, layers: int) -> tuple[int, int]:
         """How far a pass must go for all of it: (layer, place in the layer)."""
@@ -64,7 +67,7 @@ def understand(capture: Captures, layers: int) -> Asked:
         else:
             addresses.update(resolve(item, layers))
             aliases[name] = str(item)
-    aliases = {name: item for name, item in aliases.items() if not _is_address(name)}
+    aliases = tuple((name, item) for name, item in aliases.items() if not _is_address(name))
     ordered = tuple(sorted(addresses, key=str))
     return Asked(ordered, tuple(reducers.values()), tuple(reducers), aliases)
 

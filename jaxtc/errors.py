@@ -37,7 +37,7 @@ class SourceError(JaxtcError):
 
 
 class CapacityError(JaxtcError):
-    """A token has more active features than the sparse path was given room for."""
+    """More active features than the sparse path has room for, or more memory than there is."""
 
 
 def nearest(given: str, valid: Iterable[str], count: int = 3) -> list[str]:

@@ -1,6 +1,7 @@
 """``run``: one compiled forward pass with captures and edits."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -15,10 +16,11 @@ from jaxtc.dispatch import parameters, rebuild
 from jaxtc.edit import Edit
 from jaxtc.errors import InputError
 from jaxtc.intercept import Tap
+from jaxtc.memory import check_run
 from jaxtc.model import Gemma2
 from jaxtc.prompts import Prompts, prepare
 from jaxtc.reducer import Reducer
-from jaxtc.sites import BY_NAME, ORDER, Address, Site
+from jaxtc.sites import BY_NAME, ORDER, Address
 from jaxtc.targets import all_fire, check_edits
 
 
@@ -88,6 +90,7 @@ def run(
         SiteError: an address that names nothing here.
         EditError: an edit that does not fit or could never fire. Where its target is only known
             inside a trace (``vmap`` over layers, say) the result is NaN instead.
+        CapacityError: what was asked for would not fit in memory.
     """
     config = model.config
     if logits not in ("all", "last", None):
@@ -95,6 +98,7 @@ def run(
     asked = understand(capture, config.num_hidden_layers)
     call = Call.of(config, prepare(tokens, config, lengths), asked, edits, logits)
     leaves = parameters(model)
+    check_run(config, leaves, call.size, asked.addresses, call.reducers, logits, call.edits)
     return call.result(_run(*call.arguments(leaves), describe=lambda: call.facts(leaves)))
 
 
@@ -128,6 +132,12 @@ class Call:
         plan = Plan(config, asked.addresses, logits, reach, unsure)
         return cls(plan, prompts, asked, checked, asked.checked(config, prompts))
 
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """(B, T, T padded)."""
+        batch, width = self.prompts.tokens.shape
+        return batch, self.prompts.length, width
+
     def arguments(self, leaves: Sequence[jax.Array]) -> tuple:
         """Of :func:`forward`."""
         prompts = self.prompts
@@ -135,9 +145,9 @@ class Call:
 
     def facts(self, leaves: Sequence[jax.Array]) -> list[Fact]:
         """What its program depends on."""
-        plan, (batch, width) = self.plan, self.prompts.tokens.shape
+        plan, (batch, length, width) = self.plan, self.size
         return description(
-            plan.config, leaves, batch=batch, length=self.prompts.length, padded=width,
+            plan.config, leaves, batch=batch, length=length, padded=width,
             captures=plan.captures, edits=self.edits, reducers=self.reducers, logits=plan.logits,
             last_layer=plan.reach[0], traced_targets=plan.unsure,
         )  # fmt: skip
@@ -147,9 +157,12 @@ class Call:
         out, arrays, reduced = kept
         length = self.prompts.length
         if length < self.prompts.tokens.shape[1]:
-            arrays = {a: _cut(BY_NAME[a.site], x, length) for a, x in arrays.items()}
+            names = tuple(address.site for address in arrays)
+            logits = [out] if self.plan.logits == "all" else []
+            cut = _trim(names, length, list(arrays.values()), logits)
+            arrays = dict(zip(arrays, cut, strict=False))
+            out = cut[-1] if logits else out
             reduced = [r.cut(one, length) for r, one in zip(self.reducers, reduced, strict=True)]
-            out = _cut(BY_NAME["logits"], out, length) if self.plan.logits == "all" else out
         named = dict(zip(self.asked.names, reduced, strict=True))
         layers = self.plan.config.num_hidden_layers
         activations = Activations(arrays, layers, named, self.asked.aliases)
@@ -197,7 +210,15 @@ def nothing(x: jax.Array) -> jax.Array:
     return jnp.asarray(jnp.nan if floating else -1).astype(x.dtype)
 
 
-def _cut(site: Site, x: jax.Array, length: int) -> jax.Array:
-    """``x`` without the padding up to the bucket."""
-    letters = site.axes.split()
-    return x[tuple(slice(length) if letter in "TS" else slice(None) for letter in letters)]
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _trim(sites: tuple[str, ...], length: int, arrays, logits) -> list[jax.Array]:
+    """Arrays of these sites, then logits, without the padding up to the bucket.
+
+    One program for all: a slice by itself takes jax as long as a short model's whole pass.
+    """
+
+    def cut(site, x):
+        letters = BY_NAME[site].axes.split()
+        return x[tuple(slice(length) if letter in "TS" else slice(None) for letter in letters)]
+
+    return [*map(cut, sites, arrays), *(cut("logits", x) for x in logits)]

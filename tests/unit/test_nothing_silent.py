@@ -164,24 +164,24 @@ def test_prompts_that_a_tokenizer_gave_as_batches_of_one():
 
 def test_other_lengths_of_a_bucket_and_other_spellings_of_a_target_run_one_program():
     run([PROMPTS[0]])
-    before = _run._cache_size()
+    before = _run.count
     for length in (4, 6, 8):
         run([PROMPTS[0][:length]])
-    assert _run._cache_size() == before
+    assert _run.count == before
     logits(Add(VECTOR, site="resid_mid", layer=1, position=1))
-    before = _run._cache_size()
+    before = _run.count
     for place in (np.int32(2), jnp.int32(0), [1], np.asarray([2])):
         logits(Add(VECTOR, site="resid_mid", layer=2, position=place))
-    assert _run._cache_size() == before
+    assert _run.count == before
 
 
 def test_transcoders_from_other_sources_run_one_program():
     logits(Splice(tiny.transcoder(1)))
-    before = _run._cache_size()
+    before = _run.count
     other = tiny.transcoder(2)
     assert other.source != tiny.transcoder(1).source
     logits(Splice(other, layer=1))
-    assert _run._cache_size() == before
+    assert _run.count == before
 
 
 def test_a_splice_says_its_layer_in_its_site_or_by_its_transcoder():

@@ -107,15 +107,15 @@ def test_other_values_layers_positions_and_rows_run_the_same_program():
         return logits(Add(VECTOR * scale, site="mlp_out", **where))
 
     edited(1.0, layer=0, position=0, row=0)
-    compiled_before = compiled._cache_size()
+    compiled_before = compiled.count
     edited(2.0, layer=0, position=0, row=0)
     edited(1.0, layer=2, position=-1, row=1)
     edited(1.0, layer=-1, position=2, row=2)
     other = [[token + 1 for token in prompt] for prompt in PROMPTS]
     logits(Add(VECTOR, site="mlp_out", layer=1, position=1, row=1), prompts=other)
-    assert compiled._cache_size() == compiled_before
+    assert compiled.count == compiled_before
     edited(1.0, position=[0, 1, 2, 1, 0])  # another shape, another program
-    assert compiled._cache_size() == compiled_before + 1
+    assert compiled.count == compiled_before + 1
 
 
 def flops(prompts=PROMPTS, **options) -> float:

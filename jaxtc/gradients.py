@@ -1,0 +1,130 @@
+"""Gradients of a score with respect to activations: at every layer and position in one pass back.
+
+Axis letters: B batch, T tokens, L layers.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxtc.activations import Activations
+from jaxtc.captures import understand
+from jaxtc.compiles import Program, description
+from jaxtc.config import Gemma2Config
+from jaxtc.dispatch import parameters
+from jaxtc.edit import Edit
+from jaxtc.edits import Add
+from jaxtc.errors import InputError
+from jaxtc.memory import check_fits, estimate
+from jaxtc.model import Gemma2
+from jaxtc.prompts import Prompts, prepare
+from jaxtc.run import Call, RunResult, forward
+from jaxtc.sites import BY_NAME, Address
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Gradients:
+    """What :func:`gradients` returns.
+
+    Attributes:
+        score: what ``of`` gave, () or (B,).
+        activations: at the sites asked for.
+        gradients: the score's (summed over the batch: each row's own) at the same addresses.
+    """
+
+    score: jax.Array
+    activations: Activations
+    gradients: Activations
+
+
+def gradients(
+    model: Gemma2,
+    tokens: Any,
+    of: Callable[[RunResult], jax.Array],
+    sites: str | Sequence[str],
+    *,
+    edits: Sequence[Edit] = (),
+    lengths: Any = None,
+) -> Gradients:
+    """Activations of sites and a score's gradients there, in one forward and one backward pass.
+
+    The same as ``jax.grad`` with respect to the value of an ``Add`` of zeros at each place, which
+    also works for everything else: an edit's values are leaves.
+
+    Args:
+        model: from :func:`jaxtc.load_model`.
+        tokens: as for :func:`jaxtc.run`.
+        of: a score, see :mod:`jaxtc.scores`: a function from the result of a run (with the last
+            tokens' logits) to a number, or one for each row, (B,).
+        sites: such as ``"resid_post"`` (every layer) or ``["layers.3.mlp_out", "embed"]``.
+        edits: as for :func:`jaxtc.run`; gradients are those behind the edits of a site.
+        lengths: as for :func:`jaxtc.run`.
+
+    Raises:
+        InputError, SiteError, EditError: as for :func:`jaxtc.run`; or no site was named.
+        CapacityError: the activations would not fit in memory.
+    """
+    config = model.config
+    prompts = prepare(tokens, config, lengths)
+    asked = understand(sites, config.num_hidden_layers)
+    if not asked.addresses or asked.reducers:
+        raise InputError("Name the sites whose gradients are wanted, such as 'resid_post'.")
+    Call.of(config, prompts, asked, edits, "last")  # raises outside of any trace
+    size = estimate(model, prompts.tokens.shape, capture=sites, logits="last")
+    check_fits(3 * size.kept, "these activations, their gradients and the pass back")
+    of = jax.tree_util.Partial(of) if jax.tree_util.all_leaves([of]) else of
+    edits, leaves = [edit.prepared() for edit in edits], parameters(model)
+    plan = _Plan(config, asked.addresses, prompts.length, str(model.dtype))
+    score, kept, slopes = _program(
+        plan, leaves, prompts.tokens, prompts.lengths, edits, of,
+        describe=lambda: description(
+            config, leaves, batch=len(prompts.tokens), length=prompts.length,
+            padded=prompts.tokens.shape[1], captures=asked.addresses, edits=edits,
+        ),
+    )  # fmt: skip
+    layers = config.num_hidden_layers
+    return Gradients(score, Activations(kept, layers), Activations(slopes, layers))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """The static half of a call."""
+
+    config: Gemma2Config
+    addresses: tuple[Address, ...]
+    length: int
+    dtype: str
+
+
+def _backward(plan: _Plan, leaves, tokens, lengths, edits, of):
+    """(score, activations by address, gradients by address)."""
+    prompts = Prompts(tokens, lengths, None, plan.length)
+    asked = understand(plan.addresses, plan.config.num_hidden_layers)
+    sizes = plan.config.sizes | {"B": len(tokens), "T": plan.length, "S": plan.length, "1": 1}
+
+    def zeros(address: Address) -> jax.Array:
+        site = BY_NAME[address.site]
+        dtype = jnp.float32 if site.float32 else plan.dtype
+        return jnp.zeros([sizes[letter] for letter in site.axes.split()], dtype)
+
+    def score(probes):
+        pushes = [Add(value, site=a.site, layer=a.layer) for a, value in probes.items()]
+        call = Call.of(plan.config, prompts, asked, [*edits, *pushes], "last")
+        result = call.result(forward(*call.arguments(leaves)))
+        found = of(result)
+        return found.sum(), (found, dict(zip(plan.addresses, _arrays(result, plan), strict=True)))
+
+    probes = {address: zeros(address) for address in plan.addresses}
+    slopes, (found, kept) = jax.grad(score, has_aux=True)(probes)
+    return found, kept, slopes
+
+
+def _arrays(result: RunResult, plan: _Plan) -> list[jax.Array]:
+    return [result.activations[str(address)] for address in plan.addresses]
+
+
+_program = Program("gradients", _backward, static_argnums=0)
