@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from jaxtc.errors import EditError
-from jaxtc.positions import spelled
-from jaxtc.sites import parse
+from jaxtc.positions import is_traced, one_array, spelled
+from jaxtc.sites import BY_NAME, parse
 
 if TYPE_CHECKING:
     from jaxtc.intercept import Context
@@ -45,6 +45,28 @@ class PerLayer:
     """
 
     array: Any
+
+
+def own(value: Any, layer: int | None) -> Any:
+    """``value``, or that layer's where it is a :class:`PerLayer`."""
+    return value.array[layer] if isinstance(value, PerLayer) else value
+
+
+def own_shape(edit: "Edit", value: Any, layers: int) -> tuple[int, ...]:
+    """Shape of :func:`own`.
+
+    Raises:
+        EditError: a :class:`PerLayer` of another number of layers.
+    """
+    if not isinstance(value, PerLayer):
+        return np.shape(value)
+    shape = np.shape(value.array)
+    if shape[:1] != (layers,) or not BY_NAME[edit.site].per_layer:
+        raise EditError(
+            f"{edit}: a PerLayer value has one entry for each of the {layers} layers in front, at "
+            f"sites that each layer has; got shape {shape} for {edit.site}."
+        )
+    return shape[1:]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,8 +116,9 @@ class Edit:
             )
         name, layer = parse(self.site)
         object.__setattr__(self, "site", name)
-        for field in ("position", "key"):
-            object.__setattr__(self, field, spelled(getattr(self, field)))
+        for field in TARGETS:
+            form = spelled if field in ("position", "key") else one_array
+            object.__setattr__(self, field, form(getattr(self, field)))
         if layer is not None:
             if self.layer is not None:
                 raise EditError(
@@ -145,7 +168,7 @@ class Edit:
         for name in TARGETS:
             value = getattr(self, name)
             if isinstance(value, int | list | tuple | np.ndarray | np.integer | jax.Array):
-                if isinstance(value, jax.core.Tracer):
+                if is_traced(value):
                     continue
                 value = np.asarray(value).tolist()
             if value is not None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.activations import Activations
-from jaxtc.edit import Edit, PerLayer, register_edit
+from jaxtc.edit import Edit, PerLayer, own, own_shape, register_edit
 from jaxtc.errors import EditError
 from jaxtc.intercept import Context
 from jaxtc.positions import is_traced
@@ -94,7 +94,8 @@ class Scale(Edit):
 
     def new(self, x: jax.Array, context: Context) -> jax.Array:
         """``x · factor``."""
-        return x * context.fit(self.factor, x)
+        wide = x.astype(jnp.float32)
+        return (wide * context.fit(self.factor, wide)).astype(x.dtype)
 
 
 @register_edit()
@@ -116,9 +117,11 @@ class Interpolate(Edit):
 
     def new(self, x: jax.Array, context: Context) -> jax.Array:
         """``start + weight · (end − start)``."""
-        start = x if self.start is None else context.fit(self.start, x)
-        moved = context.fit(self.end, x) - start
-        return start + context.fit(self.weight, x) * moved
+        wide = x.astype(jnp.float32)
+        start = wide if self.start is None else context.fit(self.start, wide)
+        moved = context.fit(self.end, wide) - start
+        there = start + context.fit(self.weight, wide) * moved
+        return jnp.broadcast_to(there, x.shape).astype(x.dtype)
 
 
 @register_edit("over")
@@ -137,9 +140,14 @@ class MeanAblate(Edit):
     values = ("value",)
 
     def check(self, sizes, lengths):
-        """Refuse an unknown ``over``."""
+        """Refuse an unknown ``over``, and the mean of masked scores."""
         if self.over not in ("batch", "prompt", "rows"):
             raise EditError(f"{self}: over is {self.over!r}, expected 'batch', 'prompt' or 'rows'.")
+        if self.value is None and self.site == "attn_scores":
+            raise EditError(
+                f"{self}: scores are masked, so they have no mean; ablate attn_pattern in their "
+                "place, or give a value."
+            )
 
     @property
     def needs_prompt(self) -> bool:
@@ -169,28 +177,34 @@ class ProjectOut(Edit):
     """
 
     direction: Any
+    amounts = ("direction",)
 
     def check(self, sizes, lengths):
         """Refuse directions of another width, dependent ones and zero."""
-        given = self.direction
-        if np.ndim(given) not in (1, 2) or np.shape(given)[-1] != sizes["last"]:
+        shape = own_shape(self, self.direction, sizes["L"])
+        if len(shape) not in (1, 2) or shape[-1] != sizes["last"]:
             raise EditError(
-                f"{self} was given directions of shape {np.shape(given)}, expected "
+                f"{self} was given directions of shape {shape}, expected "
                 f"({sizes['last']},) or (K, {sizes['last']}): {self.site}'s last axis."
             )
-        if is_traced(given):
+        if is_traced(self.direction):
             return
-        known = np.atleast_2d(np.asarray(given, np.float64))
-        rank = np.linalg.matrix_rank(known) if np.isfinite(known).all() else len(known)
-        if rank < len(known):
-            raise EditError(
-                f"{self}: the {len(known)} directions span only {rank} dimensions (a direction of "
-                "zeros spans none); give linearly independent ones."
-            )
+        each = isinstance(self.direction, PerLayer)
+        known = np.asarray(self.direction.array if each else self.direction, np.float64)
+        known = known.reshape(sizes["L"] if each else 1, -1, shape[-1])
+        count = known.shape[1]
+        for one in known[np.isfinite(known).all((1, 2))]:
+            lengths = np.linalg.norm(one, axis=-1, keepdims=True)
+            rank = np.linalg.matrix_rank(one / np.where(lengths > 0, lengths, 1))
+            if rank < count:
+                raise EditError(
+                    f"{self}: the {count} directions span only {rank} dimensions (a direction of "
+                    "zeros spans none); give linearly independent ones."
+                )
 
     def new(self, x: jax.Array, context: Context) -> jax.Array:
         """``x`` without its component in the span of the directions."""
-        span = jnp.atleast_2d(jnp.asarray(self.direction, jnp.float32))
+        span = jnp.atleast_2d(jnp.asarray(own(self.direction, context.layer), jnp.float32))
         span = span / jnp.linalg.norm(span, axis=-1, keepdims=True)
         wide = x.astype(jnp.float32)
         along = jnp.einsum("...d,kd->...k", wide, span, precision="highest")
@@ -217,6 +231,20 @@ class Noise(Edit):
     scale: Any = 1.0
     values = ("scale",)
 
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.seed, int | np.integer) and not -(2**31) <= self.seed < 2**31:
+            raise EditError(f"{self}: seed {self.seed} is no 32-bit number.")
+
+    def check(self, sizes, lengths):
+        """Refuse a seed that is neither a whole number nor a key."""
+        kind = getattr(self.seed, "dtype", np.dtype(object))
+        fine = jnp.issubdtype(kind, jax.dtypes.prng_key) or jnp.issubdtype(kind, jnp.integer)
+        if not fine or np.ndim(self.seed):
+            raise EditError(
+                f"{self}: seed is a whole number or a jax.random.key(...), got {self.seed!r}."
+            )
+
     def new(self, x: jax.Array, context: Context) -> jax.Array:
         """``x + scale · N(0, 1)``."""
         key = jnp.asarray(self.seed)
@@ -227,13 +255,18 @@ class Noise(Edit):
         shape = jnp.moveaxis(x, axis, 1).shape[2:]
 
         def draw(row, position):
-            own = jax.random.fold_in(jax.random.fold_in(key, row), position)
-            return jax.random.normal(own, shape, jnp.float32)
+            token = jax.random.fold_in(jax.random.fold_in(key, row), position)
+            if context.site.axes.split()[-1] != "S":
+                return jax.random.normal(token, shape, jnp.float32)
+            # How many keys there are depends on the padding, so each has a draw of its own.
+            edge = lambda s: jax.random.normal(jax.random.fold_in(token, s), shape[:-1])  # noqa: E731
+            return jax.vmap(edge, out_axes=-1)(jnp.arange(shape[-1]))
 
         rows = jnp.arange(x.shape[0])
         noise = jax.vmap(jax.vmap(draw, (None, 0)))(rows, context.positions)
-        noise = jnp.moveaxis(noise, 1, axis).astype(x.dtype)
-        return x + context.fit(self.scale, x) * noise
+        wide = x.astype(jnp.float32)
+        noise = context.fit(self.scale, wide) * jnp.moveaxis(noise, 1, axis)
+        return (wide + noise).astype(x.dtype)
 
 
 @register_edit()
@@ -269,7 +302,7 @@ class Freeze(Edit):
         if not isinstance(stored, Activations):
             return
         per_layer = BY_NAME[self.site].per_layer
-        single = per_layer and isinstance(self.layer, int)
+        single = per_layer and isinstance(self.layer, int | np.integer)
         try:
             value = stored[f"layers.{self.layer}.{self.site}" if single else self.site]
         except KeyError as error:

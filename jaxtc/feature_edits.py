@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtc.edit import Edit, register_edit
+from jaxtc.edit import Edit, own, own_shape, register_edit
 from jaxtc.errors import EditError
 from jaxtc.intercept import Context
-from jaxtc.positions import is_traced
+from jaxtc.positions import is_traced, one_array
 from jaxtc.sites import parse
 from jaxtc.transcoder import Transcoder
 
@@ -36,7 +36,13 @@ class TranscoderEdit(Edit):
     reads: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
 
     def __post_init__(self):
+        if isinstance(self.transcoder, Mapping):
+            keys = (int(k) if isinstance(k, np.integer) else k for k in self.transcoder)
+            named = dict(zip(keys, self.transcoder.values(), strict=True))
+            object.__setattr__(self, "transcoder", named)
         given = self._transcoders()
+        if not given and not self.site:
+            raise self._no_transcoder()
         if given:
             first = next(iter(given.values()))
             object.__setattr__(self, "site", self.site or first.output_site)
@@ -79,10 +85,7 @@ class TranscoderEdit(Edit):
         """Refuse what is no transcoder, and those of another model."""
         held = self._transcoders()
         if not held:
-            raise EditError(
-                f"{self} was given {type(self.transcoder).__name__}, expected a jaxtc.Transcoder "
-                "(or, for Splice, a mapping of layers to them)."
-            )
+            raise self._no_transcoder()
         for layer, transcoder in held.items():
             if layer is not None and not (isinstance(layer, int) and 0 <= layer < sizes["L"]):
                 raise EditError(
@@ -98,6 +101,14 @@ class TranscoderEdit(Edit):
                     f"D={transcoder.d_out}, but this model has {sizes['read']} at {self.reads[0]} "
                     f"and {sizes['last']} at {self.site}. It belongs to another model."
                 )
+
+    def _no_transcoder(self) -> EditError:
+        given = self.transcoder
+        what = "an empty mapping" if given == {} else type(given).__name__
+        return EditError(
+            f"{type(self).__name__} was given {what}, expected a jaxtc.Transcoder (or, for Splice, "
+            "a mapping of layers to them)."
+        )
 
     def _here(self, context: Context) -> Transcoder:
         given = self.transcoder
@@ -131,10 +142,11 @@ class Splice(TranscoderEdit):
 
     def new(self, x: jax.Array, context: Context) -> jax.Array:
         """The transcoder's output on its input site, in the dtype of ``x``."""
-        made = self._here(context)(context.read(self.reads[0]))
+        made = self._here(context)(context.read(self.reads[0])).astype(x.dtype)
         if self.error:
-            made = made + jax.lax.stop_gradient(x.astype(made.dtype) - made)
-        return made.astype(x.dtype)
+            # Zero is added, so that the value is the MLP's to the last bit.
+            return jax.lax.stop_gradient(x) + (made - jax.lax.stop_gradient(made))
+        return made
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -150,11 +162,23 @@ class FeatureEdit(TranscoderEdit):
 
     feature: Any
 
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "feature", one_array(self.feature))
+
     def check(self, sizes, lengths):
-        """Refuse features that the transcoder does not have."""
+        """Refuse features that the transcoder does not have, and amounts of another shape."""
         super().check(sizes, lengths)
         if isinstance(self.transcoder, Mapping):
             raise EditError(f"{self} takes one transcoder; give an edit for each layer.")
+        for name in self.amounts:
+            value = getattr(self, name)
+            shape = () if value is None else own_shape(self, value, sizes["L"])
+            if shape not in ((), (1,), np.shape(self.feature)):
+                raise EditError(
+                    f"{self}: {name} of shape {shape} is neither one number nor one for each "
+                    f"feature, {np.shape(self.feature)}."
+                )
         if is_traced(self.feature):
             return
         ids = np.asarray(self.feature)
@@ -170,8 +194,8 @@ class FeatureEdit(TranscoderEdit):
         if len(np.unique(ids)) < ids.size:
             raise EditError(f"{self}: a feature is named twice in {ids.tolist()}.")
 
-    def changed(self, a: jax.Array) -> jax.Array:
-        """The activations (B, T, K) as they shall be."""
+    def changed(self, a: jax.Array, layer: int) -> jax.Array:
+        """The activations (B, T, K) of a layer as they shall be."""
         raise NotImplementedError
 
     def new(self, x: jax.Array, context: Context) -> jax.Array:
@@ -186,12 +210,14 @@ class FeatureEdit(TranscoderEdit):
         source = jnp.asarray(context.read(self.reads[0])).astype(made.W_enc.dtype)
         z = jnp.matmul(source, pick(made.W_enc, 1), precision="highest") + pick(made.b_enc, 0)
         a = jnp.where((z <= pick(made.threshold, 0)) | (z <= 0), 0, z)
-        delta = jnp.matmul(self.changed(a) - a, pick(made.W_dec, 0), precision="highest")
-        return x + delta.astype(x.dtype)
+        changed = self.changed(a, context.layer) - a
+        delta = jnp.matmul(changed, pick(made.W_dec, 0), precision="highest")
+        return (x.astype(jnp.float32) + delta).astype(x.dtype)
 
 
-def _per_feature(value: Any, a: jax.Array) -> jax.Array:
-    return jnp.broadcast_to(jnp.asarray(value).astype(a.dtype), a.shape)
+def _per_feature(value: Any, a: jax.Array, layer: int) -> jax.Array:
+    value = jnp.asarray(own(value, layer))
+    return jnp.broadcast_to(value.astype(a.dtype), a.shape)
 
 
 @register_edit("reads")
@@ -206,9 +232,9 @@ class SetFeature(FeatureEdit):
     value: Any
     amounts = ("value",)
 
-    def changed(self, a: jax.Array) -> jax.Array:
+    def changed(self, a: jax.Array, layer: int) -> jax.Array:
         """``value``."""
-        return _per_feature(self.value, a)
+        return _per_feature(self.value, a, layer)
 
 
 @register_edit("reads")
@@ -222,9 +248,9 @@ class ScaleFeature(FeatureEdit):
     factor: Any
     amounts = ("factor",)
 
-    def changed(self, a: jax.Array) -> jax.Array:
+    def changed(self, a: jax.Array, layer: int) -> jax.Array:
         """``a · factor``."""
-        return a * _per_feature(self.factor, a)
+        return a * _per_feature(self.factor, a, layer)
 
 
 @register_edit("reads")
@@ -247,11 +273,12 @@ class ClampFeature(FeatureEdit):
             raise EditError(f"{self} has no bound: give low, high or both.")
         if self.low is None or self.high is None or is_traced((self.low, self.high)):
             return
-        if (np.asarray(self.low) > np.asarray(self.high)).any():
+        low, high = (np.asarray(getattr(v, "array", v)) for v in (self.low, self.high))
+        if (low > high).any():
             raise EditError(f"{self}: low {self.low} is above high {self.high}.")
 
-    def changed(self, a: jax.Array) -> jax.Array:
+    def changed(self, a: jax.Array, layer: int) -> jax.Array:
         """``a`` within the bounds."""
-        low = -jnp.inf if self.low is None else _per_feature(self.low, a)
-        high = jnp.inf if self.high is None else _per_feature(self.high, a)
+        low = -jnp.inf if self.low is None else _per_feature(self.low, a, layer)
+        high = jnp.inf if self.high is None else _per_feature(self.high, a, layer)
         return jnp.clip(a, low, high)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtc.edit import Edit, register_edit
 from jaxtc.errors import EditError
 from jaxtc.intercept import Context
-from jaxtc.positions import Places, is_traced
+from jaxtc.positions import FOREVER, Places, is_traced, one_array, spelled
 
 __all__ = ["Copy", "KnockOut"]
 
@@ -29,10 +29,17 @@ class Copy(Edit):
         from_position: position to copy from, spelled as ``position``, counted in the row that is
             copied from; as many as ``position`` names, or one. By default the same position; where
             ``position`` counts from the end, counted from the end of the other row.
+
+    Where rows or lengths are traced, a token copied from where there is none becomes NaN.
     """
 
     from_row: Any = None
     from_position: Any = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "from_row", one_array(self.from_row))
+        object.__setattr__(self, "from_position", spelled(self.from_position))
 
     def check(self, sizes, lengths):
         """Refuse rows that do not exist, positions that do not pair, and copying nothing."""
@@ -62,17 +69,35 @@ class Copy(Edit):
                 )
 
     def _check_lengths(self, rows: np.ndarray, lengths: np.ndarray | None) -> None:
-        if lengths is None or isinstance(self.position, Places) or self.from_position is not None:
+        if lengths is None or self.from_position is not None:
+            return
+        if is_traced((self.row, self.position)):
             return
         given = np.arange(len(lengths)) if self.row is None else np.atleast_1d(self.row)
-        if is_traced(self.row):
-            return
         sources = np.broadcast_to(rows, len(lengths))[given]
-        if (lengths[sources] != lengths[given]).any():
+        if isinstance(self.position, Places):
+            self._check_places(given, sources, lengths)
+        elif (lengths[sources] != lengths[given]).any():
             raise EditError(
                 f"{self}: rows {given.tolist()} have {lengths[given].tolist()} tokens, the rows "
                 f"copied from {lengths[sources].tolist()}. Name positions (such as -1), or use "
                 "prompts of one length."
+            )
+
+    def _check_places(self, rows: np.ndarray, sources: np.ndarray, lengths: np.ndarray) -> None:
+        """Refuse what one prompt has and the other lacks, or what comes at another step."""
+        past, past_there = (
+            self.position.at[some] - lengths[some][:, None] for some in (rows, sources)
+        )
+        wrong = (past_there >= 0) & (past != past_there) | (past_there < 0) & (past >= 0)
+        wrong |= self.position.at[sources] < 0
+        if wrong.any():
+            pair, place = np.argwhere(wrong)[0]
+            row, source = int(rows[pair]), int(sources[pair])
+            raise EditError(
+                f"{self} copies position {self.position.at[source, place]} of row {source}, which "
+                f"has {lengths[source]} tokens, into row {row} of {lengths[row]}. Count from the "
+                "end (position=-1), or say where to copy from: from_position=..."
             )
 
     @property
@@ -82,24 +107,33 @@ class Copy(Edit):
 
     def new(self, x: jax.Array, context: Context) -> jax.Array:
         """``x`` of the other row and position."""
-        batch, width = context.positions.shape
+        here = context.positions
+        batch, width = here.shape
         rows = jnp.arange(batch)
         if self.from_row is not None:
             rows = jnp.broadcast_to(jnp.asarray(self.from_row), (batch,))
-        source = jnp.broadcast_to(jnp.arange(width), (batch, width))
+        known = (rows >= 0) & (rows < batch)
+        rows = jnp.clip(rows, 0, batch - 1)
+        wanted = here
         if isinstance(self.position, Places) or self.from_position is not None:
             at = (self.from_position or self.position).at
             at = jnp.asarray(at)[rows]
             if isinstance(self.position, Places):
-                named = context.positions[:, :, None] == self.position.at[:, None, :]
+                named = here[:, :, None] == self.position.at[:, None, :]
                 at = jnp.broadcast_to(at, (batch, named.shape[-1]))
                 chosen = jnp.take_along_axis(at, named.argmax(-1), axis=1)
-                source = jnp.where(named.any(-1), chosen, source)
+                wanted = jnp.where(named.any(-1), chosen, wanted)
             else:
-                source = jnp.broadcast_to(at[:, :1], source.shape)
+                wanted = jnp.broadcast_to(at[:, :1], wanted.shape)
+        # In decode the pass starts past the prompt, and holds no padding.
+        ends = jnp.where(here[:, 0] < context.lengths, context.lengths, FOREVER)
+        source = wanted - here[rows, :1]
+        there = (source >= 0) & (source < width) & (wanted < ends[rows, None]) & known[:, None]
         axis = context.site.sequence_axis
         moved = jnp.moveaxis(x, axis, 1)[rows[:, None], jnp.clip(source, 0, width - 1)]
-        return jnp.moveaxis(moved, 1, axis)
+        lost = (here < ends[:, None]) & ~there
+        moved = jnp.where(lost.reshape(batch, width, *[1] * (x.ndim - 2)), jnp.nan, moved)
+        return jnp.moveaxis(moved, 1, axis).astype(x.dtype)
 
 
 @register_edit()

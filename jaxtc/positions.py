@@ -64,6 +64,9 @@ class Places:
 
     at: Any
 
+    def __str__(self):
+        return "(traced)" if is_traced(self.at) else str(np.asarray(self.at).tolist())
+
     def selects(self, positions: jax.Array) -> jax.Array:
         """(B, T) positions to (B, T) booleans: those named."""
         return (positions[:, :, None] == self.at[:, None, :]).any(-1)
@@ -118,19 +121,31 @@ def spelled(position: Any) -> Any:
     """A position as an edit keeps it: Python's slices, ranges and strings become pytrees.
 
     Raises:
-        EditError: a string other than "prompt" and "new", or a slice with a step.
+        EditError: a string other than "prompt" and "new", a slice with a step, or a ragged list.
     """
     if isinstance(position, str):
         if position not in _PARTS:
             raise EditError(f"position is {position!r}, expected 'prompt', 'new', or numbers.")
         return _PARTS[position]
-    if isinstance(position, range):
-        return np.asarray(position, np.int32)
     if isinstance(position, slice):
         if position.step not in (None, 1):
             raise EditError(f"{position} has a step; give a range(...), a list or a mask instead.")
         return Slice(position.start, position.stop)
-    return position
+    return one_array(position)
+
+
+def one_array(given: Any) -> Any:
+    """A list, a tuple or a range as one array, so that it is one leaf of an edit; others as is.
+
+    Raises:
+        EditError: rows of different lengths.
+    """
+    if not isinstance(given, list | tuple | range):
+        return given
+    try:
+        return jnp.asarray(given) if is_traced(given) else np.asarray(given)
+    except (TypeError, ValueError):
+        raise EditError(f"{given!r} is no array: its rows differ in length or in kind.") from None
 
 
 def is_traced(tree: Any) -> bool:
@@ -179,11 +194,11 @@ def resolve(
             else Span(stop, start + FOREVER, "new")
         )
     if isinstance(position, Token):
-        found = Places(_find(position, tokens, lengths, xp)[:, None])
+        found = Places(_find(position, tokens, lengths, xp, what)[:, None])
     elif isinstance(position, Slice):
         found = Span(
-            _from_front(0 if position.start is None else position.start, lengths, xp),
-            _from_front(FOREVER if position.stop is None else position.stop, lengths, xp),
+            _from_front(0 if position.start is None else position.start, lengths, xp, what),
+            _from_front(FOREVER if position.stop is None else position.stop, lengths, xp, what),
         )
     else:
         found = _numbers(position, lengths, tokens.shape[1], length, what, xp)
@@ -192,22 +207,38 @@ def resolve(
     return found
 
 
-def _find(token: Token, tokens: Any, lengths: Any, xp: Any) -> Any:
+def _find(token: Token, tokens: Any, lengths: Any, xp: Any, what: str) -> Any:
     """(B,) where each row has the token, :data:`NOWHERE` if it does not."""
     tokens = xp.asarray(tokens)
+    each = [_one_a_row(part, lengths, xp, f"{what}: in {token} the numbers") for part in (
+        token.id, token.occurrence, token.offset
+    )]  # fmt: skip
+    wanted, occurrence, offset = each
     real = xp.arange(tokens.shape[1]) < lengths[:, None]
-    hits = (tokens == token.id) & real
+    hits = (tokens == wanted[:, None]) & real
     count = xp.cumsum(hits, axis=1)
-    which = token.occurrence + 1
-    which = xp.where(which > 0, which, count[:, -1] + which)
-    chosen = hits & (count == xp.reshape(which, (-1, 1)))
-    return xp.where(chosen.any(1), chosen.argmax(1) + token.offset, NOWHERE)
+    which = xp.where(occurrence >= 0, occurrence + 1, count[:, -1] + occurrence + 1)
+    chosen = hits & (count == which[:, None])
+    return xp.where(chosen.any(1), chosen.argmax(1) + offset, NOWHERE).astype(np.int32)
 
 
-def _from_front(bound: Any, lengths: Any, xp: Any) -> Any:
+def _from_front(bound: Any, lengths: Any, xp: Any, what: str) -> Any:
     """(B,) a slice's bound, counted from the front and not below 0."""
-    bound = xp.asarray(bound)
+    bound = _one_a_row(bound, lengths, xp, f"{what}: bounds of a slice")
     return xp.where(bound < 0, xp.maximum(bound + lengths, 0), bound).astype(np.int32)
+
+
+def _one_a_row(given: Any, lengths: Any, xp: Any, what: str) -> Any:
+    """(B,) whole numbers from one, or one a row."""
+    numbers = xp.asarray(given)
+    if numbers.dtype.kind not in "iu" or numbers.shape not in ((), lengths.shape):
+        raise EditError(f"{what} are whole numbers, one or one a prompt; got {given!r}.")
+    return xp.broadcast_to(_bounded(numbers, xp), lengths.shape)
+
+
+def _bounded(numbers: Any, xp: Any) -> Any:
+    """Whole numbers that stay what they are, or out of reach, as int32."""
+    return numbers if xp is jnp else np.clip(numbers, NOWHERE, FOREVER).astype(np.int32)
 
 
 def _numbers(position: Any, lengths: Any, width: int, length: int, what: str, xp: Any):
@@ -231,7 +262,7 @@ def _numbers(position: Any, lengths: Any, width: int, length: int, what: str, xp
             f"{what}: positions of shape {given.shape} are a row for each prompt, of which there "
             f"are {batch}."
         )
-    given = given if given.ndim == 2 else xp.atleast_1d(given)[None]
+    given = _bounded(given if given.ndim == 2 else xp.atleast_1d(given)[None], xp)
     at = xp.where(given < 0, given + lengths[:, None], given)
     return Places(xp.broadcast_to(at, (batch, at.shape[1])).astype(np.int32))
 

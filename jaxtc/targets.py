@@ -193,6 +193,9 @@ def _indices(edit: Edit, sizes: dict[str, int]) -> Edit:
             )
         known, size = _whole(edit, name), sizes[letter]
         if known is None:
+            if name != "row":
+                traced = getattr(edit, name)
+                found[name] = jnp.where(traced < 0, traced + size, traced)
             continue
         if name != "row":
             known = np.where(known < 0, known + size, known)
@@ -271,8 +274,10 @@ def _values(edit: Edit, sizes: dict[str, int], prompts: Prompts, extra: int) -> 
 
 def _number(edit: Edit, value: Any) -> Any:
     """``value`` as an array of floats, whose type does not depend on how it was written."""
+    if isinstance(value, PerLayer):
+        return PerLayer(_number(edit, value.array))
     if not isinstance(value, jax.Array):
-        value = np.asarray(value)
+        value = jnp.asarray(value) if is_traced(value) else np.asarray(value)
     kind = np.dtype(value.dtype).kind
     if kind in "biu" or (isinstance(value, np.ndarray) and kind == "f"):
         return value.astype(np.float32)
