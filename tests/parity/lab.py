@@ -1,0 +1,226 @@
+"""Edits side by side: a batch of prompts through jaxtc, and through the hooked reference.
+
+A batch row is a variant: of one compiled program each site has two rows of its own.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+import jaxtc
+from jaxtc.sites import BY_NAME, Address, Site
+from tests.parity import oracles, reference, torch_hooks
+from tests.parity.conftest import note
+from tests.parity.torch_hooks import Hooked
+
+TOLERANCE = 1e-5
+# What an edit must do to the logits of its rows for the test to mean something.
+VISIBLE = 1e-4
+LAYERS = oracles.COMMON["num_hidden_layers"]
+ORACLES = ("9b", oracles.EMBEDDED)
+SITES = tuple(BY_NAME)
+
+
+def both(**fields) -> tuple[dict, dict]:
+    """Targets that are spelled the same for jaxtc and for :class:`torch_hooks.Where`."""
+    return dict(fields), dict(fields)
+
+
+def targets(which: int, site: Site, prompts: list[list[int]], draw) -> tuple[dict, dict]:
+    """(targets for jaxtc, the same for the hooks), one of several ways to say where."""
+    lengths = list(map(len, prompts))
+    masks = [draw.random(n) < 0.4 for n in lengths]
+    for mask in masks:
+        mask[3] = True
+    full = np.zeros((len(prompts), max(lengths)), bool)
+    for row, mask in zip(full, masks, strict=True):
+        row[: len(mask)] = mask
+    pairs = [(int(draw.integers(n)), int(draw.integers(-n, 0))) for n in lengths]
+    ways = [
+        both(layer=0, position=-1),
+        both(layer=(0, -1), position=slice(1, -2)),
+        ({"position": full}, {"position": masks}),
+        both(layer=2, position=(1, -3, 4), **entries(site)),
+        (
+            {"position": jaxtc.Token(oracles.BOS, offset=2)},
+            {"position": [prompt.index(oracles.BOS) + 2 for prompt in prompts]},
+        ),
+        both(layer=3, position=slice(1, None)),
+        ({"layer": (1, 2), "position": np.array(pairs)}, {"layer": (1, 2), "position": pairs}),
+    ]
+    here, there = ways[which % len(ways)]
+    if not site.per_layer:
+        here, there = ({k: v for k, v in at.items() if k != "layer"} for at in (here, there))
+    return here, there
+
+
+def entries(site: Site) -> dict[str, Any]:
+    """Some heads or coordinates, where the site has them."""
+    letters = site.axes.split()
+    named = {}
+    if "N" in letters or "K" in letters:
+        named["head"] = 1
+    if letters[-1] in "DHFV":
+        named["coordinate"] = (0, 2, 5)
+    return named
+
+
+@dataclasses.dataclass(frozen=True)
+class At:
+    """A site in a model, and what making an edit of it takes.
+
+    Attributes:
+        site: of the table.
+        shape: of its array, (B, T, ...).
+        size: root mean square of what the model has there.
+        draw: random numbers.
+        lab: the model and its batch.
+        here, there: targets, for jaxtc and for the hooks.
+    """
+
+    site: Site
+    shape: tuple[int, ...]
+    size: float
+    draw: np.random.Generator
+    lab: "Lab"
+    here: dict[str, Any]
+    there: dict[str, Any]
+
+    @property
+    def token(self) -> tuple[int, ...]:
+        """Shape of one token's value: the axes after the tokens'."""
+        return self.shape[self.site.sequence_axis + 1 :]
+
+    def pair(self, *shape: int) -> tuple[np.ndarray, torch.Tensor]:
+        """Random values of the site's size, in both frameworks."""
+        if self.site.axes.endswith("1"):  # a rate of about 0 would blow up every rounding after it
+            values = self.draw.uniform(0.5, 2, shape)
+        else:
+            values = self.draw.normal(size=shape)
+        values = np.asarray(values * self.size, np.float32)
+        return values, torch.from_numpy(values)
+
+
+def cut(logits, prompts: Sequence[Sequence[int]]) -> list:
+    """The logits of each prompt's real tokens."""
+    if not isinstance(logits, torch.Tensor):
+        logits = np.asarray(logits)  # taking a jax array apart would compile something
+    return [row[: len(prompt)] for row, prompt in zip(logits, prompts, strict=True)]
+
+
+class Lab:
+    """An oracle in both frameworks and a batch of rows, two for each site.
+
+    Attributes:
+        prompts: the oracle's and, of the same lengths, random ones: any three rows in turn differ
+            in length, and three rows on stands another prompt of the same length.
+        sources: (B,) for each row one of the same length and other tokens.
+        size: of each site, the root mean square without edits; the median where it is a rate,
+            which differs much from layer to layer.
+        clean: the reference's activations of the oracle's prompts.
+    """
+
+    def __init__(self, name: str, ours, hf, prompts, clean: reference.Captured):
+        self.name, self.ours, self.hf, self.clean = name, ours, hf, clean
+        draw, vocab = np.random.default_rng(11), ours.config.vocab_size
+        own = [list(prompt) for prompt in prompts]
+        twins = [[p[0], *draw.integers(3, vocab, len(p) - 1).tolist()] for p in own]
+        turns = itertools.cycle([*own, *twins])
+        self.prompts = list(itertools.islice(turns, 2 * len(SITES)))
+        rows = np.arange(len(self.prompts))
+        self.sources = np.where(rows + 3 < len(rows), rows + 3, rows - 3)
+        self.size = {site: self._size(site) for site in SITES}
+
+    def _size(self, site: str) -> float:
+        rows = [x for key, xs in self.clean.items() if key.site == site for x in xs]
+        values = torch.cat([x[~x.isnan()] for x in rows])
+        rate = BY_NAME[site].axes.endswith("1")
+        return float(values.median() if rate else values.square().mean().sqrt())
+
+    def at(self, site: str, seed: int) -> At:
+        """What makes an edit at a site; each seed says where in its own way."""
+        row, index = BY_NAME[site], SITES.index(site)
+        draw = np.random.default_rng([index, seed])
+        here, there = targets(index + seed, row, self.prompts, draw)
+        return At(row, self.shape(row), self.size[site], draw, self, here, there)
+
+    def shape(self, site: Site) -> tuple[int, ...]:
+        """Of the site's array for the whole batch."""
+        width = max(map(len, self.prompts))
+        sizes = {**self.ours.config.sizes, "B": len(self.prompts), "T": width, "S": width, "1": 1}
+        return tuple(sizes[letter] for letter in site.axes.split())
+
+    @torch.no_grad()
+    def hooked(self, edits, prompts=None, side="right") -> torch.Tensor:
+        """(B, T, V) logits of the reference."""
+        return torch_hooks.run(self.hf, prompts or self.prompts, edits, side)
+
+    @functools.cached_property
+    def base(self) -> torch.Tensor:
+        """The batch without edits."""
+        return self.hooked(())
+
+    @functools.cached_property
+    def stored(self) -> tuple[Any, dict[str, Any]]:
+        """Activations of the rows' sources: a run's, and the reference's, padded, by layer."""
+        others = [self.prompts[row] for row in self.sources]
+        ours = jaxtc.run(self.ours, others, capture=list(SITES), logits=None).activations
+        hooks: dict[str, Any] = {}
+        for address, rows in reference.capture(self.hf, others, "right").items():
+            array = torch.zeros(self.shape(BY_NAME[address.site]))
+            for into, row, prompt in zip(array, rows, others, strict=True):
+                n = len(prompt)
+                if address.site in ("attn_scores", "attn_pattern"):
+                    into[:, :n, :n] = row
+                else:
+                    into[:n] = row.view(n, *into.shape[1:])
+            if address.layer is None:
+                hooks[address.site] = array
+            else:
+                hooks.setdefault(address.site, [None] * LAYERS)[address.layer] = array
+        return ours, hooks
+
+    def lively(self, transcoder, layer: int, count: int) -> tuple[list[int], float]:
+        """Features that some tokens of a layer activate and some do not; their largest value."""
+        found = self.clean[Address("mlp_in_normed", layer)]
+        a = torch.cat([transcoder.encode(x[1:]) for x in found])
+        share = (a > 0).float().mean(0)
+        share[share > 0.8] = 0
+        ids = share.topk(count).indices.tolist()
+        assert (share[ids] > 0.1).all()
+        return ids, float(a[:, ids].max())
+
+    def check_rows(
+        self,
+        figure: str,
+        prompts: Sequence[list[int]],
+        edits: Sequence[jaxtc.Edit],
+        hooks: Sequence[Hooked],
+        rows: Sequence[int] | None = None,
+    ) -> None:
+        """Both models with the edits give the same logits, in ``rows`` others than without."""
+        prompts = list(prompts)
+        ours = cut(jaxtc.run(self.ours, prompts, edits=edits).logits, prompts)
+        theirs, base = (cut(self.hooked(h, prompts), prompts) for h in (hooks, ()))
+        for row in range(len(prompts)) if rows is None else rows:
+            moved = reference.relative([theirs[row]], [base[row]])
+            assert moved > VISIBLE, f"row {row} moved by {moved:.1e} only"
+            error = reference.relative([ours[row]], [theirs[row]])
+            note("float32", figure, error, f"{self.name} row {row}")
+            assert error <= TOLERANCE, f"row {row}: {error:.2e}"
+
+
+def maker(make_oracle, models, theirs) -> Callable[[str], Lab]:
+    """Labs by the oracle's name, each made once, from the fixtures of ``conftest.py``."""
+
+    @functools.cache
+    def make(name: str) -> Lab:
+        oracle = make_oracle(name)
+        return Lab(name, *models(oracle), oracle.prompts, theirs(oracle, "right"))
+
+    return make

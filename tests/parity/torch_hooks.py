@@ -1,0 +1,350 @@
+"""Edits done with forward hooks on transformers' Gemma2ForCausalLM, in plain PyTorch.
+
+Most sites are the input or the output of a module, as the table of sites says. The others take
+more than one hook, each of which still runs the model's own modules on tensors they were given:
+
+- ``q``, ``k``: the projection's output is rotated, changed and rotated back;
+- ``*_scale``, ``mlp_in_normed``: the norm's output is computed again from its input;
+- ``attn_scores``, ``attn_pattern``: what ``self_attn`` returns is computed again, from the hooked
+  outputs of its projections;
+- ``resid_mid``: the second norm's input is changed, and the layer's output is the changed stream
+  plus what the MLP adds to it;
+- ``logits``: the output of the whole model, after the softcap.
+
+Axis letters are those of the table: B batch, T query, S key, D hidden, N query heads, K key heads.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Gemma2ForCausalLM
+from transformers.models.gemma2.modeling_gemma2 import apply_rotary_pos_emb, repeat_kv
+
+from jaxtc.sites import BY_NAME
+from tests.parity import reference
+
+# Of each norm: the site of 1/rms, of the rescaled input before the gain, and of the output.
+NORMS = {
+    "input_layernorm": ("attn_in_scale", None, "attn_in"),
+    "post_attention_layernorm": ("attn_out_scale", None, "attn_out"),
+    "pre_feedforward_layernorm": ("mlp_in_scale", "mlp_in_normed", "mlp_in"),
+    "post_feedforward_layernorm": ("mlp_out_scale", None, "mlp_out"),
+}
+LEAST = torch.finfo(torch.float32).min
+
+
+@dataclasses.dataclass(frozen=True)
+class Where:
+    """Which entries of a site an edit changes, spelled as Python would index a list of them.
+
+    Attributes:
+        layer: int or ints.
+        position, key: int, ints, slice, booleans; or a list that has one of these for each prompt.
+        row, head, coordinate: int or ints.
+    """
+
+    layer: Any = None
+    position: Any = None
+    row: Any = None
+    head: Any = None
+    coordinate: Any = None
+    key: Any = None
+
+    def layers(self, count: int) -> list[int]:
+        """Its layers in a model of ``count``."""
+        return sorted(chosen(self.layer, count))
+
+    def mask(self, site: str, shape: Sequence[int], prompts: Sequence[Sequence[int]]):
+        """Booleans of the site's shape, true on what is changed; never on padding."""
+        letters = BY_NAME[site].axes.split()
+        square = letters[-1] == "S"
+        mask = torch.zeros(*shape, dtype=torch.bool)
+        for row in chosen(self.row, len(prompts)):
+            prompt = prompts[row]
+            index: list[list[int]] = [[row]]
+            for letter, size in zip(letters[1:], shape[1:], strict=True):
+                if letter in "TS":
+                    named = self.key if square and letter == "S" else self.position
+                    named = named[row] if isinstance(named, list) else named
+                    index.append(sorted(chosen(named, len(prompt))))
+                else:
+                    named = self.head if letter in "NK" else self.coordinate
+                    index.append(sorted(chosen(named, size)))
+            mask[np.ix_(*index)] = True
+        return mask
+
+
+def chosen(named: Any, size: int) -> set[int]:
+    """The indices that something names in a list of ``size``."""
+    everything = range(size)
+    if named is None:
+        return set(everything)
+    if isinstance(named, slice):
+        return set(everything[named])
+    if np.asarray(named).dtype == bool:
+        return {index for index, on in zip(everything, named, strict=False) if on}
+    return {everything[index] for index in np.atleast_1d(named).tolist()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Now:
+    """What a change may know of the pass.
+
+    Attributes:
+        layer: of the site.
+        lengths: (B,) tokens of each prompt.
+        axis: of the site, that runs over the tokens.
+        read: upstream sites of this layer, padded on the right.
+    """
+
+    layer: int | None
+    lengths: list[int]
+    axis: int
+    read: dict[str, torch.Tensor]
+
+    @property
+    def real(self) -> torch.Tensor:
+        """(B, T) booleans."""
+        lengths = torch.tensor(self.lengths)
+        return torch.arange(int(lengths.max()))[None] < lengths[:, None]
+
+
+# The new value of a whole site, padded on the right; only what `Where` names of it is used.
+Change = Callable[[torch.Tensor, Now], torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooked:
+    """One edit: a change at a site, or knocked-out attention edges where ``change`` is None."""
+
+    site: str
+    change: Change | None
+    where: Where = Where()
+
+
+class Hooks:
+    """The hooks of some edits on a model, for one batch of prompts."""
+
+    def __init__(self, model: Gemma2ForCausalLM, prompts, edits: Sequence[Hooked], side: str):
+        self.model, self.prompts, self.edits, self.side = model, prompts, tuple(edits), side
+        self.lengths = list(map(len, prompts))
+        self.layers = model.config.num_hidden_layers
+        self.handles: list = []
+        self.kept: dict[tuple[str, int], Any] = {}
+        self.masks: dict[tuple, torch.Tensor] = {}
+
+    def at(self, site: str, layer: int | None = None, knocked: bool = False) -> list[Hooked]:
+        """The edits of a site in a layer, in order."""
+        return [
+            edit
+            for edit in self.edits
+            if edit.site == site
+            and (edit.change is None) == knocked
+            and (layer is None or layer in edit.where.layers(self.layers))
+        ]
+
+    def shifted(self, site: str, x: torch.Tensor, sign: int) -> torch.Tensor:
+        """Between a batch padded on the left and on the right (sign -1), and back (1)."""
+        if self.side == "right":
+            return x
+        axes = [i - 1 for i, letter in enumerate(BY_NAME[site].axes.split()) if letter in "TS"]
+        width = max(self.lengths)
+        rows = zip(x.expand(len(self.lengths), *x.shape[1:]), self.lengths, strict=True)
+        return torch.stack([row.roll([sign * (width - n)] * len(axes), axes) for row, n in rows])
+
+    def mask(self, edit: Hooked, shape: Sequence[int]) -> torch.Tensor:
+        """Where an edit applies, worked out once."""
+        key = (id(edit), tuple(shape))
+        if key not in self.masks:
+            self.masks[key] = edit.where.mask(edit.site, shape, self.prompts)
+        return self.masks[key]
+
+    def change(self, site: str, x: torch.Tensor, layer: int | None = None) -> torch.Tensor:
+        """``x`` after the edits of its site."""
+        edits = self.at(site, layer)
+        if not edits:
+            return x
+        x = self.shifted(site, x, -1)
+        read = {name: held for (name, where), held in self.kept.items() if where == layer}
+        for edit in edits:
+            axis = BY_NAME[site].sequence_axis
+            new = edit.change(x, Now(layer, self.lengths, axis, read))
+            x = torch.where(self.mask(edit, x.shape), new, x)
+        return self.shifted(site, x, 1)
+
+    def on_output(self, module: torch.nn.Module, function: Callable) -> None:
+        """``function(x)`` in place of a module's output."""
+        self.handles.append(module.register_forward_hook(lambda _, args, out: function(out)))
+
+    def on_input(self, module: torch.nn.Module, function: Callable) -> None:
+        """``function(x)`` in place of a module's first input."""
+        self.handles.append(
+            module.register_forward_pre_hook(lambda _, args: (function(args[0]), *args[1:]))
+        )
+
+    def register(self) -> None:
+        """Put all hooks in place. Of two on the same end of a module, the first runs first."""
+        model = self.model.model
+        self.on_output(model.embed_tokens, lambda x: self.change("embed", x))
+        for layer, block in enumerate(model.layers):
+            self.in_layer(layer, block)
+        self.norm(model.norm, ("final_scale", None, "final_norm"), None)
+        self.on_output(self.model, self.on_logits)
+
+    def on_logits(self, out):
+        out.logits = self.change("logits", out.logits)
+        return out
+
+    def in_layer(self, layer: int, block: torch.nn.Module) -> None:
+        def changes(site: str) -> Callable[[torch.Tensor], torch.Tensor]:
+            return lambda x: self.change(site, x, layer)
+
+        self.on_input(block, changes("resid_pre"))
+        for name, sites in NORMS.items():
+            self.norm(block.get_submodule(name), sites, layer)
+        self.attention(layer, block.self_attn)
+        self.on_input(block.mlp.down_proj, changes("mlp_act"))
+        self.on_output(block.mlp, changes("mlp_proj"))
+        if self.at("resid_mid", layer):
+            self.resid_mid(layer, block)
+        self.on_output(block, changes("resid_post"))
+
+    def norm(self, norm: torch.nn.Module, sites: tuple, layer: int | None) -> None:
+        """The three sites of a norm; ``mlp_in_normed`` is kept for what reads it."""
+        scale, normed, output = sites
+
+        def compute(_, args, out):
+            if self.at(scale, layer) or normed and (self.at(normed, layer) or self.at("mlp_out")):
+                x = args[0].float()
+                x = x * self.change(scale, reference.rate(norm, x), layer)
+                if normed:
+                    x = self.change(normed, x, layer)
+                    self.kept[normed, layer] = self.shifted(normed, x, -1)
+                if self.at(scale, layer) or normed and self.at(normed, layer):
+                    out = (x * (1.0 + norm.weight.float())).type_as(args[0])
+            return self.change(output, out, layer)
+
+        self.handles.append(norm.register_forward_hook(compute))
+
+    def resid_mid(self, layer: int, block: torch.nn.Module) -> None:
+        """Needs the hooks of ``mlp_out`` to be there and those of ``resid_post`` not to be."""
+        held: dict[str, torch.Tensor] = {}
+
+        def before(x):
+            held["mid"] = self.change("resid_mid", x, layer)
+            return held["mid"]
+
+        self.on_input(block.pre_feedforward_layernorm, before)
+        self.on_output(block.post_feedforward_layernorm, lambda x: held.setdefault("out", x))
+        self.on_output(block, lambda _: held.pop("mid") + held.pop("out"))
+
+    def attention(self, layer: int, attention: torch.nn.Module) -> None:
+        """The sites between the two norms around attention."""
+        size = self.model.config.head_dim
+        knocked = self.at("attn_pattern", layer, knocked=True)
+        again = self.at("attn_scores", layer) or self.at("attn_pattern", layer)
+
+        def before(_, args, kwargs):
+            self.kept["turn", layer] = kwargs["position_embeddings"]
+            if knocked:
+                mask, left = self.knock_out(knocked, kwargs["attention_mask"])
+                kwargs = {**kwargs, "attention_mask": mask}
+                self.kept["left", layer] = left
+            return args, kwargs
+
+        self.handles.append(attention.register_forward_pre_hook(before, with_kwargs=True))
+
+        def split(x):
+            return x.view(*x.shape[:2], -1, size)
+
+        def turned(site):
+            def change(flat):
+                cos, sin = self.kept["turn", layer]
+                x = split(flat).transpose(1, 2)
+                x = apply_rotary_pos_emb(x, x, cos, sin)[0].transpose(1, 2)
+                moved = (self.change(site, x, layer) - x).transpose(1, 2)
+                moved = apply_rotary_pos_emb(moved, moved, cos, -sin)[0].transpose(1, 2)
+                return flat + moved.reshape(flat.shape)  # exact where nothing changed
+
+            return change
+
+        def heads(site):
+            return lambda x: self.change(site, split(x), layer).reshape(x.shape)
+
+        def keep(name):
+            return lambda x: self.kept.__setitem__((name, layer), x)
+
+        for site, module in (("q", attention.q_proj), ("k", attention.k_proj)):
+            if self.at(site, layer):
+                self.on_output(module, turned(site))
+        self.on_output(attention.v_proj, heads("v"))
+        if again:
+            for name in ("q_proj", "k_proj", "v_proj"):
+                self.on_output(attention.get_submodule(name), keep(name))
+        if knocked:
+            self.on_input(
+                attention.o_proj,
+                lambda x: (split(x) * self.kept["left", layer][..., None]).reshape(x.shape),
+            )
+        self.on_input(attention.o_proj, heads("attn_heads"))
+
+        def after(module, args, kwargs, out):
+            out, pattern = out
+            if again:
+                q, k, v = (
+                    split(self.kept[name, layer]).transpose(1, 2)
+                    for name in ("q_proj", "k_proj", "v_proj")
+                )
+                q, k = apply_rotary_pos_emb(q, k, *self.kept["turn", layer])
+                scores = reference.scores(module, q, k) + kwargs["attention_mask"]
+                pattern = self.change("attn_scores", scores, layer).softmax(-1)
+                pattern = self.change("attn_pattern", pattern, layer)
+                mixed = pattern @ repeat_kv(v, module.num_key_value_groups)
+                out = module.o_proj(mixed.transpose(1, 2).flatten(2))
+            return self.change("attn_proj", out, layer), pattern
+
+        self.handles.append(attention.register_forward_hook(after, with_kwargs=True))
+
+    def knock_out(self, knocked: Sequence[Hooked], mask: torch.Tensor):
+        """((B, N, T, S) mask without the edges, (B, T, N) whether a query sees any key still).
+
+        A softmax over nothing but masked scores is even, where an attention without edges is
+        nothing.
+        """
+        heads, width = self.model.config.num_attention_heads, max(self.lengths)
+        shape = (len(self.lengths), heads, width, width)
+        mask = mask.expand(shape).clone()
+        had = (mask == 0).any(-1)
+        for edit in knocked:
+            mask[self.shifted("attn_pattern", self.mask(edit, shape), 1)] = LEAST
+        left = (mask == 0).any(-1) | ~had  # padding never saw anything and never matters
+        return mask, left.transpose(1, 2)
+
+
+@contextlib.contextmanager
+def edited(
+    model: Gemma2ForCausalLM, prompts, edits: Sequence[Hooked], side: str = "right"
+) -> Iterator[Hooks]:
+    """The model with ``edits`` hooked in, for a batch of ``prompts`` padded on ``side``."""
+    hooks = Hooks(model, prompts, edits, side)
+    hooks.register()
+    try:
+        yield hooks
+    finally:
+        for handle in hooks.handles:
+            handle.remove()
+
+
+def run(
+    model: Gemma2ForCausalLM, prompts, edits: Sequence[Hooked] = (), side: str = "right"
+) -> torch.Tensor:
+    """(B, T, V) logits with the edits; padded on the right, whatever ``side`` the model saw."""
+    ids, mask = reference.pad(prompts, side)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with edited(model, prompts, edits, side) as hooks:
+        out = model(ids, attention_mask=mask, position_ids=positions, use_cache=False)
+    return hooks.shifted("logits", out.logits, -1)
