@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 
 from jaxtc import __version__
 from jaxtc.cli.explain import command as explain_command
+from jaxtc.cli.generate import command as generate_command
 from jaxtc.cli.sites import command as sites_command
 from jaxtc.errors import JaxtcError
 
@@ -125,6 +126,85 @@ def explain(
         input_site=input_site,
         top_features=top_features,
         max_new_tokens=max_new_tokens,
+        dtype=dtype,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to continue; <bos> is added.")],
+    model: Annotated[
+        str,
+        typer.Option(help="'embedded', a hub id such as google/gemma-2-2b, or a folder."),
+    ] = "embedded",
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the continuation.")] = 40,
+    temperature: Annotated[
+        float,
+        typer.Option(help="0 takes the likeliest token; 1 draws from the model's distribution."),
+    ] = 0.0,
+    top_k: Annotated[
+        int | None, typer.Option(help="Draw among the K likeliest only.", show_default=False)
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Draw among the fewest likeliest of this probability together only.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same text.")] = 0,
+    stop: Annotated[
+        str | None,
+        typer.Option(help="End before this text, if it comes up.", show_default=False),
+    ] = None,
+    steer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FEATURE=VALUE",
+            help="Set a transcoder's feature to this activation on every token but <bos>. "
+            "Several: give it again.",
+            show_default=False,
+        ),
+    ] = None,
+    layer: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Whose MLP's features --steer names, from 0; by default as for `jaxtc explain`.",
+            show_default=False,
+        ),
+    ] = None,
+    transcoder: Annotated[
+        str | None,
+        typer.Option(
+            help="Where --steer's features are, as for `jaxtc explain`.", show_default=False
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the model's weights: float32, bfloat16 or float16. float32 on a CPU and "
+            "bfloat16 on accelerators by default.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")] = False,
+) -> None:
+    """Continue a text, token by token as they come; steer it by transcoder features."""
+    generate_command(
+        prompt,
+        model=model,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=stop,
+        steer=steer or [],
+        layer=layer,
+        transcoder=transcoder,
         dtype=dtype,
         as_json=as_json,
     )

@@ -1,0 +1,191 @@
+"""``jaxtc generate``: continues a text, token by token as they come; features may steer it."""
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+
+from jaxtc.cli.explain import _own_transcoders, _transcoders
+from jaxtc.cli.runtime import Progress, working
+from jaxtc.edit import Edit
+from jaxtc.errors import InputError, JaxtcError
+from jaxtc.feature_edits import SetFeature
+from jaxtc.generate import generate
+from jaxtc.weights.load import load_model, load_tokenizer
+
+# What the byte-level pieces of an unfinished character decode to.
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+
+
+def command(
+    prompt: str,
+    *,
+    model: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+    stop: str | None,
+    steer: Sequence[str],
+    layer: int | None,
+    transcoder: str | None,
+    dtype: str | None,
+    as_json: bool,
+) -> None:
+    """Continue ``prompt``; the options are those of the command line."""
+    features = dict(map(_feature, steer))
+    _check(prompt, stop, len(steer), features, layer, transcoder)
+    if temperature == 0 and (top_k is not None or top_p is not None):
+        raise JaxtcError(
+            "--top-k and --top-p say what is drawn from, and without --temperature nothing is "
+            "drawn: the likeliest token is taken. --temperature 1 is the model's own distribution."
+        )
+    with working("Starting JAX") as progress:
+        edits = _edits(features, layer, transcoder, model, progress)
+        progress(f"Loading {model}")
+        loaded = load_model(model, dtype=dtype, progress=progress.part)
+        progress("Loading the tokenizer")
+        tokenizer = load_tokenizer(model)
+    ids = tokenizer(prompt).input_ids
+    text = Increments(tokenizer, ids, stop)
+    notes = Console(stderr=True)
+    waiting = notes.status("Generating …")
+    if notes.is_terminal:
+        waiting.start()
+    else:
+        notes.print("Generating …", highlight=False)
+
+    def write(part: str) -> None:
+        if not as_json:
+            sys.stdout.write(part)
+            sys.stdout.flush()
+
+    def stream(step: int, new: list[int | None]) -> bool:
+        if step == 0:
+            waiting.stop()
+            write(prompt)
+        write(text.add(new[0]))
+        return text.stopped
+
+    try:
+        found = generate(
+            loaded, ids, max_new_tokens, edits=edits, temperature=temperature, top_k=top_k,
+            top_p=top_p, seed=seed, stream=stream,
+        )  # fmt: skip
+    finally:
+        waiting.stop()
+    write(text.rest() + "\n")
+    if as_json:
+        told = {
+            "prompt": prompt,
+            "continuation": text.shown,
+            "ids": found.prompts[0],
+            "new_ids": found.tokens[0],
+            "steered": [{"feature": f, "value": value} for f, value in features.items()],
+            "layer": edits[0].layer if edits else None,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "seed": seed,
+        }
+        sys.stdout.write(json.dumps(told, ensure_ascii=False, indent=2) + "\n")
+
+
+class Increments:
+    """The text of new tokens, as far as it is certain after each of them.
+
+    A token alone does not tell its text: a word's leading space is there only after another token,
+    and a character may be spread over several. So the last few are decoded with and without it.
+
+    Args:
+        tokenizer: of the model.
+        ids: of the prompt.
+        stop: ends the text; not shown, nor is what may still become it.
+    """
+
+    def __init__(self, tokenizer: Any, ids: Sequence[int], stop: str | None = None):
+        self._tokenizer, self._stop = tokenizer, stop
+        self._ids = list(ids)
+        self._start, self._read = max(len(ids) - 8, 0), len(ids)
+        self._held = ""
+        self.shown, self.stopped = "", False
+
+    def add(self, token: int) -> str:
+        """What to show after one more token."""
+        self._ids.append(token)
+        return self._show(self._decoded(), more=True)
+
+    def rest(self) -> str:
+        """What was held back, at the end."""
+        return "" if self.stopped else self._show(self._decoded(last=True), more=False)
+
+    def _decoded(self, last: bool = False) -> str:
+        before = self._text(self._ids[self._start : self._read])
+        after = self._text(self._ids[self._start :])
+        if len(after) <= len(before) or (after.endswith(UNFINISHED) and not last):
+            return ""
+        self._start, self._read = self._read, len(self._ids)
+        return after[len(before) :]
+
+    def _text(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def _show(self, text: str, more: bool) -> str:
+        text = self._held + text
+        keep = 0
+        if self._stop:
+            if self._stop in text:
+                self.stopped, text = True, text[: text.index(self._stop)]
+            elif more:
+                ends = range(min(len(self._stop) - 1, len(text)), 0, -1)
+                keep = next((n for n in ends if text.endswith(self._stop[:n])), 0)
+        show, self._held = text[: len(text) - keep], text[len(text) - keep :]
+        self.shown += show
+        return show
+
+
+def _check(prompt, stop, given: int, features: dict, layer, transcoder) -> None:
+    for name, text in (("The prompt", prompt), ("--stop", stop or "")):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{name} is not Unicode text: character {error.start} is {text[error.start]!a}, "
+                "which stands for a byte that is not UTF-8. Convert the text to UTF-8 first."
+            ) from error
+    if stop == "":
+        raise JaxtcError("--stop is empty; every text contains that. Leave it out for no stop.")
+    if len(features) < given:
+        raise JaxtcError("--steer names a feature twice; give each of them one value.")
+    if not features and (layer is not None or transcoder is not None):
+        raise JaxtcError(
+            "--layer and --transcoder say whose features are steered, and none is: add "
+            "--steer FEATURE=VALUE, or leave them out."
+        )
+
+
+def _feature(text: str) -> tuple[int, float]:
+    """``"123=4.5"`` to (123, 4.5)."""
+    match = re.fullmatch(r"(\d+)=([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)", text, re.ASCII)
+    if not match:
+        raise JaxtcError(
+            f"--steer is {text!r}, expected FEATURE=VALUE with a feature's id and an activation, "
+            "such as --steer 123=8. `jaxtc explain` shows the features of a prompt."
+        )
+    return int(match[1]), float(match[2])
+
+
+def _edits(features: dict, layer, source, model: str, progress: Progress) -> list[Edit]:
+    """Steering on every token but <bos>, which transcoders were not trained on."""
+    if not features:
+        return []
+    number = None if layer is None else str(layer)
+    transcoder = _transcoders(source or _own_transcoders(model), number, progress)
+    ids, values = list(features), list(features.values())
+    return [SetFeature(transcoder, ids, values, layer=layer, position=slice(1, None))]
