@@ -70,14 +70,15 @@ def mean(over: str):
     return lambda at: (functools.partial(jaxtc.MeanAblate, over=over), change)
 
 
-def project_out(count: int | None):
-    def make(at: At):
-        shape = at.token[-1:] if count is None else (count, at.token[-1])
-        ours, hooks = at.pair(*shape)
-        edit = functools.partial(jaxtc.ProjectOut, ours)
-        return edit, torch_edits.project_out(torch.atleast_2d(hooks))
+def project_out_one(at: At):
+    ours, hooks = at.pair(at.token[-1])
+    return functools.partial(jaxtc.ProjectOut, ours), torch_edits.project_out(hooks[None])
 
-    return make
+
+def project_out_several(at: At):
+    """A quarter of the space, up to 16 directions: one holds little of many dimensions."""
+    ours, hooks = at.pair(min(at.token[-1] // 4, 16), at.token[-1])
+    return functools.partial(jaxtc.ProjectOut, ours), torch_edits.project_out(hooks)
 
 
 def copy_row(at: At):
@@ -136,7 +137,7 @@ KINDS = {
     "Interpolate": {"": interpolate, " from a start": interpolate_from},
     "MeanAblate": {", dataset": mean_of_dataset, ", prompt": mean("prompt")},
     "MeanAblate over": {" batch": mean("batch"), " rows": mean("rows")},
-    "ProjectOut": {", one": project_out(None), ", two": project_out(2)},
+    "ProjectOut": {", several": project_out_several, ", one": project_out_one},
     "Copy": {", row": copy_row, ", position": copy_position},
     "Freeze": {"": freeze},
     "Apply": {", function": apply_function, ", pytree": apply_pytree},
