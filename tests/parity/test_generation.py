@@ -7,7 +7,7 @@ import jaxtc
 from tests.parity import reference
 from tests.parity.oracles import EMBEDDED
 
-NEW = 64
+NEW = 128
 
 
 @pytest.fixture(scope="module")
