@@ -186,13 +186,15 @@ class Lab:
         return ours, hooks
 
     def lively(self, transcoder, layer: int, count: int) -> tuple[list[int], float]:
-        """Features that some tokens of a layer activate and some do not; their largest value."""
-        found = self.clean[Address("mlp_in_normed", layer)]
-        a = torch.cat([transcoder.encode(x[1:]) for x in found])
-        share = (a > 0).float().mean(0)
-        share[share > 0.8] = 0
-        ids = share.topk(count).indices.tolist()
-        assert (share[ids] > 0.1).all()
+        """Features that some tokens of a layer activate and others all but activate.
+
+        Those others are between 0 and the threshold. Also the features' largest value.
+        """
+        x = torch.cat([x[1:] for x in self.clean[Address("mlp_in_normed", layer)]])
+        z, a = x @ transcoder.W_enc + transcoder.b_enc, transcoder.encode(x)
+        active, nearly = (on.float().mean(0) for on in (a > 0, (z > 0) & (a == 0)))
+        ids = torch.minimum(active, nearly).topk(count).indices.tolist()
+        assert (active[ids] > 0).all() and (nearly[ids] > 0).all()
         return ids, float(a[:, ids].max())
 
     def check_rows(
