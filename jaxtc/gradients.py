@@ -5,14 +5,14 @@ Axis letters: B batch, T tokens, L layers.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from jaxtc.activations import Activations
 from jaxtc.captures import understand
-from jaxtc.compiles import Program, description
+from jaxtc.compiles import Fact, Program, description
 from jaxtc.config import Gemma2Config
 from jaxtc.dispatch import parameters
 from jaxtc.edit import Edit
@@ -22,6 +22,7 @@ from jaxtc.memory import check_fits, estimate
 from jaxtc.model import Gemma2
 from jaxtc.prompts import Prompts, prepare
 from jaxtc.run import Call, RunResult, forward
+from jaxtc.scores import as_pytree, facts_of
 from jaxtc.sites import BY_NAME, Address
 
 
@@ -49,6 +50,7 @@ def gradients(
     *,
     edits: Sequence[Edit] = (),
     lengths: Any = None,
+    logits: Literal["all", "last"] = "last",
 ) -> Gradients:
     """Activations of sites and a score's gradients there, in one forward and one backward pass.
 
@@ -58,14 +60,17 @@ def gradients(
     Args:
         model: from :func:`jaxtc.load_model`.
         tokens: as for :func:`jaxtc.run`.
-        of: a score, see :mod:`jaxtc.scores`: a function from the result of a run (with the last
-            tokens' logits) to a number, or one for each row, (B,).
+        of: a score, see :mod:`jaxtc.scores`: a function from the result of a run (with these sites'
+            activations) to a number, or one for each row, (B,). A plain function is part of the
+            compile key (define it once).
         sites: such as ``"resid_post"`` (every layer) or ``["layers.3.mlp_out", "embed"]``.
         edits: as for :func:`jaxtc.run`; gradients are those behind the edits of a site.
         lengths: as for :func:`jaxtc.run`.
+        logits: that ``of`` sees, the last token's by default.
 
     Raises:
-        InputError, SiteError, EditError: as for :func:`jaxtc.run`; or no site was named.
+        InputError, SiteError, EditError: as for :func:`jaxtc.run`; or no site was named, or ``of``
+            is no such score.
         CapacityError: the activations would not fit in memory.
     """
     config = model.config
@@ -73,18 +78,16 @@ def gradients(
     asked = understand(sites, config.num_hidden_layers)
     if not asked.addresses or asked.reducers:
         raise InputError("Name the sites whose gradients are wanted, such as 'resid_post'.")
-    Call.of(config, prompts, asked, edits, "last")  # raises outside of any trace
-    size = estimate(model, prompts.tokens.shape, capture=sites, logits="last")
-    check_fits(3 * size.kept, "these activations, their gradients and the pass back")
-    of = jax.tree_util.Partial(of) if jax.tree_util.all_leaves([of]) else of
-    edits, leaves = [edit.prepared() for edit in edits], parameters(model)
-    plan = _Plan(config, asked.addresses, prompts.length, str(model.dtype))
+    if logits not in ("all", "last"):
+        raise InputError(f"logits is {logits!r}, expected 'all' or 'last'.")
+    Call.of(config, prompts, asked, edits, logits)  # raises outside of any trace
+    size = estimate(model, prompts.tokens.shape, capture=sites, logits=logits)
+    check_fits(3 * size.kept, "These activations, their gradients and the pass back")
+    of, edits, leaves = as_pytree(of), [edit.prepared() for edit in edits], parameters(model)
+    plan = _Plan(config, asked.addresses, prompts.length, str(model.dtype), logits)
     score, kept, slopes = _program(
         plan, leaves, prompts.tokens, prompts.lengths, edits, of,
-        describe=lambda: description(
-            config, leaves, batch=len(prompts.tokens), length=prompts.length,
-            padded=prompts.tokens.shape[1], captures=asked.addresses, edits=edits,
-        ),
+        describe=lambda: _facts(plan, leaves, prompts, edits, of),
     )  # fmt: skip
     layers = config.num_hidden_layers
     return Gradients(score, Activations(kept, layers), Activations(slopes, layers))
@@ -98,6 +101,15 @@ class _Plan:
     addresses: tuple[Address, ...]
     length: int
     dtype: str
+    logits: str
+
+
+def _facts(plan: _Plan, leaves, prompts: Prompts, edits, of) -> list[Fact]:
+    known = description(
+        plan.config, leaves, batch=len(prompts.tokens), padded=prompts.tokens.shape[1],
+        captures=plan.addresses, edits=edits, logits=plan.logits, prompt_length=plan.length,
+    )  # fmt: skip
+    return [*known, *facts_of(of)]
 
 
 def _backward(plan: _Plan, leaves, tokens, lengths, edits, of):
@@ -113,14 +125,26 @@ def _backward(plan: _Plan, leaves, tokens, lengths, edits, of):
 
     def score(probes):
         pushes = [Add(value, site=a.site, layer=a.layer) for a, value in probes.items()]
-        call = Call.of(plan.config, prompts, asked, [*edits, *pushes], "last")
+        call = Call.of(plan.config, prompts, asked, [*edits, *pushes], plan.logits)
         result = call.result(forward(*call.arguments(leaves)))
-        found = of(result)
+        found = _checked(of(result), len(tokens))
         return found.sum(), (found, dict(zip(plan.addresses, _arrays(result, plan), strict=True)))
 
     probes = {address: zeros(address) for address in plan.addresses}
     slopes, (found, kept) = jax.grad(score, has_aux=True)(probes)
     return found, kept, slopes
+
+
+def _checked(score: Any, batch: int) -> jax.Array:
+    """What ``of`` gave, when it is a score."""
+    if jax.tree_util.all_leaves([score]) and jnp.shape(score) in ((), (batch,)):
+        score = jnp.asarray(score)
+        if jnp.issubdtype(score.dtype, jnp.floating):
+            return score
+    given = jax.tree.map(jax.typeof, score)
+    raise InputError(
+        f"`of` gave {given}, expected one real number, or one for each of the {batch} rows."
+    )
 
 
 def _arrays(result: RunResult, plan: _Plan) -> list[jax.Array]:

@@ -135,9 +135,12 @@ def attribution_patching(
     slopes = gradients(model, corrupted, of, names, edits=edits)
     found = {}
     for name in names:
-        moved = kept.activations[name] - slopes.activations[name]
+        there, here, slope = (
+            group[name].astype(jnp.float32)
+            for group in (kept.activations, slopes.activations, slopes.gradients)
+        )
         # One term for each number; then summed to (L, T, ...), with B last.
-        terms = (slopes.gradients[name] * moved).astype(jnp.float32)
+        terms = slope * (there - here)
         axes = {"layer": np.arange(config.num_hidden_layers), "position": np.arange(count)}
         if heads:
             axes["head"] = np.arange(_heads(name, config))

@@ -6,18 +6,47 @@ function of a result will do in their place. B batch, V vocabulary.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxtc.compiles import Fact
+from jaxtc.errors import InputError
 from jaxtc.run import RunResult
 
 __all__ = ["LogProbability", "Logit", "LogitDifference"]
 
 
+def as_pytree(of: Callable) -> Callable:
+    """A function as programs take it: a plain one has no arrays, and is part of the compile key.
+
+    Raises:
+        InputError: it cannot be called.
+    """
+    if not callable(of):
+        raise InputError(f"of is {of!r}, expected a function of a run's result.")
+    return jax.tree_util.Partial(of) if jax.tree_util.all_leaves([of]) else of
+
+
+def facts_of(of: Callable) -> list[Fact]:
+    """What a program depends on in :func:`as_pytree` of a function."""
+    arrays = [f"{jax.typeof(x).dtype}{list(jax.typeof(x).shape)}" for x in jax.tree.leaves(of)]
+    plain = of.func if isinstance(of, jax.tree_util.Partial) else None
+    name = getattr(plain, "__name__", None) or type(of if plain is None else plain).__name__
+    once = f"`of` is another function, {name}: define it once outside the loop"
+    return [
+        # By id, as jax does: compiled programs keep their functions alive, this need not.
+        Fact("of", type(of) if plain is None else id(plain), "function", once, was=False),
+        Fact("the arrays of `of` are", ", ".join(arrays), "options"),
+    ]
+
+
 def _last(result: RunResult) -> jax.Array:
     """(B, V) logits of each prompt's last token."""
+    if result.logits is None:
+        raise InputError("This score is of logits, and the run kept none: logits='last'.")
     if result.logits.ndim == 2:
         return result.logits
     at = result.lengths[:, None, None] - 1
@@ -28,8 +57,7 @@ def _of(logits: jax.Array, token: Any) -> jax.Array:
     """(B,) the entry of each row's token; NaN for an id that does not exist."""
     ids = jnp.broadcast_to(jnp.asarray(token), logits.shape[:1])
     ids = jnp.where(ids < 0, logits.shape[1], ids)
-    found = logits.at[jnp.arange(len(logits)), ids].get(mode="fill", fill_value=jnp.nan)
-    return found
+    return logits.at[jnp.arange(len(logits)), ids].get(mode="fill", fill_value=jnp.nan)
 
 
 @jax.tree_util.register_dataclass

@@ -1,11 +1,15 @@
 """``sweep``: thousands of variants of an edited run as one compiled program.
 
-Any field of an edit may be an :class:`Over`: many values in place of one. Every name is an axis of
-the result, and variants are all combinations of the axes.
+Any array or number in an edit may be an :class:`Over`: many values in place of one. Every name is
+an axis of the result, and variants are all combinations of the axes.
+
+Axis letters: L layers, B batch, T tokens, W tokens with the padding up to a bucket, D hidden, V
+vocabulary.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,35 +22,44 @@ from jaxtc.captures import Asked, Captures, understand
 from jaxtc.compiles import Fact, Program, description
 from jaxtc.dispatch import parameters
 from jaxtc.edit import Edit
-from jaxtc.errors import EditError, InputError
+from jaxtc.errors import EditError, InputError, JaxtcError
 from jaxtc.memory import check_fits
 from jaxtc.model import Gemma2
+from jaxtc.positions import is_traced, one_array
 from jaxtc.prompts import Prompts, prepare
 from jaxtc.run import Call, RunResult, forward, run
+from jaxtc.scores import as_pytree, facts_of
 from jaxtc.sites import BY_NAME
+from jaxtc.targets import check_edits
 
 # Tokens of one chunk, all variants together, by default: enough to keep the processor busy.
 TOKENS = {"cpu": 512}
 TOKENS_ELSEWHERE = 16384
+# Kinds of values that a program takes.
+NUMBERS = (jnp.number, jnp.bool_, jax.dtypes.prng_key)
+
+
+# Whether a value of one of these is there can depend on that of another.
+TOGETHER = {"position", "row", "key", "from_position", "from_row"}
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Over:
-    """Many values for one field of an edit: ``SetTo(v, site=..., layer=Over(range(26)))``.
+    """Many values in place of one: ``SetTo(v, site="mlp_out", layer=Over(range(26)))``.
 
     Attributes:
-        values: (n, ...), one entry for each variant.
-        name: of the axis; the field's name by default. Fields whose axes have one name move
-            together (static).
+        values: (n, ...), one entry for each variant: a range, a list or an array.
+        name: of the axis; the name of the edit's field by default. All that has one name moves
+            together, in one edit or in several: ``layer=Over(range(26))`` twice is one axis, and
+            ``Over(range(26), "from")`` another (static).
     """
 
     values: Any
     name: str = dataclasses.field(default="", metadata={"static": True})
 
     def __post_init__(self):
-        if isinstance(self.values, range | list | tuple):
-            object.__setattr__(self, "values", np.asarray(self.values))
+        object.__setattr__(self, "values", one_array(self.values))
 
     def __len__(self):
         return np.shape(self.values)[0]
@@ -59,15 +72,15 @@ class Sweep:
 
     Attributes:
         values: what ``of`` gave, an array or a pytree of them, with the axes in front.
-        axes: the axes' names in order, and their values.
+        axes: the axes' names in order, and the values along each, (n, ...).
     """
 
     values: Any
-    axes: dict[str, np.ndarray]
+    axes: dict[str, Any]
 
 
-def last_logits(result: RunResult) -> jax.Array:
-    """(B, V): the logits of each prompt's last token, the default of what a sweep keeps."""
+def logits_of(result: RunResult) -> jax.Array | None:
+    """The logits, the default of what a sweep keeps: (B, V), or (B, T, V) if all are asked for."""
     return result.logits
 
 
@@ -76,7 +89,7 @@ def sweep(
     tokens: Any,
     edits: Sequence[Edit],
     *,
-    of: Callable[[RunResult], Any] = last_logits,
+    of: Callable[[RunResult], Any] = logits_of,
     lengths: Any = None,
     capture: Captures = (),
     logits: str | None = "last",
@@ -86,18 +99,18 @@ def sweep(
     """Run every combination of the values that edits have :class:`Over` axes of.
 
     With ``edits=[Zero(site="mlp_out", layer=Over(range(26)), position=Over(range(16)))]`` these are
-    416 ablations in one compiled program, run in chunks. Layers that no edit of a chunk has
-    touched yet are the same in all its variants: they are computed once for the whole sweep, unless
-    captures ask for them.
+    416 ablations in one compiled program, run in chunks. Edits without an axis are part of every
+    variant. Layers before the first one that an axis changes are computed once for the whole sweep,
+    unless captures ask for them.
 
     Args:
         model: from :func:`jaxtc.load_model`.
         tokens: as for :func:`jaxtc.run`.
-        edits: as for :func:`jaxtc.run`, any of whose fields may be :class:`Over`.
+        edits: as for :func:`jaxtc.run`; any array or number in them may be :class:`Over`.
         of: what to keep of each variant's result: a function from :class:`RunResult` to an array or
             a pytree of them, run inside the program. A plain function is part of the compile key
             (define it once); where it is a pytree, as those of :mod:`jaxtc.scores` are, its arrays
-            are data. The last token's logits by default.
+            are data. The logits by default.
         lengths: as for :func:`jaxtc.run`.
         capture: as for :func:`jaxtc.run`, for ``of`` to use.
         logits: as for :func:`jaxtc.run`, the last token's by default.
@@ -105,41 +118,40 @@ def sweep(
         progress: called with (variants done, variants in all) after each chunk.
 
     Returns:
-        The values with one axis for each name, in the order in which the edits have them.
+        The values with an axis for each name: those of the first edit first, within an edit by
+        layer, position, row, head, coordinate, key and then its own fields.
 
     Raises:
-        InputError, SiteError: as for :func:`jaxtc.run`; or no edit has an axis.
-        EditError: as for :func:`jaxtc.run`, of the first value along an axis that does not fit; or
+        InputError, SiteError: as for :func:`jaxtc.run`; or no edit has an axis, or ``of`` keeps
+            nothing.
+        EditError: as for :func:`jaxtc.run`, of the first value along an axis that never fits; or
             axes of one name that differ in length. A *combination* that names what is not there (a
-            position that only other rows have, say) gives NaN.
+            position that only other rows have) gives NaN, or -1 in whole numbers.
         CapacityError: the results would not fit in memory.
     """
-    config = model.config
+    config, layers = model.config, model.config.num_hidden_layers
+    of = as_pytree(of)
+    prompts = prepare(tokens, config, lengths)
+    asked = understand(capture, layers)
+    reach = Call.of(config, prompts, asked, (), logits).plan.reach
     edits = [_named(edit) for edit in edits]
     axes = _axes(edits)
-    prompts = prepare(tokens, config, lengths)
-    asked = understand(capture, config.num_hidden_layers)
-    for name, values in axes.items():
-        for index in range(len(values)):
-            Call.of(config, prompts, asked, _at(edits, {name: index}), logits)
+    for edit in edits:
+        _check(edit, lambda one: check_edits([one], config, reach, prompts))
     edits = [edit.prepared() for edit in edits]
-    # A plain function is a leaf, which no program takes.
-    of = jax.tree_util.Partial(of) if jax.tree_util.all_leaves([of]) else of
     shape = tuple(map(len, axes.values()))
     places = np.stack(np.unravel_index(np.arange(math.prod(shape)), shape), axis=1)
-    chunk = _chunk(chunk, prompts, len(places), parameters(model)[0])
-    first = _first_layers(edits, axes, places, config.num_hidden_layers)
-    resume = None
-    if not asked.addresses and not asked.reducers and first.max() > 0 and logits is not None:
-        clean = run(
-            model, prompts.tokens, lengths=prompts.lengths, capture="resid_pre", logits=None
-        )
-        resume = clean.activations["resid_pre"]
+    leaves = parameters(model)
+    chunk = _chunk(chunk, prompts, len(places), leaves[0])
+    first, resume = _first_layers(edits, axes, places, layers), None
+    if not asked and logits is not None and first.max() > 0:
+        same = [edit for edit in edits if not _overs(edit)]
+        resume = _entering(model, tokens, lengths, same, prompts)
     # Variants that begin at the same layer go together.
     order = np.argsort(first, kind="stable")
     plan = _Plan(config, tuple(axes), logits, prompts.length)
-    leaves, found = parameters(model), []
-    facts = functools.partial(_facts, plan, leaves, prompts, asked, edits, chunk)
+    found = []
+    facts = functools.partial(_facts, plan, leaves, prompts, asked, edits, of, chunk)
     for start in range(0, len(order), chunk):
         ids = order[start : start + chunk]
         ids = np.pad(ids, (0, chunk - len(ids)), mode="edge")
@@ -149,8 +161,7 @@ def sweep(
             places[ids], describe=facts,
         )  # fmt: skip
         if not found:
-            each = sum(leaf.nbytes for leaf in jax.tree.leaves(kept)) // chunk
-            check_fits(2 * each * len(order), "the results of this sweep")
+            _check_results(kept, len(order) / chunk)
         found.append(kept)
         if progress is not None:
             jax.block_until_ready(kept)
@@ -160,8 +171,7 @@ def sweep(
     def join(*parts):
         return jnp.concatenate(parts)[back].reshape(*shape, *parts[0].shape[1:])
 
-    values = jax.tree.map(join, *found)
-    return Sweep(values, {name: np.asarray(over) for name, over in axes.items()})
+    return Sweep(jax.tree.map(join, *found), axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +189,8 @@ def _variants(plan: _Plan, leaves, tokens, lengths, asked, edits, of, resume, be
     prompts = Prompts(tokens, lengths, None, plan.length)
 
     def one(place):
-        chosen = _at(edits, dict(zip(plan.axes, place, strict=True)))
+        axes = dict(zip(plan.axes, place, strict=True))
+        chosen = [_at(edit, axes) for edit in edits]
         call = Call.of(plan.config, prompts, asked, chosen, plan.logits)
         known = None if resume is None else (begin, resume)
         return of(call.result(forward(*call.arguments(leaves), resume=known)))
@@ -190,44 +201,91 @@ def _variants(plan: _Plan, leaves, tokens, lengths, asked, edits, of, resume, be
 _swept = Program("sweep", _variants, static_argnums=0)
 
 
-def _facts(plan: _Plan, leaves, prompts: Prompts, asked: Asked, edits, chunk: int) -> list[Fact]:
-    return description(
-        plan.config, leaves, batch=len(prompts.tokens), length=prompts.length,
-        padded=prompts.tokens.shape[1], captures=asked.addresses, edits=edits,
-        reducers=asked.reducers, logits=plan.logits, axes=plan.axes, chunk=chunk,
-    )  # fmt: skip
+def _facts(plan: _Plan, leaves, prompts: Prompts, asked: Asked, edits, of, chunk) -> list[Fact]:
+    return [
+        *description(
+            plan.config, leaves, batch=len(prompts.tokens), padded=prompts.tokens.shape[1],
+            captures=asked.addresses, edits=edits, reducers=asked.reducers, logits=plan.logits,
+            prompt_length=plan.length, axes=plan.axes, chunk=chunk,
+        ),
+        *facts_of(of),
+    ]  # fmt: skip
+
+
+def _check_results(kept: Any, chunks: float) -> None:
+    """Refuse what keeps nothing, and what would not fit when all chunks are there and joined."""
+    arrays = jax.tree.leaves(kept)
+    if not arrays:
+        raise InputError("`of` gave no array: return what a variant should keep, or ask for logits")
+    size = sum(x.size * x.dtype.itemsize for x in arrays)
+    check_fits(int(2 * size * chunks), "What this sweep keeps")
+
+
+def _entering(model, tokens, lengths, edits: Sequence[Edit], prompts: Prompts) -> jax.Array:
+    """(L, B, W, D) what enters each block of the run that all variants share."""
+    asked = ["embed", "resid_post"]
+    kept = run(model, tokens, lengths=lengths, edits=edits, capture=asked, logits="last")
+    # Not resid_pre: edits of that site are yet to come in a variant.
+    blocks = range(model.config.num_hidden_layers - 1)
+    after = [kept.activations[f"layers.{layer}.resid_post"] for layer in blocks]
+    return _stack([kept.activations["embed"], *after], prompts.tokens.shape[1])
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _stack(arrays: Sequence[jax.Array], width: int) -> jax.Array:
+    """Of (B, T, D) each, padded."""
+    pad = width - arrays[0].shape[1]
+    return jnp.pad(jnp.stack(arrays), [(0, 0), (0, 0), (0, pad), (0, 0)])
+
+
+def _is_over(node: Any) -> bool:
+    return isinstance(node, Over)
+
+
+def _overs(edit: Edit) -> list[tuple[str, Over]]:
+    """(the edit's field, the axis) for each axis in an edit, in order."""
+    found = jax.tree_util.tree_leaves_with_path(edit, is_leaf=_is_over)
+    return [(path[0].name, leaf) for path, leaf in found if _is_over(leaf)]
 
 
 def _named(edit: Edit) -> Edit:
     """The edit with its axes named, as compiled programs take it."""
     if not isinstance(edit, Edit):
         raise EditError(f"edits must be edits such as jaxtc.Add(...), got {type(edit).__name__}.")
-    found = {
-        field.name: Over(over.values, over.name or field.name)
-        for field in dataclasses.fields(edit)
-        if isinstance(over := getattr(edit, field.name), Over)
-    }
-    return dataclasses.replace(edit, **found) if found else edit
+    swept = {field for field, _ in _overs(edit)}
+    for field in dataclasses.fields(edit):
+        if _is_over(getattr(edit, field.name)) and field.name not in swept:
+            raise EditError(
+                f"{type(edit).__name__}: {field.name} is static, a program of its own for each "
+                "value, and cannot be Over several. Sweep once for each."
+            )
 
+    def name(path, leaf):
+        if not _is_over(leaf):
+            return leaf
+        dtype = getattr(leaf.values, "dtype", np.dtype(object))
+        numbers = any(map(functools.partial(jnp.issubdtype, dtype), NUMBERS))
+        if not numbers or np.ndim(leaf.values) < 1 or len(leaf) < 1:
+            raise EditError(
+                f"{type(edit).__name__}: {path[0].name} is Over {leaf.values!r}, expected numbers "
+                "(or booleans, or keys): a range, a list or an array with one or more along its "
+                "first axis."
+            )
+        return Over(leaf.values, leaf.name or path[0].name)
 
-def _fields(edit: Edit) -> dict[str, Over]:
-    """The fields that have an axis."""
-    values = {field.name: getattr(edit, field.name) for field in dataclasses.fields(edit)}
-    return {name: value for name, value in values.items() if isinstance(value, Over)}
+    return jax.tree_util.tree_map_with_path(name, edit, is_leaf=_is_over)
 
 
 def _axes(edits: Sequence[Edit]) -> dict[str, Any]:
     """Values along each axis, by name."""
     axes: dict[str, Any] = {}
     for edit in edits:
-        for field, over in _fields(edit).items():
+        for field, over in _overs(edit):
             values = axes.setdefault(over.name, over.values)
-            if np.ndim(over.values) < 1 or len(over) < 1:
-                raise EditError(f"{edit}: {field} is Over nothing; give one value or more.")
             if len(values) != len(over):
                 raise EditError(
                     f"{edit}: the axis {over.name!r} has {len(over)} values in {field} and "
-                    f"{len(values)} elsewhere. Fields of one name move together; give the axis "
+                    f"{len(values)} elsewhere. All that has one name moves together; give the axis "
                     "another name, Over(values, 'name'), to combine them all."
                 )
     if not axes:
@@ -237,28 +295,67 @@ def _axes(edits: Sequence[Edit]) -> dict[str, Any]:
     return axes
 
 
-def _at(edits: Sequence[Edit], place: Mapping[str, Any]) -> list[Edit]:
-    """The edits of one variant; axes that are not named are at their first value."""
+def _at(edit: Edit, place: Mapping[str, Any]) -> Edit:
+    """The edit of one variant; axes that are not named are at their first value."""
 
-    def pick(over: Over) -> Any:
-        index = place.get(over.name, 0)
-        return over.values[index] if isinstance(index, int) else jnp.asarray(over.values)[index]
+    def pick(leaf):
+        return leaf.values[place.get(leaf.name, 0)] if _is_over(leaf) else leaf
 
-    return [
-        dataclasses.replace(edit, **{name: pick(over) for name, over in _fields(edit).items()})
-        for edit in edits
-    ]
+    return jax.tree.map(pick, edit, is_leaf=_is_over)
+
+
+def _check(edit: Edit, check: Callable[[Edit], Any]) -> None:
+    """Check an edit at each value of each of its axes, the others at their first.
+
+    Where what is there depends on several axes, a value is fine if it is with some of the others.
+    """
+    overs = [(field, Over(_known(over.values), over.name)) for field, over in _overs(edit)]
+    if not overs:
+        check(edit)
+        return
+    known = iter([over for _, over in overs])
+    edit = jax.tree.map(lambda x: next(known) if _is_over(x) else x, edit, is_leaf=_is_over)
+    sizes = {over.name: len(over) for _, over in overs}
+    joint = {over.name: len(over) for field, over in overs if field in TOGETHER}
+    for name, size in sizes.items():
+        for index in range(size):
+            try:
+                check(_at(edit, {name: index}))
+            except JaxtcError:
+                if name not in joint or not _somewhere(edit, check, joint, name, index):
+                    raise
+
+
+def _somewhere(edit: Edit, check, joint: Mapping[str, int], name: str, index: int) -> bool:
+    """Whether a value fits with some combination of the others."""
+    ranges = [range(size) if other != name else [index] for other, size in joint.items()]
+    for place in itertools.product(*ranges):
+        try:
+            check(_at(edit, dict(zip(joint, place, strict=True))))
+        except JaxtcError:
+            continue
+        return True
+    return False
+
+
+def _known(values: Any) -> Any:
+    """As NumPy, whose single entries are cheap to take; keys and traced values as they are."""
+    if is_traced(values) or jnp.issubdtype(values.dtype, jax.dtypes.prng_key):
+        return values
+    return np.asarray(values)
 
 
 def _first_layers(
     edits: Sequence[Edit], axes: Mapping[str, Any], places: np.ndarray, layers: int
 ) -> np.ndarray:
-    """(variants,) the first layer at which each variant differs from the clean run.
+    """(variants,) the first layer at which an edit with an axis may change something.
 
     -1 when that is at the embedding; the last layer for what comes after it.
     """
     first = np.full(len(places), layers - 1)
     for edit in edits:
+        if not _overs(edit):
+            continue
         if edit.site == "embed":
             found = -1
         elif not BY_NAME[edit.site].per_layer:
@@ -278,7 +375,8 @@ def _first_layers(
 
 def _chunk(given: int | None, prompts: Prompts, variants: int, weight: jax.Array) -> int:
     """How many variants run at once, all chunks alike."""
-    if given is not None and (not isinstance(given, int) or given < 1):
+    whole = isinstance(given, int | np.integer) and not isinstance(given, bool)
+    if given is not None and not (whole and given >= 1):
         raise InputError(f"chunk is {given!r}, expected a whole number of at least 1.")
     platform = next(iter(weight.devices())).platform
     most = given or max(1, TOKENS.get(platform, TOKENS_ELSEWHERE) // prompts.tokens.size)
