@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, dataclass_transform
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.errors import EditError
@@ -67,6 +68,18 @@ def own_shape(edit: "Edit", value: Any, layers: int) -> tuple[int, ...]:
             f"sites that each layer has; got shape {shape} for {edit.site}."
         )
     return shape[1:]
+
+
+def whole_numbers(given: Any) -> Any:
+    """Whole numbers as compiled programs take them, however they were written: int32, one array.
+
+    What is traced stays as it is, and so do random keys.
+    """
+    if given is None or is_traced(given):
+        return given
+    if jnp.issubdtype(getattr(given, "dtype", np.int32), jax.dtypes.prng_key):
+        return given
+    return np.asarray(given).astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

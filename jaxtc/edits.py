@@ -6,6 +6,7 @@ each applies (layer, position, row, head, ...) is said by the fields that all sh
 need a transcoder in :mod:`jaxtc.feature_edits`.
 """
 
+import dataclasses
 from typing import Any, Literal
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.activations import Activations
-from jaxtc.edit import Edit, PerLayer, own, own_shape, register_edit
+from jaxtc.edit import Edit, PerLayer, own, own_shape, register_edit, whole_numbers
 from jaxtc.errors import EditError
 from jaxtc.intercept import Context
 from jaxtc.positions import is_traced
@@ -182,6 +183,8 @@ class ProjectOut(Edit):
     def check(self, sizes, lengths):
         """Refuse directions of another width, dependent ones and zero."""
         shape = own_shape(self, self.direction, sizes["L"])
+        if BY_NAME[self.site].axes.endswith("S"):
+            raise EditError(f"{self}: {self.site}'s last axis runs over tokens, not directions.")
         if len(shape) not in (1, 2) or shape[-1] != sizes["last"]:
             raise EditError(
                 f"{self} was given directions of shape {shape}, expected "
@@ -244,6 +247,10 @@ class Noise(Edit):
             raise EditError(
                 f"{self}: seed is a whole number or a jax.random.key(...), got {self.seed!r}."
             )
+
+    def prepared(self):
+        """With the seed in one dtype, however it was written."""
+        return dataclasses.replace(self, seed=whole_numbers(self.seed))
 
     def new(self, x: jax.Array, context: Context) -> jax.Array:
         """``x + scale · N(0, 1)``."""

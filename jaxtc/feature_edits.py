@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtc.edit import Edit, own, own_shape, register_edit
+from jaxtc.edit import Edit, own, own_shape, register_edit, whole_numbers
 from jaxtc.errors import EditError
 from jaxtc.intercept import Context
 from jaxtc.positions import is_traced, one_array
@@ -193,6 +193,10 @@ class FeatureEdit(TranscoderEdit):
             )
         if len(np.unique(ids)) < ids.size:
             raise EditError(f"{self}: a feature is named twice in {ids.tolist()}.")
+
+    def prepared(self):
+        """With ids in one dtype besides, however they were written."""
+        return dataclasses.replace(super().prepared(), feature=whole_numbers(self.feature))
 
     def changed(self, a: jax.Array, layer: int) -> jax.Array:
         """The activations (B, T, K) of a layer as they shall be."""

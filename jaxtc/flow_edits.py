@@ -3,13 +3,14 @@
 Axis letters: B batch, N heads, T query position, S key position.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtc.edit import Edit, register_edit
+from jaxtc.edit import Edit, register_edit, whole_numbers
 from jaxtc.errors import EditError
 from jaxtc.intercept import Context
 from jaxtc.positions import FOREVER, Places, is_traced, one_array, spelled
@@ -67,6 +68,10 @@ class Copy(Edit):
                     f"{self}: from_position names {self.from_position.at.shape[1]} positions, "
                     f"expected 1 or {pairs}, as many as `position`."
                 )
+
+    def prepared(self):
+        """With rows in one dtype, however they were written."""
+        return dataclasses.replace(self, from_row=whole_numbers(self.from_row))
 
     def _check_lengths(self, rows: np.ndarray, lengths: np.ndarray | None) -> None:
         if lengths is None or self.from_position is not None:

@@ -182,7 +182,7 @@ def resolve(
     position = spelled(position)
     known = not is_traced((position, lengths, tokens if isinstance(position, Token) else None))
     xp = np if known else jnp
-    lengths = xp.asarray(lengths)
+    lengths = xp.asarray(lengths, np.int32)
     if isinstance(position, Part):
         if position == NEW and not extra:
             raise EditError(f"{what}: 'new' names generated tokens, and run generates none.")
