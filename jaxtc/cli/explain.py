@@ -40,7 +40,7 @@ def command(
             f"--layer is {layer!r}, expected the number of a layer, counted from 0, or 'all'."
         )
     with working("Starting JAX") as progress:
-        transcoders = _transcoders(transcoder or _own_transcoders(model), layer, progress)
+        transcoders = find_transcoders(transcoder or own_transcoders(model), layer, progress)
         progress(f"Loading {model}")
         loaded = load_model(model, dtype=dtype, progress=progress.part)
         progress("Loading the tokenizer")
@@ -62,7 +62,8 @@ def command(
     draw(Console(), found, by_layer=layer == "all")
 
 
-def _own_transcoders(model: str) -> str:
+def own_transcoders(model: str) -> str:
+    """Where the transcoders of a model are, for when none are named."""
     own = {EMBEDDED: EMBEDDED, "google/gemma-2-2b": GEMMA_SCOPE_2B}
     if model not in own:
         raise JaxtcError(
@@ -72,9 +73,10 @@ def _own_transcoders(model: str) -> str:
     return own[model]
 
 
-def _transcoders(
+def find_transcoders(
     source: str, layer: str | None, progress: Progress
 ) -> Transcoder | Mapping[int, Transcoder]:
+    """The transcoder of a layer (by default, the source's usual one), or those of all."""
     if layer == "all":
         return _OnDemand(source, available_layers(source))
     defaults = {EMBEDDED: DEFAULT_LAYER, GEMMA_SCOPE_2B: GEMMA_SCOPE_LAYER}

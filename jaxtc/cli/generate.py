@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from jaxtc.cli.explain import _own_transcoders, _transcoders
+from jaxtc.cli.explain import find_transcoders, own_transcoders
 from jaxtc.cli.runtime import Progress, working
 from jaxtc.edit import Edit
 from jaxtc.errors import InputError, JaxtcError
@@ -186,6 +186,6 @@ def _edits(features: dict, layer, source, model: str, progress: Progress) -> lis
     if not features:
         return []
     number = None if layer is None else str(layer)
-    transcoder = _transcoders(source or _own_transcoders(model), number, progress)
+    transcoder = find_transcoders(source or own_transcoders(model), number, progress)
     ids, values = list(features), list(features.values())
     return [SetFeature(transcoder, ids, values, layer=layer, position=slice(1, None))]

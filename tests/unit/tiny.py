@@ -26,7 +26,19 @@ def config() -> jaxtc.Gemma2Config:
     )  # fmt: skip
 
 
-@functools.cache
+def outside_traces(make):
+    """Kept, and made of real arrays even when it is first asked for inside a trace."""
+
+    @functools.cache
+    @functools.wraps(make)
+    def made(*args, **kwargs):
+        with jax.ensure_compile_time_eval():
+            return make(*args, **kwargs)
+
+    return made
+
+
+@outside_traces
 def model() -> jaxtc.Gemma2:
     made = jaxtc.Gemma2(config(), rngs=nnx.Rngs(0))
     # Gains away from 0, so that the site before the gain differs from the one after it.
@@ -38,7 +50,7 @@ def model() -> jaxtc.Gemma2:
     return made
 
 
-@functools.cache
+@outside_traces
 def transcoder(layer: int | None, features: int = 50, width: int = 24) -> jaxtc.Transcoder:
     made = jaxtc.Transcoder(
         width, features, layer=layer, source=f"tiny/layer_{layer}", rngs=nnx.Rngs(layer or 0)
