@@ -130,6 +130,8 @@ def sweep(
         CapacityError: the results would not fit in memory.
     """
     config, layers = model.config, model.config.num_hidden_layers
+    if logits not in ("all", "last", None):
+        raise InputError(f"logits is {logits!r}, expected 'all', 'last' or None.")
     of = as_pytree(of)
     prompts = prepare(tokens, config, lengths)
     asked = understand(capture, layers)
@@ -138,7 +140,7 @@ def sweep(
     axes = _axes(edits)
     for edit in edits:
         _check(edit, lambda one: check_edits([one], config, reach, prompts))
-    edits = [edit.prepared() for edit in edits]
+    edits = [_prepared(edit) for edit in edits]
     shape = tuple(map(len, axes.values()))
     places = np.stack(np.unravel_index(np.arange(math.prod(shape)), shape), axis=1)
     leaves = parameters(model)
@@ -302,6 +304,14 @@ def _at(edit: Edit, place: Mapping[str, Any]) -> Edit:
         return leaf.values[place.get(leaf.name, 0)] if _is_over(leaf) else leaf
 
     return jax.tree.map(pick, edit, is_leaf=_is_over)
+
+
+def _prepared(edit: Edit) -> Edit:
+    """As compiled programs take it, its axes kept."""
+    leaves, structure = jax.tree.flatten(_at(edit, {}).prepared())
+    mine = jax.tree.leaves(edit, is_leaf=_is_over)
+    kept = [own if _is_over(own) else new for own, new in zip(mine, leaves, strict=True)]
+    return jax.tree.unflatten(structure, kept)
 
 
 def _check(edit: Edit, check: Callable[[Edit], Any]) -> None:
