@@ -73,13 +73,14 @@ def own_shape(edit: "Edit", value: Any, layers: int) -> tuple[int, ...]:
 def whole_numbers(given: Any) -> Any:
     """Whole numbers as compiled programs take them, however they were written: int32, one array.
 
-    What is traced stays as it is, and so do random keys.
+    What is traced stays as it is, and so do random keys; a sweep's axis keeps its form.
     """
-    if given is None or is_traced(given):
-        return given
-    if jnp.issubdtype(getattr(given, "dtype", np.int32), jax.dtypes.prng_key):
-        return given
-    return np.asarray(given).astype(np.int32)
+
+    def one(leaf: Any) -> Any:
+        key = jnp.issubdtype(getattr(leaf, "dtype", np.int32), jax.dtypes.prng_key)
+        return leaf if key or is_traced(leaf) else np.asarray(leaf).astype(np.int32)
+
+    return jax.tree.map(one, given)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
