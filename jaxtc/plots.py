@@ -64,10 +64,10 @@ def heat_map(
     low, high = np.nanmin(values), np.nanmax(values)
     signed = share or low < 0 < high
     if signed or limit is not None:
-        high = max(-low, high) if limit is None else limit
+        high = max(-low, high, 1.0 if share else 0.0) if limit is None else limit
         low = -high if signed or low < 0 else 0.0
     if ax is None:
-        size = 2.4 + 0.42 * values.shape[1], 1.3 + 0.3 * values.shape[0]
+        size = 2.4 + 0.42 * values.shape[1], max(3.2, 1.6 + 0.25 * values.shape[0])
         ax = plt.subplots(figsize=size, layout="constrained")[1]
     colors = plt.get_cmap("RdBu_r" if signed else "viridis").with_extremes(bad="lightgray")
     image = ax.imshow(values, cmap=colors, vmin=low, vmax=high, origin="lower", aspect="auto")
@@ -160,7 +160,7 @@ def _words(tokens: Sequence[str], positions: list) -> list[str]:
             f"{max(positions)}; give the pieces of the prompt that was run, <bos> among them."
         )
     words = [tokens[p].replace("▁", " ").strip() or repr(tokens[p]) for p in positions]
-    return [f"{word}  {p}" for word, p in zip(words, positions, strict=True)]
+    return [f"{word} {p}" for word, p in zip(words, positions, strict=True)]
 
 
 def _label(place: Any, labels: list, most: int, **style: Any) -> None:

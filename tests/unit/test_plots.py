@@ -48,7 +48,7 @@ def test_patching_is_drawn_as_the_share_recovered_with_its_convention():
     values = np.array([[1, 1, 3, 1], [1, 2, 1, 0]], np.float32)[..., None]
     ax = plots.heat_map(patching(values), TOKENS)
     np.testing.assert_allclose(drawn(ax), [[0, 0, 1, 0], [0, 0.5, 0, -0.5]], atol=1e-6)
-    assert words(ax.get_xticklabels()) == ["<bos>  0", "The  1", "New York  2", "is  3"]
+    assert words(ax.get_xticklabels()) == ["<bos> 0", "The 1", "New York 2", "is 3"]
     assert words(ax.get_yticklabels()) == ["0", "1"]
     assert ax.get_ylabel() == "layer" and ax.get_title() == "v patched"
     assert "0 as corrupted, 1 as clean" in bar(ax).ax.get_ylabel()
@@ -99,7 +99,7 @@ def test_a_sweep_has_tokens_along_its_positions_only():
     found = Sweep(values, {"position": positions, "factor": np.array([0.5, 2.0])})
     ax = plots.heat_map(found, TOKENS, label="logit of ▁is")
     np.testing.assert_array_equal(drawn(ax), values.T)
-    assert words(ax.get_xticklabels()) == ["is  3", "The  1", "New York  -2"]
+    assert words(ax.get_xticklabels()) == ["is 3", "The 1", "New York -2"]
     assert words(ax.get_yticklabels()) == ["0.5", "2"] and ax.get_ylabel() == "factor"
     assert bar(ax).ax.get_ylabel() == "logit of ▁is"
     other = Sweep(values, {"seed": np.arange(3), "factor": np.array([0.5, 2.0])})
