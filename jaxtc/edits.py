@@ -58,7 +58,9 @@ class SetTo(Edit):
     """Replace the activation by ``value``: patching in what another run had there, or ablating.
 
     Attributes:
-        value: anything that broadcasts to the site; an array captured at the same site fits.
+        value: anything that broadcasts to the site; an array captured at the same site fits. A
+            score set at ``attn_scores`` is attended to even where it was masked (but for padding):
+            to cut edges use :class:`jaxtc.KnockOut`.
     """
 
     value: Any

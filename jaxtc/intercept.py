@@ -176,6 +176,8 @@ class Tap:
 
     def _new(self, edit: Edit, x: jax.Array, context: Context) -> jax.Array:
         new = edit.new(x, context)
+        if not hasattr(new, "dtype"):
+            raise EditError(f"{edit} returned {type(new).__name__}, expected an array like x.")
         if new.shape != x.shape or new.dtype != x.dtype:
             raise EditError(
                 f"{edit} returned {new.dtype}{list(new.shape)} for a site of "

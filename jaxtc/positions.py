@@ -90,6 +90,13 @@ class Span:
     stop: Any
     part: str = dataclasses.field(default="", metadata={"static": True})
 
+    def __str__(self):
+        if self.part or is_traced((self.start, self.stop)):
+            return self.part or "(traced)"
+        ends = ["" if stop >= FOREVER else stop for stop in np.asarray(self.stop).tolist()]
+        rows = zip(np.asarray(self.start).tolist(), ends, strict=True)
+        return ", ".join(dict.fromkeys(f"{start}:{end}" for start, end in rows))
+
     def selects(self, positions: jax.Array) -> jax.Array:
         """(B, T) positions to (B, T) booleans: those in the range."""
         return (positions >= self.start[:, None]) & (positions < self.stop[:, None])
@@ -105,6 +112,9 @@ class Mask:
     """Any set of a prompt's tokens. Attributes: on: (B, W) booleans, W the padded length."""
 
     on: Any
+
+    def __str__(self):
+        return "(a mask)"
 
     def selects(self, positions: jax.Array) -> jax.Array:
         """(B, T) positions to (B, T) booleans: those that are on."""

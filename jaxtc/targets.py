@@ -13,15 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.config import Gemma2Config
+from jaxtc.conflicts import check_conflicts
 from jaxtc.edit import TARGETS, Edit, PerLayer
 from jaxtc.errors import EditError
 from jaxtc.intercept import among
-from jaxtc.positions import is_traced, resolve
+from jaxtc.positions import Mask, is_traced, resolve
 from jaxtc.prompts import Prompts
 from jaxtc.sites import BY_NAME, ORDER, check_layer
 
 # Axes that a head, a coordinate or a key can be named along.
 HEADS, COORDINATES = "NK", "DHFV"
+# Where a copy comes from.
+SOURCES = ("from_row", "from_position")
 
 
 def check_edits(
@@ -57,9 +60,11 @@ def check_edits(
         edit = _positions(edit, prompts, extra)
         edit = _values(edit, sizes, prompts, extra)
         edit.check(sizes, prompts.known_lengths)
-        unsure |= is_traced([getattr(edit, name, None) for name in (*TARGETS, "from_position")])
-        checked.append(edit.prepared())
-    return tuple(checked), unsure
+        unsure |= is_traced([getattr(edit, name, None) for name in (*TARGETS, *SOURCES)])
+        checked.append(edit)
+    if len(checked) > 1:
+        check_conflicts(checked, config.num_hidden_layers, prompts.tokens.shape[1])
+    return tuple(edit.prepared() for edit in checked), unsure
 
 
 def of_phase(edits: Sequence[Edit], new: bool) -> tuple[Edit, ...]:
@@ -93,8 +98,11 @@ def all_fire(
         rows = jnp.ones(len(lengths), bool) if edit.row is None else among(edit.row, len(lengths))
         if edit.position is not None:
             fine &= (edit.position.exist(lengths) | ~rows).all()
+            fine &= edit.position.on.any() if isinstance(edit.position, Mask) else True
         if edit.key is not None:
             fine &= (edit.key.exist(lengths) | ~rows).all()
+        if getattr(edit, "from_row", None) is not None:
+            fine &= _below(edit.from_row, len(lengths))
         if getattr(edit, "from_position", None) is not None:
             fine &= (edit.from_position.exist(lengths) | ~_sources(edit, rows)).all()
     return fine
