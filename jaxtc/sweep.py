@@ -41,6 +41,8 @@ NUMBERS = (jnp.number, jnp.bool_, jax.dtypes.prng_key)
 
 # Whether a value of one of these is there can depend on that of another.
 TOGETHER = {"position", "row", "key", "from_position", "from_row"}
+# Ids that are there from 0 on: when the ends of an axis fit, all of it does.
+IDS = {"feature", "coordinate"}
 
 
 @jax.tree_util.register_dataclass
@@ -218,7 +220,7 @@ def _check_results(kept: Any, chunks: float) -> None:
     """Refuse what keeps nothing, and what would not fit when all chunks are there and joined."""
     arrays = jax.tree.leaves(kept)
     if not arrays:
-        raise InputError("`of` gave no array: return what a variant should keep, or ask for logits")
+        raise InputError("`of` gave no array: return what a variant shall keep, or ask for logits.")
     size = sum(x.size * x.dtype.itemsize for x in arrays)
     check_fits(int(2 * size * chunks), "What this sweep keeps")
 
@@ -327,13 +329,22 @@ def _check(edit: Edit, check: Callable[[Edit], Any]) -> None:
     edit = jax.tree.map(lambda x: next(known) if _is_over(x) else x, edit, is_leaf=_is_over)
     sizes = {over.name: len(over) for _, over in overs}
     joint = {over.name: len(over) for field, over in overs if field in TOGETHER}
+    ends = {over.name: _ends(over.values) for field, over in overs if field in IDS}
     for name, size in sizes.items():
-        for index in range(size):
+        alone = sum(over.name == name for _, over in overs) == 1
+        for index in ends.get(name, range(size)) if alone else range(size):
             try:
                 check(_at(edit, {name: index}))
             except JaxtcError:
                 if name not in joint or not _somewhere(edit, check, joint, name, index):
                     raise
+
+
+def _ends(values: Any) -> Sequence[int]:
+    """Where the lowest and the highest are, of whole numbers; else everywhere."""
+    if is_traced(values) or values.ndim > 1 or values.dtype.kind not in "iu":
+        return range(len(values))
+    return [int(values.argmin()), int(values.argmax())]
 
 
 def _somewhere(edit: Edit, check, joint: Mapping[str, int], name: str, index: int) -> bool:
