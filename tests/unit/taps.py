@@ -22,6 +22,10 @@ SITES = ("resid_post", "q", "v", "mlp_in_scale", "logits", "attn_pattern")
 GARBAGE = 1e4
 
 
+def drawn(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
 def checked(edits, prompts=PROMPTS):
     return check_edits(edits, tiny.config(), (LAYERS, len(ORDER)), prepare(prompts, tiny.config()))[
         0
@@ -131,3 +135,14 @@ def same(site, found, before, expected: Callable, prompts=PROMPTS, **tolerance) 
         np.testing.assert_allclose(token, should, err_msg=message, **tolerance)
         changed += bool((token != was).any())
     return changed
+
+
+def at_token(array, at):
+    """What an array of a site's shape holds for a token."""
+    axis = BY_NAME[at.site].sequence_axis
+    token = np.moveaxis(array, axis, 1)[at.row, at.place]
+    return token[..., : at.size] if at.site.startswith("attn_") else token
+
+
+def everywhere(at):
+    return True
