@@ -2,6 +2,7 @@
 
 from jaxtc import reducers as reducers
 from jaxtc import scores as scores
+from jaxtc.axes import Over as Over
 from jaxtc.compiles import compiles as compiles
 from jaxtc.config import Gemma2Config as Gemma2Config
 from jaxtc.edit import Edit as Edit
@@ -35,7 +36,6 @@ from jaxtc.patching import attribution_patching as attribution_patching
 from jaxtc.positions import Token as Token
 from jaxtc.run import run as run
 from jaxtc.sites import SITES as SITES
-from jaxtc.sweep import Over as Over
 from jaxtc.sweep import sweep as sweep
 from jaxtc.transcoder import Transcoder as Transcoder
 from jaxtc.warm_up import warm_up as warm_up

@@ -285,4 +285,5 @@ class ClampFeature(FeatureEdit):
         """``a`` within the bounds."""
         low = -jnp.inf if self.low is None else _per_feature(self.low, a, layer)
         high = jnp.inf if self.high is None else _per_feature(self.high, a, layer)
-        return jnp.clip(a, low, high)
+        # Bounds that were traced may be the wrong way round.
+        return jnp.where(low > high, jnp.nan, jnp.clip(a, low, high))

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtc.axes import Over
 from jaxtc.edit import Edit, PerLayer
 from jaxtc.edits import SetTo
 from jaxtc.errors import InputError, SiteError
@@ -22,7 +23,7 @@ from jaxtc.model import Gemma2
 from jaxtc.prompts import prepare
 from jaxtc.run import RunResult, run
 from jaxtc.sites import BY_NAME, parse
-from jaxtc.sweep import Over, sweep
+from jaxtc.sweep import sweep
 
 Score = Callable[[RunResult], jax.Array]
 

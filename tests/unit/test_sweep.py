@@ -141,9 +141,9 @@ AXES = {
         ProjectOut(Over(EACH), site="resid_post", layer=over(0, 2)),
     ],
     "features": [
-        SetFeature(T1, over(3, 0), over(1.0, 5.0), layer=over(2, 0)),
+        SetFeature(T1, over(11, 0), over(1.0, 5.0), layer=over(2, 0)),
         SetFeature(T1, over([3, 4], [5, 49], name="f"), 4.0, position=over(1, -1)),
-        ClampFeature(T1, 3, low=over(1.0, 2.0, 3.0), layer=0),
+        ClampFeature(T1, 7, low=over(1.0, 2.0, 3.0), layer=0),
     ],
     "splice": [
         Splice(tiny.transcoder(0), layer=LAYER),
