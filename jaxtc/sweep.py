@@ -139,12 +139,17 @@ def sweep(
         if progress is not None:
             jax.block_until_ready(kept)
             progress(min(start + chunk, len(order)), len(order))
-    back = np.argsort(order)
+    return Sweep(_join(found, np.argsort(order), shape), axes)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _join(found: Sequence[Any], back: np.ndarray, shape: tuple[int, ...]) -> Any:
+    """The chunks' results in the order of the axes."""
 
     def join(*parts):
         return jnp.concatenate(parts)[back].reshape(*shape, *parts[0].shape[1:])
 
-    return Sweep(jax.tree.map(join, *found), axes)
+    return jax.tree.map(join, *found)
 
 
 @dataclasses.dataclass(frozen=True)
