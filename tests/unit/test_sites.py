@@ -6,6 +6,7 @@ import pytest
 from flax import nnx
 
 from jaxtc.errors import SiteError
+from jaxtc.intercept import Tap
 from jaxtc.model import Gemma2
 from jaxtc.sites import BY_NAME, NORM_SCALES, SITES, Address, parse, resolve
 from tests.unit import tiny
@@ -13,14 +14,12 @@ from tests.unit import tiny
 LAYERS = tiny.config().num_hidden_layers
 
 
-class Recorder:
-    """Stands in for the tap and writes down what passes."""
+class Recorder(Tap):
+    """Writes down what passes."""
 
     def __init__(self):
+        super().__init__()
         self.seen: list[tuple[Address, tuple[int, ...], jnp.dtype]] = []
-
-    def at(self, layer):
-        return lambda site, x: self(site, x, layer)
 
     def __call__(self, site, x, layer=None):
         self.seen.append((Address(site, layer), x.shape, x.dtype))
