@@ -130,7 +130,6 @@ WORK = {
     "at a position": ([Splice(EACH, position=-1)], [9, 0]),
     "in a row": ([Splice(EACH[1], row=0)], [9, 0]),
     "after an edit of features": ([Splice(EACH), SetFeature(EACH[1], 3, 2.0)], [0, 0]),
-    "with an edit inside": ([Splice(EACH), Add(1.0, site="mlp_act", layer=1)], [0, 0]),
 }
 
 
