@@ -1,0 +1,1 @@
+"""Numerical parity with PyTorch, on anyone's own weights: :func:`certify`."""
