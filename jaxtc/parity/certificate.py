@@ -1,7 +1,7 @@
 """What a comparison found, as plain data: everything the table, the JSON and the HTML report show.
 
-"Ours" is jaxtc, "theirs" the reference, ``Gemma2ForCausalLM`` of ``transformers`` in PyTorch. Errors
-are relative, ‖ours − theirs‖ / ‖theirs‖ of a token, unless they are called something else.
+"Ours" is jaxtc, "theirs" the reference, ``Gemma2ForCausalLM`` of ``transformers`` in PyTorch.
+Errors are relative, ‖ours − theirs‖ / ‖theirs‖ of a token, unless they are called something else.
 """
 
 import dataclasses

@@ -1,0 +1,322 @@
+"""``certify``: the reference in a process of its own, then our model, then the comparison."""
+
+import datetime
+import functools
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtc.config import Gemma2Config
+from jaxtc.edit import PerLayer
+from jaxtc.edits import SetTo
+from jaxtc.errors import InputError, did_you_mean
+from jaxtc.generate import generate
+from jaxtc.model import Gemma2
+from jaxtc.parity import compare, job, verdict
+from jaxtc.parity.certificate import Certificate, Prompt, TruthRow
+from jaxtc.parity.compare import Features, Predictions, Tally
+from jaxtc.parity.job import Job
+from jaxtc.parity.texts import tokenised
+from jaxtc.parity.tolerances import Tolerances, tolerances
+from jaxtc.run import run
+from jaxtc.sites import SITES, Address, check_layer
+from jaxtc.weights.load import EMBEDDED, load_model, load_tokenizer, model_folder
+from jaxtc.weights.npz import read_params
+from jaxtc.weights.transcoders import available_layers, load_transcoder, transcoder_file
+
+DTYPES = ("float32", "bfloat16")
+# At these sites the isolated run is given the reference's own values.
+GIVEN = ("resid_pre", "resid_mid")
+# Bytes of captures held at once: more layers than fit are captured in several passes.
+_CAPTURED = 256 * 2**20
+
+Loader = Callable[..., Gemma2]
+
+
+def certify(
+    model: str | Path = EMBEDDED,
+    *,
+    prompts: Sequence[Any] | None = None,
+    transcoder: str | Path | None = None,
+    transcoder_layer: int | None = None,
+    dtype: str = "float32",
+    layers: Iterable[int] | None = None,
+    truth: bool = False,
+    new_tokens: int = 16,
+    progress: Callable[[str], None] | None = None,
+    load: Loader = load_model,
+) -> Certificate:
+    """Compare jaxtc with ``transformers``' PyTorch model, on the same weights and tokens.
+
+    The two run one after the other, so that one of them is in memory at a time; what the reference
+    has at each site waits in a private temporary folder, float32 or, of ``truth``, float64: room
+    for it must be there (2B: 9 MB a token).
+
+    Args:
+        model: a hub id, a local folder, or ``"embedded"``.
+        prompts: texts, or rows of token ids; some built-in sentences by default.
+        transcoder: also compare this one's features; a source as in
+            :func:`jaxtc.load_transcoder`.
+        transcoder_layer: whose MLP it imitates, where the source does not say.
+        dtype: of both models' weights: "float32" or "bfloat16".
+        layers: whose sites to compare; all by default.
+        truth: also run the reference in float64, with the weights as ``dtype`` rounds them.
+        new_tokens: how many greedy tokens to compare after each prompt.
+        progress: called with a few words at each step.
+        load: what loads our model, called as ``load(folder, dtype=dtype)``.
+
+    Raises:
+        SourceError, ConfigError, WeightsError: of the model or the transcoder.
+        InputError: prompts the model cannot run.
+        SiteError: a layer the model lacks.
+        CapacityError: prompts too long for the memory there is.
+        JaxtcError: no PyTorch here, an option out of its range, or the PyTorch process failed.
+    """
+    job.need_torch()
+    say = progress or (lambda step: None)
+    if dtype not in DTYPES:
+        raise InputError(
+            f"dtype is {dtype!r}, expected 'float32' or 'bfloat16'.{did_you_mean(dtype, DTYPES)}"
+        )
+    if isinstance(new_tokens, bool) or not isinstance(new_tokens, int) or new_tokens < 0:
+        raise InputError(f"new_tokens is {new_tokens!r}, expected a whole number from 0.")
+    say(f"Looking for {model}")
+    folder = model_folder(model)
+    config = Gemma2Config.from_file(folder / "config.json")
+    count = config.num_hidden_layers
+    chosen = sorted({check_layer(one, count, "layers") for one in layers or range(count)})
+    file, of_layer = _transcoder(transcoder, transcoder_layer, config)
+    if of_layer is not None:
+        chosen = sorted({*chosen, of_layer})
+    tokenizer = functools.cache(functools.partial(load_tokenizer, model))
+    texts, ids = tokenised(prompts, model, config, tokenizer, new_tokens)
+    with job.private_folder() as root:
+        work = Job(
+            name=dtype, root=str(root), model=str(folder.resolve()), dtype=dtype, truth=False,
+            prompts=ids, layers=chosen, new_tokens=new_tokens, transcoder=file and str(file),
+            transcoder_layer=of_layer, cpu=jax.config.jax_platforms == "cpu",
+        )  # fmt: skip
+        reports = {"theirs": job.run(work, say)}
+        exact = None
+        if truth:
+            exact = Job(
+                name="float64", root=str(root), model=work.model, dtype=dtype, truth=True,
+                prompts=ids, layers=chosen, cpu=work.cpu,
+            )  # fmt: skip
+            reports["truth"] = job.run(exact, say)
+        began = time.monotonic()
+        say(f"Loading {model} into JAX")
+        ours = load(folder, dtype=dtype)
+        features = None
+        if file:
+            features = Features(
+                load_transcoder(file, of_layer), tolerances(dtype), _special(config)
+            )
+        side = Comparison(ours, work, exact, tolerances(dtype), features)
+        for index in range(len(ids)):
+            say(f"JAX, {dtype}: prompt {index + 1} of {len(ids)}")
+            side.prompt(index)
+        new = [[] for _ in ids]
+        if new_tokens:
+            say("JAX: generating")
+            new = [generate(ours, row, new_tokens, stop=()).tokens[0] for row in ids]
+    seconds = {name: report["seconds"] for name, report in reports.items()}
+    seconds["ours"] = time.monotonic() - began
+    text = tokenizer() if any(text is not None for text in texts) else None
+    return verdict.certificate(
+        tolerances(dtype),
+        side,
+        generation=compare.generation(new, reports["theirs"]["prompts"], text),
+        transcoder=features and features.result(str(transcoder), of_layer),
+        model=str(model),
+        layers=chosen,
+        config=config,
+        prompts=[Prompt(text, len(row)) for text, row in zip(texts, ids, strict=True)],
+        versions={
+            **{name: version(name) for name in ("jaxtc", "jax", "flax", "numpy")},
+            **reports["theirs"]["versions"],
+            "python": platform.python_version(),
+        },
+        machine={
+            "platform": platform.platform(),
+            "ours": jax.local_devices()[0].device_kind,
+            "theirs": reports["theirs"]["device"],
+        },
+        seconds=seconds,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _transcoder(
+    source: str | Path | None, layer: int | None, config: Gemma2Config
+) -> tuple[Path | None, int | None]:
+    """The file and the layer of the transcoder that was asked for."""
+    if source is None:
+        if layer is not None:
+            raise InputError("A transcoder's layer was given, but no transcoder; name one too.")
+        return None, None
+    if layer is None:
+        there = available_layers(source)
+        if len(there) > 1:
+            raise InputError(
+                f"{source} has transcoders for layers {', '.join(map(str, there))}; say which "
+                f"with --transcoder-layer {there[0]} (transcoder_layer={there[0]})."
+            )
+        [layer] = there
+    check_layer(layer, config.num_hidden_layers, "the transcoder")
+    file = transcoder_file(source, layer)
+    params = read_params(file, np.dtype(np.float32))
+    widths = params["W_enc"].shape[0], params["W_dec"].shape[1]
+    if widths != (config.hidden_size,) * 2:
+        raise InputError(
+            f"The transcoder {source} reads and writes {widths[0]} and {widths[1]} numbers a "
+            f"token, but this model's D is {config.hidden_size}: it belongs to another model."
+        )
+    return file, layer
+
+
+def _special(config: Gemma2Config) -> list[int]:
+    """Ids of the tokens transcoders are not trained on."""
+    eos = config.eos_token_id
+    ids = [config.bos_token_id, config.pad_token_id, *(eos if isinstance(eos, tuple) else [eos])]
+    return [one for one in ids if one is not None]
+
+
+class Comparison:
+    """Our model on the prompts, against the reference's files.
+
+    Args:
+        model: ours.
+        work: the reference's pass.
+        exact: its float64 pass, or None.
+        tolerances: for the dtype.
+        features: for the transcoder, or None.
+
+    Attributes:
+        accumulated, isolated: a tally for each address, in the order of computation.
+        truth: by site, (ours, the reference) against float64.
+        predictions: of the logits.
+    """
+
+    def __init__(
+        self,
+        model: Gemma2,
+        work: Job,
+        exact: Job | None,
+        tolerances: Tolerances,
+        features: Features | None,
+    ):
+        self.model, self.work, self.exact, self.features = model, work, exact, features
+        self.predictions = Predictions(tolerances)
+        order = list(in_order(work.layers))
+        self.accumulated = {address: Tally(address.site) for address in order}
+        given = set(GIVEN)
+        self.isolated = {a: Tally(a.site) for a in order if a.site not in given}
+        names = [site.name for site in SITES] if exact else []
+        self.truth = {name: (Tally(name), Tally(name)) for name in names}
+
+    def prompt(self, index: int) -> None:
+        """Run one prompt both ways and compare it; its files are deleted."""
+        work, ids = self.work, self.work.prompts[index]
+        groups = list(_groups(self.model.config, work.layers, len(ids), self.model.dtype.itemsize))
+        for number, group in enumerate(groups):
+            wanted = list(in_order(group, first=number == 0, last=number == len(groups) - 1))
+            found = self._run(ids, wanted, ())
+            self._accumulated(index, wanted, found)
+            edits = self._starts(index, group, last=number == len(groups) - 1)
+            isolated = [address for address in wanted if address in self.isolated]
+            found = self._run(ids, isolated, edits)
+            for address in isolated:
+                self.isolated[address].add(found(address), work.array(index, address))
+        work.forget(index)
+        if self.exact:
+            self.exact.forget(index)
+
+    def _run(self, ids, wanted, edits) -> Callable[[Address], np.ndarray]:
+        logits = "all" if Address("logits") in wanted else None
+        capture = [address for address in wanted if address.site != "logits"]
+        result = run(self.model, [ids], capture=capture, edits=edits, logits=logits)
+
+        def read(address: Address) -> np.ndarray:
+            x = result.logits if address.site == "logits" else result.activations[address]
+            return np.asarray(x)[0]
+
+        return read
+
+    def _accumulated(self, index: int, wanted: list[Address], found) -> None:
+        work = self.work
+        for address in wanted:
+            ours, theirs = found(address), work.array(index, address)
+            self.accumulated[address].add(ours, theirs)
+            if self.exact:
+                right = self.exact.array(index, address)
+                for tally, x in zip(self.truth[address.site], (ours, theirs), strict=True):
+                    tally.add(x, right)
+            if address.site == "logits":
+                self.predictions.add(ours, theirs, work.prompts[index])
+        layer = work.transcoder_layer
+        if self.features and Address("mlp_out", layer) in wanted:
+            names = ("mlp_in_normed", "mlp_out")
+            own = {name: found(Address(name, layer)) for name in names}
+            theirs = {name: work.array(index, Address(name, layer)) for name in names}
+            for name in ("pre_activations", "activations", "reconstruction"):
+                theirs[name] = work.array(index, f"transcoder.{name}")
+            self.features.add(own, theirs, work.prompts[index])
+
+    def _starts(self, index: int, group: list[int], last: bool) -> list[SetTo]:
+        """Edits that put the reference's own residual stream before each half of these layers."""
+        count = self.model.config.num_hidden_layers
+        edits = []
+        for site in GIVEN:
+            rows = {layer: self.work.array(index, Address(site, layer)) for layer in group}
+            stacked = np.zeros((count, 1, *rows[group[0]].shape), np.float32)
+            for layer, row in rows.items():
+                stacked[layer, 0] = row
+            edits.append(SetTo(PerLayer(stacked), site=site, layer=group))
+        if last and count - 1 not in group:
+            end = self.work.array(index, Address("resid_post", count - 1))
+            edits.append(SetTo(np.asarray(end)[None], site=f"layers.{count - 1}.resid_post"))
+        return edits
+
+    def truth_rows(self) -> list[TruthRow] | None:
+        """Who is nearer, by site."""
+        if not self.exact:
+            return None
+        pairs = {site: (a.mean, b.mean) for site, (a, b) in self.truth.items() if a.tokens}
+        return [TruthRow(site, a, b, a / b if b > 0 else None) for site, (a, b) in pairs.items()]
+
+
+def in_order(layers: Iterable[int], first: bool = True, last: bool = True) -> Iterator[Address]:
+    """Addresses in the order of computation.
+
+    Args:
+        layers: whose.
+        first: with what comes before them.
+        last: with what comes after them.
+    """
+    names = [site.name for site in SITES if not site.per_layer]
+    yield from (Address(name) for name in names if first and name == "embed")
+    for layer in layers:
+        yield from (Address(site.name, layer) for site in SITES if site.per_layer)
+    yield from (Address(name) for name in names if last and name != "embed")
+
+
+def _groups(
+    config: Gemma2Config, layers: list[int], length: int, itemsize: int
+) -> Iterator[list[int]]:
+    """Layers in groups whose captures fit in ``_CAPTURED`` bytes; at least one layer each."""
+    sizes = {**config.sizes, "B": 1, "T": length, "S": length, "1": 1}
+    one = 0
+    for site in SITES:
+        if site.per_layer:
+            numbers = np.prod([sizes[letter] for letter in site.axes.split()], dtype=np.int64)
+            one += int(numbers) * (4 if site.float32 else itemsize)
+    step = max(1, _CAPTURED // one)
+    for start in range(0, len(layers), step):
+        yield layers[start : start + step]
