@@ -1,4 +1,4 @@
-"""The certificate as one HTML file: no script, nothing fetched, readable on a phone and on paper."""
+"""The certificate as one HTML file: no script, nothing fetched, fit for a phone and for paper."""
 
 import contextlib
 import dataclasses
@@ -200,7 +200,7 @@ def exact(number: float | int | None) -> str:
         return "–"
     if isinstance(number, int) or not math.isfinite(number) or not number:
         return short(number) if isinstance(number, float) else str(number)
-    return f"{number:.4g}" if 1e-3 <= abs(number) < 1e5 else _exponent(f"{number:.3e}")
+    return _exponent(f"{number:.4g}")
 
 
 def percent(fraction: float) -> str:
@@ -210,8 +210,8 @@ def percent(fraction: float) -> str:
 
 
 def _exponent(text: str) -> str:
-    digits, power = text.split("e")
-    return f"{digits}e{int(power)}"
+    digits, mark, power = text.partition("e")
+    return f"{digits}e{int(power)}" if mark else text
 
 
 def step(number: float) -> int:
