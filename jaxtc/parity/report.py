@@ -12,6 +12,8 @@ from typing import Any
 
 from jaxtc.errors import InputError, SourceError
 from jaxtc.parity.certificate import Certificate, Figures, SiteRow
+from jaxtc.parity.texts import EMBEDDED_TEXTS, TEXTS
+from jaxtc.weights.load import EMBEDDED
 
 # Colours of an error from 1e-8 or less to 1 or more, two steps a decade.
 LEAST, STEPS = -8, 17
@@ -73,6 +75,7 @@ def render(certificate: dict[str, Any]) -> str:
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters |= {"short": short, "exact": exact, "percent": percent, "step": step}
+    environment.filters["value"] = lambda x: exact(x) if isinstance(x, int | float) else x
     source = resources.files("jaxtc.parity").joinpath("report.html.j2").read_text("utf-8")
     maps = [heat_map(held, kind) for kind in KINDS]
     return environment.from_string(source).render(
@@ -84,6 +87,10 @@ def render(certificate: dict[str, Any]) -> str:
         colours={"light": colours(LIGHT), "dark": colours(DARK)},
         decades=range(LEAST, 1),
         command=command(held),
+        from_file=not built_in(held),
+        one_a_line=all(one.text and len(one.text.splitlines()) == 1 for one in held.prompts),
+        layers=spans(held.layers),
+        tolerances=tolerance_table(held.tolerances),
         ratios=[row.ratio for row in held.truth or () if row.ratio is not None],
     )
 
@@ -96,18 +103,15 @@ class Cell:
         row: the address, None where there is none.
         figures: its error; None where it was given rather than compared.
         tolerance: of ``figures.relative``.
+        over: whether that, or its worst token, is above its tolerance or no number at all.
         jumps: whether the first jump is here.
     """
 
-    row: SiteRow | None
-    figures: Figures | None
-    tolerance: float | None
-    jumps: bool
-
-    @property
-    def over(self) -> bool:
-        """Above its tolerance, or no number at all."""
-        return self.figures is not None and not self.figures.relative <= self.tolerance
+    row: SiteRow | None = None
+    figures: Figures | None = None
+    tolerance: float | None = None
+    over: bool = False
+    jumps: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,21 +131,21 @@ class HeatMap:
 
 def heat_map(certificate: Certificate, kind: str) -> HeatMap:
     """The heat map of one kind of error."""
-    jump = certificate.first_jump
+    jump, worst = certificate.first_jump, certificate.tolerances.get("worst", math.inf)
     by_site: dict[str, dict[int | None, Cell]] = {}
     for row in certificate.sites:
         jumps = jump is not None and (jump.site, jump.layer, jump.kind) == (
             row.site, row.layer, kind,
         )  # fmt: skip
-        tolerance = getattr(row, f"{kind}_tolerance")
-        cell = Cell(row, getattr(row, kind), tolerance, jumps)
+        figures, limit = getattr(row, kind), getattr(row, f"{kind}_tolerance")
+        fine = not figures or (figures.relative <= limit and figures.worst <= worst * limit)
+        cell = Cell(row, figures, limit, not fine, jumps)
         by_site.setdefault(row.site, {})[row.layer] = cell
     layers = sorted({row.layer for row in certificate.sites if row.layer is not None})
-    nothing = Cell(None, None, None, False)
     rows = []
     for site, cells in by_site.items():
         each = None not in cells
-        columns = [cells.get(layer, nothing) for layer in layers] if each else [cells[None]]
+        columns = [cells.get(layer, Cell()) for layer in layers] if each else [cells[None]]
         if any(cell.figures for cell in columns):
             rows.append((site, each, columns))
     return HeatMap(kind, layers, rows)
@@ -163,8 +167,9 @@ def command(certificate: Certificate) -> str:
     """The command line that makes this certificate again."""
     parts = ["jaxtc", "parity", certificate.model, "--dtype", certificate.dtype]
     if certificate.transcoder is not None:
-        parts += ["--transcoder", certificate.transcoder.source]
-    if certificate.model != "embedded":
+        layer = str(certificate.transcoder.layer)
+        parts += ["--transcoder", certificate.transcoder.source, "--transcoder-layer", layer]
+    if not built_in(certificate):
         parts += ["--prompts", "prompts.txt"]
     if len(certificate.layers) < certificate.config.get("num_hidden_layers", 0):
         parts += ["--layers", spans(certificate.layers)]
@@ -172,6 +177,19 @@ def command(certificate: Certificate) -> str:
         parts += ["--truth"]
     count = certificate.generation.new_tokens if certificate.generation else 0
     return shlex.join([*parts, "--new-tokens", str(count), "--report", "parity.html"])
+
+
+def built_in(certificate: Certificate) -> bool:
+    """Whether the prompts are those that are run by default."""
+    default = EMBEDDED_TEXTS if certificate.model == EMBEDDED else TEXTS
+    return [prompt.text for prompt in certificate.prompts] == list(default)
+
+
+def tolerance_table(tolerances: dict[str, Any]) -> tuple[list[str], list[tuple[str, list]]]:
+    """(columns, rows with the value of each column): what is given for each site."""
+    tables = {name: table for name, table in tolerances.items() if isinstance(table, dict)}
+    keys = dict.fromkeys(key for table in tables.values() for key in table)
+    return list(tables), [(key, [table.get(key) for table in tables.values()]) for key in keys]
 
 
 def spans(layers: Iterable[int]) -> str:

@@ -24,6 +24,7 @@ from jaxtc.parity.certificate import (
     Transcoder,
     TruthRow,
 )
+from jaxtc.parity.texts import EMBEDDED_TEXTS
 from jaxtc.sites import SITES
 
 LAYERS = [0, 1, 5]
@@ -67,7 +68,10 @@ def certificate(passed=True, **changes):
         ),
         truth=[TruthRow("embed", 0.0, 0.0, None), TruthRow("q", 2e-3, 4e-3, 0.5),
                TruthRow("k", 6e-3, 4e-3, 1.5)],
-        tolerances={"factor": 8, "sites": {"q": {"isolated": 5e-6, "accumulated": 1e-4}}},
+        tolerances={
+            "factor": 8, "worst": 10.0, "isolated": {"q": 5e-6, "k": 6e-6},
+            "accumulated": {"q": 1e-4},
+        },
         versions={"jaxtc": "0.1.0", "torch": "2.13.0"},
         machine={"platform": "Linux", "ours": "cpu", "theirs": "cuda:0"},
         seconds={"theirs": 12.34, "ours": 10.06},
@@ -196,6 +200,16 @@ def test_what_is_no_number_is_above_its_tolerance():
     assert f"all layers before it NaN ({report.address(sites[3])})" in found.text
 
 
+def test_a_token_far_above_its_tolerance_is_marked():
+    sites = list(certificate().sites)
+    # Of the accumulated error only, whose tolerance is 1e-4, or 1e-3 for one token.
+    for index, worst in ((3, 1.1e-3), (4, 0.9e-3)):
+        figures = dataclasses.replace(sites[index].accumulated, worst=worst)
+        sites[index] = dataclasses.replace(sites[index], accumulated=figures)
+    [over] = page(sites=sites).cells("over")
+    assert "worst token 0.0011" in over["title"]
+
+
 def test_sites_without_some_layers():
     made = certificate()
     sites = [one for one in made.sites if (one.site, one.layer) != ("q", 1)]
@@ -231,11 +245,13 @@ def test_how_it_was_run():
     text = page().text
     for part in (
         "The capital of Texas is (6 tokens)", "given as token ids (21 tokens)",
-        "jaxtc parity 'a model/of mine' --dtype bfloat16 --transcoder a/transcoder --prompts "
-        "prompts.txt --layers 0-1,5 --truth --new-tokens 16 --report parity.html",
-        "jaxtc 0.1.0", "torch 2.13.0", "platform Linux", "theirs cuda:0",
-        "made 2026-11-23T12:00:00+00:00", "layers 0, 1, 5", "theirs: 12.3 s; ours: 10.1 s.",
-        "factor 8", "q isolated 5e-6; accumulated 0.0001", "hidden_size 2304",
+        "jaxtc parity 'a model/of mine' --dtype bfloat16 --transcoder a/transcoder "
+        "--transcoder-layer 5 --prompts prompts.txt --layers 0-1,5 --truth --new-tokens 16 "
+        "--report parity.html",
+        "jaxtc 0.1.0", "torch 2.13.0", "Platform Linux", "Ours ran on cpu", "Theirs ran on cuda:0",
+        "Made 2026-11-23T12:00:00+00:00", "Layers 0-1,5", "theirs 12.3, ours 10.1.",
+        "factor 8 worst 10 site isolated accumulated q 5e-6 0.0001 k 6e-6 –", "hidden_size 2304",
+        "Some of the prompts above are token ids", "(or a token above 10 times that)",
         "No prompt is longer than the window.",
     ):  # fmt: skip
         assert part in text, part
@@ -243,7 +259,13 @@ def test_how_it_was_run():
 
 def test_what_was_not_asked_for_is_absent():
     changes = {"generation": None, "transcoder": None, "truth": None, "notes": [], "layers": [0]}
-    text = page(**changes, model="embedded", config={"num_hidden_layers": 1}).text
+    prompts = [Prompt(text, 10) for text in EMBEDDED_TEXTS]
+    changes |= {"model": "embedded", "config": {"num_hidden_layers": 1}}
+    assert "prompts.txt" in page(**changes).text
+    own = page(**changes, prompts=prompts[:2]).text
+    assert "--prompts prompts.txt" in own and "holds the prompts above, one a line" in own
+    text = page(**changes, prompts=prompts).text
+    assert "prompts.txt" not in text
     for part in ("Greedy", "Transcoder", "nearer the truth", "could not test", "What failed"):
         assert part not in text
     assert "jaxtc parity embedded --dtype bfloat16 --new-tokens 0 --report parity.html" in text
