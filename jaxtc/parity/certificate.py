@@ -39,7 +39,7 @@ class SiteRow:
         accumulated: when our model runs by itself, with the errors of all layers below.
         isolated: when each half of each layer starts from the reference's own residual stream, so
             that an error shows where it is made only. None at the sites that are given that way
-            (resid_pre and resid_mid).
+            (resid_pre, resid_mid, and the last layer's resid_post).
         accumulated_tolerance: what ``accumulated.relative`` may be.
         isolated_tolerance: what ``isolated.relative`` may be, None where that is.
         masks_differ: attention scores that one of the two masks and the other does not.

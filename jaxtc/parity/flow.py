@@ -31,7 +31,7 @@ from jaxtc.weights.npz import read_params
 from jaxtc.weights.transcoders import available_layers, load_transcoder, transcoder_file
 
 DTYPES = ("float32", "bfloat16")
-# At these sites the isolated run is given the reference's own values.
+# At these sites of each layer the isolated run is given the reference's own values.
 GIVEN = ("resid_pre", "resid_mid")
 # Bytes of captures held at once: more layers than fit are captured in several passes.
 _CAPTURED = 256 * 2**20
@@ -216,8 +216,9 @@ class Comparison:
         self.predictions = Predictions(tolerances)
         order = list(in_order(work.layers))
         self.accumulated = {address: Tally(address.site) for address in order}
-        given = set(GIVEN)
-        self.isolated = {a: Tally(a.site) for a in order if a.site not in given}
+        # And here: the final sites start from it.
+        self.end = Address("resid_post", model.config.num_hidden_layers - 1)
+        self.isolated = {a: Tally(a.site) for a in order if a.site not in GIVEN and a != self.end}
         names = [site.name for site in SITES] if exact else []
         self.truth = {name: (Tally(name), Tally(name)) for name in names}
 
@@ -279,9 +280,9 @@ class Comparison:
             for layer, row in rows.items():
                 stacked[layer, 0] = row
             edits.append(SetTo(PerLayer(stacked), site=site, layer=group))
-        if last and count - 1 not in group:
-            end = self.work.array(index, Address("resid_post", count - 1))
-            edits.append(SetTo(np.asarray(end)[None], site=f"layers.{count - 1}.resid_post"))
+        if last:
+            end = self.work.array(index, self.end)
+            edits.append(SetTo(np.asarray(end)[None], site=str(self.end)))
         return edits
 
     def truth_rows(self) -> list[TruthRow] | None:

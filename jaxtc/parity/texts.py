@@ -19,10 +19,10 @@ TEXTS = (
     "Ein kleines Haus steht am Rand des Waldes, und davor",
     "2 + 2 = 4, 3 + 5 = 8, 7 + 6 = 13, 12 + 9 =",
     "The ship left the harbour before dawn, when the fog still lay on the water and the lamps "
-    "along the quay were no more than pale circles. Nobody on deck spoke. The pilot, who had done this "
-    "for thirty years, counted the buoys under his breath and turned the wheel a little at each of "
-    "them. By the time the sun was up, the coast had become a thin grey line, and the captain, who "
-    "had not slept, went below and wrote in the log that the weather was",
+    "along the quay were no more than pale circles. Nobody on deck spoke. The pilot, who had done "
+    "this for thirty years, counted the buoys under his breath and turned the wheel a little at "
+    "each of them. By the time the sun was up, the coast had become a thin grey line, and the "
+    "captain, who had not slept, went below and wrote in the log that the weather was",
 )
 # Of the embedded model's world.
 EMBEDDED_TEXTS = (
