@@ -189,6 +189,21 @@ def test_heat_maps_hold_every_figure():
     assert [len(one) for one in rows] == [len(SITES) - 2, len(SITES)]
 
 
+def test_exact_figures_of_every_place():
+    made, text = certificate(False), page(passed=False).text
+    assert f"Exact figures of all {len(made.sites)} places" in text
+    for one in made.sites:
+        parts = [report.address(one)]
+        for figures, limit in (
+            (one.isolated, one.isolated_tolerance),
+            (one.accumulated, one.accumulated_tolerance),
+        ):
+            held = figures and (figures.relative, figures.worst, figures.largest, limit)
+            parts += map(report.exact, held) if held else ["given"]
+        verdict = "passed" if one.passed else "failed, 12 masked in one only"
+        assert " ".join([*parts, verdict]) in text
+
+
 def test_what_is_no_number_is_above_its_tolerance():
     made = certificate()
     sites = list(made.sites)
