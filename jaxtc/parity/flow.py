@@ -1,7 +1,9 @@
 """``certify``: the reference in a process of its own, then our model, then the comparison."""
 
+import contextlib
 import datetime
 import functools
+import logging
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +17,7 @@ import numpy as np
 from jaxtc.config import Gemma2Config
 from jaxtc.edit import PerLayer
 from jaxtc.edits import SetTo
-from jaxtc.errors import InputError, did_you_mean
+from jaxtc.errors import InputError, SourceError
 from jaxtc.generate import generate
 from jaxtc.model import Gemma2
 from jaxtc.parity import compare, job, verdict
@@ -81,9 +83,7 @@ def certify(
     job.need_torch()
     say = progress or (lambda step: None)
     if dtype not in DTYPES:
-        raise InputError(
-            f"dtype is {dtype!r}, expected 'float32' or 'bfloat16'.{did_you_mean(dtype, DTYPES)}"
-        )
+        raise InputError(f"dtype is {dtype!r}, expected {' or '.join(map(repr, DTYPES))}.")
     if isinstance(new_tokens, bool) or not isinstance(new_tokens, int) or new_tokens < 0:
         raise InputError(f"new_tokens is {new_tokens!r}, expected a whole number from 0.")
     say(f"Looking for {model}")
@@ -119,13 +119,14 @@ def certify(
                 load_transcoder(file, of_layer), tolerances(dtype), _special(config)
             )
         side = Comparison(ours, work, exact, tolerances(dtype), features)
-        for index in range(len(ids)):
-            say(f"JAX, {dtype}: prompt {index + 1} of {len(ids)}")
-            side.prompt(index)
         new = [[] for _ in ids]
-        if new_tokens:
-            say("JAX: generating")
-            new = [generate(ours, row, new_tokens, stop=()).tokens[0] for row in ids]
+        with _compiling_for_each_length():
+            for index in range(len(ids)):
+                say(f"JAX, {dtype}: prompt {index + 1} of {len(ids)}")
+                side.prompt(index)
+            if new_tokens:
+                say("JAX: generating")
+                new = [generate(ours, row, new_tokens, stop=()).tokens[0] for row in ids]
     seconds = {name: report["seconds"] for name, report in reports.items()}
     seconds["ours"] = time.monotonic() - began
     text = tokenizer() if any(text is not None for text in texts) else None
@@ -153,6 +154,18 @@ def certify(
     )
 
 
+@contextlib.contextmanager
+def _compiling_for_each_length() -> Iterator[None]:
+    """Without the advice, meant for loops of one's own, to compile less."""
+    log = logging.getLogger("jaxtc")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
 def _transcoder(
     source: str | Path | None, layer: int | None, config: Gemma2Config
 ) -> tuple[Path | None, int | None]:
@@ -162,7 +175,13 @@ def _transcoder(
             raise InputError("A transcoder's layer was given, but no transcoder; name one too.")
         return None, None
     if layer is None:
-        there = available_layers(source)
+        try:
+            there = available_layers(source)
+        except SourceError as error:
+            raise SourceError(
+                f"{error} (--transcoder-layer, transcoder_layer=, says which layer's MLP a "
+                "transcoder imitates.)"
+            ) from error
         if len(there) > 1:
             raise InputError(
                 f"{source} has transcoders for layers {', '.join(map(str, there))}; say which "
