@@ -199,6 +199,7 @@ def relative_error(target: Any, reconstruction: Any) -> np.ndarray:
     Returns:
         (...) float64, NaN where y is zero.
     """
+    target = plain(target)
     y, guess = _rows(None, target=target, reconstruction=reconstruction)
     size = np.linalg.norm(y, axis=1)
     missed = np.linalg.norm(y - guess, axis=1)
@@ -221,6 +222,7 @@ def notebook_score(target: Any, reconstruction: Any) -> float:
     Raises:
         InputError: shapes that differ, or a batch of several prompts (the notebook reads one).
     """
+    target = plain(target)
     if np.ndim(target) == 3 and np.shape(target)[0] != 1:
         raise InputError(f"The notebook scores one prompt, got a batch of {np.shape(target)[0]}.")
     y, guess = _rows(None, target=target, reconstruction=reconstruction)

@@ -205,9 +205,13 @@ def test_torch_is_not_imported_for_nothing():
 def same(make, *, of=batch.logits):
     """``of(make(array))`` with arrays of NumPy, and of torch in the ways that tensors come."""
     expected = of(make(np.asarray))
-    for as_torch in (torch.tensor, lambda x: grad(torch.tensor(x))):
-        np.testing.assert_array_equal(np.asarray(of(make(as_torch))), np.asarray(expected))
+    for other in (torch.tensor, lambda x: grad(torch.tensor(x)), by_dlpack):
+        np.testing.assert_array_equal(np.asarray(of(make(other))), np.asarray(expected))
     return expected
+
+
+def by_dlpack(array):
+    return OtherLibrary(np.array(array))
 
 
 def grad(tensor):
@@ -275,7 +279,7 @@ def test_prompts_take_tensors():
         row[: len(prompt)] = prompt
     lengths = np.array(batch.LENGTHS)
     expected = batch.logits()
-    for a in (np.asarray, torch.tensor):
+    for a in (np.asarray, torch.tensor, by_dlpack):
         found = batch.run(prompts=a(padded), lengths=a(lengths)).logits
         np.testing.assert_array_equal(found, expected)
         rows = [a(np.array(prompt)) for prompt in batch.PROMPTS]
