@@ -65,7 +65,8 @@ class Jump:
         site: of the address.
         layer: of the address, None where the site has none.
         kind: "isolated", or "accumulated" when no isolated error is over its tolerance.
-        relative: the error there.
+        relative: the error there: the mean, or the worst token's where the mean is within its
+            tolerance.
         tolerance: what it may be.
     """
 

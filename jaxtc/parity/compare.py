@@ -97,7 +97,9 @@ class Predictions:
 
     def result(self) -> Logits:
         """Over all prompts."""
-        losses = np.mean(self.losses, axis=0).tolist() if self.losses else [None, None]
+        losses = [None, None]
+        if self.losses:
+            losses = np.nan_to_num(np.mean(self.losses, axis=0), nan=np.inf).tolist()
         wrong = sum(sure and not same for sure, same in zip(self.sure, self.top1, strict=True))
         kl = np.nan_to_num(self.kl, nan=np.inf)
         return Logits(
@@ -184,7 +186,9 @@ class Features:
         token, feature = np.nonzero(a != b)
         moved = np.linalg.norm(x.astype(np.float64) - expected, axis=1)
         size = np.linalg.norm(expected.astype(np.float64), axis=1)
-        room = moved + self.tolerances.transcoder * size
+        room = (
+            moved + self.tolerances.transcoder * size
+        )  # Cauchy-Schwarz, and the dot product's own
         away = np.abs(theirs["pre_activations"][token, feature] - self.threshold[feature])
         self.differing += len(token)
         self.near += int((away <= room[token] * self.columns[feature]).sum())

@@ -91,6 +91,7 @@ def certify(
     config = Gemma2Config.from_file(folder / "config.json")
     count = config.num_hidden_layers
     chosen = sorted({check_layer(one, count, "layers") for one in layers or range(count)})
+    limits = tolerances(dtype, count)
     file, of_layer = _transcoder(transcoder, transcoder_layer, config)
     if of_layer is not None:
         chosen = sorted({*chosen, of_layer})
@@ -115,10 +116,8 @@ def certify(
         ours = load(folder, dtype=dtype)
         features = None
         if file:
-            features = Features(
-                load_transcoder(file, of_layer), tolerances(dtype), _special(config)
-            )
-        side = Comparison(ours, work, exact, tolerances(dtype), features)
+            features = Features(load_transcoder(file, of_layer), limits, _special(config))
+        side = Comparison(ours, work, exact, limits, features)
         new = [[] for _ in ids]
         with _compiling_for_each_length():
             for index in range(len(ids)):
@@ -131,7 +130,7 @@ def certify(
     seconds["ours"] = time.monotonic() - began
     text = tokenizer() if any(text is not None for text in texts) else None
     return verdict.certificate(
-        tolerances(dtype),
+        limits,
         side,
         generation=compare.generation(new, reports["theirs"]["prompts"], text),
         transcoder=features and features.result(str(transcoder), of_layer),

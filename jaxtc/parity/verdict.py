@@ -14,6 +14,7 @@ from jaxtc.parity.certificate import (
     Prompt,
     SiteRow,
     Transcoder,
+    TruthRow,
 )
 from jaxtc.parity.tolerances import Tolerances
 from jaxtc.sites import Address
@@ -30,76 +31,102 @@ def certificate(tolerances: Tolerances, side: Any, **known: Any) -> Certificate:
     config, prompts = known.pop("config"), known["prompts"]
     rows = [row(tolerances, side, address) for address in side.accumulated]
     logits = side.predictions.result()
+    kinds = ("isolated", "accumulated")
+    isolated, accumulated = (Over(rows, kind, tolerances, logits.tokens) for kind in kinds)
+    truth = side.truth_rows()
     failures = [
-        *of_sites(rows, "isolated", tolerances),
-        *of_sites(rows, "accumulated", tolerances),
+        *isolated.sentences(),
+        *accumulated.sentences(),
+        *of_truth(truth, tolerances),
         *of_logits(logits, tolerances),
         *of_generation(known["generation"], tolerances),
         *of_transcoder(known["transcoder"]),
     ]
     return Certificate(
         passed=not failures, failures=failures, logits=logits, sites=rows,
-        first_jump=first_jump(rows, tolerances), truth=side.truth_rows(), dtype=tolerances.dtype,
+        first_jump=isolated.first() or accumulated.first(), truth=truth, dtype=tolerances.dtype,
         notes=notes(config, prompts, known["layers"], tolerances), config=config.to_dict(),
         tolerances=tolerances.to_dict(), **known,
     )  # fmt: skip
 
 
-def within(figures: Figures, tolerance: float, tolerances: Tolerances) -> bool:
-    """Whether the mean and the worst token are; what is not a number is not."""
-    return figures.relative <= tolerance and figures.worst <= tolerances.worst * tolerance
-
-
 def row(tolerances: Tolerances, side: Any, address: Address) -> SiteRow:
     """The figures of one address, judged."""
-    whole = side.accumulated[address]
-    alone = side.isolated.get(address)
-    limits = tolerances.accumulated[address.site], tolerances.isolated[address.site]
-    fine = within(whole.figures(), limits[0], tolerances)
+    whole, alone = side.accumulated[address], side.isolated.get(address)
+    limits = {
+        kind: tolerances.limits(kind, address.site, whole.tokens)
+        for kind in ("accumulated", "isolated")
+    }
+    fine = within(whole.figures(), limits["accumulated"])
     if alone:
-        fine = fine and within(alone.figures(), limits[1], tolerances)
+        fine = fine and within(alone.figures(), limits["isolated"])
     return SiteRow(
         site=address.site, layer=address.layer, accumulated=whole.figures(),
-        isolated=alone and alone.figures(), accumulated_tolerance=limits[0],
-        isolated_tolerance=limits[1] if alone else None,
+        isolated=alone and alone.figures(), accumulated_tolerance=limits["accumulated"][0],
+        isolated_tolerance=limits["isolated"][0] if alone else None,
         masks_differ=(alone or whole).masks_differ, passed=fine,
     )  # fmt: skip
 
 
-def first_jump(rows: list[SiteRow], tolerances: Tolerances) -> Jump | None:
-    """See :class:`jaxtc.parity.certificate.Jump`."""
-    for kind in ("isolated", "accumulated"):
-        for one in rows:
-            figures, limit = getattr(one, kind), getattr(one, f"{kind}_tolerance")
-            if figures and not within(figures, limit, tolerances):
-                address = str(Address(one.site, one.layer))
-                return Jump(address, one.site, one.layer, kind, figures.relative, limit)
-    return None
+def within(figures: Figures, limits: tuple[float, float]) -> bool:
+    """Whether the mean and the worst token are; what is not a number is not."""
+    return figures.relative <= limits[0] and figures.worst <= limits[1]
 
 
-def of_sites(rows: list[SiteRow], kind: str, tolerances: Tolerances) -> list[str]:
-    """A sentence for every site with an error over tolerance, at the first such layer."""
-    found: dict[str, list[SiteRow]] = {}
-    for one in rows:
-        figures, limit = getattr(one, kind), getattr(one, f"{kind}_tolerance")
-        if figures and not within(figures, limit, tolerances):
+class Over:
+    """The rows whose error is over tolerance, of one kind.
+
+    Args:
+        rows: all of them, in the order of computation.
+        kind: "isolated" or "accumulated".
+        tolerances: of the dtype.
+        tokens: over how many the means are.
+    """
+
+    def __init__(self, rows: list[SiteRow], kind: str, tolerances: Tolerances, tokens: int):
+        self.kind, self.tolerances, self.tokens = kind, tolerances, tokens
+        self.rows = [one for one in rows if self._is_over(one)]
+
+    def _limits(self, one: SiteRow) -> tuple[float, float]:
+        return self.tolerances.limits(self.kind, one.site, self.tokens)
+
+    def _is_over(self, one: SiteRow) -> bool:
+        figures = getattr(one, self.kind)
+        return figures is not None and not within(figures, self._limits(one))
+
+    def first(self) -> Jump | None:
+        """See :class:`jaxtc.parity.certificate.Jump`."""
+        if not self.rows:
+            return None
+        one = self.rows[0]
+        figures, limits = getattr(one, self.kind), self._limits(one)
+        mean = not figures.relative <= limits[0]
+        return Jump(
+            str(Address(one.site, one.layer)), one.site, one.layer, self.kind,
+            figures.relative if mean else figures.worst, limits[0] if mean else limits[1],
+        )  # fmt: skip
+
+    def sentences(self) -> list[str]:
+        """One for every site, about the first such layer."""
+        found: dict[str, list[SiteRow]] = {}
+        for one in self.rows:
             found.setdefault(one.site, []).append(one)
-    return [_sentence(site, over, kind, tolerances) for site, over in found.items()]
+        return [self._sentence(site, over) for site, over in found.items()]
 
-
-def _sentence(site: str, over: list[SiteRow], kind: str, tolerances: Tolerances) -> str:
-    first, others = over[0], [str(one.layer) for one in over[1:]]
-    figures, limit = getattr(first, kind), getattr(first, f"{kind}_tolerance")
-    where = site if first.layer is None else f"{site} at layer {first.layer}"
-    rest = f" (and at layers {some(others, 50)})" if others else ""
-    if first.masks_differ:
-        return f"{where}: {first.masks_differ} scores are masked in one model only{rest}."
-    if figures.relative <= limit:
-        most = tolerances.worst * limit
-        what = f"{kind} error {figures.worst:.2e} at the worst token, tolerance {most:.1e}"
-    else:
-        what = f"{kind} error {figures.relative:.2e}, tolerance {limit:.1e}"
-    return f"{where}: {what}{rest}."
+    def _sentence(self, site: str, over: list[SiteRow]) -> str:
+        first, others = over[0], [str(one.layer) for one in over[1:]]
+        figures, (mean, worst) = getattr(first, self.kind), self._limits(first)
+        where = site if first.layer is None else f"{site} at layer {first.layer}"
+        rest = f" (and at layers {some(others, 50)})" if others else ""
+        if first.masks_differ:
+            what = f"{first.masks_differ} scores are masked in one model only"
+        elif figures.relative <= mean:
+            what = (
+                f"{self.kind} error {figures.worst:.2e} at the worst token, tolerance {worst:.1e}"
+            )
+        else:
+            what = f"{self.kind} error {figures.relative:.2e}, tolerance {mean:.1e}"
+        return f"{where}: {what}{rest}."
 
 
 def of_logits(logits: Logits, tolerances: Tolerances) -> list[str]:
@@ -132,6 +159,16 @@ def of_generation(generation: Generation | None, tolerances: Tolerances) -> list
         f"reference's best logit leads by {one.margin:.2e}, tolerance {tolerances.margin:.1e}."
         for one in (generation.divergences if generation else ())
         if not one.margin <= tolerances.margin
+    ]
+
+
+def of_truth(rows: list[TruthRow] | None, tolerances: Tolerances) -> list[str]:
+    """Sentences about sites where the reference is much nearer the truth."""
+    return [
+        f"{one.site}: our error against float64 is {one.ratio:.2f} times the reference's, "
+        f"tolerance {tolerances.truth:g}."
+        for one in rows or ()
+        if one.ratio is not None and not one.ratio <= tolerances.truth
     ]
 
 
@@ -182,6 +219,11 @@ def notes(
         add(
             "bfloat16 keeps 8 bits: a constant that is wrong by less than its rounding shows in "
             "float32 only. Run both."
+        )
+    if max(tolerances.accumulated.values()) > 0.5:
+        add(
+            "At this depth bfloat16 allows accumulated errors too large to tell much: here the "
+            "isolated ones decide. float32 or --truth say more."
         )
     if len(layers) < config.num_hidden_layers:
         add(

@@ -43,27 +43,40 @@ def certificates(dtype: str, names: list[str]):
 
 def show(dtype: str, found: dict[str, Certificate]) -> None:
     """A line a site, and the figures of the predictions."""
-    for kind in ("isolated", "accumulated"):
-        worst = collections.defaultdict(lambda: (0.0, ""))
-        token = collections.defaultdict(lambda: (0.0, ""))
-        for name, one in found.items():
-            for row in one.sites:
-                figures = getattr(row, kind)
-                if figures:
-                    where = f"{name} {row.layer}"
-                    worst[row.site] = max(worst[row.site], (figures.relative, where))
-                    token[row.site] = max(token[row.site], (figures.worst, where))
-        print(f"\n{dtype}, {kind}: mean over tokens, worst token")
-        for site in worst:
-            mean, most = worst[site], token[site]
-            print(f"  {site:<16} {mean[0]:.1e}  {mean[1]:<22} {most[0]:.1e}  {most[1]}")
+    shallow = {name: one for name, one in found.items() if len(one.layers) <= 4}
+    deep = {name: one for name, one in found.items() if name not in shallow}
+    table(f"{dtype}, isolated", found, "isolated")
+    table(f"{dtype}, accumulated over at most 4 layers", shallow, "accumulated")
+    table(f"{dtype}, accumulated over more", deep, "accumulated")
+    print()
     for name, one in found.items():
-        logits = one.logits
+        logits, new = one.logits, one.generation
         loss = abs(logits.loss_ours - logits.loss_theirs)
+        lead = max((d.margin for d in new.divergences), default=0)
+        far = next(row for row in one.sites if row.site == "logits").accumulated.largest
         print(
             f"{name:<18} KL {logits.kl_mean:.1e} max {logits.kl_max:.1e} loss {loss:.1e} top-1 "
-            f"{logits.top1:.3f} top-5 {logits.top5:.3f} {one.generation} {one.transcoder or ''}"
+            f"{logits.top1:.3f} top-5 {logits.top5:.3f} logits differ by at most {far:.1e}; "
+            f"{new.identical} of {new.prompts} texts equal, leads where they part: {lead:.1e}; "
+            f"{one.transcoder or ''} passed: {one.passed} {' '.join(one.failures[:3])}"
         )
+
+
+def table(title: str, found: dict[str, Certificate], kind: str) -> None:
+    """By site, the worst layer's mean error and the worst token's."""
+    worst = collections.defaultdict(lambda: (0.0, ""))
+    token = collections.defaultdict(lambda: (0.0, ""))
+    for name, one in found.items():
+        for row in one.sites:
+            figures = getattr(row, kind)
+            if figures:
+                where = f"{name} {row.layer}"
+                worst[row.site] = max(worst[row.site], (figures.relative, where))
+                token[row.site] = max(token[row.site], (figures.worst, where))
+    print(f"\n{title}: mean over tokens, worst token")
+    for site in worst:
+        mean, most = worst[site], token[site]
+        print(f"  {site:<16} {mean[0]:.1e}  {mean[1]:<22} {most[0]:.1e}  {most[1]}")
 
 
 if __name__ == "__main__":
