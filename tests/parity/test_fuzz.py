@@ -103,7 +103,7 @@ CONSTANTS = {
     "layer types swapped": {"layer_types": (FULL, SLIDING, FULL)},
     "layer types of the release moved": {"layer_types": (SLIDING, SLIDING, FULL)},
     "rope base": {"rope_theta": 1010.0},
-    "eps": {"rms_norm_eps": 1.1e-3},
+    "eps half as much again": {"rms_norm_eps": 1.5e-3},
     "eps dropped": {"rms_norm_eps": 1e-6},
     # The same matrices, cut into half as many heads of twice the size.
     "heads": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
