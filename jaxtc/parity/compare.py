@@ -47,14 +47,18 @@ class Tally:
             differ = here != there
             a, b = (np.where(here | there, 0, x) for x in (a, b))
         self.masks_differ += int(differ.sum())
-        size, far = np.linalg.norm(b, axis=1), np.linalg.norm(a - b, axis=1)
+        with np.errstate(invalid="ignore"):  # infinity less infinity
+            apart = np.abs(a - b)
+        size, far = np.linalg.norm(b, axis=1), np.linalg.norm(apart, axis=1)
         error = np.divide(far, size, out=far.copy(), where=size > 0)
         # What is not a number is no match for anything.
         error[differ.any(1) | np.isnan(error)] = np.inf
         self.total += float(error.sum())
         self.tokens += len(error)
         self.worst = max(self.worst, float(error.max()))
-        self.largest = max(self.largest, float(np.nan_to_num(np.abs(a - b), nan=np.inf).max()))
+        self.largest = max(
+            self.largest, float(np.nan_to_num(apart, nan=np.inf, posinf=np.inf).max())
+        )
 
     @property
     def mean(self) -> float:
@@ -91,7 +95,7 @@ class Predictions:
             self.top5 += [len(set(i) & set(j)) / count for i, j in pairs]
             ranked = np.sort(b, axis=1)[:, -2:]
             self.sure += (ranked[:, -1] - ranked[:, 0] > self.margin).tolist()
-            answers = np.asarray(tokens[start + 1 : start + 1 + _ROWS])
+            answers = np.asarray(tokens[start + 1 : start + 1 + _ROWS], np.int64)
             at = np.arange(len(answers)), answers
             self.losses += list(zip(-p[at], -q[at], strict=True))
 
@@ -99,9 +103,9 @@ class Predictions:
         """Over all prompts."""
         losses = [None, None]
         if self.losses:
-            losses = np.nan_to_num(np.mean(self.losses, axis=0), nan=np.inf).tolist()
+            losses = np.nan_to_num(np.mean(self.losses, axis=0), nan=np.inf, posinf=np.inf).tolist()
         wrong = sum(sure and not same for sure, same in zip(self.sure, self.top1, strict=True))
-        kl = np.nan_to_num(self.kl, nan=np.inf)
+        kl = np.nan_to_num(self.kl, nan=np.inf, posinf=np.inf)
         return Logits(
             tokens=len(self.kl), kl_mean=float(np.mean(kl)), kl_max=float(np.max(kl)),
             top1=float(np.mean(self.top1)), top1_unexplained=wrong,
