@@ -50,10 +50,11 @@ MEASURED: dict[str, tuple[float, float, float, float]] = {
     "final_norm": (5.4e-08, 2.7e-06, 3.7e-06, 6.1e-02),
     "logits": (4.8e-07, 3.0e-06, 3.1e-03, 6.2e-02),
 }
-# The same of the predictions, by dtype; a KL grows with the square of an error.
+# The same of the predictions, by dtype. A KL grows with the square of an error; ``margin`` is half
+# the largest error of a logit, so that the tolerance is twice that.
 PREDICTIONS = {
-    "float32": {"kl_mean": 8e-11, "kl_max": 9e-10, "loss": 7e-6, "margin": 2.5e-4},
-    "bfloat16": {"kl_mean": 3.2e-2, "kl_max": 0.57, "loss": 5.2e-2, "margin": 0.75},
+    "float32": {"kl_mean": 8e-11, "kl_max": 9e-10, "loss": 7e-6, "margin": 8.5e-5},
+    "bfloat16": {"kl_mean": 3.2e-2, "kl_max": 0.57, "loss": 5.2e-2, "margin": 1.75},
 }
 # Of a transcoder, which is float32 in either case; and of its FVU, whose input is of the dtype.
 TRANSCODER = 2e-7

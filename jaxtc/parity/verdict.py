@@ -25,7 +25,7 @@ def certificate(tolerances: Tolerances, side: Any, **known: Any) -> Certificate:
 
     Args:
         tolerances: of its dtype.
-        side: a :class:`jaxtc.parity.flow.Comparison`.
+        side: a :class:`jaxtc.parity.ours.Comparison`.
         known: the other fields; ``config`` as a :class:`Gemma2Config`.
     """
     config, prompts = known.pop("config"), known["prompts"]

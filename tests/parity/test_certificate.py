@@ -220,7 +220,7 @@ def test_layers_and_notes(make_oracle):
 def test_one_layer_at_a_time_gives_the_same(make_oracle, monkeypatch):
     """What long prompts make it do."""
     whole = checked(make_oracle("9b"), "float32")
-    monkeypatch.setattr(importlib.import_module("jaxtc.parity.flow"), "_CAPTURED", 1)
+    monkeypatch.setattr(importlib.import_module("jaxtc.parity.ours"), "_CAPTURED", 1)
     parts = checked(make_oracle("9b"), "float32")
     assert [(row.site, row.layer) for row in parts.sites] == [
         (row.site, row.layer) for row in whole.sites

@@ -31,7 +31,7 @@ from jaxtc.parity.certificate import (
     Transcoder,
     TruthRow,
 )
-from jaxtc.parity.flow import in_order
+from jaxtc.parity.ours import in_order
 from jaxtc.parity.texts import EMBEDDED_TEXTS, TEXTS, read_prompts
 from tests.unit import tiny
 
@@ -245,7 +245,7 @@ def test_the_table(layers, columns, passed, capsys):
     out = capsys.readouterr().out
     assert max(map(cell_len, out.splitlines())) <= columns
     text = " ".join(out.split())
-    for site in jaxtc.parity.flow.SITES:
+    for site in jaxtc.parity.ours.SITES:
         assert f" {site.name} " in text
     assert "some/[red]model" in text
     assert "1 of 2 continuations" in text and "L0 3.50 (theirs 3.25)" in text

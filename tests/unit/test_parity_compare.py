@@ -9,7 +9,7 @@ import pytest
 from jaxtc.model import MASKED
 from jaxtc.parity.certificate import Divergence, Generation, Logits, TruthRow
 from jaxtc.parity.compare import Features, Predictions, Tally, generation
-from jaxtc.parity.flow import _groups, in_order
+from jaxtc.parity.ours import groups, in_order
 from jaxtc.parity.tolerances import DEPTH, FACTOR, MEASURED, tolerances
 from jaxtc.parity.verdict import of_generation, of_logits, of_truth
 from jaxtc.sites import SITES, Address
@@ -245,6 +245,6 @@ def test_the_order_of_computation():
 
 def test_groups_cover_the_layers(monkeypatch):
     config = tiny.config()
-    assert list(_groups(config, [0, 1, 2], 8, 4)) == [[0, 1, 2]]
-    monkeypatch.setattr("jaxtc.parity.flow._CAPTURED", 1)
-    assert list(_groups(config, [0, 1, 2], 8, 4)) == [[0], [1], [2]]
+    assert list(groups(config, [0, 1, 2], 8, 4)) == [[0, 1, 2]]
+    monkeypatch.setattr("jaxtc.parity.ours._CAPTURED", 1)
+    assert list(groups(config, [0, 1, 2], 8, 4)) == [[0], [1], [2]]
