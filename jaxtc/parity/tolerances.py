@@ -59,8 +59,9 @@ PREDICTIONS = {
 # Of a transcoder, which is float32 in either case; and of its FVU, whose input is of the dtype.
 TRANSCODER = 2e-7
 FVU = {"float32": 2e-7, "bfloat16": 7e-4}
-# How much farther from the float64 truth than the reference we may be.
-TRUTH = 2.0
+# How many times farther from the float64 truth than the reference we may be. In float32 the order
+# in which a library adds decides: 1.6 at one site of the embedded model.
+TRUTH = {"float32": 10.0, "bfloat16": 2.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,5 +135,5 @@ def tolerances(dtype: str, layers: int = DEPTH) -> Tolerances:
         **predictions,
         transcoder=FACTOR * TRANSCODER,
         fvu=FACTOR * deeper * FVU[dtype],
-        truth=TRUTH,
+        truth=TRUTH[dtype],
     )
