@@ -29,6 +29,9 @@ from jaxtc.flow_edits import Copy as Copy
 from jaxtc.flow_edits import KnockOut as KnockOut
 from jaxtc.generate import generate as generate
 from jaxtc.gradients import gradients as gradients
+from jaxtc.interchange import from_foreign as from_foreign
+from jaxtc.interchange import to_numpy as to_numpy
+from jaxtc.interchange import to_torch as to_torch
 from jaxtc.memory import estimate as estimate
 from jaxtc.model import Gemma2 as Gemma2
 from jaxtc.patching import activation_patching as activation_patching

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxtc.errors import SiteError
+from jaxtc.interchange import stack
 from jaxtc.sites import BY_NAME, ORDER, Address, parse, resolve
 
 
@@ -42,7 +42,7 @@ class Activations(Mapping):
             raise KeyError(f"{key!r} was not captured; this result holds {held}")
         site, layer = parse(str(self._aliases.get(key, key)))
         if BY_NAME[site].per_layer and layer is None:
-            return jnp.stack([self._arrays[address] for address in kept])
+            return stack([self._arrays[address] for address in kept])
         return self._arrays[kept[0]]
 
     def __contains__(self, key: object) -> bool:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.errors import EditError
+from jaxtc.interchange import plain_fields
 from jaxtc.positions import is_traced, one_array, spelled
 from jaxtc.sites import BY_NAME, parse
 
@@ -46,6 +47,9 @@ class PerLayer:
     """
 
     array: Any
+
+    def __post_init__(self):
+        plain_fields(self)
 
 
 def own(value: Any, layer: int | None) -> Any:
@@ -128,6 +132,7 @@ class Edit:
                 f"{type(self).__name__} needs a site, for example site='resid_post'; "
                 "`jaxtc sites` lists them."
             )
+        plain_fields(self)
         name, layer = parse(self.site)
         object.__setattr__(self, "site", name)
         for field in TARGETS:

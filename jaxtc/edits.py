@@ -17,6 +17,7 @@ from jaxtc.activations import Activations
 from jaxtc.edit import Edit, PerLayer, own, own_shape, register_edit, whole_numbers
 from jaxtc.errors import EditError
 from jaxtc.intercept import Context
+from jaxtc.interchange import plain
 from jaxtc.positions import is_traced
 from jaxtc.sites import BY_NAME
 
@@ -313,7 +314,7 @@ class Freeze(Edit):
         per_layer = BY_NAME[self.site].per_layer
         single = per_layer and isinstance(self.layer, int | np.integer)
         try:
-            value = stored[f"layers.{self.layer}.{self.site}" if single else self.site]
+            value = plain(stored[f"layers.{self.layer}.{self.site}" if single else self.site])
         except KeyError as error:
             raise EditError(f"{self}: the stored run lacks this site: {error.args[0]}.") from None
         if per_layer and not single:

@@ -3,7 +3,7 @@
 Several numbers go by the name "explained variance" in this field. This module's own is
 :class:`FVU`, the dataset-mean convention; :func:`notebook_score` and :func:`relative_error` are
 others, for comparison. Axis letters: ... leading axes (usually B T), D hidden, M features, V
-vocabulary. Arrays may be JAX's or NumPy's, of any float dtype, bfloat16 included.
+vocabulary. Arrays may be JAX's, NumPy's or torch's, of any float dtype, bfloat16 included.
 
 A ``mask`` is true on the tokens that count and has the leading axes of what it masks. Special
 tokens should not count: transcoders are not trained on them, and the norm of <bos> alone would
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.errors import InputError
+from jaxtc.interchange import plain
 from jaxtc.transcoder import SparseFeatures
 
 
@@ -44,7 +45,7 @@ def special_token_mask(ids: Any, special_ids: Iterable[int]) -> np.ndarray:
         raise InputError(
             f"special_ids are {special_ids!r}, expected whole numbers, such as [0, 1, 2]."
         ) from error
-    return np.isin(np.asarray(ids), special)
+    return np.isin(np.asarray(plain(ids)), special)
 
 
 class FVU:
@@ -177,7 +178,7 @@ class Mean:
 
     def update(self, values: Any, mask: Any = None) -> "Mean":
         """Add (...) numbers, those of ``mask`` (...) only; gives itself back."""
-        (rows,) = _rows(mask, values=np.asarray(values)[..., None])
+        (rows,) = _rows(mask, values=np.asarray(plain(values))[..., None])
         self.tokens += len(rows)
         self.total += float(rows.sum())
         return self
@@ -198,6 +199,7 @@ def relative_error(target: Any, reconstruction: Any) -> np.ndarray:
     Returns:
         (...) float64, NaN where y is zero.
     """
+    target = plain(target)
     y, guess = _rows(None, target=target, reconstruction=reconstruction)
     size = np.linalg.norm(y, axis=1)
     missed = np.linalg.norm(y - guess, axis=1)
@@ -220,6 +222,7 @@ def notebook_score(target: Any, reconstruction: Any) -> float:
     Raises:
         InputError: shapes that differ, or a batch of several prompts (the notebook reads one).
     """
+    target = plain(target)
     if np.ndim(target) == 3 and np.shape(target)[0] != 1:
         raise InputError(f"The notebook scores one prompt, got a batch of {np.shape(target)[0]}.")
     y, guess = _rows(None, target=target, reconstruction=reconstruction)
@@ -229,8 +232,7 @@ def notebook_score(target: Any, reconstruction: Any) -> float:
     return float(1 - np.square(guess - y).mean() / variance)
 
 
-@jax.jit
-def next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+def next_token_loss(logits: Any, tokens: Any) -> jax.Array:
     """Cross entropy of each next token, in nats: −log softmax(logits[t])[tokens[t+1]].
 
     Args:
@@ -241,6 +243,11 @@ def next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
         (B, T−1) float32; entry t is the loss of token t+1. To leave out special tokens as answers,
         average with ``Mean().update(loss, mask[:, 1:])``.
     """
+    return _next_token_loss(plain(logits), plain(tokens))
+
+
+@jax.jit
+def _next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     given = logits[:, :-1].astype(jnp.float32)
     right = jnp.take_along_axis(given, tokens[:, 1:, None], axis=-1)[..., 0]
     return jax.nn.logsumexp(given, axis=-1) - right
@@ -275,6 +282,7 @@ def _rows(mask: Any, **arrays: Any) -> list[np.ndarray]:
     Raises:
         InputError: shapes that differ from each other, or from the mask's.
     """
+    mask, arrays = plain(mask), {name: plain(array) for name, array in arrays.items()}
     shapes = {name: tuple(np.shape(array)) for name, array in arrays.items()}
     first = next(iter(shapes.values()))
     if any(shape != first or not shape for shape in shapes.values()):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.errors import EditError
+from jaxtc.interchange import plain, plain_fields
 
 # No text is as long: the open end of a span.
 FOREVER = 2**30
@@ -35,6 +36,9 @@ class Token:
     offset: Any = 0
     occurrence: Any = 0
 
+    def __post_init__(self):
+        plain_fields(self)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +47,9 @@ class Slice:
 
     start: Any = None
     stop: Any = None
+
+    def __post_init__(self):
+        plain_fields(self)
 
 
 @jax.tree_util.register_static
@@ -150,6 +157,7 @@ def one_array(given: Any) -> Any:
     Raises:
         EditError: rows of different lengths.
     """
+    given = plain(given)
     if not isinstance(given, list | tuple | range):
         return given
     try:

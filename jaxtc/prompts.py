@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxtc.config import Gemma2Config
 from jaxtc.errors import InputError
+from jaxtc.interchange import plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,7 @@ def prepare(tokens: Any, config: Gemma2Config, lengths: Any = None, extra: int =
             that do not fit, or more tokens than the model's context. Inside a trace, where values
             cannot be seen, the embedding gives NaN for a prompt with a bad id or length.
     """
+    tokens, lengths = plain(tokens), plain(lengths)
     if isinstance(tokens, jax.core.Tracer) or isinstance(lengths, jax.core.Tracer):
         return _traced(tokens, config, lengths, extra)
     rows = _rows(tokens)

@@ -11,6 +11,7 @@ import jax
 
 from jaxtc.config import Gemma2Config
 from jaxtc.errors import InputError, SiteError
+from jaxtc.interchange import plain_fields
 from jaxtc.sites import BY_NAME, ORDER, Address, Site, check_layer, parse
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Reducer:
                 f"{type(self).__name__} was given {self.address} as its address; reducers do not "
                 "nest. A class of your own with @register_reducer() can do both at once."
             )
+        plain_fields(self)
         given = str(self.address) if isinstance(self.address, Address) else self.address
         object.__setattr__(self, "address", str(Address(*parse(given))))
 

@@ -16,6 +16,7 @@ from jaxtc.dispatch import parameters, rebuild
 from jaxtc.edit import Edit
 from jaxtc.errors import InputError
 from jaxtc.intercept import Tap
+from jaxtc.interchange import below
 from jaxtc.memory import check_run
 from jaxtc.model import Gemma2
 from jaxtc.prompts import Prompts, prepare
@@ -44,7 +45,7 @@ class RunResult:
     @property
     def mask(self) -> jax.Array:
         """(B, T) booleans, true on real tokens."""
-        return jnp.arange(self.length)[None] < self.lengths[:, None]
+        return below(self.length, self.lengths)
 
 
 @dataclasses.dataclass(frozen=True)

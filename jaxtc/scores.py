@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxtc.compiles import Fact
 from jaxtc.errors import InputError
+from jaxtc.interchange import plain_fields
 from jaxtc.run import RunResult
 
 __all__ = ["LogProbability", "Logit", "LogitDifference"]
@@ -71,6 +72,9 @@ class Logit:
 
     token: Any
 
+    def __post_init__(self):
+        plain_fields(self)
+
     def __call__(self, result: RunResult) -> jax.Array:
         """(B,)."""
         return _of(_last(result), self.token)
@@ -89,6 +93,9 @@ class LogitDifference:
     answer: Any
     other: Any
 
+    def __post_init__(self):
+        plain_fields(self)
+
     def __call__(self, result: RunResult) -> jax.Array:
         """(B,)."""
         logits = _last(result)
@@ -105,6 +112,9 @@ class LogProbability:
     """
 
     token: Any
+
+    def __post_init__(self):
+        plain_fields(self)
 
     def __call__(self, result: RunResult) -> jax.Array:
         """(B,)."""

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from jaxtc.errors import CapacityError, JaxtcError
+from jaxtc.interchange import plain
 from jaxtc.params import Init, declare, he_uniform, zeros
 from jaxtc.sites import parse
 
@@ -90,6 +91,7 @@ class Transcoder(nnx.Module):
 
     def pre_activations(self, x: jax.Array) -> jax.Array:
         """``x W_enc + b_enc``: (..., D) to (..., M), in the transcoder's dtype."""
+        x = plain(x)
         if x.shape[-1] != self.d_in:
             raise JaxtcError(
                 f"This transcoder reads arrays whose last axis is D={self.d_in}, got "
@@ -110,7 +112,7 @@ class Transcoder(nnx.Module):
 
     def decode(self, a: jax.Array) -> jax.Array:
         """``a W_dec + b_dec``: (..., M) to (..., D)."""
-        return jnp.matmul(a, self.W_dec[...], precision="highest") + self.b_dec[...]
+        return jnp.matmul(plain(a), self.W_dec[...], precision="highest") + self.b_dec[...]
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``decode(encode(x))``: (..., D) to (..., D), the imitation of the MLP's output."""
@@ -146,6 +148,7 @@ class Transcoder(nnx.Module):
 
     def decode_sparse(self, features: SparseFeatures) -> jax.Array:
         """``decode`` from (values, ids): gathers the C decoder rows a token needs. To (..., D)."""
+        features = jax.tree.map(plain, features)
         rows = jnp.take(self.W_dec[...], features.ids, axis=0)
         mixed = jnp.einsum("...c,...cd->...d", features.values, rows, precision="highest")
         return mixed + self.b_dec[...]

@@ -8,6 +8,7 @@ Errors of the user's are one paragraph on stderr and exit code 2; Ctrl-C is 130.
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,6 +19,7 @@ from typer.core import TyperGroup
 from jaxtc import __version__
 from jaxtc.cli.explain import command as explain_command
 from jaxtc.cli.generate import command as generate_command
+from jaxtc.cli.parity import command as parity_command
 from jaxtc.cli.sites import command as sites_command
 from jaxtc.errors import JaxtcError
 
@@ -208,6 +210,83 @@ def generate(
         dtype=dtype,
         as_json=as_json,
     )
+
+
+@app.command()
+def parity(
+    model: Annotated[
+        str, typer.Argument(help="'embedded', a hub id such as google/gemma-2-2b, or a folder.")
+    ] = "embedded",
+    transcoder: Annotated[
+        str | None,
+        typer.Option(
+            help="Compare this transcoder's features too: 'embedded', a hub id with or without a "
+            "path, a folder or a params.npz.",
+            show_default=False,
+        ),
+    ] = None,
+    transcoder_layer: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Whose MLP it imitates, where its source does not say.",
+            show_default=False,
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A text file, one prompt a line; a few built-in sentences by default.",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of both models' weights, or bfloat16.")] = "float32",
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="0,5,10-12", help="Whose sites to compare; all by default.", show_default=False
+        ),
+    ] = None,
+    truth: Annotated[
+        bool,
+        typer.Option(
+            "--truth", help="Also run PyTorch in float64, to see which of the two is nearer."
+        ),
+    ] = False,
+    new_tokens: Annotated[
+        int, typer.Option(min=0, help="Greedy tokens to compare after each prompt.")
+    ] = 16,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write an HTML report.", show_default=False),
+    ] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", metavar="FILE", help="Write every figure; - for stdout.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Certify that JAX and PyTorch agree on your weights and prompts; exit code 1 if they do not.
+
+    Runs transformers' Gemma-2 and ours on the same tokens, one after the other, and compares every
+    site of every layer. Needs PyTorch: pip install 'jaxtc[parity]'.
+    """
+    passed = parity_command(
+        model,
+        transcoder=transcoder,
+        transcoder_layer=transcoder_layer,
+        prompts=prompts,
+        dtype=dtype,
+        layers=layers,
+        truth=truth,
+        new_tokens=new_tokens,
+        report=report,
+        json_file=json_file,
+    )
+    raise typer.Exit(0 if passed else 1)
 
 
 @app.command()

@@ -84,6 +84,11 @@ def load_transcoder(
     return _read(file, dtype, name, layer=layer if named is None else named, **sites)
 
 
+def transcoder_file(source: str | Path, layer: int | None = None) -> Path:
+    """The local ``params.npz`` that :func:`load_transcoder` would read. Raises SourceError so."""
+    return _find(source, _number(layer), None, None)[0]
+
+
 def load_transcoders(
     source: str | Path = EMBEDDED,
     layers: str | Iterable[int] = "all",

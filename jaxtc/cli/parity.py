@@ -1,0 +1,237 @@
+"""``jaxtc parity``: runs the comparison, draws its table, and writes the report."""
+
+import importlib.util
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table, box
+from rich.text import Text
+
+from jaxtc.cli.runtime import working
+from jaxtc.errors import InputError, SourceError
+from jaxtc.parity.certificate import Certificate, Figures, SiteRow
+from jaxtc.weights import local
+
+# Failures shown in the terminal; the report has them all.
+SHOWN = 12
+# No model has as many layers.
+_MOST = 10_000
+
+
+def command(
+    model: str,
+    *,
+    transcoder: str | None,
+    transcoder_layer: int | None,
+    prompts: Path | None,
+    dtype: str,
+    layers: str | None,
+    truth: bool,
+    new_tokens: int,
+    report: Path | None,
+    json_file: Path | None,
+) -> bool:
+    """Compare, draw and write; whether it passed. The options are those of the command line."""
+    chosen = None if layers is None else parse_layers(layers)
+    stdout = json_file == Path("-")
+    for option, path in (("--report", report), ("--json", None if stdout else json_file)):
+        if path is not None:
+            _check_place(option, path)
+    if report and importlib.util.find_spec("jinja2") is None:
+        raise InputError(
+            "The HTML report needs jinja2, which is not installed here: pip install "
+            "'jaxtc[parity]'. --json needs nothing."
+        )
+    with working("Starting JAX") as progress:
+        from jaxtc.parity.flow import certify
+        from jaxtc.parity.texts import read_prompts
+
+        found = certify(
+            model,
+            prompts=None if prompts is None else read_prompts(prompts),
+            transcoder=transcoder,
+            transcoder_layer=transcoder_layer,
+            dtype=dtype,
+            layers=chosen,
+            truth=truth,
+            new_tokens=new_tokens,
+            progress=progress,
+        )
+    held = found.to_dict()
+    text = json.dumps(held, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+    if stdout:
+        sys.stdout.write(text)
+    elif json_file:
+        try:
+            json_file.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise SourceError(f"--json {json_file} cannot be written: {error.strerror}.") from error
+    if report:
+        from jaxtc.parity.report import write_report
+
+        write_report(held, report)
+    draw(Console(stderr=stdout), found)
+    return found.passed
+
+
+def parse_layers(text: str) -> list[int]:
+    """``0,5,10-12`` as [0, 5, 10, 11, 12].
+
+    Raises:
+        InputError: it is not of that form.
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,5})(?:\s*-\s*(\d{1,5}))?\s*", part, re.ASCII)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last < _MOST:
+            raise InputError(
+                f"--layers is {text!r}, expected numbers of layers from 0 and ranges of them, "
+                "such as 0,5,10-12."
+            )
+        found += range(first, last + 1)
+    return found
+
+
+def _check_place(option: str, path: Path) -> None:
+    """Refuse a file that cannot be written before the work is done, not after."""
+    if path.is_dir():
+        raise SourceError(f"{option} {path} is a folder; name a file in it.")
+    parent = local.find(path.parent)
+    if parent is None or not parent.is_dir():
+        raise SourceError(f"{option} {path}: there is no folder {path.parent}; make it first.")
+
+
+def draw(console: Console, found: Certificate) -> None:
+    """The table by site and layer, the predictions, and the verdict."""
+    console.print(_sites(found))
+    console.print(
+        Text(
+            "A digit a layer: how many decimal digits agree (7: the error is below 1e-7), = where "
+            "all bits do, ! over tolerance, · where the reference's own value was put in. Isolated "
+            "starts each half of a layer from the reference's residual stream; accumulated does "
+            "not. Errors are means over tokens of ‖ours − theirs‖ / ‖theirs‖.",
+            "dim",
+        )
+    )
+    for name, line in _lines(found):
+        console.print(Text.assemble((f"{name:<11}", "bold"), line))
+    for note in found.notes:
+        console.print(Text.assemble(("Note: ", "bold yellow"), note))
+    if found.first_jump:
+        jump = found.first_jump
+        console.print(
+            Text.assemble(
+                "The error begins at ", (jump.address, "bold cyan"),
+                f" ({jump.kind} {_short(jump.relative)}, tolerance {jump.tolerance:.1e}).",
+            )
+        )  # fmt: skip
+    for failure in found.failures[:SHOWN]:
+        console.print(Text.assemble(("✗ ", "red"), failure))
+    if len(found.failures) > SHOWN:
+        console.print(Text(f"  and {len(found.failures) - SHOWN} more; --json has them.", "dim"))
+    word, style = ("PASSED", "bold green") if found.passed else ("FAILED", "bold red")
+    tokens = sum(prompt.tokens for prompt in found.prompts)
+    agrees = "agrees" if found.passed else "does not agree"
+    console.print(
+        Text.assemble(
+            (word, style),
+            f": jaxtc {found.versions['jaxtc']} {agrees} with transformers "
+            f"{found.versions['transformers']} (torch {found.versions['torch']}) on {found.model} "
+            f"in {found.dtype}: {len(found.layers)} layers, {len(found.prompts)} prompts, "
+            f"{tokens} tokens.",
+        )
+    )
+
+
+def _sites(found: Certificate) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("site", style="bold cyan", no_wrap=True)
+    table.add_column("isolated, by layer", overflow="fold")
+    for name in ("worst", "accumul.", "largest"):
+        table.add_column(name, justify="right", no_wrap=True)
+    ratios = {row.site: row.ratio for row in found.truth or ()}
+    if ratios:
+        table.add_column("ours/HF", justify="right", no_wrap=True)
+    by_site: dict[str, list[SiteRow]] = {}
+    for row in found.sites:
+        by_site.setdefault(row.site, []).append(row)
+    for site, rows in by_site.items():
+        alone = [row.isolated for row in rows if row.isolated]
+        whole = [row.accumulated for row in rows]
+        cells = [_most(alone), _most(whole), _short(max(figures.largest for figures in whole))]
+        if ratios:
+            ratio = ratios.get(site)
+            cells.append("–" if ratio is None else f"{ratio:.2f}")
+        table.add_row(site, Text.assemble(*map(_digit, rows)), *cells)
+    return table
+
+
+def _digit(row: SiteRow) -> tuple[str, str]:
+    """One character for one layer."""
+    if not row.passed:
+        return "!", "bold red"
+    if row.isolated is None:
+        return "·", "dim"
+    error = row.isolated.relative
+    if error == 0:
+        return "=", "green"
+    return str(min(9, max(0, math.floor(-math.log10(error))))), "green"
+
+
+def _most(figures: list[Figures]) -> str:
+    return _short(max(one.relative for one in figures)) if figures else "–"
+
+
+def _short(value: float) -> str:
+    return f"{value:.1e}" if math.isfinite(value) else str(value)
+
+
+def _lines(found: Certificate) -> list[tuple[str, str]]:
+    """What is not of a site, a line each."""
+    logits = found.logits
+    line = (
+        f"KL {logits.kl_mean:.1e} nats (largest {logits.kl_max:.1e}), top-1 {logits.top1:.1%}, "
+        f"top-5 {logits.top5:.1%}"
+    )
+    if logits.loss_ours is not None:
+        far = logits.loss_ours - logits.loss_theirs
+        line += f", loss {logits.loss_ours:.4f} ({far:+.1e})"
+    lines = [("logits", line)]
+    if found.generation:
+        new = found.generation
+        line = f"{new.identical} of {new.prompts} continuations of {new.new_tokens} tokens equal"
+        for one in new.divergences[:1]:
+            line += (
+                f"; prompt {one.prompt + 1} parts after {one.step} tokens ({one.ours_text!r}, "
+                f"theirs {one.theirs_text!r}, whose lead is {one.margin:.1e})"
+            )
+        lines.append(("generation", line))
+    if found.transcoder:
+        one = found.transcoder
+        line = (
+            f"layer {one.layer}: L0 {one.l0_ours:.2f} (theirs {one.l0_theirs:.2f}), active sets "
+            f"overlap by {one.overlap:.2%}, {one.differing} features differ, {one.near_threshold} "
+            "of them within rounding of their threshold"
+        )
+        if one.fvu_reference is not None:
+            line += (
+                f"; FVU {one.fvu_ours:.4f} of ours on theirs, {one.fvu_theirs:.4f} of theirs on "
+                f"ours ({one.fvu_reference:.4f} of theirs on its own)"
+            )
+        lines.append(("transcoder", line))
+    ratios = [row.ratio for row in found.truth or () if row.ratio is not None]
+    if ratios:
+        worst = max((row for row in found.truth if row.ratio is not None), key=lambda r: r.ratio)
+        lines.append(
+            (
+                "truth",
+                f"our error against float64 is {sum(ratios) / len(ratios):.2f} times the "
+                f"reference's in the mean over sites, {worst.ratio:.2f} at {worst.site}",
+            )
+        )
+    return lines

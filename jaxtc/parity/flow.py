@@ -1,0 +1,199 @@
+"""``certify``: the reference in a process of its own, then our model, then the comparison."""
+
+import contextlib
+import datetime
+import functools
+import logging
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtc.config import Gemma2Config
+from jaxtc.errors import InputError, SourceError
+from jaxtc.generate import generate
+from jaxtc.model import Gemma2
+from jaxtc.parity import compare, job, verdict
+from jaxtc.parity.certificate import Certificate, Prompt
+from jaxtc.parity.compare import Features
+from jaxtc.parity.job import Job
+from jaxtc.parity.ours import Comparison
+from jaxtc.parity.texts import tokenised
+from jaxtc.parity.tolerances import tolerances
+from jaxtc.sites import check_layer
+from jaxtc.weights.load import EMBEDDED, load_model, load_tokenizer, model_folder
+from jaxtc.weights.npz import read_params
+from jaxtc.weights.transcoders import available_layers, load_transcoder, transcoder_file
+
+DTYPES = ("float32", "bfloat16")
+Loader = Callable[..., Gemma2]
+
+
+def certify(
+    model: str | Path = EMBEDDED,
+    *,
+    prompts: Sequence[Any] | None = None,
+    transcoder: str | Path | None = None,
+    transcoder_layer: int | None = None,
+    dtype: str = "float32",
+    layers: Iterable[int] | None = None,
+    truth: bool = False,
+    new_tokens: int = 16,
+    progress: Callable[[str], None] | None = None,
+    load: Loader = load_model,
+) -> Certificate:
+    """Compare jaxtc with ``transformers``' PyTorch model, on the same weights and tokens.
+
+    The two run one after the other, so that one of them is in memory at a time; what the reference
+    has at each site waits in a private temporary folder, float32 or, of ``truth``, float64: room
+    for it must be there (2B: 9 MB a token).
+
+    Args:
+        model: a hub id, a local folder, or ``"embedded"``.
+        prompts: texts, or rows of token ids; some built-in sentences by default.
+        transcoder: also compare this one's features; a source as in
+            :func:`jaxtc.load_transcoder`.
+        transcoder_layer: whose MLP it imitates, where the source does not say.
+        dtype: of both models' weights: "float32" or "bfloat16".
+        layers: whose sites to compare; all by default.
+        truth: also run the reference in float64, with the weights as ``dtype`` rounds them.
+        new_tokens: how many greedy tokens to compare after each prompt.
+        progress: called with a few words at each step.
+        load: what loads our model, called as ``load(folder, dtype=dtype)``.
+
+    Raises:
+        SourceError, ConfigError, WeightsError: of the model or the transcoder.
+        InputError: prompts the model cannot run.
+        SiteError: a layer the model lacks.
+        CapacityError: prompts too long for the memory there is.
+        JaxtcError: no PyTorch here, an option out of its range, or the PyTorch process failed.
+    """
+    job.need_torch()
+    say = progress or (lambda step: None)
+    if dtype not in DTYPES:
+        raise InputError(f"dtype is {dtype!r}, expected {' or '.join(map(repr, DTYPES))}.")
+    if isinstance(new_tokens, bool) or not isinstance(new_tokens, int) or new_tokens < 0:
+        raise InputError(f"new_tokens is {new_tokens!r}, expected a whole number from 0.")
+    say(f"Looking for {model}")
+    folder = model_folder(model)
+    config = Gemma2Config.from_file(folder / "config.json")
+    count = config.num_hidden_layers
+    chosen = sorted({check_layer(one, count, "layers") for one in layers or range(count)})
+    limits = tolerances(dtype, count)
+    file, of_layer = _transcoder(transcoder, transcoder_layer, config)
+    if of_layer is not None:
+        chosen = sorted({*chosen, of_layer})
+    tokenizer = functools.cache(functools.partial(load_tokenizer, model))
+    texts, ids = tokenised(prompts, model, config, tokenizer, new_tokens)
+    with job.private_folder() as root:
+        work = Job(
+            name=dtype, root=str(root), model=str(folder.resolve()), dtype=dtype, truth=False,
+            prompts=ids, layers=chosen, new_tokens=new_tokens, transcoder=file and str(file),
+            transcoder_layer=of_layer, cpu=jax.config.jax_platforms == "cpu",
+        )  # fmt: skip
+        reports = {"theirs": job.run(work, say)}
+        exact = None
+        if truth:
+            exact = Job(
+                name="float64", root=str(root), model=work.model, dtype=dtype, truth=True,
+                prompts=ids, layers=chosen, cpu=work.cpu,
+            )  # fmt: skip
+            reports["truth"] = job.run(exact, say)
+        began = time.monotonic()
+        say(f"Loading {model} into JAX")
+        ours = load(folder, dtype=dtype)
+        features = None
+        if file:
+            features = Features(load_transcoder(file, of_layer), limits, _special(config))
+        side = Comparison(ours, work, exact, limits, features)
+        new = [[] for _ in ids]
+        with _compiling_for_each_length():
+            for index in range(len(ids)):
+                say(f"JAX, {dtype}: prompt {index + 1} of {len(ids)}")
+                side.prompt(index)
+            if new_tokens:
+                say("JAX: generating")
+                new = [generate(ours, row, new_tokens, stop=()).tokens[0] for row in ids]
+    seconds = {name: report["seconds"] for name, report in reports.items()}
+    seconds["ours"] = time.monotonic() - began
+    text = tokenizer() if any(text is not None for text in texts) else None
+    return verdict.certificate(
+        limits,
+        side,
+        generation=compare.generation(new, reports["theirs"]["prompts"], text),
+        transcoder=features and features.result(str(transcoder), of_layer),
+        model=str(model),
+        layers=chosen,
+        config=config,
+        prompts=[Prompt(text, len(row)) for text, row in zip(texts, ids, strict=True)],
+        versions={
+            **{name: version(name) for name in ("jaxtc", "jax", "flax", "numpy")},
+            **reports["theirs"]["versions"],
+            "python": platform.python_version(),
+        },
+        machine={
+            "platform": platform.platform(),
+            "ours": jax.local_devices()[0].device_kind,
+            "theirs": reports["theirs"]["device"],
+        },
+        seconds=seconds,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+
+
+@contextlib.contextmanager
+def _compiling_for_each_length() -> Iterator[None]:
+    """Without the advice, meant for loops of one's own, to compile less."""
+    log = logging.getLogger("jaxtc")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+def _transcoder(
+    source: str | Path | None, layer: int | None, config: Gemma2Config
+) -> tuple[Path | None, int | None]:
+    """The file and the layer of the transcoder that was asked for."""
+    if source is None:
+        if layer is not None:
+            raise InputError("A transcoder's layer was given, but no transcoder; name one too.")
+        return None, None
+    if layer is None:
+        try:
+            there = available_layers(source)
+        except SourceError as error:
+            raise SourceError(
+                f"{error} (--transcoder-layer, transcoder_layer=, says which layer's MLP a "
+                "transcoder imitates.)"
+            ) from error
+        if len(there) > 1:
+            raise InputError(
+                f"{source} has transcoders for layers {', '.join(map(str, there))}; say which "
+                f"with --transcoder-layer {there[0]} (transcoder_layer={there[0]})."
+            )
+        [layer] = there
+    check_layer(layer, config.num_hidden_layers, "the transcoder")
+    file = transcoder_file(source, layer)
+    params = read_params(file, np.dtype(np.float32))
+    widths = params["W_enc"].shape[0], params["W_dec"].shape[1]
+    if widths != (config.hidden_size,) * 2:
+        raise InputError(
+            f"The transcoder {source} reads and writes {widths[0]} and {widths[1]} numbers a "
+            f"token, but this model's D is {config.hidden_size}: it belongs to another model."
+        )
+    return file, layer
+
+
+def _special(config: Gemma2Config) -> list[int]:
+    """Ids of the tokens transcoders are not trained on."""
+    eos = config.eos_token_id
+    ids = [config.bos_token_id, config.pad_token_id, *(eos if isinstance(eos, tuple) else [eos])]
+    return [one for one in ids if one is not None]

@@ -1,0 +1,98 @@
+"""The prompts: the built-in ones, those of a file, and their token ids."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxtc.config import Gemma2Config
+from jaxtc.errors import InputError, SourceError
+from jaxtc.prompts import prepare
+from jaxtc.weights import local
+from jaxtc.weights.load import EMBEDDED
+
+# Of different lengths, and of different kinds of text; the last is about 100 tokens.
+TEXTS = (
+    "The capital of the state containing Dallas is",
+    "def mean(values):\n    return sum(values) /",
+    "Ein kleines Haus steht am Rand des Waldes, und davor",
+    "2 + 2 = 4, 3 + 5 = 8, 7 + 6 = 13, 12 + 9 =",
+    "The ship left the harbour before dawn, when the fog still lay on the water and the lamps "
+    "along the quay were no more than pale circles. Nobody on deck spoke. The pilot, who had done "
+    "this for thirty years, counted the buoys under his breath and turned the wheel a little at "
+    "each of them. By the time the sun was up, the coast had become a thin grey line, and the "
+    "captain, who had not slept, went below and wrote in the log that the weather was",
+)
+# Of the embedded model's world.
+EMBEDDED_TEXTS = (
+    "The capital of the state containing Dallas is",
+    "The capital of Texas is",
+    "Quito belongs to a country whose language is",
+    "The currency of the country that Phnom Penh belongs to is the riel. People who live in "
+    "Chandler live in Arizona. The continent of the country that Montreal belongs to is North "
+    "America. The capital of the state containing Oakland is",
+)
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of a UTF-8 text file, one a line; empty lines are left out.
+
+    Raises:
+        SourceError: no such file, or it cannot be read.
+        InputError: no prompt in it.
+    """
+    file = local.find(path)
+    if file is None:
+        raise SourceError(f"There is no prompts file {path}; give a text file, one prompt a line.")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SourceError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start})."
+        ) from error
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror}.") from error
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise InputError(f"{path} has no prompt in it; write one prompt a line.")
+    return lines
+
+
+def tokenised(
+    prompts: Sequence[Any] | None,
+    model: str | Path,
+    config: Gemma2Config,
+    tokenizer: Any,
+    extra: int,
+) -> tuple[list[str | None], list[list[int]]]:
+    """Texts and ids of the prompts, checked.
+
+    Args:
+        prompts: texts, or rows of ids; the built-in texts by default.
+        model: its source.
+        config: for the vocabulary and the context.
+        tokenizer: called when there is a text: gives the tokenizer.
+        extra: tokens that will be added to each.
+
+    Raises:
+        InputError: no prompt, or one that the model cannot run.
+        SourceError: texts, but no tokenizer.
+    """
+    if prompts is None:
+        prompts = EMBEDDED_TEXTS if model == EMBEDDED else TEXTS
+    if isinstance(prompts, str) or not hasattr(prompts, "__len__") or not len(prompts):
+        raise InputError(
+            f"prompts is {prompts!r}, expected a list of texts (or of rows of token ids) with at "
+            'least one in it, such as ["The capital of Texas is"].'
+        )
+    texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
+    ids = []
+    for index, prompt in enumerate(prompts):
+        row = tokenizer()(prompt).input_ids if isinstance(prompt, str) else prompt
+        try:
+            prepare([row], config, extra=extra)
+        except InputError as error:
+            raise InputError(f"Prompt {index + 1} of {len(prompts)}: {error}") from error
+        ids.append(np.asarray(row).tolist())
+    return texts, ids

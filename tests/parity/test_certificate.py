@@ -1,0 +1,285 @@
+"""``certify``: right models pass, and each way of being wrong is caught where it begins.
+
+Ours alone is made wrong: the reference reads the folder as it is.
+"""
+
+import dataclasses
+import importlib
+import json
+import math
+import shutil
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxtc
+from jaxtc import cli
+from jaxtc.config import SLIDING
+from jaxtc.dispatch import parameters, rebuild
+from jaxtc.model import Embedder, Norm
+from jaxtc.parity import Certificate, certify
+from jaxtc.parity.tolerances import tolerances
+from jaxtc.sites import SITES
+from jaxtc.weights.load import embedded_data
+from tests.parity import oracles
+
+DTYPES = ("float32", "bfloat16")
+
+
+@pytest.fixture
+def jax_forgets():
+    """Programs compiled from patched functions must not outlive the patch, nor earlier ones it."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def changed(**changes):
+    """A loader of our model with other constants than the folder's config says."""
+
+    def load(folder, dtype):
+        model = jaxtc.load_model(folder, dtype=dtype)
+        types = changes.get("layer_types")
+        new = changes | ({"layer_types": types(model.config)} if types else {})
+        return rebuild(dataclasses.replace(model.config, **new), parameters(model))
+
+    return load
+
+
+def checked(oracle, dtype, load=jaxtc.load_model, prompts=1, **options) -> Certificate:
+    """One prompt, longer than the window, is enough to tell."""
+    rows = oracle.prompts[:prompts]
+    return certify(oracle.source, prompts=rows, dtype=dtype, load=load, new_tokens=0, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", oracles.RANDOM)
+def test_a_right_model_passes(make_oracle, name, dtype):
+    oracle = make_oracle(name)
+    found = certify(oracle.source, prompts=oracle.prompts + oracle.long, dtype=dtype, new_tokens=8)
+    assert found.passed, found.failures
+    assert found.first_jump is None and not any(row.masks_differ for row in found.sites)
+    assert found.generation.identical + len(found.generation.divergences) == 4
+    assert found.logits.tokens == sum(map(len, oracle.prompts + oracle.long))
+    layers = found.config["num_hidden_layers"]
+    rows = {(row.site, row.layer) for row in found.sites}
+    assert rows == {
+        (site.name, layer)
+        for site in SITES
+        for layer in (range(layers) if site.per_layer else [None])
+    }
+    given = {(row.site, row.layer) for row in found.sites if row.isolated is None}
+    stream = {(site, layer) for site in ("resid_pre", "resid_mid") for layer in range(layers)}
+    assert given == stream | {("resid_post", layers - 1)}
+    # Something was rounded, else nothing was compared; and errors do add up over layers.
+    last = next(row for row in found.sites if row.site == "logits")
+    assert 0 < last.isolated.relative < last.accumulated.relative
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_embedded_model(dtype):
+    found = certify(
+        dtype=dtype, transcoder="embedded", transcoder_layer=3, truth=dtype == "bfloat16"
+    )
+    assert found.passed, found.failures
+    held = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert Certificate.from_dict(held) == found
+    assert found.generation.identical == found.generation.prompts == len(found.prompts)
+    transcoder = found.transcoder
+    assert transcoder.differing == transcoder.near_threshold
+    assert 5 < transcoder.l0_theirs < 50 and transcoder.overlap > 0.9
+    if found.truth:
+        ratios = [row.ratio for row in found.truth]
+        assert sum(ratios) / len(ratios) <= 1 and max(ratios) <= 1.1
+        assert min(row.theirs for row in found.truth) > 1e-4
+
+
+def swapped(config):
+    kinds = config.layer_types
+    return tuple(next(other for other in kinds if other != kind) for kind in kinds)
+
+
+# What is wrong with ours: constants, the shape that shows it, and the first address it moves.
+CONSTANTS = {
+    "layer types swapped": ({"layer_types": swapped}, "2b", "layers.0.attn_scores"),
+    "attention softcap": ({"attn_logit_softcapping": 51.0}, "2b", "layers.0.attn_scores"),
+    "final softcap": ({"final_logit_softcapping": 31.0}, "9b", "logits"),
+    "query scale from head_dim": ({"query_pre_attn_scalar": 8}, "27b", "layers.0.attn_scores"),
+    "window": ({"sliding_window": 8}, "9b", "layers.0.attn_scores"),
+    "rope base": ({"rope_theta": 10100.0}, "2b", "layers.0.q"),
+    "norm eps": ({"rms_norm_eps": 1e-5}, "2b", "layers.0.attn_in_scale"),
+}
+
+
+@pytest.mark.parametrize("wrong", CONSTANTS)
+def test_wrong_constants_are_caught(make_oracle, wrong):
+    changes, name, where = CONSTANTS[wrong]
+    oracle = make_oracle(name)
+    found = checked(oracle, "float32", changed(**changes))
+    caught(found, where, "isolated")
+    masks = {row.layer for row in found.sites if row.masks_differ}
+    kinds = found.config["layer_types"]
+    assert masks == {
+        "layer types swapped": set(range(4)),
+        "window": {layer for layer, kind in enumerate(kinds) if kind == SLIDING},
+    }.get(wrong, set())
+
+
+def caught(found: Certificate, where: str, kind: str) -> None:
+    """The certificate says no, and that it begins at this address."""
+    assert not found.passed
+    jump = found.first_jump
+    assert (jump.address, jump.kind) == (where, kind)
+    assert jump.relative > jump.tolerance
+    site = where.rsplit(".", 1)[-1]
+    assert found.failures[0].startswith(site)
+    assert jump.layer is None or f"at layer {jump.layer}" in found.failures[0]
+    assert Certificate.from_dict(found.to_dict()) == found
+
+
+def cast_before_the_gain(self, x, tap, scale, normed=None):
+    wide = x.astype(jnp.float32)
+    rate = tap(scale, jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps))
+    wide = wide * rate
+    if normed is not None:
+        wide = tap(normed, wide)
+    return wide.astype(x.dtype) * (1 + self.weight[...])
+
+
+def unrounded_scale(self, tokens):
+    rows = self.weight[...][tokens]
+    return (rows.astype(jnp.float32) * self.weight.shape[1] ** 0.5).astype(rows.dtype)
+
+
+def scaled_twice(self, tokens):
+    rows = self.weight[...][tokens]
+    return rows * jnp.asarray(self.weight.shape[1], rows.dtype)
+
+
+# The dtype in which it shows; float32 hides the first two.
+CODE = {
+    "norm cast order": (Norm, "__call__", cast_before_the_gain, "bfloat16", "layers.0.attn_in"),
+    "embedding scale not rounded": (Embedder, "encode", unrounded_scale, "bfloat16", "embed"),
+    "embedding scaled twice": (Embedder, "encode", scaled_twice, "float32", "embed"),
+}
+
+
+@pytest.mark.parametrize("wrong", CODE)
+def test_wrong_code_is_caught(make_oracle, monkeypatch, jax_forgets, wrong):
+    kind, name, code, dtype, where = CODE[wrong]
+    monkeypatch.setattr(kind, name, code)
+    # D = 56, whose root no bfloat16 is.
+    found = checked(make_oracle("9b"), dtype)
+    caught(found, where, "isolated")
+
+
+def test_an_error_in_one_layer_is_found_there(make_oracle):
+    """Beyond it every accumulated error is large; the isolated ones are not."""
+
+    def load(folder, dtype):
+        model = jaxtc.load_model(folder, dtype=dtype)
+        gain = model.layers[2].mlp_in_norm.weight
+        gain.set_value(gain[...] + 1e-3)
+        return model
+
+    found = checked(make_oracle("2b"), "float32", load)
+    caught(found, "layers.2.mlp_in", "isolated")
+    over = {
+        (row.site, row.layer)
+        for row in found.sites
+        if row.isolated and not row.isolated.relative <= row.isolated_tolerance
+    }
+    assert {layer for _, layer in over} == {2}
+    after = [row for row in found.sites if row.layer == 3]
+    assert after and all(row.accumulated.relative > 1e-5 for row in after)
+
+
+def test_nan_is_caught(make_oracle):
+    def load(folder, dtype):
+        model = jaxtc.load_model(folder, dtype=dtype)
+        weight = model.layers[1].mlp.gate
+        weight.set_value(weight[...].at[0, 0].set(jnp.nan))
+        return model
+
+    found = checked(make_oracle("9b"), "float32", load)
+    caught(found, "layers.1.mlp_act", "isolated")
+    assert math.isinf(found.first_jump.relative)
+
+
+def test_layers_and_notes(make_oracle):
+    oracle = make_oracle("2b")
+    found = certify(oracle.source, prompts=[oracle.prompts[0][:5]], layers=[2, -3], new_tokens=0)
+    assert found.passed, found.failures
+    assert found.layers == [1, 2] and found.generation is None
+    assert {row.layer for row in found.sites} == {None, 1, 2}
+    assert any("window of 7" in note for note in found.notes)
+    assert any("2 of 4 layers" in note for note in found.notes)
+
+
+def test_one_layer_at_a_time_gives_the_same(make_oracle, monkeypatch):
+    """What long prompts make it do."""
+    whole = checked(make_oracle("9b"), "float32")
+    monkeypatch.setattr(importlib.import_module("jaxtc.parity.ours"), "_CAPTURED", 1)
+    parts = checked(make_oracle("9b"), "float32")
+    assert [(row.site, row.layer) for row in parts.sites] == [
+        (row.site, row.layer) for row in whole.sites
+    ]
+    for one, other in zip(parts.sites, whole.sites, strict=True):
+        # XLA may order sums otherwise in another program.
+        assert one.accumulated.relative == pytest.approx(other.accumulated.relative, abs=2e-6)
+        assert (one.isolated is None) == (other.isolated is None)
+    assert parts.passed and whole.passed
+
+
+def test_a_transcoder_of_a_random_model(make_oracle, transcoder_file):
+    """Of a layer that was not asked for; thresholds of both signs, some zero."""
+    oracle = make_oracle("27b")
+    layer, file = transcoder_file(oracle)
+    found = checked(oracle, "float32", transcoder=file.parents[3], layers=[0])
+    assert found.passed, found.failures
+    assert found.layers == [0, layer] and found.transcoder.layer == layer
+    assert found.transcoder.tokens == len(oracle.prompts[0]) - 1  # without <bos>
+    assert found.transcoder.pre_activations < tolerances("float32").transcoder
+
+
+@pytest.fixture(scope="module")
+def worded(tmp_path_factory):
+    """A perturbed model that has a tokenizer, as the command needs one."""
+    folder = tmp_path_factory.mktemp("worded")
+    embedded = embedded_data("model")
+    vocab = json.loads((embedded / "config.json").read_text())["vocab_size"]
+    oracles.perturbed("9b", vocab_size=vocab).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(embedded / name, folder)
+    return folder
+
+
+def test_the_exit_codes_of_the_command(worded, tmp_path, monkeypatch, capsys, jax_forgets):
+    runtime = importlib.import_module("jaxtc.cli.runtime")
+    monkeypatch.setattr(runtime, "use_compilation_cache", lambda console: None)
+    monkeypatch.setattr(runtime, "quiet", lambda: None)
+    monkeypatch.setenv("COLUMNS", "100")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("The capital of Texas is\n\nThe capital of the state containing Dallas is\n")
+    where, report = tmp_path / "parity.json", tmp_path / "parity.html"
+    arguments = ["parity", worded, "--prompts", prompts, "--json", where, "--report", report]
+    arguments += ["--new-tokens", 2]
+
+    def command() -> tuple[int, str, Certificate]:
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([str(argument) for argument in arguments])
+        held = Certificate.from_dict(json.loads(where.read_text()))
+        return exit_.value.code, capsys.readouterr().out, held
+
+    code, out, held = command()
+    assert code == 0 and held.passed and "PASSED" in out
+    assert len(held.prompts) == 2 and "layers.0" not in out
+    assert "<html" in report.read_text()
+
+    monkeypatch.setattr(Embedder, "encode", scaled_twice)
+    jax.clear_caches()
+    code, out, held = command()
+    assert code == 1 and not held.passed and "FAILED" in out
+    assert "The error begins at embed" in out
+    assert "embed" in report.read_text()
