@@ -6,6 +6,12 @@ from pathlib import Path
 import jax
 import pytest
 
+from tests.parity.figures import (  # noqa: F401
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+    pytest_testnodedown,
+)
+
 # Each compiled program is a few hundred memory maps, of which Linux allows a process 65,530; past
 # that the compiler crashes. A whole run of the tests compiles thousands of programs.
 MANY, TOO_MANY = 10_000, 45_000

@@ -1,4 +1,4 @@
-"""Oracles and their activations, computed once a session, and the table of the worst figures."""
+"""Oracles and their activations, computed once a session."""
 
 import functools
 import json
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import jaxtc
-from jaxtc.sites import SITES, Address
+from jaxtc.sites import Address
 from tests.parity import oracles, reference, torch_transcoder
 from tests.parity.oracles import Oracle
 
@@ -19,16 +19,6 @@ torch.set_num_threads(1)
 
 # Prompts and the side on which the reference pads them.
 CASES = {"right": ("prompts", "right"), "left": ("prompts", "left"), "long": ("long", "right")}
-
-FIGURES: dict[str, dict[str, tuple[float, str]]] = {}
-
-
-def note(figure: str, row: str, value: float, where: str) -> float:
-    """Keep ``value`` for the closing table if it is the worst so far, and give it back."""
-    worst = FIGURES.setdefault(row, {})
-    if figure not in worst or not value <= worst[figure][0]:
-        worst[figure] = (value, where)
-    return value
 
 
 @pytest.fixture(scope="session")
@@ -150,22 +140,3 @@ def theirs(models, make_oracle) -> Callable[[Oracle, str, str], reference.Captur
         return oracles.truth(make_oracle(name))
 
     return lambda oracle, case, dtype="float32": capture(oracle.name, case, dtype)
-
-
-def pytest_terminal_summary(terminalreporter):
-    """The worst figure of each site, over oracles, cases and layers."""
-    if not FIGURES:
-        return
-    names = [site.name for site in SITES]
-    rows = sorted(FIGURES, key=lambda row: names.index(row) if row in names else len(names))
-    terminalreporter.section("parity with PyTorch: worst figures")
-    terminalreporter.write_line(
-        f"{'':<26} {'rel L2, float32':>15}  {'where':<28} {'bf16 error / HF':>15}  where"
-    )
-    for row in rows:
-        parts = [f"{row:<26}"]
-        for figure, form in (("float32", ".1e"), ("bfloat16", ".3f")):
-            value, where = FIGURES[row].get(figure, (None, ""))
-            shown = "" if value is None else format(value, form)
-            parts.append(f"{shown:>15}  {where:<28}")
-        terminalreporter.write_line(" ".join(parts).rstrip())

@@ -15,7 +15,7 @@ import torch
 import jaxtc
 from jaxtc.sites import BY_NAME, Address, Site
 from tests.parity import oracles, reference, torch_hooks
-from tests.parity.conftest import note
+from tests.parity.figures import note
 from tests.parity.torch_hooks import Hooked
 
 TOLERANCE = 1e-5

@@ -6,7 +6,8 @@ import torch
 
 from jaxtc.sites import SITES, Address
 from tests.parity import oracles, reference
-from tests.parity.conftest import CASES, note
+from tests.parity.conftest import CASES
+from tests.parity.figures import note
 
 TOLERANCE = 1e-5
 BFLOAT16_RATIO = 1.1

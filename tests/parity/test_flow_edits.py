@@ -10,7 +10,7 @@ import pytest
 
 import jaxtc
 from tests.parity import lab, oracles, reference, torch_edits
-from tests.parity.conftest import note
+from tests.parity.figures import note
 from tests.parity.lab import LAYERS, ORACLES, TOLERANCE, VISIBLE, Lab, both, cut
 from tests.parity.torch_hooks import Hooked, Where
 

@@ -16,7 +16,7 @@ import jaxtc
 from jaxtc.config import FULL, SLIDING, Gemma2Config
 from jaxtc.model import Embedder
 from tests.parity import fuzz, reference
-from tests.parity.conftest import note
+from tests.parity.figures import note
 
 TOLERANCE = 2e-5
 # What a wrong constant must do, in tolerances.

@@ -14,7 +14,7 @@ import torch
 import jaxtc
 from jaxtc.sites import BY_NAME, NORM_SCALES, Address
 from tests.parity import lab, reference, torch_edits, torch_hooks
-from tests.parity.conftest import note
+from tests.parity.figures import note
 from tests.parity.lab import LAYERS, ORACLES, SITES, Lab
 from tests.parity.oracles import EMBEDDED
 from tests.parity.torch_hooks import Hooked, Where

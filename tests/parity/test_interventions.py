@@ -17,7 +17,7 @@ import torch
 import jaxtc
 from jaxtc.sites import BY_NAME, Site
 from tests.parity import lab, reference, torch_edits
-from tests.parity.conftest import note
+from tests.parity.figures import note
 from tests.parity.lab import LAYERS, ORACLES, SITES, TOLERANCE, VISIBLE, At, Lab, cut
 from tests.parity.torch_hooks import Hooked, Where
 

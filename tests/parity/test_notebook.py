@@ -7,7 +7,7 @@ import torch
 import jaxtc
 from jaxtc.metrics import notebook_score
 from tests.parity import oracles, reference
-from tests.parity.conftest import note
+from tests.parity.figures import note
 
 TOLERANCE = 1e-5
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import jaxtc
-from tests.parity.conftest import note
+from tests.parity.figures import note
 from tests.parity.reference import relative
 from tests.parity.torch_transcoder import JumpReLU
 
