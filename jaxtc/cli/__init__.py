@@ -242,7 +242,9 @@ def parity(
             show_default=False,
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of both models' weights, or bfloat16.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="Of both models' weights: float32 or bfloat16.")
+    ] = "float32",
     layers: Annotated[
         str | None,
         typer.Option(
@@ -271,8 +273,8 @@ def parity(
 ) -> None:
     """Certify that JAX and PyTorch agree on your weights and prompts; exit code 1 if they do not.
 
-    Runs transformers' Gemma-2 and ours on the same tokens, one after the other, and compares every
-    site of every layer. Needs PyTorch: pip install 'jaxtc[parity]'.
+    Runs transformers' Gemma-2 in PyTorch and ours on the same tokens, one after the other, and
+    compares every site of every layer. PyTorch comes with jaxtc's extra "parity".
     """
     passed = parity_command(
         model,

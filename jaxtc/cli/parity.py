@@ -1,10 +1,14 @@
 """``jaxtc parity``: runs the comparison, draws its table, and writes the report."""
 
+import contextlib
 import importlib.util
 import json
 import math
+import os
 import re
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -14,6 +18,8 @@ from rich.text import Text
 from jaxtc.cli.runtime import working
 from jaxtc.errors import InputError, SourceError
 from jaxtc.parity.certificate import Certificate, Figures, SiteRow
+from jaxtc.parity.report import write_report, write_whole
+from jaxtc.parity.texts import read_prompts
 from jaxtc.weights import local
 
 # Failures shown in the terminal; the report has them all.
@@ -38,17 +44,19 @@ def command(
     """Compare, draw and write; whether it passed. The options are those of the command line."""
     chosen = None if layers is None else parse_layers(layers)
     stdout = json_file == Path("-")
-    for option, path in (("--report", report), ("--json", None if stdout else json_file)):
+    files = {"--report": report, "--json": None if stdout else json_file}
+    for option, path in files.items():
         if path is not None:
             _check_place(option, path)
+    if report and json_file and os.path.realpath(report) == os.path.realpath(json_file):
+        raise InputError(f"--report and --json are both {report}; give each a file of its own.")
     if report and importlib.util.find_spec("jinja2") is None:
         raise InputError(
             "The HTML report needs jinja2, which is not installed here: pip install "
             "'jaxtc[parity]'. --json needs nothing."
         )
-    with working("Starting JAX") as progress:
+    with _ended_as_by_ctrl_c(), working("Starting JAX") as progress:
         from jaxtc.parity.flow import certify
-        from jaxtc.parity.texts import read_prompts
 
         found = certify(
             model,
@@ -62,20 +70,33 @@ def command(
             progress=progress,
         )
     held = found.to_dict()
-    text = json.dumps(held, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
-    if stdout:
-        sys.stdout.write(text)
-    elif json_file:
-        try:
-            json_file.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise SourceError(f"--json {json_file} cannot be written: {error.strerror}.") from error
-    if report:
-        from jaxtc.parity.report import write_report
-
-        write_report(held, report)
-    draw(Console(stderr=stdout), found)
+    text = json.dumps(held, ensure_ascii=stdout, indent=2, allow_nan=False) + "\n"
+    try:
+        if stdout:
+            sys.stdout.write(text)
+        elif json_file:
+            write_whole(json_file, text)
+        if report:
+            write_report(held, report)
+    finally:
+        draw(Console(stderr=stdout), found)
     return found.passed
+
+
+@contextlib.contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """What ends a process without asking it would leave gigabytes in the temporary folder."""
+
+    def end(number, frame):
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+    before = {number: signal.signal(number, end) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def parse_layers(text: str) -> list[int]:
@@ -136,12 +157,13 @@ def draw(console: Console, found: Certificate) -> None:
         console.print(Text(f"  and {len(found.failures) - SHOWN} more; --json has them.", "dim"))
     word, style = ("PASSED", "bold green") if found.passed else ("FAILED", "bold red")
     tokens = sum(prompt.tokens for prompt in found.prompts)
+    model = found.model.encode(errors="backslashreplace").decode()  # a path need not be UTF-8
     agrees = "agrees" if found.passed else "does not agree"
     console.print(
         Text.assemble(
             (word, style),
             f": jaxtc {found.versions['jaxtc']} {agrees} with transformers "
-            f"{found.versions['transformers']} (torch {found.versions['torch']}) on {found.model} "
+            f"{found.versions['transformers']} (torch {found.versions['torch']}) on {model} "
             f"in {found.dtype}: {len(found.layers)} layers, {len(found.prompts)} prompts, "
             f"{tokens} tokens.",
         )

@@ -11,22 +11,33 @@ import typing
 from typing import Any
 
 VERSION = 1
+# Of errors, the one that says where a fault is before the other.
+KINDS = ("isolated", "accumulated")
 
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """The error at one address, over all tokens of all prompts.
+    """The error at one address, over all tokens of all prompts, and what it may be.
 
     Attributes:
         relative: mean over tokens of ‖ours − theirs‖ / ‖theirs‖ (the numerator alone where theirs
             is 0). Infinite where the two mask different scores.
         worst: that of the worst token.
         largest: the largest absolute difference of two numbers.
+        tolerance: what ``relative`` may be.
+        worst_tolerance: what ``worst`` may be.
     """
 
     relative: float
     worst: float
     largest: float
+    tolerance: float
+    worst_tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether both are within their tolerances; what is not a number is not."""
+        return self.relative <= self.tolerance and self.worst <= self.worst_tolerance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +51,6 @@ class SiteRow:
         isolated: when each half of each layer starts from the reference's own residual stream, so
             that an error shows where it is made only. None at the sites that are given that way
             (resid_pre, resid_mid, and the last layer's resid_post).
-        accumulated_tolerance: what ``accumulated.relative`` may be.
-        isolated_tolerance: what ``isolated.relative`` may be, None where that is.
         masks_differ: attention scores that one of the two masks and the other does not.
         passed: whether both are within their tolerances.
     """
@@ -50,8 +59,6 @@ class SiteRow:
     layer: int | None
     accumulated: Figures
     isolated: Figures | None
-    accumulated_tolerance: float
-    isolated_tolerance: float | None
     masks_differ: int
     passed: bool
 
@@ -200,7 +207,7 @@ class TruthRow:
         site: of the table of sites.
         ours: our relative error against it, mean over tokens, prompts and layers.
         theirs: the reference's.
-        ratio: ours / theirs; below 1 we are nearer. None where the reference has no error.
+        ratio: ours / theirs; below 1 we are nearer. None where neither has an error.
     """
 
     site: str

@@ -65,9 +65,10 @@ class Tally:
         """Relative error, mean over tokens."""
         return self.total / self.tokens
 
-    def figures(self) -> Figures:
-        """As the certificate has them."""
-        return Figures(self.mean, self.worst, self.largest)
+    def figures(self, tolerances: Tolerances, kind: str) -> Figures:
+        """As the certificate has them; ``kind`` is "isolated" or "accumulated"."""
+        limits = tolerances.limits(kind, self.site, self.tokens)
+        return Figures(self.mean, self.worst, self.largest, *limits)
 
 
 class Predictions:
@@ -181,7 +182,9 @@ class Features:
             ("reconstruction", self.transcoder.decode(theirs["activations"])),
         ):
             far = np.linalg.norm(np.asarray(got, np.float64) - theirs[name], axis=1)
-            self.errors[name] += (far / np.linalg.norm(theirs[name], axis=1)).tolist()
+            size = np.linalg.norm(theirs[name].astype(np.float64), axis=1)
+            # Without a bias, no active feature is a reconstruction of zeros.
+            self.errors[name] += np.divide(far, size, out=far, where=size > 0).tolist()
         a, b = np.asarray(self.transcoder.encode(x)) > 0, theirs["activations"] > 0
         both, either = (a & b).sum(1), (a | b).sum(1)
         self.tokens += len(x)
@@ -190,9 +193,8 @@ class Features:
         token, feature = np.nonzero(a != b)
         moved = np.linalg.norm(x.astype(np.float64) - expected, axis=1)
         size = np.linalg.norm(expected.astype(np.float64), axis=1)
-        room = (
-            moved + self.tolerances.transcoder * size
-        )  # Cauchy-Schwarz, and the dot product's own
+        # By Cauchy and Schwarz, and the rounding of the product itself.
+        room = moved + self.tolerances.transcoder * size
         away = np.abs(theirs["pre_activations"][token, feature] - self.threshold[feature])
         self.differing += len(token)
         self.near += int((away <= room[token] * self.columns[feature]).sum())

@@ -4,7 +4,9 @@ import contextlib
 import datetime
 import functools
 import logging
+import operator
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
@@ -14,15 +16,16 @@ from typing import Any
 import jax
 import numpy as np
 
+import jaxtc
 from jaxtc.config import Gemma2Config
-from jaxtc.errors import InputError, SourceError
+from jaxtc.errors import CapacityError, InputError, SourceError
 from jaxtc.generate import generate
 from jaxtc.model import Gemma2
 from jaxtc.parity import compare, job, verdict
 from jaxtc.parity.certificate import Certificate, Prompt
 from jaxtc.parity.compare import Features
 from jaxtc.parity.job import Job
-from jaxtc.parity.ours import Comparison
+from jaxtc.parity.ours import Comparison, captured
 from jaxtc.parity.texts import tokenised
 from jaxtc.parity.tolerances import tolerances
 from jaxtc.sites import check_layer
@@ -70,7 +73,7 @@ def certify(
         SourceError, ConfigError, WeightsError: of the model or the transcoder.
         InputError: prompts the model cannot run.
         SiteError: a layer the model lacks.
-        CapacityError: prompts too long for the memory there is.
+        CapacityError: prompts too long for the memory there is, or for the temporary folder.
         JaxtcError: no PyTorch here, an option out of its range, or the PyTorch process failed.
     """
     job.need_torch()
@@ -83,7 +86,7 @@ def certify(
     folder = model_folder(model)
     config = Gemma2Config.from_file(folder / "config.json")
     count = config.num_hidden_layers
-    chosen = sorted({check_layer(one, count, "layers") for one in layers or range(count)})
+    chosen = _layers(layers, count)
     limits = tolerances(dtype, count)
     file, of_layer = _transcoder(transcoder, transcoder_layer, config)
     if of_layer is not None:
@@ -91,6 +94,7 @@ def certify(
     tokenizer = functools.cache(functools.partial(load_tokenizer, model))
     texts, ids = tokenised(prompts, model, config, tokenizer, new_tokens)
     with job.private_folder() as root:
+        _check_room(root, config, ids, chosen, truth)
         work = Job(
             name=dtype, root=str(root), model=str(folder.resolve()), dtype=dtype, truth=False,
             prompts=ids, layers=chosen, new_tokens=new_tokens, transcoder=file and str(file),
@@ -132,7 +136,8 @@ def certify(
         config=config,
         prompts=[Prompt(text, len(row)) for text, row in zip(texts, ids, strict=True)],
         versions={
-            **{name: version(name) for name in ("jaxtc", "jax", "flax", "numpy")},
+            "jaxtc": jaxtc.__version__,
+            **{name: version(name) for name in ("jax", "flax", "numpy")},
             **reports["theirs"]["versions"],
             "python": platform.python_version(),
         },
@@ -144,6 +149,36 @@ def certify(
         seconds=seconds,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
+
+
+def _layers(asked: Iterable[int] | None, count: int) -> list[int]:
+    """Indices from 0, in order."""
+    if asked is None:
+        return list(range(count))
+    try:
+        found = {check_layer(operator.index(one), count, "layers") for one in asked}
+    except TypeError as error:
+        raise InputError(f"layers is {asked!r}, expected whole numbers such as [0, 5].") from error
+    if not found:
+        raise InputError("layers is empty; leave it out to compare those of all layers.")
+    return sorted(found)
+
+
+def _check_room(
+    root: Path, config: Gemma2Config, prompts: list[list[int]], layers: list[int], truth: bool
+) -> None:
+    """Refuse what the temporary folder has no room for."""
+    need = sum(
+        len(layers) * captured(config, len(row)) + captured(config, len(row), per_layer=False)
+        for row in prompts
+    )
+    need, free = need * (3 if truth else 1), shutil.disk_usage(root).free
+    if need > free:
+        raise CapacityError(
+            f"What the reference computes for these prompts takes {need / 1e9:.1f} GB until it is "
+            f"compared, and {root.parent} has {free / 1e9:.1f} GB left. Set TMPDIR to a folder "
+            "with more room, or give fewer or shorter prompts or fewer layers."
+        )
 
 
 @contextlib.contextmanager
@@ -180,7 +215,7 @@ def _transcoder(
                 f"with --transcoder-layer {there[0]} (transcoder_layer={there[0]})."
             )
         [layer] = there
-    check_layer(layer, config.num_hidden_layers, "the transcoder")
+    layer = check_layer(layer, config.num_hidden_layers, "the transcoder")
     file = transcoder_file(source, layer)
     params = read_params(file, np.dtype(np.float32))
     widths = params["W_enc"].shape[0], params["W_dec"].shape[1]

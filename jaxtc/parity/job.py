@@ -106,12 +106,17 @@ def run(job: Job, progress: Step) -> dict:
     path.write_text(json.dumps(dataclasses.asdict(job)), encoding="utf-8")
     # It imports from where this process does, the folder it happens to run in left out (-P).
     places = os.pathsep.join(place for place in sys.path if place)
-    environment = {**os.environ, "PYTHONPATH": places, "TRANSFORMERS_VERBOSITY": "error"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": places,
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_OFFLINE": "1",
+    }
     command = [sys.executable, "-P", "-m", "jaxtc.parity.torch_side", str(path)]
     with open(Path(job.root) / f"{job.name}.stderr", "w+b") as errors:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
-            env=environment, text=True, encoding="utf-8",
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+            env=environment, text=True, encoding="utf-8", errors="replace",
         )  # fmt: skip
         try:
             for line in process.stdout:
@@ -121,6 +126,7 @@ def run(job: Job, progress: Step) -> dict:
         finally:
             process.kill()
             process.wait()
+            process.stdin.close()
             process.stdout.close()
         if code:
             errors.seek(0)

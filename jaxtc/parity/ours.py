@@ -1,5 +1,6 @@
 """Our side: the prompts through our model, each compared with the reference's files at once."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -123,7 +124,10 @@ class Comparison:
         if not self.exact:
             return None
         pairs = {site: (a.mean, b.mean) for site, (a, b) in self.truth.items() if a.tokens}
-        return [TruthRow(site, a, b, a / b if b > 0 else None) for site, (a, b) in pairs.items()]
+        return [
+            TruthRow(site, a, b, a / b if b > 0 else math.inf if a > 0 else None)
+            for site, (a, b) in pairs.items()
+        ]
 
 
 def in_order(layers: Iterable[int], first: bool = True, last: bool = True) -> Iterator[Address]:
@@ -145,12 +149,16 @@ def groups(
     config: Gemma2Config, layers: list[int], length: int, itemsize: int
 ) -> Iterator[list[int]]:
     """Layers in groups whose captures fit in ``_CAPTURED`` bytes; at least one layer each."""
-    sizes = {**config.sizes, "B": 1, "T": length, "S": length, "1": 1}
-    one = 0
-    for site in SITES:
-        if site.per_layer:
-            numbers = np.prod([sizes[letter] for letter in site.axes.split()], dtype=np.int64)
-            one += int(numbers) * (4 if site.float32 else itemsize)
-    step = max(1, _CAPTURED // one)
+    step = max(1, _CAPTURED // captured(config, length, itemsize))
     for start in range(0, len(layers), step):
         yield layers[start : start + step]
+
+
+def captured(config: Gemma2Config, length: int, itemsize: int = 4, per_layer: bool = True) -> int:
+    """Bytes of every site of one layer, or of those that the model has once, for one prompt."""
+    sizes = {**config.sizes, "B": 1, "T": length, "S": length, "1": 1}
+    return sum(
+        math.prod(sizes[letter] for letter in site.axes.split()) * (4 if site.float32 else itemsize)
+        for site in SITES
+        if site.per_layer == per_layer
+    )

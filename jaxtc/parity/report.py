@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtc.errors import InputError, SourceError
-from jaxtc.parity.certificate import Certificate, Figures, SiteRow
+from jaxtc.parity.certificate import KINDS, Certificate, Figures, SiteRow
 from jaxtc.parity.texts import EMBEDDED_TEXTS, TEXTS
 from jaxtc.weights.load import EMBEDDED
 
@@ -21,8 +21,6 @@ LIGHT = ("#f3f7fb", "#cadef0", "#86b2da", "#3877b3", "#0f3262")
 DARK = ("#1a2530", "#1d3d5c", "#2c649a", "#70a8dc", "#dcecfb")
 # How many failures are shown before the rest is folded away.
 SHOWN = 12
-
-KINDS = ("isolated", "accumulated")
 
 
 def write_report(certificate: dict[str, Any], path: str | os.PathLike) -> Path:
@@ -45,17 +43,28 @@ def write_report(certificate: dict[str, Any], path: str | os.PathLike) -> Path:
     path = Path(path)
     if path.is_dir():
         raise SourceError(f"{path} is a folder; name a file in it, such as {path / 'parity.html'}.")
-    page = render(certificate)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        beside.write_text(page, encoding="utf-8", errors="backslashreplace")
-        beside.replace(path)
-    except OSError as error:
-        raise SourceError(f"The report cannot be written to {path}: {error.strerror}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
+    write_whole(path, render(certificate))
     return path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file beside its place and move it there when whole; what no UTF-8 has is escaped.
+
+    Raises:
+        SourceError: it cannot be written.
+    """
+    real = Path(os.path.realpath(path))
+    device = real.exists() and not real.is_file()  # /dev/null must stay what it is
+    beside = real if device else real.with_name(f".{real.name}.{os.getpid()}.part")
+    try:
+        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
+        beside.replace(real)
+    except OSError as error:
+        raise SourceError(f"{path} cannot be written: {error.strerror}.") from error
+    finally:
+        if not device:
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)
 
 
 def render(certificate: dict[str, Any]) -> str:
@@ -88,7 +97,7 @@ def render(certificate: dict[str, Any]) -> str:
         decades=range(LEAST, 1),
         command=command(held),
         from_file=not built_in(held),
-        one_a_line=all(one.text and len(one.text.splitlines()) == 1 for one in held.prompts),
+        one_a_line=all(one.text and not {*"\r\n"} & {*one.text} for one in held.prompts),
         layers=spans(held.layers),
         tolerances=tolerance_table(held.tolerances),
         ratios=[row.ratio for row in held.truth or () if row.ratio is not None],
@@ -102,15 +111,11 @@ class Cell:
     Attributes:
         row: the address, None where there is none.
         figures: its error; None where it was given rather than compared.
-        tolerance: of ``figures.relative``.
-        over: whether that, or its worst token, is above its tolerance or no number at all.
         jumps: whether the first jump is here.
     """
 
     row: SiteRow | None = None
     figures: Figures | None = None
-    tolerance: float | None = None
-    over: bool = False
     jumps: bool = False
 
 
@@ -131,15 +136,13 @@ class HeatMap:
 
 def heat_map(certificate: Certificate, kind: str) -> HeatMap:
     """The heat map of one kind of error."""
-    jump, worst = certificate.first_jump, certificate.tolerances.get("worst", math.inf)
+    jump = certificate.first_jump
     by_site: dict[str, dict[int | None, Cell]] = {}
     for row in certificate.sites:
         jumps = jump is not None and (jump.site, jump.layer, jump.kind) == (
             row.site, row.layer, kind,
         )  # fmt: skip
-        figures, limit = getattr(row, kind), getattr(row, f"{kind}_tolerance")
-        fine = not figures or (figures.relative <= limit and figures.worst <= worst * limit)
-        cell = Cell(row, figures, limit, not fine, jumps)
+        cell = Cell(row, getattr(row, kind), jumps)
         by_site.setdefault(row.site, {})[row.layer] = cell
     layers = sorted({row.layer for row in certificate.sites if row.layer is not None})
     rows = []

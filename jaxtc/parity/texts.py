@@ -53,7 +53,8 @@ def read_prompts(path: str | Path) -> list[str]:
         ) from error
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror}.") from error
-    lines = [line for line in text.splitlines() if line.strip()]
+    # Not splitlines(): a text may hold other characters that break lines.
+    lines = [line for line in text.split("\n") if line.strip()]
     if not lines:
         raise InputError(f"{path} has no prompt in it; write one prompt a line.")
     return lines

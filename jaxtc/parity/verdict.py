@@ -1,11 +1,12 @@
 """From figures to a verdict: what is over its tolerance, where it began, what was not tested."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from jaxtc.config import FULL, SLIDING, Gemma2Config
 from jaxtc.errors import some
 from jaxtc.parity.certificate import (
+    KINDS,
     Certificate,
     Figures,
     Generation,
@@ -31,12 +32,10 @@ def certificate(tolerances: Tolerances, side: Any, **known: Any) -> Certificate:
     config, prompts = known.pop("config"), known["prompts"]
     rows = [row(tolerances, side, address) for address in side.accumulated]
     logits = side.predictions.result()
-    kinds = ("isolated", "accumulated")
-    isolated, accumulated = (Over(rows, kind, tolerances, logits.tokens) for kind in kinds)
     truth = side.truth_rows()
+    untested = side.features is not None and known["transcoder"] is None
     failures = [
-        *isolated.sentences(),
-        *accumulated.sentences(),
+        *(sentence for kind in KINDS for sentence in of_sites(rows, kind)),
         *of_truth(truth, tolerances),
         *of_logits(logits, tolerances),
         *of_generation(known["generation"], tolerances),
@@ -44,89 +43,65 @@ def certificate(tolerances: Tolerances, side: Any, **known: Any) -> Certificate:
     ]
     return Certificate(
         passed=not failures, failures=failures, logits=logits, sites=rows,
-        first_jump=isolated.first() or accumulated.first(), truth=truth, dtype=tolerances.dtype,
-        notes=notes(config, prompts, known["layers"], tolerances), config=config.to_dict(),
-        tolerances=tolerances.to_dict(), **known,
+        first_jump=first(rows), truth=truth, dtype=tolerances.dtype,
+        notes=notes(config, prompts, known["layers"], tolerances, untested), **known,
+        config=config.to_dict(), tolerances=tolerances.to_dict(),
     )  # fmt: skip
 
 
 def row(tolerances: Tolerances, side: Any, address: Address) -> SiteRow:
     """The figures of one address, judged."""
     whole, alone = side.accumulated[address], side.isolated.get(address)
-    limits = {
-        kind: tolerances.limits(kind, address.site, whole.tokens)
-        for kind in ("accumulated", "isolated")
-    }
-    fine = within(whole.figures(), limits["accumulated"])
-    if alone:
-        fine = fine and within(alone.figures(), limits["isolated"])
+    accumulated = whole.figures(tolerances, "accumulated")
+    isolated = alone and alone.figures(tolerances, "isolated")
     return SiteRow(
-        site=address.site, layer=address.layer, accumulated=whole.figures(),
-        isolated=alone and alone.figures(), accumulated_tolerance=limits["accumulated"][0],
-        isolated_tolerance=limits["isolated"][0] if alone else None,
-        masks_differ=(alone or whole).masks_differ, passed=fine,
+        site=address.site, layer=address.layer, accumulated=accumulated, isolated=isolated,
+        masks_differ=(alone or whole).masks_differ,
+        passed=accumulated.passed and (isolated is None or isolated.passed),
     )  # fmt: skip
 
 
-def within(figures: Figures, limits: tuple[float, float]) -> bool:
-    """Whether the mean and the worst token are; what is not a number is not."""
-    return figures.relative <= limits[0] and figures.worst <= limits[1]
+def over(rows: Iterable[SiteRow], kind: str) -> list[tuple[SiteRow, Figures]]:
+    """The rows whose error of this kind is over its tolerance, with that error."""
+    pairs = [(one, getattr(one, kind)) for one in rows]
+    return [(one, figures) for one, figures in pairs if figures and not figures.passed]
 
 
-class Over:
-    """The rows whose error is over tolerance, of one kind.
+def first(rows: list[SiteRow]) -> Jump | None:
+    """See :class:`jaxtc.parity.certificate.Jump`."""
+    for kind in KINDS:
+        for one, figures in over(rows, kind):
+            mean = not figures.relative <= figures.tolerance
+            return Jump(
+                str(Address(one.site, one.layer)), one.site, one.layer, kind,
+                figures.relative if mean else figures.worst,
+                figures.tolerance if mean else figures.worst_tolerance,
+            )  # fmt: skip
+    return None
 
-    Args:
-        rows: all of them, in the order of computation.
-        kind: "isolated" or "accumulated".
-        tolerances: of the dtype.
-        tokens: over how many the means are.
-    """
 
-    def __init__(self, rows: list[SiteRow], kind: str, tolerances: Tolerances, tokens: int):
-        self.kind, self.tolerances, self.tokens = kind, tolerances, tokens
-        self.rows = [one for one in rows if self._is_over(one)]
+def of_sites(rows: list[SiteRow], kind: str) -> list[str]:
+    """One sentence for every site, about the first layer over tolerance."""
+    found: dict[str, list[tuple[SiteRow, Figures]]] = {}
+    for one, figures in over(rows, kind):
+        found.setdefault(one.site, []).append((one, figures))
+    return [_sentence(kind, over) for over in found.values()]
 
-    def _limits(self, one: SiteRow) -> tuple[float, float]:
-        return self.tolerances.limits(self.kind, one.site, self.tokens)
 
-    def _is_over(self, one: SiteRow) -> bool:
-        figures = getattr(one, self.kind)
-        return figures is not None and not within(figures, self._limits(one))
-
-    def first(self) -> Jump | None:
-        """See :class:`jaxtc.parity.certificate.Jump`."""
-        if not self.rows:
-            return None
-        one = self.rows[0]
-        figures, limits = getattr(one, self.kind), self._limits(one)
-        mean = not figures.relative <= limits[0]
-        return Jump(
-            str(Address(one.site, one.layer)), one.site, one.layer, self.kind,
-            figures.relative if mean else figures.worst, limits[0] if mean else limits[1],
-        )  # fmt: skip
-
-    def sentences(self) -> list[str]:
-        """One for every site, about the first such layer."""
-        found: dict[str, list[SiteRow]] = {}
-        for one in self.rows:
-            found.setdefault(one.site, []).append(one)
-        return [self._sentence(site, over) for site, over in found.items()]
-
-    def _sentence(self, site: str, over: list[SiteRow]) -> str:
-        first, others = over[0], [str(one.layer) for one in over[1:]]
-        figures, (mean, worst) = getattr(first, self.kind), self._limits(first)
-        where = site if first.layer is None else f"{site} at layer {first.layer}"
-        rest = f" (and at layers {some(others, 50)})" if others else ""
-        if first.masks_differ:
-            what = f"{first.masks_differ} scores are masked in one model only"
-        elif figures.relative <= mean:
-            what = (
-                f"{self.kind} error {figures.worst:.2e} at the worst token, tolerance {worst:.1e}"
-            )
-        else:
-            what = f"{self.kind} error {figures.relative:.2e}, tolerance {mean:.1e}"
-        return f"{where}: {what}{rest}."
+def _sentence(kind: str, found: list[tuple[SiteRow, Figures]]) -> str:
+    (one, figures), others = found[0], [str(later.layer) for later, _ in found[1:]]
+    where = one.site if one.layer is None else f"{one.site} at layer {one.layer}"
+    if one.masks_differ:
+        what = f"{one.masks_differ} scores are masked in one model only"
+    elif figures.relative <= figures.tolerance:
+        what = (
+            f"{kind} error {figures.worst:.2e} at the worst token, tolerance "
+            f"{figures.worst_tolerance:.1e}"
+        )
+    else:
+        what = f"{kind} error {figures.relative:.2e}, tolerance {figures.tolerance:.1e}"
+    rest = f" (and at layers {some(others, 50)})" if others else ""
+    return f"{where}: {what}{rest}."
 
 
 def of_logits(logits: Logits, tolerances: Tolerances) -> list[str]:
@@ -202,7 +177,11 @@ def of_transcoder(found: Transcoder | None) -> list[str]:
 
 
 def notes(
-    config: Gemma2Config, prompts: list[Prompt], layers: list[int], tolerances: Tolerances
+    config: Gemma2Config,
+    prompts: list[Prompt],
+    layers: list[int],
+    tolerances: Tolerances,
+    untested: bool,
 ) -> list[str]:
     """What this run could not show."""
     found: list[str] = []
@@ -229,5 +208,10 @@ def notes(
         add(
             f"The sites of {len(layers)} of {config.num_hidden_layers} layers were compared; the "
             "final sites and the logits depend on all."
+        )
+    if untested:
+        add(
+            "The prompts have no tokens but special ones, which transcoders are not trained on, so "
+            "the transcoder was not compared."
         )
     return found

@@ -188,7 +188,7 @@ def test_an_error_in_one_layer_is_found_there(make_oracle):
     over = {
         (row.site, row.layer)
         for row in found.sites
-        if row.isolated and not row.isolated.relative <= row.isolated_tolerance
+        if row.isolated and not row.isolated.relative <= row.isolated.tolerance
     }
     assert {layer for _, layer in over} == {2}
     after = [row for row in found.sites if row.layer == 3]

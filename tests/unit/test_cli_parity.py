@@ -1,15 +1,19 @@
 """``jaxtc parity``: its options, its errors, its table, and what it leaves behind."""
 
+import collections
 import dataclasses
 import importlib
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
@@ -17,7 +21,7 @@ from rich.console import Console
 import jaxtc
 from jaxtc import cli
 from jaxtc.cli.parity import draw, parse_layers
-from jaxtc.errors import InputError, JaxtcError, SourceError
+from jaxtc.errors import CapacityError, InputError, JaxtcError, SourceError
 from jaxtc.parity import certify, job
 from jaxtc.parity.certificate import (
     Certificate,
@@ -92,6 +96,7 @@ ERRORS = {
     "report in no folder": ("{root}/model --report {root}/none/a.html", "there is no folder"),
     "report is a folder": ("{root}/model --report {root}", "name a file in it"),
     "json in no folder": ("{root}/model --json {root}/none/a.json", "there is no folder"),
+    "one file for both": ("{root}/model --json {root}/a --report {root}/./a", "are both"),
 }
 
 
@@ -147,10 +152,49 @@ def test_new_tokens_that_are_none(folder, count):
         certify(folder / "model", new_tokens=count)
 
 
+@pytest.mark.parametrize("layers", [[], ["1"], [1.5]])
+def test_layers_that_are_none(folder, layers):
+    with pytest.raises(InputError, match="layers is"):
+        certify(folder / "model", layers=layers)
+
+
+def test_arrays_are_taken(folder, monkeypatch):
+    """Of layers and of prompts; the work that the other process reads is JSON."""
+    seen = []
+
+    def run(work, say):
+        seen.append(json.loads(json.dumps(dataclasses.asdict(work))))
+        raise JaxtcError("enough")
+
+    monkeypatch.setattr(job, "run", run)
+    with pytest.raises(JaxtcError, match="enough"):
+        certify(folder / "model", prompts=np.array([[2, 3]]), layers=np.array([2, -3]))
+    assert seen[0]["layers"] == [0, 2] and seen[0]["prompts"] == [[2, 3]]
+
+
+def test_no_room(folder, monkeypatch):
+    """Twice the bytes for float64, three times in all; nothing has begun."""
+    monkeypatch.setattr(job, "run", lambda *_: pytest.fail("the work has begun"))
+    model, rows = tiny.model(), [[2, 3, 4], [2, 5]]
+    need = sum(
+        np.asarray(x, np.float32).nbytes
+        for row in rows
+        for x in jaxtc.run(model, [row], capture=list(in_order(range(3)))).activations.values()
+    )
+    usage = collections.namedtuple("usage", "free")
+    for factor, truth in ((1, False), (3, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, n=factor: usage(n * need - 1))
+        with pytest.raises(CapacityError, match="TMPDIR"):
+            certify(folder / "model", prompts=rows, truth=truth)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, n=factor: usage(n * need))
+        with pytest.raises(pytest.fail.Exception, match="begun"):
+            certify(folder / "model", prompts=rows, truth=truth)
+
+
 def test_read_prompts(tmp_path):
     file = tmp_path / "prompts.txt"
-    file.write_bytes("\ufeffFirst – one\r\n\r\n  second\n".encode())
-    assert read_prompts(file) == ["First – one", "  second"]
+    file.write_bytes("\ufeffFirst – one\r\n\r\n  second\n\fthird\u2028line".encode())
+    assert read_prompts(file) == ["First – one", "  second", "\fthird\u2028line"]
     with pytest.raises(SourceError):
         read_prompts(tmp_path / "none.txt")
 
@@ -173,9 +217,11 @@ def test_the_other_process_fails(folder, tmp_path):
     assert steps == ["Loading the PyTorch model"]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="signals")
-def test_ctrl_c_leaves_nothing_behind(folder, tmp_path):
-    """Nor can others read what is there meanwhile."""
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_ctrl_c_leaves_nothing_behind(folder, tmp_path, name):
+    """Nor does being told to end, and no end leaves the other process; nor can others read what is
+    there meanwhile."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("the capital of texas is")
     process = subprocess.Popen(
@@ -190,11 +236,17 @@ def test_ctrl_c_leaves_nothing_behind(folder, tmp_path):
         time.sleep(0.02)
     [place] = tmp_path.glob("jaxtc-parity-*")
     assert stat.S_IMODE(place.stat().st_mode) == 0o700
-    os.killpg(process.pid, signal.SIGINT)
+    [child] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(process.pid, getattr(signal, name))
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and not out
-    assert b"Traceback" not in err
-    assert not list(tmp_path.glob("jaxtc-parity-*"))
+    assert not out and b"Traceback" not in err
+    if name != "SIGKILL":
+        assert process.returncode == 130
+        assert not list(tmp_path.glob("jaxtc-parity-*"))
+    end = time.monotonic() + 60
+    while Path(f"/proc/{child}").exists():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def certificate(layers: int, passed: bool = True) -> Certificate:
@@ -203,13 +255,10 @@ def certificate(layers: int, passed: bool = True) -> Certificate:
     for address in in_order(range(layers)):
         given = address.site in ("resid_pre", "resid_mid")
         error = 1.5e-7 if passed or address.layer != 1 else float("inf")
-        alone = None if given else Figures(0.0 if address.site == "embed" else error, 1e-6, 1e-5)
-        rows.append(
-            SiteRow(
-                address.site, address.layer, Figures(2e-6, 1e-5, 1e-3), alone, 1e-4,
-                None if given else 1e-6, 0, error < 1,
-            )
-        )  # fmt: skip
+        error = 0.0 if address.site == "embed" else error
+        alone = None if given else Figures(error, 1e-6, 1e-5, 1e-6, 1e-5)
+        whole = Figures(2e-6, 1e-5, 1e-3, 1e-4, 1e-3)
+        rows.append(SiteRow(address.site, address.layer, whole, alone, 0, error < 1))
     return Certificate(
         passed=passed,
         failures=[] if passed else [f"mlp_in at layer 1: [bold] {n}." for n in range(30)],
@@ -266,6 +315,30 @@ def test_json_to_stdout(command, folder, monkeypatch):
     assert code == 1
     assert Certificate.from_dict(json.loads(out)) == held
     assert "FAILED" in err
+
+
+def test_files_are_written_whole(command, folder, tmp_path, monkeypatch):
+    """What was found is shown even where no file can be written."""
+    flow = importlib.import_module("jaxtc.parity.flow")
+    held = dataclasses.replace(certificate(2), model="\udcff")  # a name that is not UTF-8
+    monkeypatch.setattr(flow, "certify", lambda *_, **__: held)
+    where, link = tmp_path / "a.json", tmp_path / "link.json"
+    link.symlink_to(where)
+    where.write_text("before")
+    code, _, _ = command(folder / "model", "--json", link)
+    assert code == 0 and link.is_symlink() and sorted(tmp_path.iterdir()) == [where, link]
+    assert Certificate.from_dict(json.loads(where.read_text())) == held
+    code, out, _ = command(folder / "model", "--json", os.devnull)
+    assert code == 0 and not Path(os.devnull).is_file()
+
+    def full(self, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    code, out, err = command(folder / "model", "--json", where)
+    assert code == 2 and "PASSED" in out and "No space left" in err
+    assert Certificate.from_dict(json.loads(where.read_text())) == held
+    assert sorted(tmp_path.iterdir()) == [where, link]
 
 
 def test_a_certificate_of_another_format():

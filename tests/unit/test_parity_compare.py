@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from jaxtc.model import MASKED
-from jaxtc.parity.certificate import Divergence, Generation, Logits, TruthRow
+from jaxtc.parity.certificate import Divergence, Generation, Logits, Prompt, TruthRow
 from jaxtc.parity.compare import Features, Predictions, Tally, generation
 from jaxtc.parity.ours import groups, in_order
 from jaxtc.parity.tolerances import DEPTH, FACTOR, MEASURED, tolerances
-from jaxtc.parity.verdict import of_generation, of_logits, of_truth
+from jaxtc.parity.verdict import notes, of_generation, of_logits, of_transcoder, of_truth
 from jaxtc.sites import SITES, Address
 from tests.unit import tiny
 
@@ -20,6 +20,10 @@ TABLE = tolerances("float32")
 
 def random(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def figures(tally):
+    return tally.figures(TABLE, "isolated")
 
 
 def test_relative_error_is_a_mean_over_tokens_of_all_prompts():
@@ -33,30 +37,30 @@ def test_relative_error_is_a_mean_over_tokens_of_all_prompts():
         for d, (_, b) in zip(far, pairs, strict=True)
         for t in range(3)
     ]
-    figures = tally.figures()
-    assert figures.relative == pytest.approx(np.mean(each), rel=1e-6)
-    assert figures.worst == pytest.approx(max(each), rel=1e-6)
-    assert figures.largest == pytest.approx(np.abs(far).max(), rel=1e-6)
+    found = figures(tally)
+    assert found.relative == pytest.approx(np.mean(each), rel=1e-6)
+    assert found.worst == pytest.approx(max(each), rel=1e-6)
+    assert found.largest == pytest.approx(np.abs(far).max(), rel=1e-6)
 
 
 def test_a_token_of_zeros_counts_absolutely():
     tally = Tally("mlp_out")
     tally.add(np.array([[3.0, 4.0], [1.0, 0.0]]), np.array([[0.0, 0.0], [1.0, 0.0]]))
-    assert tally.figures().worst == 5 and tally.figures().relative == 2.5
+    assert figures(tally).worst == 5 and figures(tally).relative == 2.5
 
 
 def test_bfloat16_is_read():
     tally = Tally("mlp_out")
     x = jnp.asarray(random(3, 4), jnp.bfloat16)
     tally.add(np.asarray(x), np.asarray(x, np.float32))
-    assert tally.figures().worst == 0
+    assert figures(tally).worst == 0
 
 
 def test_what_is_not_a_number_matches_nothing():
     for a, b in ((math.nan, 1.0), (1.0, math.nan), (math.nan, math.nan), (math.inf, 1.0)):
         tally = Tally("mlp_out")
         tally.add(np.array([[a, 1.0], [1.0, 1.0]]), np.array([[b, 1.0], [1.0, 1.0]]))
-        assert math.isinf(tally.figures().relative) and math.isinf(tally.figures().largest)
+        assert math.isinf(figures(tally).relative) and math.isinf(figures(tally).largest)
 
 
 def scores(visible):
@@ -88,7 +92,7 @@ def test_tokens_of_scores_and_patterns_are_queries():
     ours[:, 1] = 2
     tally.add(ours, theirs)
     assert tally.tokens == 3
-    assert tally.figures().worst == 1 and tally.figures().relative == pytest.approx(1 / 3)
+    assert figures(tally).worst == 1 and figures(tally).relative == pytest.approx(1 / 3)
 
 
 def test_predictions(monkeypatch):
@@ -207,6 +211,25 @@ def test_no_token_that_counts():
     found = Features(tiny.transcoder(1), TABLE, [2])
     found.add({}, {}, [2, 2])
     assert found.result("here", 1) is None
+    prompts, config = [Prompt("", 1)], tiny.config()
+    [note] = [n for n in notes(config, prompts, [0, 1, 2], TABLE, True) if "transcoder" in n]
+    assert "was not compared" in note
+    assert not any("transcoder" in n for n in notes(config, prompts, [0, 1, 2], TABLE, False))
+
+
+def test_no_active_feature_and_no_bias():
+    """A reconstruction of zeros, of which no error is a part."""
+    transcoder = tiny.transcoder(1)
+    transcoder.b_dec.set_value(0 * transcoder.b_dec[...])
+    transcoder.threshold.set_value(0 * transcoder.threshold[...] + 1e6)
+    x, y = random(4, 24), random(4, 24, seed=1)
+    found = Features(transcoder, TABLE, [])
+    found.add(
+        {"mlp_in_normed": x, "mlp_out": y}, reference_features(transcoder, x, y), [1, 3, 4, 5]
+    )
+    result = found.result("here", 1)
+    assert result.reconstruction == 0 and result.l0_theirs == 0
+    assert of_transcoder(result) == []
 
 
 def test_truth_is_judged():
