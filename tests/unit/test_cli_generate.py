@@ -1,6 +1,5 @@
 """``jaxtc generate``: what it writes while tokens come, how it steers, and how it fails."""
 
-import importlib
 import io
 import json
 import sys
@@ -10,40 +9,20 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 import jaxtc
-from jaxtc import SetFeature, cli
+from jaxtc import SetFeature
 from jaxtc.cli.generate import Increments
 from tests.unit import tiny
 
 PROMPT = "the [bold] capital of texas is"
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """A tiny model and its transcoders on disk."""
-    root = tmp_path_factory.mktemp("tiny")
-    jaxtc.save_model(tiny.model(), root / "model")
-    tiny.tokenizer().save_pretrained(root / "model")
-    for layer in (0, 1):
-        place = root / "transcoders" / f"layer_{layer}" / "width_50" / "average_l0_20"
-        jaxtc.save_transcoder(tiny.transcoder(layer), place)
-    return root
-
-
 @pytest.fixture
-def cli_run(folders, capsys, monkeypatch):
-    """Run the command in this process, its process-wide settings left out: (code, out, err)."""
-    runtime = importlib.import_module("jaxtc.cli.runtime")
-    monkeypatch.setattr(runtime, "use_compilation_cache", lambda console: None)
-    monkeypatch.setattr(runtime, "quiet", lambda: None)
+def generate(folders, cli_run):
+    """``jaxtc generate`` on the tiny model: (code, out, err)."""
 
     def run(*arguments):
-        given = ["generate", *map(str, arguments)]
-        if "--model" not in given:
-            given += ["--model", str(folders / "model")]
-        with pytest.raises(SystemExit) as exit_:
-            cli.main(given)
-        out, err = capsys.readouterr()
-        return exit_.value.code, out, err
+        named = [] if "--model" in arguments else ["--model", folders / "model"]
+        return cli_run("generate", *arguments, *named)
 
     return run
 
@@ -58,16 +37,16 @@ def expected(count, **options):
     return new, after[len(before) :]
 
 
-def test_the_text_is_on_stdout_and_the_rest_on_stderr(cli_run):
-    code, out, err = cli_run(PROMPT, "--max-new-tokens", 9)
+def test_the_text_is_on_stdout_and_the_rest_on_stderr(generate):
+    code, out, err = generate(PROMPT, "--max-new-tokens", 9)
     assert (code, out) == (0, PROMPT + expected(9)[1] + "\n")
     assert "Loading the tokenizer …" in err and err.rstrip().endswith("Generating …")
 
 
-def test_sampling_options_reach_the_library(cli_run):
+def test_sampling_options_reach_the_library(generate):
     options = {"temperature": 1.5, "top_k": 15, "top_p": 0.9, "seed": 6}
     flags = [part for k, v in options.items() for part in (f"--{k.replace('_', '-')}", v)]
-    code, out, _ = cli_run(PROMPT, "--max-new-tokens", 9, *flags, "--json")
+    code, out, _ = generate(PROMPT, "--max-new-tokens", 9, *flags, "--json")
     told = json.loads(out)
     new, text = expected(9, **options)
     assert (told["new_ids"], told["continuation"]) == (new, text)
@@ -77,27 +56,27 @@ def test_sampling_options_reach_the_library(cli_run):
     assert new != expected(9)[0] and new != expected(9, **options | {"seed": 7})[0]
 
 
-def test_steering_sets_the_features_on_all_tokens_but_bos(cli_run, folders):
+def test_steering_sets_the_features_on_all_tokens_but_bos(generate, folders):
     steer = ["--steer", "3=40", "--steer", "11=-2.5e1", "--layer", 1]
     steer += ["--transcoder", folders / "transcoders"]
-    code, out, _ = cli_run(PROMPT, "--max-new-tokens", 9, *steer)
+    code, out, _ = generate(PROMPT, "--max-new-tokens", 9, *steer)
     edit = SetFeature(tiny.transcoder(1), [3, 11], [40.0, -25.0], position=slice(1, None))
     assert (code, out) == (0, PROMPT + expected(9, edits=[edit])[1] + "\n")
     assert expected(9, edits=[edit]) != expected(9)
-    told = json.loads(cli_run(PROMPT, "--max-new-tokens", 2, *steer, "--json")[1])
+    told = json.loads(generate(PROMPT, "--max-new-tokens", 2, *steer, "--json")[1])
     assert told["layer"] == 1
     assert told["steered"] == [{"feature": 3, "value": 40.0}, {"feature": 11, "value": -25.0}]
 
 
-def test_the_embedded_model_by_default(cli_run):
+def test_the_embedded_model_by_default(generate):
     prompt = "The capital of the state containing Dallas is"
-    code, out, _ = cli_run(prompt, "--model", "embedded")
+    code, out, _ = generate(prompt, "--model", "embedded")
     assert (code, out) == (0, prompt + " Austin.\n")
-    code, out, _ = cli_run(prompt, "--model", "embedded", "--stop", "tin")
+    code, out, _ = generate(prompt, "--model", "embedded", "--stop", "tin")
     assert (code, out) == (0, prompt + " Aus\n")
 
 
-def test_tokens_are_written_as_they_come(cli_run, monkeypatch):
+def test_tokens_are_written_as_they_come(generate, monkeypatch):
     written = []
 
     class Out(io.StringIO):
@@ -109,7 +88,7 @@ def test_tokens_are_written_as_they_come(cli_run, monkeypatch):
             written.append("flush")
 
     monkeypatch.setattr(sys, "stdout", Out())
-    cli_run(PROMPT, "--max-new-tokens", 6)
+    generate(PROMPT, "--max-new-tokens", 6)
     parts = [text for text in written if text and text != "flush"]
     assert parts[0] == PROMPT and len(parts) >= 6
     assert "".join(parts) == PROMPT + expected(6)[1] + "\n"
@@ -142,17 +121,17 @@ def test_tokens_are_written_as_they_come(cli_run, monkeypatch):
         (["--model", "/nowhere"], "There is no folder /nowhere"),
     ],
 )
-def test_bad_input_is_one_paragraph_and_exit_code_2(cli_run, folders, arguments, message):
+def test_bad_input_is_one_paragraph_and_exit_code_2(generate, folders, arguments, message):
     given = [folders / "transcoders" if word == "T" else word for word in arguments]
-    code, out, err = cli_run(PROMPT, *given)
+    code, out, err = generate(PROMPT, *given)
     assert (code, out) == (2, "")
     *progress, error = err.strip().splitlines()
     assert error.startswith("Error: ") and message in error
     assert all(line.endswith("…") for line in progress)
 
 
-def test_a_prompt_that_is_no_text(cli_run):
-    code, out, err = cli_run("caf\udce9 is")
+def test_a_prompt_that_is_no_text(generate):
+    code, out, err = generate("caf\udce9 is")
     assert (code, out) == (2, "") and "The prompt is not Unicode text" in err
 
 
