@@ -18,6 +18,7 @@ from jaxtc.dispatch import parameters, rebuild
 from jaxtc.edit import Edit
 from jaxtc.errors import InputError, JaxtcError
 from jaxtc.intercept import Tap
+from jaxtc.interchange import plain
 from jaxtc.memory import check_run
 from jaxtc.model import Cache, Gemma2
 from jaxtc.prompts import bucket, prepare
@@ -232,6 +233,9 @@ def _stops(stop: Any, config: Gemma2Config) -> list[int]:
     if stop is None:
         own = config.eos_token_id
         return [] if own is None else np.atleast_1d(own).tolist()
+    stop = plain(stop)
+    if isinstance(stop, np.ndarray | jax.Array):
+        stop = np.asarray(stop).tolist()
     ids = [stop] if np.ndim(stop) == 0 else list(stop)
     if not all(_whole(i) and 0 <= i < config.vocab_size for i in ids):
         raise InputError(

@@ -15,6 +15,7 @@ from flax import nnx
 
 from jaxtc.config import FULL, SLIDING, Gemma2Config
 from jaxtc.intercept import Tap
+from jaxtc.interchange import plain
 from jaxtc.params import declare, normal, zeros
 
 # A mask value that survives an edit multiplying it by 0, as -inf would not.
@@ -275,6 +276,8 @@ class Gemma2(nnx.Module):
             ``depth``; the cache is None when none was given.
         """
         config, tap = self.config, tap or Tap()
+        given = (tokens, positions, segments, logits_at)
+        tokens, positions, segments, logits_at = plain(given)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         visible = masks(config, positions, segments, cache)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxtc.errors import InputError, JaxtcError
+from jaxtc.interchange import to_numpy
 from jaxtc.patching import Patching
 from jaxtc.sweep import Sweep
 
@@ -109,7 +110,7 @@ def _grid(found: Any) -> tuple[np.ndarray, list[str], list[list]]:
     elif isinstance(found, Sweep):
         values, axes = found.values, dict(found.axes)
     else:
-        values = found
+        values = to_numpy(found)
         axes = dict(zip(("layer", "position"), map(range, np.shape(found)), strict=False))
     shape = np.shape(values)  # of a pytree that is no array, none
     values = np.asarray(values, np.float64) if shape else np.zeros(())

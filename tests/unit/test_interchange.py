@@ -288,6 +288,36 @@ def test_prompts_take_tensors():
         batch.run(prompts=torch.tensor([2, 2**32]))
 
 
+def test_the_module_itself_takes_tensors():
+    model = tiny.model()
+    ids, places = torch.tensor([[2, 5, 7]]), torch.tensor([[0, 1, 2]])
+    ours, _ = model(jnp.asarray(ids.numpy()))
+    theirs, _ = model(ids, positions=places, logits_at=torch.tensor([1]))
+    np.testing.assert_allclose(np.asarray(theirs[:, 0]), np.asarray(ours[:, 1]), rtol=1e-5)
+
+
+def test_stop_tokens_may_be_tensors():
+    model = tiny.model()
+    tokens = jaxtc.generate(model, [[2, 5]], 6, stop=()).tokens[0]
+    for stop in (torch.tensor([tokens[2]]), torch.tensor(tokens[2]), jnp.array([tokens[2]])):
+        found = jaxtc.generate(model, [[2, 5]], 6, stop=stop).tokens[0]
+        assert found == tokens[: tokens.index(tokens[2]) + 1]
+    for stop in (torch.tensor([1.5]), torch.tensor([[1]]), torch.tensor([-1])):
+        with pytest.raises(InputError, match="expected token ids"):
+            jaxtc.generate(model, [[2, 5]], 6, stop=stop)
+
+
+def test_pictures_take_tensors():
+    pytest.importorskip("matplotlib").use("Agg")
+    from jaxtc import plots
+
+    values = torch.arange(12.0).reshape(3, 4)
+    expected = plots.heat_map(values.numpy()).images[0].get_array()
+    for tensor in (values.bfloat16(), values.clone().requires_grad_()):
+        drawn = plots.heat_map(tensor).images[0].get_array()
+        np.testing.assert_array_equal(drawn, expected)
+
+
 def test_transcoders_take_tensors():
     made, x = tiny.transcoder(0), RANDOM.standard_normal((2, 5, D)).astype(np.float32)
     same(lambda a: a(x), of=made)
