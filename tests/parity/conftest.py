@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import jaxtc
+from jaxtc.parity import torch_side
 from jaxtc.sites import Address
 from tests.parity import oracles, reference, torch_transcoder
 from tests.parity.oracles import Oracle
@@ -130,13 +131,11 @@ def theirs(models, make_oracle) -> Callable[[Oracle, str, str], reference.Captur
         prompts = getattr(oracle, field)
         if dtype != "truth":
             return reference.capture(models(oracle, dtype)[1], prompts, side)
-        # One by one: its mask, the least float64, is -inf to the float32 softmax, so that rows of
-        # padding that see nothing become NaN.
-        alone = [reference.capture(truth(name), [prompt], side) for prompt in prompts]
-        return {key: [captured[key][0] for captured in alone] for key in alone[0]}
+        with torch_side.Float64():
+            return reference.capture(truth(name), prompts, side)
 
     @functools.cache
     def truth(name: str):
-        return oracles.truth(make_oracle(name))
+        return torch_side.widen(oracles.load(make_oracle(name).folder, torch.bfloat16))
 
     return lambda oracle, case, dtype="float32": capture(oracle.name, case, dtype)

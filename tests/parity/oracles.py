@@ -87,18 +87,6 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Gemma2ForCausalLM:
     return model.eval()
 
 
-@torch.no_grad()
-def truth(oracle: Oracle) -> Gemma2ForCausalLM:
-    """The float64 model whose weights, and embedding scale, are those of the bfloat16 one."""
-    model = load(oracle.folder)
-    for weight in model.parameters():
-        weight.copy_(weight.bfloat16())
-    model = model.double()
-    embed = model.model.embed_tokens
-    embed.embed_scale = embed.embed_scale.bfloat16().double()
-    return model
-
-
 def embedded() -> Oracle:
     """The model that ships in the package, on sentences of its own world."""
     folder = embedded_data("model")
