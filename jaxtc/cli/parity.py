@@ -135,7 +135,8 @@ def draw(console: Console, found: Certificate) -> None:
             "A digit a layer: how many decimal digits agree (7: the error is below 1e-7), = where "
             "all bits do, ! over tolerance, · where the reference's own value was put in. Isolated "
             "starts each half of a layer from the reference's residual stream; accumulated does "
-            "not. Errors are means over tokens of ‖ours − theirs‖ / ‖theirs‖.",
+            "not. Errors are means over tokens of ‖ours − theirs‖ / ‖theirs‖; worst and accumul. "
+            "are those of the worst layer, largest is the largest absolute difference.",
             "dim",
         )
     )
