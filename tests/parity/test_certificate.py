@@ -19,14 +19,14 @@ import torch
 import jaxtc
 from jaxtc import cli
 from jaxtc.config import SLIDING
-from jaxtc.dispatch import parameters, rebuild
-from jaxtc.model import Embedder, Norm
+from jaxtc.model import Embedder
 from jaxtc.parity import Certificate, certify, job, torch_side
 from jaxtc.parity.texts import EMBEDDED_TEXTS
 from jaxtc.parity.tolerances import tolerances
 from jaxtc.sites import SITES
 from jaxtc.weights.load import embedded_data
 from tests.parity import oracles
+from tests.parity.wrong import CODE, CONSTANTS, changed, scaled_twice
 
 DTYPES = ("float32", "bfloat16")
 
@@ -64,18 +64,6 @@ def jax_forgets():
     jax.clear_caches()
     yield
     jax.clear_caches()
-
-
-def changed(**changes):
-    """A loader of our model with other constants than the folder's config says."""
-
-    def load(folder, dtype):
-        model = jaxtc.load_model(folder, dtype=dtype)
-        types = changes.get("layer_types")
-        new = changes | ({"layer_types": types(model.config)} if types else {})
-        return rebuild(dataclasses.replace(model.config, **new), parameters(model))
-
-    return load
 
 
 @pytest.fixture(scope="module")
@@ -161,23 +149,6 @@ def test_the_embedded_model(dtype):
         assert min(row.theirs for row in found.truth) > 1e-4
 
 
-def swapped(config):
-    kinds = config.layer_types
-    return tuple(next(other for other in kinds if other != kind) for kind in kinds)
-
-
-# What is wrong with ours: constants, the shape that shows it, and the first address it moves.
-CONSTANTS = {
-    "layer types swapped": ({"layer_types": swapped}, "2b", "layers.0.attn_scores"),
-    "attention softcap": ({"attn_logit_softcapping": 51.0}, "2b", "layers.0.attn_scores"),
-    "final softcap": ({"final_logit_softcapping": 31.0}, "9b", "logits"),
-    "query scale from head_dim": ({"query_pre_attn_scalar": 8}, "27b", "layers.0.attn_scores"),
-    "window": ({"sliding_window": 8}, "9b", "layers.0.attn_scores"),
-    "rope base": ({"rope_theta": 10100.0}, "2b", "layers.0.q"),
-    "norm eps": ({"rms_norm_eps": 1e-5}, "2b", "layers.0.attn_in_scale"),
-}
-
-
 @pytest.mark.parametrize("wrong", CONSTANTS)
 def test_wrong_constants_are_caught(folder_of, wrong):
     changes, name, where = CONSTANTS[wrong]
@@ -201,33 +172,6 @@ def caught(found: Certificate, where: str, kind: str) -> None:
     assert found.failures[0].startswith(site)
     assert jump.layer is None or f"at layer {jump.layer}" in found.failures[0]
     assert Certificate.from_dict(found.to_dict()) == found
-
-
-def cast_before_the_gain(self, x, tap, scale, normed=None):
-    wide = x.astype(jnp.float32)
-    rate = tap(scale, jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps))
-    wide = wide * rate
-    if normed is not None:
-        wide = tap(normed, wide)
-    return wide.astype(x.dtype) * (1 + self.weight[...])
-
-
-def unrounded_scale(self, tokens):
-    rows = self.weight[...][tokens]
-    return (rows.astype(jnp.float32) * self.weight.shape[1] ** 0.5).astype(rows.dtype)
-
-
-def scaled_twice(self, tokens):
-    rows = self.weight[...][tokens]
-    return rows * jnp.asarray(self.weight.shape[1], rows.dtype)
-
-
-# The dtype in which it shows; float32 hides the first two.
-CODE = {
-    "norm cast order": (Norm, "__call__", cast_before_the_gain, "bfloat16", "layers.0.attn_in"),
-    "embedding scale not rounded": (Embedder, "encode", unrounded_scale, "bfloat16", "embed"),
-    "embedding scaled twice": (Embedder, "encode", scaled_twice, "float32", "embed"),
-}
 
 
 @pytest.mark.parametrize("wrong", CODE)
