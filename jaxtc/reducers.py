@@ -307,13 +307,13 @@ class Features(Reducer):
             InputError: no transcoder, or one of another width.
             CapacityError: a capacity below 1 or above the number of features.
         """
-        given, size = self.transcoder, self.last_axis(config, width)
+        given, size = self.transcoder, self.site.width(config.sizes)
         if not isinstance(given, Transcoder):
             raise InputError(f"{self}: transcoder is a {type(given).__name__}, not a Transcoder.")
         if given.d_in != size:
             raise InputError(
-                f"{self}: the transcoder reads D={given.d_in}, but the last axis of "
-                f"{self.site.name} [{self.site.axes}] has {size} entries. It belongs to another "
+                f"{self}: the transcoder reads D={given.d_in}, but {self.site.name} "
+                f"[{self.site.axes}] has {size or 'no'} entries for a token. It belongs to another "
                 "model or another site."
             )
         whole = isinstance(self.capacity, int) and not isinstance(self.capacity, bool)
@@ -327,7 +327,7 @@ class Features(Reducer):
 
     def reduce(self, x: jax.Array, context: Context) -> SparseFeatures:
         """(..., D) to the features of each token."""
-        return self.transcoder.encode_sparse(x, self.capacity)
+        return self.transcoder.encode_sparse(self.site.join(x), self.capacity)
 
 
 def _refuse_masked(reducer: Reducer) -> None:
