@@ -12,11 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxtc.errors import WeightsError
 from jaxtc.weights.arrays import read_array
+from jaxtc.weights.shards import read_shards
 
 MAX_HEADER_BYTES = 100_000_000
 
@@ -51,6 +54,7 @@ class SafetensorsFile:
     Attributes:
         path: of the file.
         entries: what the header says, by tensor name.
+        metadata: the header's free text, by key.
 
     Raises:
         WeightsError: the file is truncated, or its header is not sound.
@@ -63,6 +67,7 @@ class SafetensorsFile:
         except OSError as error:
             raise WeightsError(f"{path} cannot be opened: {error.strerror}.") from error
         try:
+            self.metadata: dict[str, str] = {}
             self._data_start, self.entries = self._read_header()
         except BaseException:
             self._file.close()
@@ -91,6 +96,17 @@ class SafetensorsFile:
         self._file.seek(self._data_start + entry.start)
         return read_array(self._fill, FLOATS[entry.dtype], entry.shape, dtype)
 
+    def read_shards(
+        self, name: str, shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding
+    ) -> tuple[jax.Array, str]:
+        """One tensor as :meth:`read` gives it, of another shape perhaps, spread over devices.
+
+        Only the bytes of this process's shards are read, each once.
+        """
+        entry, start = self.entries[name], self._data_start + self.entries[name].start
+        stored = FLOATS[entry.dtype]
+        return read_shards(self._fill_at, start, stored, shape, dtype, sharding)
+
     def chunks(self, name: str, count: int) -> Iterator[np.ndarray]:
         """The elements of one tensor in C order, ``count`` at a time, in their stored dtype."""
         entry = self.entries[name]
@@ -111,6 +127,16 @@ class SafetensorsFile:
             if not count:
                 raise self._unsound("it ended while it was being read")
             view = view[count:]
+
+    def _fill_at(self, offset: int, view: memoryview) -> None:
+        while view:
+            try:
+                count = os.preadv(self._file.fileno(), [view], offset)
+            except OSError as error:
+                raise WeightsError(f"{self.path} cannot be read: {error.strerror}.") from error
+            if not count:
+                raise self._unsound("it ended while it was being read")
+            view, offset = view[count:], offset + count
 
     def _unsound(self, problem: str) -> WeightsError:
         return WeightsError(
@@ -142,7 +168,10 @@ class SafetensorsFile:
             raise self._unsound(f"its header is not JSON ({error})") from error
         if not isinstance(raw, dict):
             raise self._unsound("its header is not a JSON object")
-        raw.pop("__metadata__", None)
+        self.metadata = raw.pop("__metadata__", {})
+        texts = isinstance(self.metadata, dict) and self.metadata.values()
+        if texts is False or not all(isinstance(text, str) for text in texts):
+            raise self._unsound("its __metadata__ is not an object of texts")
         entries = {name: self._entry(name, claim) for name, claim in raw.items()}
         self._check_ranges(entries, size - 8 - length)
         return 8 + length, entries
