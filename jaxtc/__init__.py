@@ -36,6 +36,7 @@ from jaxtc.memory import estimate as estimate
 from jaxtc.model import Gemma2 as Gemma2
 from jaxtc.patching import activation_patching as activation_patching
 from jaxtc.patching import attribution_patching as attribution_patching
+from jaxtc.plan import plan as plan
 from jaxtc.positions import Token as Token
 from jaxtc.run import run as run
 from jaxtc.sites import SITES as SITES
