@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import numpy as np
@@ -19,7 +19,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtc.errors import JaxtcError, did_you_mean, some
 
 Module = TypeVar("Module", bound=nnx.Module)
-Rules = Mapping[str, str | None]
+Rules: TypeAlias = Mapping[str, str | None]
+# What :func:`make_mesh` takes.
+MeshLike: TypeAlias = Mesh | Mapping[str, int] | str
 
 DATA, MODEL = "data", "model"
 
@@ -83,9 +85,7 @@ def _checked(sizes: Mapping[str, int]) -> dict[str, int]:
     return {axis: int(size) for axis, size in sizes.items()}
 
 
-def make_mesh(
-    sizes: Mesh | Mapping[str, int] | str, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(sizes: MeshLike, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of devices whose programs are partitioned by the compiler (axes of type Auto).
 
     Args:
@@ -211,7 +211,7 @@ def variables(module: nnx.Module) -> list[tuple[str, nnx.Variable]]:
     return [(jax.tree_util.keystr(p, simple=True, separator="."), leaf) for p, leaf in flat]
 
 
-def shard(module: Module, mesh: Mesh | Mapping[str, int] | str, rules: Rules = RULES) -> Module:
+def shard(module: Module, mesh: MeshLike, rules: Rules = RULES) -> Module:
     """A model or transcoder that is in memory, on a mesh; the one given stays as it is.
 
     :func:`jaxtc.load_model` and :func:`jaxtc.load_transcoder` take ``mesh=`` themselves and never

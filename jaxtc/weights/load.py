@@ -7,10 +7,13 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from jaxtc.config import Gemma2Config
 from jaxtc.errors import SourceError, WeightsError, some
 from jaxtc.model import Gemma2
+from jaxtc.processes import agreed
+from jaxtc.sharding import RULES, MeshLike, Rules, make_mesh, shardings, variables
 from jaxtc.weights import arrays, hub, local
 from jaxtc.weights.checkpoint import Checkpoint, open_checkpoint
 from jaxtc.weights.names import EMBEDDING, TIED, Name, is_buffer, parameter_names
@@ -28,9 +31,14 @@ def load_model(
     *,
     dtype: jnp.dtype | str | None = None,
     revision: str | None = None,
+    mesh: MeshLike | None = None,
+    rules: Rules = RULES,
     progress: Progress | None = None,
 ) -> Gemma2:
-    """A Gemma-2 with its weights.
+    """A Gemma-2 with its weights, on one device or spread over a mesh of them.
+
+    On a mesh each process reads the bytes of its own devices' shards only and never holds more than
+    those. All processes call this; if one of them fails, all raise.
 
     Args:
         source: a hub id (``google/gemma-2-2b``), a local folder with ``config.json`` and
@@ -38,26 +46,39 @@ def load_model(
             that comes with jaxtc.
         dtype: of the weights; by default float32 on the CPU and bfloat16 on accelerators.
         revision: of a hub id: a branch, tag or commit.
+        mesh: such as ``"data=2,model=4"``, see :func:`jaxtc.make_mesh`; the default device if None.
+        rules: which axes of the parameters are divided, see :data:`jaxtc.sharding.RULES`.
         progress: called with (bytes read, bytes in all) after each tensor.
 
     Raises:
         SourceError: nothing there, or no access to it.
         ConfigError: not a Gemma-2.
         WeightsError: a damaged file; tensors missing, extra, misshapen, or not finite.
+        ShardingError: no such mesh, or an axis that does not divide over it.
     """
     dtype = arrays.default_dtype() if dtype is None else arrays.check_dtype(dtype)
-    folder = model_folder(source, revision)
-    config = Gemma2Config.from_file(folder / "config.json")
-    with open_checkpoint(folder) as checkpoint:
-        names = parameter_names(config)
-        problems = _account(checkpoint, names) or _untied(checkpoint)
-        if problems:
-            raise WeightsError(
-                f"The tensors in {folder} are not those of the Gemma-2 in its config.json: "
-                f"{some(problems, 20)}. Weights and config must come from the same checkpoint."
-            )
-        values = _read(checkpoint, names, dtype, progress)
-    return _assemble(config, dtype, values)
+    mesh = None if mesh is None else make_mesh(mesh)
+    with agreed(mesh, "load the model"):
+        folder = model_folder(source, revision)
+        config = Gemma2Config.from_file(folder / "config.json")
+        places = None if mesh is None else _places(config, mesh, rules)
+        with open_checkpoint(folder) as checkpoint:
+            names = parameter_names(config)
+            problems = _account(checkpoint, names) or _untied(checkpoint)
+            if problems:
+                raise WeightsError(
+                    f"The tensors in {folder} are not those of the Gemma-2 in its config.json: "
+                    f"{some(problems, 20)}. Weights and config must come from the same checkpoint."
+                )
+            values = _read(checkpoint, names, dtype, places, progress)
+        return _assemble(config, dtype, values)
+
+
+def _places(config: Gemma2Config, mesh: Mesh, rules: Rules) -> dict[str, NamedSharding]:
+    """Where each parameter goes, by our names."""
+    model = Gemma2.abstract(config)
+    names = [name for name, _ in variables(model)]
+    return dict(zip(names, shardings(model, mesh, rules), strict=True))
 
 
 def load_tokenizer(source: str | Path = EMBEDDED, *, revision: str | None = None) -> Any:
@@ -184,7 +205,11 @@ def _untied(checkpoint: Checkpoint) -> list[str]:
 
 
 def _read(
-    checkpoint: Checkpoint, names: list[Name], dtype: np.dtype, progress: Progress | None
+    checkpoint: Checkpoint,
+    names: list[Name],
+    dtype: np.dtype,
+    places: dict[str, NamedSharding] | None,
+    progress: Progress | None,
 ) -> dict[str, jax.Array]:
     """The parameters by our names; the largest first, while there is most room beside them."""
 
@@ -195,10 +220,15 @@ def _read(
     values, problems, done = {}, [], 0
     total = sum(map(size, names))
     for name in sorted(names, key=size, reverse=True):
-        array, problem = checkpoint.files[name.hf].read(name.hf, dtype)
+        file = checkpoint.files[name.hf]
+        if places is None:
+            array, problem = file.read(name.hf, dtype)
+            values[name.ours] = arrays.to_jax(array.reshape(name.shape))
+        else:
+            place = places[name.ours]
+            values[name.ours], problem = file.read_shards(name.hf, name.shape, dtype, place)
         if problem:
             problems.append(f"{name.hf} {problem}")
-        values[name.ours] = arrays.to_jax(array.reshape(name.shape))
         done += size(name)
         if progress:
             progress(done, total)
