@@ -16,8 +16,10 @@ from jaxtc.processes import agreed
 from jaxtc.sharding import RULES, MeshLike, Rules, make_mesh, shardings, variables
 from jaxtc.weights import arrays, hub, local
 from jaxtc.weights.checkpoint import Checkpoint, open_checkpoint
+from jaxtc.weights.converted import Converted, is_converted, load_converted_model
 from jaxtc.weights.names import EMBEDDING, TIED, Name, is_buffer, parameter_names
 from jaxtc.weights.safetensors_file import FLOATS
+from jaxtc.weights.verify import model_files, verify_files
 
 EMBEDDED = "embedded"
 EMBEDDED_DATA = Path(__file__).parents[1] / "embedded" / "data"
@@ -33,6 +35,7 @@ def load_model(
     revision: str | None = None,
     mesh: MeshLike | None = None,
     rules: Rules = RULES,
+    verify: bool = False,
     progress: Progress | None = None,
 ) -> Gemma2:
     """A Gemma-2 with its weights, on one device or spread over a mesh of them.
@@ -42,24 +45,34 @@ def load_model(
 
     Args:
         source: a hub id (``google/gemma-2-2b``), a local folder with ``config.json`` and
-            safetensors (one file, or shards and their index), or ``"embedded"``, the small model
-            that comes with jaxtc.
+            safetensors (one file, or shards and their index), a folder that ``jaxtc convert`` or
+            :func:`jaxtc.save_checkpoint` made, or ``"embedded"``, the small model that comes with
+            jaxtc.
         dtype: of the weights; by default float32 on the CPU and bfloat16 on accelerators.
         revision: of a hub id: a branch, tag or commit.
         mesh: such as ``"data=2,model=4"``, see :func:`jaxtc.make_mesh`; the default device if None.
         rules: which axes of the parameters are divided, see :data:`jaxtc.sharding.RULES`.
+        verify: hash all files first, on every process, and compare with the hub's own hashes; of
+            a converted checkpoint the parts that are read are always compared with its own, with
+            ``verify`` all of it.
         progress: called with (bytes read, bytes in all) after each tensor.
 
     Raises:
         SourceError: nothing there, or no access to it.
         ConfigError: not a Gemma-2.
-        WeightsError: a damaged file; tensors missing, extra, misshapen, or not finite.
+        WeightsError: a damaged file; tensors missing, extra, misshapen, or not finite; files that
+            are not the hub's, or of which no hash is known, with ``verify``.
         ShardingError: no such mesh, or an axis that does not divide over it.
     """
     dtype = arrays.default_dtype() if dtype is None else arrays.check_dtype(dtype)
     mesh = None if mesh is None else make_mesh(mesh)
     with agreed(mesh, "load the model"):
         folder = model_folder(source, revision)
+        if is_converted(folder):
+            laid_out = None if mesh is None else lambda config: _places(config, mesh, rules)
+            return load_converted_model(folder, dtype, laid_out, verify, progress)
+        if verify:
+            verify_files(model_files(folder))
         config = Gemma2Config.from_file(folder / "config.json")
         places = None if mesh is None else _places(config, mesh, rules)
         with open_checkpoint(folder) as checkpoint:
@@ -99,6 +112,8 @@ def load_tokenizer(source: str | Path = EMBEDDED, *, revision: str | None = None
             f"{folder} has no tokenizer (tokenizer.json, tokenizer_config.json). Copy those of the "
             "model there, or load the tokenizer from elsewhere."
         )
+    if is_converted(folder):
+        Converted(folder).verify(name for name in hub.TOKENIZER_FILES if local.has(folder, name))
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
