@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -179,7 +180,8 @@ def partition(
 
 
 def _uneven(name: str, axis: str, size: int, target: str, count: int) -> ShardingError:
-    fit = [n for n in range(1, size + 1) if size % n == 0]
+    low = [n for n in range(1, math.isqrt(size) + 1) if size % n == 0]
+    fit = sorted({*low, *(size // n for n in low)})
     if axis == "kv_heads":
         fit += [size * n for n in range(2, 9)]
     near = sorted(fit, key=lambda n: abs(math.log(n / count)))[:6]
@@ -237,6 +239,9 @@ def put(x: Any, sharding: NamedSharding) -> jax.Array:
         return x
     if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
+    if jnp.issubdtype(getattr(x, "dtype", np.float32), jax.dtypes.prng_key):
+        data = put(jax.random.key_data(x), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         return jax.jit(_same, out_shardings=sharding)(x)
     host = np.asarray(x)
