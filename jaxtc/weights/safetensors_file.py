@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 
 from jaxtc.errors import WeightsError
 from jaxtc.weights.arrays import read_array
-from jaxtc.weights.shards import read_shards
+from jaxtc.weights.shards import Box, Parts, read_parts, read_shards
 
 MAX_HEADER_BYTES = 100_000_000
 
@@ -106,6 +106,14 @@ class SafetensorsFile:
         entry, start = self.entries[name], self._data_start + self.entries[name].start
         stored = FLOATS[entry.dtype]
         return read_shards(self._fill_at, start, stored, shape, dtype, sharding)
+
+    def read_parts(
+        self, name: str, shape: tuple[int, ...], dtype: np.dtype, boxes: Sequence[Box]
+    ) -> Parts:
+        """Some boxes of a tensor, of another shape perhaps, cast to ``dtype``."""
+        entry = self.entries[name]
+        start, stored = self._data_start + entry.start, FLOATS[entry.dtype]
+        return read_parts(self._fill_at, start, stored, shape, dtype, boxes)
 
     def chunks(self, name: str, count: int) -> Iterator[np.ndarray]:
         """The elements of one tensor in C order, ``count`` at a time, in their stored dtype."""

@@ -94,13 +94,26 @@ def read_shards(
     boxes = boxes_of(shape, sharding)
     placed, problems = [], []
     for group in _groups(list(boxes), dtype):
-        parts = Parts(group, dtype)
-        for block, corner in _blocks(read_at, start, stored, shape, hull(group)):
-            parts.take(block, corner)
+        parts = read_parts(read_at, start, stored, shape, dtype, group)
         problems.append(parts.problem())
         placed += place(parts, boxes)
     array = jax.make_array_from_single_device_arrays(shape, sharding, placed)
     return array, next(filter(None, problems), "")
+
+
+def read_parts(
+    read_at: ReadAt,
+    start: int,
+    stored: np.dtype,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    boxes: Sequence[Box],
+) -> Parts:
+    """Some boxes of an array, on the host; arguments as of :func:`read_shards`."""
+    parts = Parts(boxes, dtype)
+    for block, corner in _blocks(read_at, start, stored, shape, hull(boxes)):
+        parts.take(block, corner)
+    return parts
 
 
 def stream_shards(
