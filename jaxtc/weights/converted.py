@@ -6,7 +6,8 @@ that its devices' shards touch.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,44 @@ class Converted:
                 "Copy or convert the checkpoint again."
             )
 
+    def config(self) -> Gemma2Config:
+        """The model's sizes. Raises ConfigError when they are not a Gemma-2's."""
+        where = f"{self.folder / MANIFEST}, config"
+        try:
+            same = json.loads(self.content("config.json")) == self.manifest.config
+        except (KeyError, ValueError, RecursionError):
+            same = False
+        if not same:
+            raise WeightsError(
+                f"{self.folder} does not hold the config.json that {where} repeats. Convert the "
+                "checkpoint again."
+            )
+        return Gemma2Config.from_dict(self.manifest.config, where)
+
+    def account(self, shapes: Mapping[str, Sequence[int]], below: str = "") -> None:
+        """Refuse arrays that are not exactly the parameters.
+
+        Args:
+            shapes: of the parameters, by name.
+            below: only arrays whose names begin so are compared.
+
+        Raises:
+            WeightsError: arrays are missing, extra, or misshapen.
+        """
+        found = {k: one for k, one in self.manifest.arrays.items() if k.startswith(below)}
+        problems = [f"{name} is missing" for name in shapes if name not in found]
+        problems += [f"{name} is not a parameter" for name in found if name not in shapes]
+        problems += [
+            f"{name} has shape {one.shape}, not {tuple(shapes[name])}"
+            for name, one in found.items()
+            if name in shapes and one.shape != tuple(shapes[name])
+        ]
+        if problems:
+            raise WeightsError(
+                f"The arrays in {self.folder} are not the parameters that its {MANIFEST} "
+                f"describes: {some(problems, 20)}. Convert the checkpoint again."
+            )
+
     def array(
         self, name: str, dtype: np.dtype, sharding: NamedSharding | None
     ) -> tuple[jax.Array, str]:
@@ -97,20 +136,21 @@ class Converted:
         stored = self.manifest.arrays[name]
         if sharding is None:
             box = tuple((0, size) for size in stored.shape)
-            parts = self._parts(stored, [box], dtype)
+            parts = self.parts(stored, [box], dtype)
             return arrays.to_jax(parts.arrays.pop(box)), parts.problem()
         boxes = boxes_of(stored.shape, sharding)
         together = sum(np.prod([b - a for a, b in box]) for box in boxes) * dtype.itemsize
         groups = [list(boxes)] if together <= TOGETHER_BYTES else [[box] for box in boxes]
         placed, problems = [], []
         for group in groups:
-            parts = self._parts(stored, group, dtype)
+            parts = self.parts(stored, group, dtype)
             problems.append(parts.problem())
             placed += place(parts, boxes)
         whole = jax.make_array_from_single_device_arrays(stored.shape, sharding, placed)
         return whole, next(filter(None, problems), "")
 
-    def _parts(self, stored: Stored, boxes: list[Box], dtype: np.dtype) -> Parts:
+    def parts(self, stored: Stored, boxes: Sequence[Box], dtype: np.dtype) -> Parts:
+        """Some boxes of an array, on the host, cast to ``dtype``."""
         parts = Parts(boxes, dtype)
         for index in sorted({i for box in boxes for i in _touched(stored, box)}):
             corner = tuple(part.start for part in stored.region(index))
@@ -143,10 +183,10 @@ def load_converted_model(
     checkpoint = open_model(folder)
     if verify:
         checkpoint.verify()
-    config = Gemma2Config.from_dict(checkpoint.manifest.config, f"{folder / MANIFEST}, config")
+    config = checkpoint.config()
     model = Gemma2.abstract(config, dtype)
     shapes = {name: leaf.shape for name, leaf in variables(model)}
-    _account(checkpoint, shapes)
+    checkpoint.account(shapes)
     where = {} if places is None else places(config)
     values = _read(checkpoint, shapes, dtype, where, progress)
     return jax.tree.unflatten(jax.tree.structure(model), [values[name] for name in shapes])
@@ -197,7 +237,7 @@ def load_converted_transcoder(
     abstract = _declared(checkpoint, layer, dtype)
     names = [f"layers.{layer}.{name}" for name, _ in variables(abstract)]
     shapes = {n: leaf.shape for n, (_, leaf) in zip(names, variables(abstract), strict=True)}
-    _account(checkpoint, shapes, f"layers.{layer}.")
+    checkpoint.account(shapes, f"layers.{layer}.")
     where = {} if places is None else dict(zip(names, places(abstract), strict=True))
     values = _read(checkpoint, shapes, dtype, where, None)
     return jax.tree.unflatten(jax.tree.structure(abstract), [values[name] for name in names])
@@ -225,23 +265,6 @@ def _declared(checkpoint: Converted, layer: int, dtype: np.dtype) -> Transcoder:
         output_site=told["output_site"],
         source=told["source"],
     )
-
-
-def _account(checkpoint: Converted, shapes: Mapping[str, Any], below: str = "") -> None:
-    """Refuse arrays that are not exactly the parameters."""
-    found = {k: one for k, one in checkpoint.manifest.arrays.items() if k.startswith(below)}
-    problems = [f"{name} is missing" for name in shapes if name not in found]
-    problems += [f"{name} is not a parameter" for name in found if name not in shapes]
-    problems += [
-        f"{name} has shape {one.shape}, not {tuple(shapes[name])}"
-        for name, one in found.items()
-        if name in shapes and one.shape != tuple(shapes[name])
-    ]
-    if problems:
-        raise WeightsError(
-            f"The arrays in {checkpoint.folder} are not the parameters that its {MANIFEST} "
-            f"describes: {some(problems, 20)}. Convert the checkpoint again."
-        )
 
 
 def _read(

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ except ImportError:  # Windows: two conversions to one folder at a time are not 
     fcntl = None
 
 _JOB, _FILES = "job.json", "files"
-_READ_BYTES = 8 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 # Size and SHA-256 of a file, by its path below the folder.
@@ -149,21 +148,34 @@ class Job:
         """Write one file, unless it is done. Raises SourceError when it cannot be."""
         if file in self.done:
             return
+        writing = self.partial / f"writing.{self._process}"
         with self._explained():
             digest, size = hashlib.sha256(), 0
-            writing = self.partial / f"writing.{self._process}"
             with writing.open("wb") as stream:
                 for piece in pieces:
                     stream.write(piece)
                     digest.update(piece)
                     size += len(piece)
                 _sync(stream)
-            target = self.partial / _FILES / file
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(writing, target)
-            record = size, digest.hexdigest()
-            with self._log(self._process).open("a", encoding="utf-8") as log:
-                log.write(_line(file, record))
+            self._take(writing, file, (size, digest.hexdigest()))
+
+    def place(self, file: str, make: Callable[[Path], None]) -> None:
+        """As :meth:`write`, of a file that ``make`` writes to the path that it is given."""
+        if file in self.done:
+            return
+        writing = self.partial / f"writing.{self._process}{Path(file).suffix}"
+        with self._explained():
+            make(writing)
+            with writing.open("rb+") as stream:
+                _sync(stream)
+            self._take(writing, file, _hash(writing))
+
+    def _take(self, writing: Path, file: str, record: Record) -> None:
+        target = self.partial / _FILES / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(writing, target)
+        with self._log(self._process).open("a", encoding="utf-8") as log:
+            log.write(_line(file, record))
         self.done[file] = record
 
     def collect(self) -> None:
@@ -279,6 +291,11 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def room_for(sizes: Iterable[int]) -> int:
+    """What files of these sizes take on a disk with the notes on them: blocks of 4096 bytes."""
+    return sum(-(-size // 4096) * 4096 + 512 for size in sizes)
 
 
 def show_bytes(count: int) -> str:

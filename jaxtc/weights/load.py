@@ -76,14 +76,8 @@ def load_model(
         config = Gemma2Config.from_file(folder / "config.json")
         places = None if mesh is None else _places(config, mesh, rules)
         with open_checkpoint(folder) as checkpoint:
-            names = parameter_names(config)
-            problems = _account(checkpoint, names) or _untied(checkpoint)
-            if problems:
-                raise WeightsError(
-                    f"The tensors in {folder} are not those of the Gemma-2 in its config.json: "
-                    f"{some(problems, 20)}. Weights and config must come from the same checkpoint."
-                )
-            values = _read(checkpoint, names, dtype, places, progress)
+            check_tensors(checkpoint, config)
+            values = _read(checkpoint, parameter_names(config), dtype, places, progress)
         return _assemble(config, dtype, values)
 
 
@@ -127,7 +121,7 @@ def model_folder(source: str | Path, revision: str | None = None) -> Path:
         SourceError: nothing there, or no access to it.
     """
     folder = _find(source, revision, hub.download_model)
-    if not local.has(folder, "config.json"):
+    if not local.has(folder, "config.json") and not is_converted(folder):
         raise SourceError(
             f"{folder} has no config.json, so it is not a model's folder in Hugging Face's format "
             "(config.json beside model.safetensors)."
@@ -182,6 +176,20 @@ def no_revision(source: str | Path, revision: str | None) -> None:
     if revision is not None:
         raise SourceError(
             f"revision={revision!r} applies to hub ids only, and {str(source)!r} is not one."
+        )
+
+
+def check_tensors(checkpoint: Checkpoint, config: Gemma2Config) -> None:
+    """Refuse a checkpoint whose tensors are not exactly a model's parameters.
+
+    Raises:
+        WeightsError: they are not; everything that is wrong is named.
+    """
+    problems = _account(checkpoint, parameter_names(config)) or _untied(checkpoint)
+    if problems:
+        raise WeightsError(
+            f"The tensors in {checkpoint.folder} are not those of the Gemma-2 in its config.json: "
+            f"{some(problems, 20)}. Weights and config must come from the same checkpoint."
         )
 
 

@@ -30,6 +30,9 @@ SMALL_BYTES = 64 << 10
 MOST_BYTES = 16 << 20
 PARTS = 16
 
+# Chunks that are no rows lie interleaved elsewhere; a smaller array is read whole to write them.
+TOGETHER_BYTES = 64 << 20
+
 # The names of dtypes in zarr (version 2); bfloat16 is tensorstore's, which reads it for orbax.
 ZARR_DTYPES = {
     np.dtype(jnp.bfloat16): "bfloat16",
@@ -72,6 +75,14 @@ class Stored:
     def file_bytes(self) -> int:
         """The size of all its chunks' files."""
         return self.chunk_bytes * math.prod(self.counts)
+
+    @property
+    def groups(self) -> list[list[Index]]:
+        """Chunks to be read from elsewhere together, so that it is read in long runs."""
+        found = list(self.indices())
+        if self.is_rows or self.file_bytes > TOGETHER_BYTES:
+            return [[index] for index in found]
+        return [found]
 
     @property
     def is_rows(self) -> bool:
