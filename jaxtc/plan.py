@@ -16,6 +16,7 @@ from jaxtc.config import Gemma2Config
 from jaxtc.errors import InputError, did_you_mean
 from jaxtc.plan_advice import Verdict, divisors, judge
 from jaxtc.plan_parts import Part, Request, gigabytes
+from jaxtc.recording import check_per_token
 from jaxtc.sharding import DATA, MODEL, RULES, ShardingError, parse_mesh, show
 from jaxtc.sites import check_layer
 from jaxtc.weights.arrays import check_dtype
@@ -78,10 +79,14 @@ class Plan:
             "transcoders": list(asked.transcoders),
             "features": asked.features,
             "transcoder_dtype": asked.transcoder_dtype,
+            "skip": asked.skip,
             "parts": [dataclasses.asdict(part) for part in self.parts],
             "per_device": self.per_device,
             "total": self.total,
-            "fits": [dataclasses.asdict(verdict) for verdict in self.verdicts],
+            "fits": [
+                {**dataclasses.asdict(v), "suggestions": [*map(dataclasses.asdict, v.suggestions)]}
+                for v in self.verdicts
+            ],
             "notes": list(self.notes),
         }
 
@@ -100,13 +105,14 @@ def plan(
     rules: Mapping[str, str | None] = RULES,
     dtype: Any = "bfloat16",
     batch: int = 1,
-    length: int = 1024,
+    length: int | None = None,
     new_tokens: int = 0,
     capture: Captures = (),
     logits: str | None = "unset",
     transcoders: str | Iterable[int] = (),
     width: str | int = DEFAULT_WIDTH,
     transcoder_dtype: Any = "float32",
+    skip: bool = False,
 ) -> Plan:
     """What each device of a mesh will hold, whether that fits, and what would make it fit.
 
@@ -119,7 +125,7 @@ def plan(
         rules: logical axes to mesh axes.
         dtype: of the weights.
         batch: B, prompts of a call.
-        length: T, tokens of the longest prompt.
+        length: T, tokens of the longest prompt; by default 1024, or what the context has room for.
         new_tokens: to plan a :func:`jaxtc.generate` of so many, with its cache; 0 plans a
             :func:`jaxtc.run`.
         capture: as :func:`jaxtc.run` takes it.
@@ -128,6 +134,7 @@ def plan(
         transcoders: of which layers, or "all".
         width: M, features of each, or Gemma Scope's name of it, such as "16k".
         transcoder_dtype: of their parameters.
+        skip: whether they have a skip connection.
 
     Raises:
         ShardingError: no mesh, or an axis of the model that it does not divide.
@@ -136,6 +143,8 @@ def plan(
     """
     config = model if isinstance(model, Gemma2Config) else load_config(model)
     sizes = parse_mesh(mesh if isinstance(mesh, str) else show(mesh))
+    if length is None:
+        length = max(min(1024, config.max_position_embeddings - new_tokens), 1)
     counts = ("batch", batch, 1), ("length", length, 1), ("new_tokens", new_tokens, 0)
     for name, value, least in counts:
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -151,11 +160,14 @@ def plan(
         raise InputError(f"logits is {logits!r}, expected 'all', 'last' or None.")
     if logits and new_tokens:
         raise InputError("A generation gives no logits back; capture='logits' keeps them.")
+    understood = understand(capture, config.num_hidden_layers)
+    if new_tokens:
+        check_per_token(understood)
     asked = Request(
         config, tuple(sizes.items()), tuple(rules.items()), check_dtype(dtype).name, batch, length,
-        new_tokens, understand(capture, config.num_hidden_layers), logits,
+        new_tokens, understood, logits,
         _layers(transcoders, config.num_hidden_layers), features_of(width),
-        check_dtype(transcoder_dtype).name,
+        check_dtype(transcoder_dtype).name, skip,
     )  # fmt: skip
     name = model if isinstance(model, str) else "this model"
     return Plan(name, asked, _checked(asked), judge(asked), tuple(_notes(asked)))

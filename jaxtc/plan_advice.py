@@ -6,6 +6,7 @@ Every suggestion is a plan of its own, computed anew; only those that fit are sh
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 
@@ -110,21 +111,29 @@ def judge(asked: Request) -> tuple[Verdict, ...]:
     Raises:
         ShardingError: an axis of the model that the mesh does not divide.
     """
-    needed = asked.needed
-    verdicts = []
+    needed, verdicts = asked.needed, []
+    kinds = None
     for device in ACCELERATORS:
         usable = int(device.memory * device.usable)
         fits = needed <= usable
-        found = () if fits else tuple(suggest(asked, device))
+        kinds = kinds if fits or kinds else list(_kinds(asked))
+        found = () if fits else tuple(suggest(asked, kinds, device))
         verdicts.append(Verdict(device.name, device.memory, usable, needed, fits, found))
     return tuple(verdicts)
 
 
-def suggest(asked: Request, device: Accelerator) -> list[Suggestion]:
+def suggest(
+    asked: Request, kinds: Sequence[list["_Step"]], device: Accelerator
+) -> list[Suggestion]:
     """The smallest changes that make a plan fit a device: one option each where one is enough.
 
     Smaller means, in this order: the same numbers from the same devices, arranged otherwise or
     called more often; less kept; fewer bits; fewer transcoders at a time; more devices.
+
+    Args:
+        asked: what does not fit.
+        kinds: each kind of change at each strength, the smallest first; the last is more devices.
+        device: that it shall fit.
     """
     found = []
     raised = int(device.memory * device.raised)
@@ -133,7 +142,7 @@ def suggest(asked: Request, device: Accelerator) -> list[Suggestion]:
         meaning = f"lets JAX take {device.raised:.0%} of the GPU in place of {device.usable:.0%}"
         found.append(Suggestion(option, meaning, asked.needed))
     usable = int(device.memory * device.usable)
-    *kinds, devices = _kinds(asked)
+    *kinds, devices = kinds
     more = _mildest(asked, [devices], usable) if devices else None
     kinds = [steps for steps in kinds if steps]
     for count in range(1, len(kinds) + 1):
@@ -179,8 +188,10 @@ def _needed(asked: Request) -> int | None:
 
 def _kinds(asked: Request) -> Iterator[list[_Step]]:
     """Each kind of change at each strength, the mildest first."""
-    meshes = sorted(_meshes(asked), key=lambda mesh: (mesh[0] * mesh[1], mesh[0]))
-    yield [_mesh(mesh) for mesh in meshes if mesh[0] * mesh[1] == asked.devices]
+    meshes = sorted(_meshes(asked), key=lambda mesh: (math.prod(mesh), mesh))
+    same = [mesh for mesh in meshes if math.prod(mesh) == asked.devices]
+    more = [mesh for mesh in meshes if math.prod(mesh) > asked.devices]
+    yield [_mesh(mesh, "the same devices") for mesh in same]
     yield [_batch(size) for size in _halves(asked.batch)]
     if asked.logits == "all":
         meaning = "keeps the logits of each prompt's last token only"
@@ -198,7 +209,7 @@ def _kinds(asked: Request) -> Iterator[list[_Step]]:
         yield [_Step(change, "--dtype bfloat16", meaning)]
     layers = asked.transcoders
     yield [_layers(layers[:count]) for count in range(len(layers) - 1, 0, -1)]
-    yield [_mesh(mesh) for mesh in meshes if mesh[0] * mesh[1] > asked.devices]
+    yield [_mesh(mesh, f"{math.prod(mesh)} devices in place of {asked.devices}") for mesh in more]
 
 
 def _meshes(asked: Request) -> Iterator[tuple[int, int]]:
@@ -223,15 +234,11 @@ def divisors(asked: Request) -> list[int]:
     return found
 
 
-def _mesh(mesh: tuple[int, int]) -> _Step:
+def _mesh(mesh: tuple[int, int], meaning: str) -> _Step:
     sizes = {DATA: mesh[0], MODEL: mesh[1]}
-    count = mesh[0] * mesh[1]
-    return _Step(
-        lambda r: dataclasses.replace(r, mesh=tuple(sizes.items())),
-        f"--mesh {show(sizes)}",
-        f"{count} devices",
-        is_mesh=True,
-    )
+    changed = tuple(sizes.items())
+    change = lambda r: dataclasses.replace(r, mesh=changed)  # noqa: E731
+    return _Step(change, f"--mesh {show(sizes)}", meaning, is_mesh=True)
 
 
 def _halves(count: int) -> Iterator[int]:

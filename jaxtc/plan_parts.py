@@ -68,6 +68,7 @@ class Request:
         transcoders: layers that have one.
         features: M.
         transcoder_dtype: of their parameters.
+        skip: whether they have a skip connection.
     """
 
     config: Gemma2Config
@@ -82,6 +83,7 @@ class Request:
     transcoders: tuple[int, ...]
     features: int
     transcoder_dtype: str
+    skip: bool
 
     @property
     def devices(self) -> int:
@@ -114,7 +116,9 @@ class Request:
         rows = {"all": f"{self.length:,} tokens", "last": "last token", None: ""}[self.logits]
         kept, padded = _activations(self.asked, self.size, *over)
         found = (
-            Part("weights", *weights, f"{count_parameters(self.config):,} in {self.dtype}"),
+            Part(
+                "weights", *weights, f"{count_parameters(self.config):,} parameters in {self.dtype}"
+            ),
             self._transcoders(),
             self._cache(),
             Part("activations", *kept, _names(self.asked)),
@@ -141,7 +145,8 @@ class Request:
 
     def _transcoders(self) -> Part:
         count, item = len(self.transcoders), np.dtype(self.transcoder_dtype).itemsize
-        one = _transcoder(self.config.hidden_size, self.features, item, self.mesh, self.rules)
+        sizes = self.config.hidden_size, self.features, self.skip
+        one = _transcoder(*sizes, item, self.mesh, self.rules)
         layers = "layer" if count == 1 else "layers"
         detail = f"{count} {layers} of {self.features:,} features in {self.transcoder_dtype}"
         return Part("transcoders", *(count * bytes_ for bytes_ in one), detail)
@@ -211,14 +216,18 @@ def _weights(config: Gemma2Config, item: int, mesh: Items, rules: Items) -> tupl
 
 
 @functools.lru_cache(maxsize=16)
-def _transcoder_parameters(d: int, features: int) -> tuple[tuple[str, tuple, tuple, int], ...]:
-    found = variables(Transcoder.abstract(d, features))
+def _transcoder_parameters(
+    d: int, features: int, skip: bool
+) -> tuple[tuple[str, tuple, tuple, int], ...]:
+    found = variables(Transcoder.abstract(d, features, skip=skip))
     return tuple((name, param.logical_axes, param.shape, 1) for name, param in found)
 
 
 @functools.lru_cache(maxsize=512)
-def _transcoder(d: int, features: int, item: int, mesh: Items, rules: Items) -> tuple[int, int]:
-    return _divided(_transcoder_parameters(d, features), item, mesh, rules)
+def _transcoder(
+    d: int, features: int, skip: bool, item: int, mesh: Items, rules: Items
+) -> tuple[int, int]:
+    return _divided(_transcoder_parameters(d, features, skip), item, mesh, rules)
 
 
 def _divided(parameters, item: int, mesh: Items, rules: Items) -> tuple[int, int]:

@@ -30,7 +30,13 @@ def command(
         str, typer.Option(help="Devices along each axis of the mesh, such as data=2,model=4.")
     ] = "data=1,model=1",
     batch: Annotated[int, typer.Option(help="Prompts of a call.")] = 1,
-    length: Annotated[int, typer.Option(help="Tokens of the longest prompt.")] = 1024,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of the longest prompt; 1024 by default, or what the context holds.",
+            show_default=False,
+        ),
+    ] = None,
     new_tokens: Annotated[
         int, typer.Option(help="Plan a generation of so many tokens, with its cache.")
     ] = 0,
@@ -60,6 +66,9 @@ def command(
     ] = "16k",
     dtype: Annotated[str, typer.Option(help="Of the weights.")] = "bfloat16",
     transcoder_dtype: Annotated[str, typer.Option(help="Of the transcoders.")] = "float32",
+    skip: Annotated[
+        bool, typer.Option("--skip", help="The transcoders have a skip connection.")
+    ] = False,
     replicate: Annotated[
         list[str] | None,
         typer.Option(
@@ -84,20 +93,26 @@ def command(
     if json_file is not None and not stdout:
         check_place("--json", json_file)
     options = {} if logits is None else {"logits": None if logits == "none" else logits}
-    found = plan(
-        model,
-        mesh,
-        rules=RULES | dict.fromkeys(map(_axis, replicate or []), None),
-        dtype=dtype,
-        batch=batch,
-        length=length,
-        new_tokens=new_tokens,
-        capture=[_capture(text) for text in capture or []],
-        transcoders=_layers(transcoders),
-        width=width,
-        transcoder_dtype=transcoder_dtype,
-        **options,
-    )
+    try:
+        found = plan(
+            model,
+            mesh,
+            rules=RULES | dict.fromkeys(map(_axis, replicate or []), None),
+            dtype=dtype,
+            batch=batch,
+            length=length,
+            new_tokens=new_tokens,
+            capture=[_capture(text) for text in capture or []],
+            transcoders=_layers(transcoders),
+            width=width,
+            transcoder_dtype=transcoder_dtype,
+            skip=skip,
+            **options,
+        )
+    except ShardingError as error:
+        if "rules=" not in str(error):
+            raise
+        raise ShardingError(f"{error} In place of rules, give --replicate AXIS here.") from error
     text = json.dumps(found.to_dict(), ensure_ascii=False, indent=2) + "\n"
     if stdout:
         sys.stdout.write(text)
