@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxtc.edit import Edit, PerLayer
 from jaxtc.errors import EditError
+from jaxtc.placement import Placement
 from jaxtc.sites import BY_NAME, ORDER, Address, Site, parse
 
 
@@ -36,6 +37,7 @@ class Context:
     positions: jax.Array
     lengths: jax.Array
     read: Callable[[str], jax.Array]
+    placement: Placement | None = None
 
     @property
     def real(self) -> jax.Array:
@@ -75,6 +77,7 @@ class Tap:
         ends: (B,) int32, how many tokens of each text there are by the end of this pass: the
             prompts' lengths, by default.
         reducers: what to keep of a site in place of all of it, see :mod:`jaxtc.reducers`.
+        placement: the mesh of this pass; every site is divided over it by its axes.
     """
 
     def __init__(
@@ -85,7 +88,9 @@ class Tap:
         lengths: jax.Array | None = None,
         ends: jax.Array | None = None,
         reducers: Sequence[Any] = (),
+        placement: Placement | None = None,
     ):
+        self.placement = placement
         self.captures = frozenset(captures)
         self.edits, self.reducers = tuple(edits), tuple(reducers)
         self.positions, self.lengths = positions, lengths
@@ -109,6 +114,8 @@ class Tap:
                 if site in edit.reads and _could(edit, layer):
                     held = self._hold(edit, x, layer, held)
                 x = self._apply(edit, x, layer)
+        if self.placement is not None:
+            x = self.placement.site(x, BY_NAME[site].axes)
         if site in self._read_sites:
             self._live[site] = x
         if Address(site, layer) in self.captures:
@@ -172,7 +179,8 @@ class Tap:
         return any(ORDER[first] < ORDER[name] < ORDER[last] for name in asked | self._read_sites)
 
     def _context(self, site: str, layer: int | None) -> Context:
-        return Context(BY_NAME[site], layer, self.positions, self.lengths, self._live.__getitem__)
+        read = self._live.__getitem__
+        return Context(BY_NAME[site], layer, self.positions, self.lengths, read, self.placement)
 
     def _apply(self, edit: Edit, x: jax.Array, layer: int | None) -> jax.Array:
         if not _could(edit, layer):

@@ -16,8 +16,10 @@ import numpy as np
 
 from jaxtc.errors import CapacityError, InputError, SiteError
 from jaxtc.intercept import Context
+from jaxtc.placement import top_k
 from jaxtc.positions import Mask, Places, resolve, spelled
 from jaxtc.reducer import Reducer, register_reducer
+from jaxtc.sharding import LETTERS
 from jaxtc.sites import Address
 from jaxtc.transcoder import SparseFeatures, Transcoder
 
@@ -212,7 +214,8 @@ class TopK(Reducer):
 
     def reduce(self, x: jax.Array, context: Context) -> Top:
         """(..., D) to a :class:`Top` of (..., k)."""
-        values, ids = jax.lax.top_k(x, self.k)
+        axis = LETTERS.get(self.site.axes.split()[-1], "tokens")
+        values, ids = top_k(x, self.k, context.placement, axis)
         return Top(values, ids.astype(jnp.int32))
 
 
@@ -327,7 +330,8 @@ class Features(Reducer):
 
     def reduce(self, x: jax.Array, context: Context) -> SparseFeatures:
         """(..., D) to the features of each token."""
-        return self.transcoder.encode_sparse(self.site.join(x), self.capacity)
+        x = self.site.join(x)
+        return self.transcoder.encode_sparse(x, self.capacity, placement=context.placement)
 
 
 def _refuse_masked(reducer: Reducer) -> None:

@@ -6,16 +6,21 @@ of what is written), M features, C capacity of the sparse path.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtc.errors import CapacityError, JaxtcError
 from jaxtc.interchange import plain
 from jaxtc.params import Init, declare, he_uniform, zeros
+from jaxtc.placement import Placement, mix_rows, placement_of, top_k
+from jaxtc.processes import whole
+from jaxtc.sharding import mesh_of, put
 from jaxtc.sites import parse
 
 
@@ -46,6 +51,18 @@ def jumprelu(z: jax.Array, threshold: jax.Array | None) -> jax.Array:
     # Said the other way round, so that NaN stays NaN.
     off = z <= 0 if threshold is None else (z <= threshold) | (z <= 0)
     return jnp.where(off, 0, z)
+
+
+def _sparse(a: jax.Array, capacity: int, placement: Placement | None) -> SparseFeatures:
+    """Of dense activations (..., M)."""
+    values, ids = top_k(a, capacity, placement, "features")
+    count = (a != 0).sum(-1, dtype=jnp.int32)
+    values = jnp.where((count > capacity)[..., None], jnp.nan, values)
+    return SparseFeatures(values, ids, count)
+
+
+_sparse_on_mesh = functools.partial(jax.jit, static_argnums=(1, 2))(_sparse)
+_mixed_on_mesh = functools.partial(jax.jit, static_argnums=(3, 4))(mix_rows)
 
 
 class Transcoder(nnx.Module):
@@ -151,12 +168,16 @@ class Transcoder(nnx.Module):
         """(..., D) to (..., D): the imitation of the MLP's output, skip connection included."""
         return self.decode(self.encode(x), x)
 
-    def encode_sparse(self, x: jax.Array, capacity: int) -> SparseFeatures:
+    def encode_sparse(
+        self, x: jax.Array, capacity: int, *, placement: Placement | None = None
+    ) -> SparseFeatures:
         """The active features only, largest first; the dense (..., M) array is not kept.
 
         Args:
             x: (..., D).
             capacity: C, room for active features of one token, at most M.
+            placement: where the features lie (``placement_of(transcoder)``), for use under ``jit``,
+                where arrays do not tell; each device then searches its own features first.
 
         Raises:
             CapacityError: a token has more than C active features. Under ``jit`` nothing can be
@@ -166,18 +187,17 @@ class Transcoder(nnx.Module):
             raise CapacityError(
                 f"capacity is {capacity!r}, expected 1 to {self.features} (this transcoder's M)."
             )
-        a = self.encode(x)
-        values, ids = jax.lax.top_k(a, capacity)
-        count = (a != 0).sum(-1, dtype=jnp.int32)
-        if not isinstance(count, jax.core.Tracer):
-            most = int(np.max(np.asarray(count), initial=0))
+        here = placement_of(self)
+        sparse = _sparse if here is None else _sparse_on_mesh
+        found = sparse(self.encode(x), capacity, placement if here is None else here)
+        if not isinstance(found.count, jax.core.Tracer):
+            most = int(np.max(whole(found.count), initial=0))
             if most > capacity:
                 raise CapacityError(
                     f"A token has {most} active features, but capacity is {capacity}: dropping any "
                     f"would give a wrong reconstruction. Ask for capacity={most} or more."
                 )
-        values = jnp.where((count > capacity)[..., None], jnp.nan, values)
-        return SparseFeatures(values, ids, count)
+        return found
 
     def decode_sparse(self, features: SparseFeatures, x: jax.Array | None = None) -> jax.Array:
         """``decode`` from (values, ids): gathers the C decoder rows a token needs. To (..., D).
@@ -186,8 +206,9 @@ class Transcoder(nnx.Module):
             JaxtcError: as :meth:`decode`.
         """
         features = jax.tree.map(plain, features)
-        rows = jnp.take(self.W_dec[...], features.ids, axis=0)
-        mixed = jnp.einsum("...c,...cd->...d", features.values, rows, precision="highest")
+        here = placement_of(self)
+        mix = mix_rows if here is None else _mixed_on_mesh
+        mixed = mix(features.values, features.ids, self.W_dec[...], here, "features")
         return self._skipped(mixed + self.b_dec[...], x)
 
     def _input(self, x: jax.Array) -> jax.Array:
@@ -204,6 +225,9 @@ class Transcoder(nnx.Module):
                     else "it belongs to another model or another site."
                 )
             )
+        mesh = mesh_of(self.W_enc[...])
+        if mesh is not None and not isinstance(x, jax.core.Tracer) and mesh_of(x) is None:
+            x = put(x, NamedSharding(mesh, PartitionSpec()))
         return jnp.asarray(x).astype(self.W_enc.dtype)
 
     def _skipped(self, y: jax.Array, x: jax.Array | None) -> jax.Array:
