@@ -16,10 +16,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtc.sharding import (
     DATA,
-    LETTERS,
     RULES,
     Rules,
     ShardingError,
+    logical,
     mesh_of,
     partition,
     put,
@@ -76,9 +76,7 @@ class Placement:
 
     def site(self, x: jax.Array, letters: str) -> jax.Array:
         """``x`` inside a program, at a site with these axis letters, ``"B T N H"``."""
-        # An axis of length 1 is nothing to divide.
-        axes = [LETTERS.get(letter, "tokens") for letter in letters.split()]
-        return self.constrain(x, axes)
+        return self.constrain(x, logical(letters))
 
     def put_rows(self, x: Any) -> Any:
         """(B, ...) on the mesh, its rows divided if there are enough; traced arrays stay."""
@@ -151,30 +149,43 @@ def placement_of(module: nnx.Module) -> Placement | None:
 
 
 def top_k(
-    x: jax.Array, k: int, placement: Placement | None, axis: str
+    x: jax.Array, k: int, placement: Placement | None, axes: Sequence[str]
 ) -> tuple[jax.Array, jax.Array]:
     """``jax.lax.top_k``, each device among its own entries first: (..., M) to (..., k) twice.
 
     The same values and ids in the same order: in both steps the first of equal values comes first,
-    and the parts are in the order of the axis.
+    and the parts are in the order of the axis. Only k entries of each part are sent.
 
     Args:
         x: (..., M).
         k: how many.
         placement: of ``x``.
-        axis: logical name of the last axis.
+        axes: logical names of its axes.
     """
-    size = x.shape[-1]
-    parts = placement.parts(axis, size) if placement else 1
-    if parts == 1:
+    if placement is None:
         return jax.lax.top_k(x, k)
-    lead, each = x.shape[:-1], size // parts
-    grouped = placement.split(x.reshape(*lead, parts, each), len(lead), axis)
-    values, ids = jax.lax.top_k(grouped, min(k, each))
-    ids = ids + each * jnp.arange(parts, dtype=ids.dtype)[:, None]
-    values, ids = (placement.split(part, len(lead), axis) for part in (values, ids))
-    values, places = jax.lax.top_k(values.reshape(*lead, -1), k)
-    return values, jnp.take_along_axis(ids.reshape(*lead, -1), places, axis=-1)
+    spec = (*placement.sharding(axes, x.shape).spec, *[None] * x.ndim)[: x.ndim]
+    last = spec[-1]
+
+    def local(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        found = values, ids = jax.lax.top_k(x, min(k, x.shape[-1]))
+        if last is None:
+            return found
+        ids = ids + jax.lax.axis_index(last).astype(ids.dtype) * x.shape[-1]
+        values, ids = (
+            jax.lax.all_gather(part, last, axis=x.ndim - 1, tiled=True) for part in (values, ids)
+        )
+        values, places = jax.lax.top_k(values, k)
+        return values, jnp.take_along_axis(ids, places, axis=-1)
+
+    # By hand: the compiler would gather all of `x` first. It cannot see either that the results
+    # are the same along `last`.
+    kept = PartitionSpec(*spec[:-1], None)
+    by_hand = jax.shard_map(
+        local, mesh=placement.mesh, in_specs=PartitionSpec(*spec), out_specs=(kept, kept),
+        check_vma=False,
+    )  # fmt: skip
+    return by_hand(x)
 
 
 def mix_rows(

@@ -19,7 +19,7 @@ from jaxtc.intercept import Context
 from jaxtc.placement import top_k
 from jaxtc.positions import Mask, Places, resolve, spelled
 from jaxtc.reducer import Reducer, register_reducer
-from jaxtc.sharding import LETTERS
+from jaxtc.sharding import logical
 from jaxtc.sites import Address
 from jaxtc.transcoder import SparseFeatures, Transcoder
 
@@ -214,8 +214,7 @@ class TopK(Reducer):
 
     def reduce(self, x: jax.Array, context: Context) -> Top:
         """(..., D) to a :class:`Top` of (..., k)."""
-        axis = LETTERS.get(self.site.axes.split()[-1], "tokens")
-        values, ids = top_k(x, self.k, context.placement, axis)
+        values, ids = top_k(x, self.k, context.placement, logical(self.site.axes))
         return Top(values, ids.astype(jnp.int32))
 
 

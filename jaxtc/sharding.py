@@ -39,6 +39,13 @@ LETTERS: Mapping[str, str] = MappingProxyType({
     "H": "head_dim", "F": "mlp", "V": "vocab", "M": "features",
 })  # fmt: skip
 
+
+def logical(letters: str) -> tuple[str, ...]:
+    """The logical axes of a site with these axis letters, ``"B T N H"``."""
+    # An axis of length 1 is nothing to divide.
+    return tuple(LETTERS.get(letter, "tokens") for letter in letters.split())
+
+
 # Logical axes of a layer's keys and values in the cache, (B, S, K, H).
 CACHE = ("batch", "slots", "kv_heads", "head_dim")
 

@@ -55,7 +55,8 @@ def jumprelu(z: jax.Array, threshold: jax.Array | None) -> jax.Array:
 
 def _sparse(a: jax.Array, capacity: int, placement: Placement | None) -> SparseFeatures:
     """Of dense activations (..., M)."""
-    values, ids = top_k(a, capacity, placement, "features")
+    rows = ["batch", *["tokens"] * (a.ndim - 2)] if a.ndim > 1 else []
+    values, ids = top_k(a, capacity, placement, [*rows, "features"])
     count = (a != 0).sum(-1, dtype=jnp.int32)
     values = jnp.where((count > capacity)[..., None], jnp.nan, values)
     return SparseFeatures(values, ids, count)
