@@ -168,9 +168,9 @@ def top_k(
     last = spec[-1]
 
     def local(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        found = values, ids = jax.lax.top_k(x, min(k, x.shape[-1]))
+        values, ids = jax.lax.top_k(x, min(k, x.shape[-1]))
         if last is None:
-            return found
+            return values, ids
         ids = ids + jax.lax.axis_index(last).astype(ids.dtype) * x.shape[-1]
         values, ids = (
             jax.lax.all_gather(part, last, axis=x.ndim - 1, tiled=True) for part in (values, ids)
