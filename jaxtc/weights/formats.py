@@ -15,6 +15,7 @@ from types import MappingProxyType
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxtc.errors import SourceError, WeightsError, did_you_mean, some
 from jaxtc.sites import BY_NAME
@@ -124,9 +125,30 @@ class TranscoderFile:
         array, problem = self._file.read(key, dtype)
         if axes != AXES[name]:
             array = np.ascontiguousarray(array.T)
+        return array, self._told(name, problem or self._negative(name, array))
+
+    def read_shards(
+        self, name: str, dtype: np.dtype, sharding: NamedSharding
+    ) -> tuple[jax.Array, str]:
+        """As :meth:`read`, spread over devices; what is wrong is told of this process's shards."""
+        key, axes = self.format.keys[name]
+        turned = {"transposed": axes != AXES[name]}
+        if isinstance(self._file, NpzFile):
+            array, problem = self._file.read_shards(key, dtype, sharding, **turned)
+        else:
+            shape = self.shapes[name]
+            array, problem = self._file.read_shards(key, shape, dtype, sharding, **turned)
+        for shard in array.addressable_shards:
+            problem = problem or self._negative(name, shard.data)
+        return array, self._told(name, problem)
+
+    def _negative(self, name: str, array: np.ndarray | jax.Array) -> str:
         if name == "threshold" and not self.format.negative and (array < 0).any():
-            problem = problem or "is below 0, where this format lets negative features through"
-        return array, f"{key} {problem}" if problem else ""
+            return "is below 0, where this format lets negative features through"
+        return ""
+
+    def _told(self, name: str, problem: str) -> str:
+        return f"{self.format.keys[name][0]} {problem}" if problem else ""
 
 
 @contextlib.contextmanager
@@ -155,15 +177,20 @@ def open_transcoder(path: Path) -> Iterator[TranscoderFile]:
         yield TranscoderFile(path, format, shapes, sites, file)
 
 
-def read_all(file: TranscoderFile, dtype: np.dtype) -> dict[str, np.ndarray]:
-    """All parameters of an open file.
+def read_all(
+    file: TranscoderFile, dtype: np.dtype, places: Mapping[str, NamedSharding] | None = None
+) -> dict[str, np.ndarray | jax.Array]:
+    """All parameters of an open file, in memory or where ``places`` says.
 
     Raises:
         WeightsError: as :meth:`TranscoderFile.read`; values that are not finite.
     """
     found, problems = {}, []
     for name in file.shapes:
-        found[name], problem = file.read(name, dtype)
+        if places is None:
+            found[name], problem = file.read(name, dtype)
+        else:
+            found[name], problem = file.read_shards(name, dtype, places[name])
         problems += [problem] if problem else []
     if problems:
         raise WeightsError(

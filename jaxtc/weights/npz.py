@@ -12,15 +12,19 @@ import tokenize
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxtc.errors import WeightsError
+from jaxtc.weights import local
 from jaxtc.weights.arrays import read_array
+from jaxtc.weights.shards import stream_shards
 
 # What numpy's reader of headers lets through: they are Python literals, parsed as such.
 _HEADER_FAULTS = (
@@ -33,6 +37,12 @@ _ZIP_FAULTS = (
     zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError,
     NotImplementedError,
 )  # fmt: skip
+
+# A zip file begins with its first member, or with its end if it has none.
+_STARTS = (b"PK\x03\x04", b"PK\x05\x06")
+
+# Weights hardly shrink when they are compressed; a few arrays that are all zeros do.
+_MOST_RATIO, _FREE_BYTES = 20, 64 << 20
 
 # deflate cannot do better, so a member that claims more is a bomb or damaged.
 _BEST_DEFLATE_RATIO = 1032
@@ -69,17 +79,18 @@ class NpzFile:
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self._file = path, local.open_plain(path)
         try:
-            self._archive = zipfile.ZipFile(path)
-        except OSError as error:
-            raise WeightsError(f"{path} cannot be opened: {error.strerror}.") from error
-        except _ZIP_FAULTS as error:
-            raise self._damaged(_sentence(error)) from error
-        try:
+            self._size = os.fstat(self._file.fileno()).st_size
+            # Python's reader lets anything stand before a zip, and other programs do not.
+            if self._file.read(4) not in _STARTS:
+                raise self._damaged("it does not begin as a zip file does")
+            self._archive = zipfile.ZipFile(self._file)
             self.entries = self._members()
-        except BaseException:
-            self._archive.close()
+        except BaseException as error:
+            self._file.close()
+            if isinstance(error, _ZIP_FAULTS) and not isinstance(error, WeightsError):
+                raise self._damaged(_sentence(error)) from error
             raise
 
     def __enter__(self) -> "NpzFile":
@@ -87,6 +98,7 @@ class NpzFile:
 
     def __exit__(self, *_) -> None:
         self._archive.close()
+        self._file.close()
 
     def read(self, name: str, dtype: np.dtype) -> tuple[np.ndarray, str]:
         """One array without a fault, cast to ``dtype``.
@@ -98,6 +110,29 @@ class NpzFile:
             WeightsError: the file ended or failed while it was read.
         """
         member = self.entries[name]
+        with self._content(member) as read_into:
+            shape = member.shape[::-1] if member.fortran else member.shape
+            array, problem = read_array(read_into, member.dtype, shape, dtype)
+        return (np.ascontiguousarray(array.T) if member.fortran else array), problem
+
+    def read_shards(
+        self, name: str, dtype: np.dtype, sharding: NamedSharding, *, transposed: bool = False
+    ) -> tuple[jax.Array, str]:
+        """One array as :meth:`read` gives it, or its transpose, spread over devices.
+
+        A member of a zip is a stream: every process reads all of it, and keeps its own shards.
+        """
+        member = self.entries[name]
+        shape = member.shape[::-1] if transposed else member.shape
+        with self._content(member) as read_into:
+            return stream_shards(
+                read_into, member.dtype, shape, dtype, sharding,
+                transposed=member.fortran != transposed,
+            )  # fmt: skip
+
+    @contextmanager
+    def _content(self, member: Member) -> Iterator[Callable[[memoryview], None]]:
+        """What fills buffers with the bytes behind a member's header, in order."""
         with self._open(member.info) as stream:
             _header(stream)
 
@@ -108,9 +143,7 @@ class NpzFile:
                         raise EOFError("it ended early")
                     view = view[count:]
 
-            shape = member.shape[::-1] if member.fortran else member.shape
-            array, problem = read_array(read_into, member.dtype, shape, dtype)
-        return (np.ascontiguousarray(array.T) if member.fortran else array), problem
+            yield read_into
 
     def _damaged(self, problem: str) -> WeightsError:
         return WeightsError(
@@ -134,14 +167,20 @@ class NpzFile:
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise self._damaged(f"{info.filename} is compressed in a way that npz files are not")
         ratio = 1 if info.compress_type == zipfile.ZIP_STORED else _BEST_DEFLATE_RATIO
-        there = min(info.compress_size, self.path.stat().st_size - info.header_offset)
+        there = min(info.compress_size, self._size - info.header_offset)
         # A deflated block has a few bytes beside its data.
         if info.file_size > max(there, 0) * ratio + (ratio > 1) * 1024:
             raise self._damaged(f"{info.filename} claims {info.file_size} bytes, {there} are there")
 
     def _members(self) -> dict[str, Member]:
         found: dict[str, Member] = {}
-        for info in self._archive.infolist():
+        infos = self._archive.infolist()
+        unpacked = sum(info.file_size for info in infos)
+        if unpacked > max(_FREE_BYTES, _MOST_RATIO * self._size):
+            raise self._damaged(
+                f"its {self._size} bytes claim to unpack to {unpacked}, which no weights do"
+            )
+        for info in infos:
             name = info.filename.removesuffix(".npy")
             if name in found:
                 raise self._damaged(f"it holds {info.filename} twice")

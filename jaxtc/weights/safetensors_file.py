@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxtc.errors import WeightsError
+from jaxtc.weights import local
 from jaxtc.weights.arrays import read_array
 from jaxtc.weights.shards import Box, Parts, read_parts, read_shards
 
@@ -28,6 +29,9 @@ _BITS = {
     "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
     "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
 }  # fmt: skip
+
+# NumPy's own limit.
+_MOST_AXES = 64
 
 # The dtypes that weights are read from.
 FLOATS = {
@@ -62,10 +66,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            self._file = path.open("rb", buffering=0)
-        except OSError as error:
-            raise WeightsError(f"{path} cannot be opened: {error.strerror}.") from error
+        self._file = local.open_plain(path)
         try:
             self.metadata: dict[str, str] = {}
             self._data_start, self.entries = self._read_header()
@@ -97,15 +98,24 @@ class SafetensorsFile:
         return read_array(self._fill, FLOATS[entry.dtype], entry.shape, dtype)
 
     def read_shards(
-        self, name: str, shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        sharding: NamedSharding,
+        *,
+        transposed: bool = False,
     ) -> tuple[jax.Array, str]:
-        """One tensor as :meth:`read` gives it, of another shape perhaps, spread over devices.
+        """One tensor as :meth:`read` gives it, but of ``shape``, and spread over devices.
 
-        Only the bytes of this process's shards are read, each once.
+        Only the bytes of this process's shards are read, each once. ``transposed``: the file has
+        the axes in the other order.
         """
         entry, start = self.entries[name], self._data_start + self.entries[name].start
         stored = FLOATS[entry.dtype]
-        return read_shards(self._fill_at, start, stored, shape, dtype, sharding)
+        return read_shards(
+            self._fill_at, start, stored, shape, dtype, sharding, transposed=transposed
+        )
 
     def read_parts(
         self, name: str, shape: tuple[int, ...], dtype: np.dtype, boxes: Sequence[Box]
@@ -201,7 +211,7 @@ class SafetensorsFile:
         dtype, shape, offsets = claim["dtype"], claim["shape"], claim["data_offsets"]
         if not isinstance(dtype, str) or dtype not in _BITS:
             raise self._unsound(f"{name!r} has the unknown dtype {dtype!r}")
-        if not whole(shape) or not whole(offsets) or len(offsets) != 2:
+        if not whole(shape) or len(shape) > _MOST_AXES or not whole(offsets) or len(offsets) != 2:
             raise self._unsound(f"{name!r} has shape {shape!r} and data_offsets {offsets!r}")
         start, stop = offsets
         if (stop - start) * 8 != math.prod(shape) * _BITS[dtype]:

@@ -44,7 +44,7 @@ class Parts:
 
     def __init__(self, boxes: Iterable[Box], dtype: np.dtype):
         self.arrays = {box: empty(tuple(b - a for a, b in box), dtype) for box in boxes}
-        self.finite, self.kept = True, True
+        self.dtype, self.finite, self.kept = dtype, True, True
 
     def take(self, block: np.ndarray, corner: Sequence[int]) -> None:
         """Copy a block, whose first element is at ``corner``, to the boxes that it touches."""
@@ -62,12 +62,21 @@ class Parts:
             if source.dtype != target.dtype:
                 self.kept &= all_finite(target)
 
+    def transposed(self) -> "Parts":
+        """The same parts of the array with its axes in the other order; these are given up."""
+        twin = Parts((), self.dtype)
+        twin.finite, twin.kept = self.finite, self.kept
+        while self.arrays:
+            box, array = self.arrays.popitem()
+            twin.arrays[box[::-1]] = turned = empty(array.shape[::-1], self.dtype)
+            np.copyto(turned, array.T)
+        return twin
+
     def problem(self) -> str:
         """What is wrong with the values so far, or an empty string."""
         if not self.finite:
             return "holds NaN or infinity"
-        dtype = next(iter(self.arrays.values())).dtype if self.arrays else None
-        return "" if self.kept else f"holds values too large for {dtype.name}"
+        return "" if self.kept else f"holds values too large for {self.dtype.name}"
 
 
 def read_shards(
@@ -77,6 +86,8 @@ def read_shards(
     shape: tuple[int, ...],
     dtype: np.dtype,
     sharding: NamedSharding,
+    *,
+    transposed: bool = False,
 ) -> tuple[jax.Array, str]:
     """An array from a file that holds it in C order; only this process's bytes are read, each once.
 
@@ -87,6 +98,7 @@ def read_shards(
         shape: of the array.
         dtype: of the array.
         sharding: of the array.
+        transposed: the file has its axes in the other order.
 
     Returns:
         (the array, what is wrong with the values read here or an empty string).
@@ -94,7 +106,11 @@ def read_shards(
     boxes = boxes_of(shape, sharding)
     placed, problems = [], []
     for group in _groups(list(boxes), dtype):
-        parts = read_parts(read_at, start, stored, shape, dtype, group)
+        if transposed:
+            turned = [box[::-1] for box in group]
+            parts = read_parts(read_at, start, stored, shape[::-1], dtype, turned).transposed()
+        else:
+            parts = read_parts(read_at, start, stored, shape, dtype, group)
         problems.append(parts.problem())
         placed += place(parts, boxes)
     array = jax.make_array_from_single_device_arrays(shape, sharding, placed)
@@ -123,7 +139,7 @@ def stream_shards(
     dtype: np.dtype,
     sharding: NamedSharding,
     *,
-    fortran: bool = False,
+    transposed: bool = False,
 ) -> tuple[jax.Array, str]:
     """An array from a stream, which every process reads whole, keeping its own parts only.
 
@@ -133,22 +149,21 @@ def stream_shards(
         shape: of the array.
         dtype: of the array.
         sharding: of the array.
-        fortran: the stream has the first axis innermost.
+        transposed: the stream has its axes in the other order.
 
     Returns:
         (the array, what is wrong with its values or an empty string).
     """
     boxes = boxes_of(shape, sharding)
-    parts = Parts(boxes, dtype)
-    sequence = Parts((), dtype)
-    sequence.arrays = {b[::-1]: x.T for b, x in parts.arrays.items()} if fortran else parts.arrays
-    order = shape[::-1] if fortran else shape
+    order = shape[::-1] if transposed else shape
+    parts = Parts([box[::-1] for box in boxes] if transposed else boxes, dtype)
     for low, high in _rows(order, stored):
         block = np.empty((high - low, *order[1:]), stored)
         read_into(memoryview(block.reshape(-1).view(np.uint8)))
-        sequence.take(block, (low, *(0 for _ in order[1:])))
-    problem = sequence.problem()
-    return jax.make_array_from_single_device_arrays(shape, sharding, place(parts, boxes)), problem
+        parts.take(block, (low, *(0 for _ in order[1:])))
+    parts = parts.transposed() if transposed else parts
+    array = jax.make_array_from_single_device_arrays(shape, sharding, place(parts, boxes))
+    return array, parts.problem()
 
 
 def place(parts: Parts, boxes: dict[Box, list[jax.Device]]) -> list[jax.Array]:

@@ -1,15 +1,19 @@
 """Transcoders from a source: Gemma Scope's on the hub, files and folders like it, the embedded."""
 
+import functools
 import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxtc.errors import SiteError, SourceError, did_you_mean
+from jaxtc.processes import agreed
+from jaxtc.sharding import RULES, MeshLike, Rules, make_mesh, shardings, variables
 from jaxtc.sites import BY_NAME
 from jaxtc.transcoder import Transcoder
 from jaxtc.weights import arrays, hub, local
@@ -33,7 +37,7 @@ from jaxtc.weights.layout import (
     tiers_in,
     tiers_of,
 )
-from jaxtc.weights.load import EMBEDDED, embedded_data, no_revision, parameter_path
+from jaxtc.weights.load import EMBEDDED, embedded_data, no_revision
 
 
 def load_transcoder(
@@ -47,8 +51,10 @@ def load_transcoder(
     input_site: str | None = None,
     output_site: str | None = None,
     revision: str | None = None,
+    mesh: MeshLike | None = None,
+    rules: Rules = RULES,
 ) -> Transcoder:
-    """One transcoder, or one sparse autoencoder.
+    """One transcoder, or one sparse autoencoder, on one device or spread over a mesh of them.
 
     What it reads and writes is told by, in this order: the two arguments; the file (those that
     jaxtc writes as safetensors); the name of its repository or folder (Gemma Scope's
@@ -69,22 +75,29 @@ def load_transcoder(
         input_site: the site it reads.
         output_site: the site it imitates.
         revision: of a hub id: a branch, tag or commit.
+        mesh: the model's, see :func:`jaxtc.load_model`: features are divided over its axis
+            ``model``, so W_enc by columns and W_dec by rows. All processes call this.
+        rules: which axes are divided, see :data:`jaxtc.sharding.RULES`.
 
     Raises:
         SourceError: nothing there, no access to it, or more than one candidate (they are listed).
+        ShardingError: no such mesh, or features that do not divide over it.
         SiteError: no such site, or one that is no layer's; a file of which nothing tells the sites.
         WeightsError: a damaged file; arrays missing, extra, misshapen, or not finite.
     """
     dtype = arrays.check_dtype(dtype)
+    mesh = None if mesh is None else make_mesh(mesh)
     given = {"input_site": input_site, "output_site": output_site}
     for site in filter(None, given.values()):
         _check_site(site)
     wish = _wish(layer, width, l0)
-    file, name = _find(source, wish, path, revision)
-    named = layer_of(file.absolute().as_posix())
-    if None not in (named, wish.layer) and named != wish.layer:
-        raise SourceError(f"layer={wish.layer} was asked for, but {name} is of layer {named}.")
-    return _read(file, dtype, name, wish.layer if named is None else named, given)
+    with agreed(mesh, "load the transcoder"):
+        file, name = _find(source, wish, path, revision)
+        named = layer_of(file.absolute().as_posix())
+        if None not in (named, wish.layer) and named != wish.layer:
+            raise SourceError(f"layer={wish.layer} was asked for, but {name} is of layer {named}.")
+        places = mesh and functools.partial(shardings, mesh=mesh, rules=rules)
+        return _read(file, dtype, name, wish.layer if named is None else named, given, places)
 
 
 def transcoder_file(source: str | Path, layer: int | None = None) -> Path:
@@ -102,6 +115,8 @@ def load_transcoders(
     input_site: str | None = None,
     output_site: str | None = None,
     revision: str | None = None,
+    mesh: MeshLike | None = None,
+    rules: Rules = RULES,
 ) -> dict[int, Transcoder]:
     """A transcoder for each of several layers, by layer, as :func:`load_transcoder` picks them.
 
@@ -114,9 +129,11 @@ def load_transcoders(
         input_site: the site they read.
         output_site: the site they imitate.
         revision: of a hub id: a branch, tag or commit.
+        mesh: as there.
+        rules: as there.
 
     Raises:
-        SourceError, SiteError, WeightsError: as :func:`load_transcoder`.
+        SourceError, SiteError, ShardingError, WeightsError: as :func:`load_transcoder`.
     """
     if isinstance(layers, str):
         if layers != "all":
@@ -126,6 +143,7 @@ def load_transcoders(
         raise SourceError(f"layers is {layers!r}, expected 'all' or several, such as [{layers}].")
     options = {"width": width, "l0": l0, "dtype": dtype, "revision": revision}
     options |= {"input_site": input_site, "output_site": output_site}
+    options |= {"mesh": None if mesh is None else make_mesh(mesh), "rules": rules}
     return {layer: load_transcoder(source, layer, **options) for layer in layers}
 
 
@@ -248,8 +266,14 @@ def _check_site(name: str) -> None:
 
 
 def _read(
-    file: Path, dtype: np.dtype, name: str, layer: int | None, given: dict[str, str | None]
+    file: Path,
+    dtype: np.dtype,
+    name: str,
+    layer: int | None,
+    given: dict[str, str | None],
+    places: Callable[[Transcoder], list[NamedSharding]] | None,
 ) -> Transcoder:
+    """The transcoder in a file; ``places`` says where its parameters go."""
     if sae_site(file.absolute().parts) and "embedding" in file.absolute().parts:
         raise SourceError(
             f"{name} is an autoencoder of the token embedding, which the model has once; jaxtc "
@@ -273,10 +297,13 @@ def _read(
             *shapes["W_enc"], shapes["W_dec"][1], dtype=dtype, layer=layer, source=name,
             relu="threshold" not in shapes, skip="W_skip" in shapes, **sites,
         )  # fmt: skip
-        params = read_all(opened, dtype)
-    paths, structure = jax.tree_util.tree_flatten_with_path(abstract)
-    leaves = [arrays.to_jax(params.pop(parameter_path(path))) for path, _ in paths]
-    return jax.tree.unflatten(structure, leaves)
+        names = [key for key, _ in variables(abstract)]
+        where = None if places is None else dict(zip(names, places(abstract), strict=True))
+        params = read_all(opened, dtype, where)
+    leaves = [params.pop(key) for key in names]
+    if places is None:
+        leaves = [arrays.to_jax(leaf) for leaf in leaves]
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
 def _find(
