@@ -18,6 +18,8 @@ from jaxtc.config import FULL, Gemma2Config
 from jaxtc.memory import Size, kept_by
 from jaxtc.model import Gemma2
 from jaxtc.prompts import bucket
+from jaxtc.reducer import Reducer
+from jaxtc.reducers import At, Features, Mean, Norm, Project, TopK
 from jaxtc.sharding import CACHE, LETTERS, partition, variables
 from jaxtc.sites import BY_NAME
 from jaxtc.transcoder import Transcoder
@@ -27,8 +29,8 @@ from jaxtc.transcoder import Transcoder
 _AT_ONCE = 3
 # The same for the features of a transcoder: before and after the threshold.
 _FEATURES_AT_ONCE = 2
-# Drawing a token sorts each row of logits, which is not done in parts.
-_DRAWING = 4
+# And for the logits of the tokens to be drawn.
+_DRAWING = 6
 
 # A mapping as a hashable tuple of its items.
 Items = tuple[tuple[str, Any], ...]
@@ -114,16 +116,16 @@ class Request:
         weights = _weights(self.config, np.dtype(self.dtype).itemsize, *over)
         logits = self.size.logits(self.logits, self.length)
         rows = {"all": f"{self.length:,} tokens", "last": "last token", None: ""}[self.logits]
-        kept, padded = _activations(self.asked, self.size, *over)
+        kept = _activations(self.asked, self.size, bool(self.new_tokens), *over)
         found = (
             Part(
                 "weights", *weights, f"{count_parameters(self.config):,} parameters in {self.dtype}"
             ),
             self._transcoders(),
             self._cache(),
-            Part("activations", *kept, _names(self.asked)),
+            Part("activations", *kept[0], _names(self.asked)),
             Part("logits", logits, self._split(logits, "batch", "vocab"), f"{rows} in float32"),
-            self._workspace(padded),
+            self._workspace(kept),
         )
         return tuple(part for part in found if part.total)
 
@@ -160,7 +162,7 @@ class Request:
         detail = f"{self.batch} × {self.slots:,} tokens in {self.dtype}"
         return Part("kv cache", total, total // _ways(spec, self.mesh), detail)
 
-    def _workspace(self, padded: tuple[int, int]) -> Part:
+    def _workspace(self, kept: tuple) -> Part:
         """What the program holds besides, about: see :data:`_AT_ONCE`."""
         config, size = self.config, self.size
         B, W = self.batch, self.width
@@ -175,7 +177,7 @@ class Request:
         if any(reducer.site.name == "logits" for reducer in self.asked.reducers):
             widest.append(("logits", 2 * B * W * V * 4, ("batch", "vocab")))
         if self.new_tokens:
-            widest.append(("drawing a token", _DRAWING * B * V * 4, ("batch",)))
+            widest.append(("drawing a token", _DRAWING * B * V * 4, ("batch", "vocab")))
         shares = [(self._split(total, *axes), total, name) for name, total, axes in widest]
         share, total, name = max(shares)
         stream = 2 * B * W * D * 4
@@ -185,12 +187,14 @@ class Request:
             prompt = self._cache()
             total += prompt.total * W // self.slots
             share += prompt.per_device * W // self.slots
-        elif self.length < W:
-            all_logits = size.logits("all", W) if self.logits == "all" else 0
-            total += all_logits
-            share += self._split(all_logits, "batch", "vocab")
         if size.length < size.width:
-            total, share = total + padded[0], share + padded[1]
+            # What is given back is padded at first; then there are both, but nothing else.
+            more = size.logits(self.logits, W) if self.logits == "all" else 0
+            beside = kept[1][0] + more, kept[1][1] + self._split(more, "batch", "vocab")
+            less = size.logits(self.logits, self.length) if self.logits == "all" else 0
+            cut = kept[0][0] + less, kept[0][1] + self._split(less, "batch", "vocab")
+            total = max(total + beside[0] - cut[0], beside[0])
+            share = max(share + beside[1] - cut[1], beside[1])
         return Part("workspace", total, share, f"estimated; most of it {name}")
 
 
@@ -241,25 +245,39 @@ def _divided(parameters, item: int, mesh: Items, rules: Items) -> tuple[int, int
 
 
 @functools.lru_cache(maxsize=512)
-def _activations(asked: Asked, size: Size, mesh: Items, rules: Items) -> tuple:
+def _activations(asked: Asked, size: Size, generated: bool, mesh: Items, rules: Items) -> tuple:
     """((all, on each device) of what is kept, the same before padding is cut off)."""
-    sites = {str(address): BY_NAME[address.site].axes.split() for address in asked.addresses}
-    every = {r: i.every_layer for r, i in zip(asked.names, asked.reducers, strict=True)}
+    axes = {str(address): BY_NAME[address.site].axes.split() for address in asked.addresses}
+    for name, reducer in zip(asked.names, asked.reducers, strict=True):
+        # A generation keeps what is reduced by rows only.
+        axes[name] = ["L"] * reducer.every_layer + (["B"] if generated else _left(reducer))
     found = []
     for kept in _kept(asked, size):
         total = share = 0
         for name, tree in kept.items():
             for x in jax.tree.leaves(tree):
-                axes = [LETTERS.get(letter, "embed") for letter in sites.get(name, ())]
-                if name in every:
-                    # What a reducer keeps has no axes but those of rows and layers for certain.
-                    axes = ["layers"] * every[name] + ["batch"]
-                    axes += ["embed"] * (len(x.shape) - len(axes))
-                spec = partition(axes, x.shape, dict(mesh), dict(rules), name)
+                names = [LETTERS.get(letter, "tokens") for letter in axes[name]]
+                names += ["tokens"] * (len(x.shape) - len(names))
+                # Of features (values, ids and a count) the last has an axis less.
+                spec = partition(names[: len(x.shape)], x.shape, dict(mesh), dict(rules), name)
                 whole = math.prod(x.shape) * x.dtype.itemsize
                 total, share = total + whole, share + whole // _ways(spec, mesh)
         found.append((total, share))
     return tuple(found)
+
+
+def _left(reducer: Reducer) -> list[str]:
+    """Axis letters of what it keeps of one layer; of unknown kinds only B is known."""
+    letters = reducer.site.axes.split()
+    axis = reducer.site.sequence_axis
+    match reducer:
+        case At(single=False):
+            return [*letters[:axis], "P", *letters[axis + 1 :]]
+        case At() | Mean():
+            return [*letters[:axis], *letters[axis + 1 :]]
+        case Norm() | TopK() | Project() | Features():
+            return letters[:-1]
+    return ["B"]
 
 
 @functools.lru_cache(maxsize=64)
