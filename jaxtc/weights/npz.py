@@ -220,7 +220,8 @@ def write_params(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _sentence(error: Exception) -> str:
-    return str(error).rstrip(". ") or type(error).__name__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(". ")
 
 
 def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
