@@ -17,6 +17,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from jaxtc import __version__
+from jaxtc.cli.convert import command as convert_command
 from jaxtc.cli.explain import command as explain_command
 from jaxtc.cli.generate import command as generate_command
 from jaxtc.cli.parity import command as parity_command
@@ -291,6 +292,7 @@ def parity(
 
 
 app.command("plan")(plan_command)
+app.command("convert")(convert_command)
 
 
 @app.command()

@@ -5,13 +5,16 @@ read, hashed, and only then cast and copied to where it belongs. A process reads
 that its devices' shards touch.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
@@ -25,6 +28,8 @@ from jaxtc.weights.layout import check_layer
 from jaxtc.weights.manifest import MANIFEST, MODEL, Manifest, check_folder, read_manifest
 from jaxtc.weights.orbax_tree import Index, Stored, decode
 from jaxtc.weights.shards import TOGETHER_BYTES, Box, Parts, boxes_of, place
+
+_RECORDED: Mapping[str, str | None] = MappingProxyType({})
 
 Places = Mapping[str, NamedSharding]
 
@@ -125,6 +130,39 @@ class Converted:
                 f"describes: {some(problems, 20)}. Convert the checkpoint again."
             )
 
+    def declared(
+        self, layer: int, dtype: np.dtype | None = None, sites: Mapping[str, str | None] = _RECORDED
+    ) -> Transcoder:
+        """The transcoder of a layer that the manifest names, without its values.
+
+        Args:
+            layer: one of ``manifest.transcoders``.
+            dtype: of its parameters; by default the widest of those that are stored.
+            sites: ``input_site`` and ``output_site``, where others are meant than it says.
+        """
+        found, told = self.manifest.arrays, self.manifest.transcoders[layer]
+        stored = {key.split(".")[2]: one for key, one in found.items() if _layer(key) == layer}
+        weights = [stored.get(key) for key in ("W_enc", "W_dec")]
+        if any(one is None or len(one.shape) != 2 for one in weights):
+            raise WeightsError(
+                f"{self.folder} has no W_enc (D, M) and W_dec (M, D) for layer {layer}, though "
+                f"its {MANIFEST} names a transcoder there. Convert it again."
+            )
+        (d_in, features), (_, d_out) = (one.shape for one in weights)
+        dtypes = [one.dtype for one in stored.values()]
+        return Transcoder.abstract(
+            d_in,
+            features,
+            d_out,
+            dtype=functools.reduce(jnp.promote_types, dtypes) if dtype is None else dtype,
+            relu="threshold" not in stored,
+            skip="W_skip" in stored,
+            layer=layer,
+            input_site=sites.get("input_site") or told["input_site"],
+            output_site=sites.get("output_site") or told["output_site"],
+            source=told["source"],
+        )
+
     def array(
         self, name: str, dtype: np.dtype, sharding: NamedSharding | None
     ) -> tuple[jax.Array, str]:
@@ -156,6 +194,12 @@ class Converted:
             corner = tuple(part.start for part in stored.region(index))
             parts.take(self.chunk(stored, index), corner)
         return parts
+
+
+def _layer(name: str) -> int | None:
+    """The layer of a transcoder's array, ``layers.20.W_enc``."""
+    parts = name.split(".")
+    return int(parts[1]) if len(parts) == 3 and parts[1].isdecimal() else None
 
 
 def _touched(stored: Stored, box: Box) -> Iterator[Index]:
@@ -211,7 +255,11 @@ def open_transcoders(folder: Path) -> Converted:
 
 
 def load_converted_transcoder(
-    checkpoint: Converted, layer: int | None, dtype: np.dtype, places: Any = None
+    checkpoint: Converted,
+    layer: int | None,
+    dtype: np.dtype,
+    places: Any = None,
+    sites: Mapping[str, str | None] | None = None,
 ) -> Transcoder:
     """One of the transcoders of a checkpoint.
 
@@ -221,6 +269,7 @@ def load_converted_transcoder(
         dtype: to cast to.
         places: (abstract transcoder) -> a sharding for each parameter, in their order; None for
             the default device.
+        sites: ``input_site`` and ``output_site``, where others are meant than it says.
 
     Raises:
         SourceError: no such layer, or several and none named.
@@ -234,37 +283,13 @@ def load_converted_transcoder(
         )
     layer = next(iter(known), -1) if layer is None else layer
     check_layer(layer, known, str(checkpoint.folder))
-    abstract = _declared(checkpoint, layer, dtype)
+    abstract = checkpoint.declared(layer, dtype, sites or _RECORDED)
     names = [f"layers.{layer}.{name}" for name, _ in variables(abstract)]
     shapes = {n: leaf.shape for n, (_, leaf) in zip(names, variables(abstract), strict=True)}
     checkpoint.account(shapes, f"layers.{layer}.")
     where = {} if places is None else dict(zip(names, places(abstract), strict=True))
     values = _read(checkpoint, shapes, dtype, where, None)
     return jax.tree.unflatten(jax.tree.structure(abstract), [values[name] for name in names])
-
-
-def _declared(checkpoint: Converted, layer: int, dtype: np.dtype) -> Transcoder:
-    """The transcoder that the manifest describes, without its values."""
-    found, told = checkpoint.manifest.arrays, checkpoint.manifest.transcoders[layer]
-    weights = [found.get(f"layers.{layer}.{key}") for key in ("W_enc", "W_dec")]
-    if any(one is None or len(one.shape) != 2 for one in weights):
-        raise WeightsError(
-            f"{checkpoint.folder} has no W_enc (D, M) and W_dec (M, D) for layer {layer}, though "
-            f"its {MANIFEST} names a transcoder there. Convert it again."
-        )
-    (d_in, features), (_, d_out) = (one.shape for one in weights)
-    return Transcoder.abstract(
-        d_in,
-        features,
-        d_out,
-        dtype=dtype,
-        relu=f"layers.{layer}.threshold" not in found,
-        skip=f"layers.{layer}.W_skip" in found,
-        layer=layer,
-        input_site=told["input_site"],
-        output_site=told["output_site"],
-        source=told["source"],
-    )
 
 
 def _read(

@@ -5,6 +5,7 @@ Axis letters: I width of what is read, O width of what is written, M features.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import secrets
@@ -111,6 +112,12 @@ class TranscoderFile:
     shapes: Mapping[str, tuple[int, ...]]
     sites: Mapping[str, str]
     _file: NpzFile | SafetensorsFile
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The narrowest dtype that holds all its arrays as they are."""
+        stored = (self._file.entries[self.format.keys[name][0]].dtype for name in self.shapes)
+        return functools.reduce(jnp.promote_types, (FLOATS.get(one, one) for one in stored))
 
     def read(self, name: str, dtype: np.dtype) -> tuple[np.ndarray, str]:
         """One of our parameters, in our orientation and in C order, cast to ``dtype``.

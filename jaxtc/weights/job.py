@@ -183,14 +183,15 @@ class Job:
         for log in self.partial.glob("done.*.jsonl"):
             self.done |= _read_log(log)
 
-    def finish(self, last: str, content: bytes) -> Path:
-        """Write the last file and move the folder into its place; the folder."""
+    def finish(self, last: str = "", content: bytes = b"") -> Path:
+        """Write a last file, if there is one, and move the folder into its place; the folder."""
         with self._explained():
             files = self.partial / _FILES
             there = {p.relative_to(files).as_posix() for p in files.rglob("*") if not p.is_dir()}
             for stray in there - set(self.done) - {last}:
                 (files / stray).unlink()  # its line in the log was not written any more
-            self._put(files / last, content)
+            if last:
+                self._put(files / last, content)
             for folder in (p for p in (files, *files.rglob("*")) if p.is_dir()):
                 _sync_folder(folder)
             os.rename(files, self.out)

@@ -17,7 +17,17 @@ from jaxtc.sharding import RULES, MeshLike, Rules, make_mesh, shardings, variabl
 from jaxtc.sites import BY_NAME
 from jaxtc.transcoder import Transcoder
 from jaxtc.weights import arrays, hub, local
-from jaxtc.weights.formats import BY_FORMAT, SITES, by_name, open_transcoder, read_all, write
+from jaxtc.weights.converted import is_converted, load_converted_transcoder, open_transcoders
+from jaxtc.weights.formats import (
+    BY_FORMAT,
+    SITES,
+    Format,
+    TranscoderFile,
+    by_name,
+    open_transcoder,
+    read_all,
+    write,
+)
 from jaxtc.weights.layout import (
     DEFAULT_L0,
     DEFAULT_WIDTH,
@@ -66,7 +76,7 @@ def load_transcoder(
             (``google/gemma-scope-2b-pt-transcoders/layer_20/width_16k/average_l0_11``); a
             ``params.npz`` or a ``.safetensors`` file; a folder in the layout of Gemma Scope
             (``layer_N/width_W/average_l0_L/params.npz``) or of circuit-tracer
-            (``layer_N.safetensors``); or ``"embedded"``.
+            (``layer_N.safetensors``), or one that ``jaxtc convert`` made; or ``"embedded"``.
         layer: which layer's; the default tier is taken (of Gemma Scope's, the usual L0).
         path: below ``source``, such as ``layer_20/width_16k/average_l0_11``.
         width: which of several widths, such as ``"65k"``.
@@ -92,12 +102,46 @@ def load_transcoder(
         _check_site(site)
     wish = _wish(layer, width, l0)
     with agreed(mesh, "load the transcoder"):
-        file, name = _find(source, wish, path, revision)
-        named = layer_of(file.absolute().as_posix())
-        if None not in (named, wish.layer) and named != wish.layer:
-            raise SourceError(f"layer={wish.layer} was asked for, but {name} is of layer {named}.")
         places = mesh and functools.partial(shardings, mesh=mesh, rules=rules)
-        return _read(file, dtype, name, wish.layer if named is None else named, given, places)
+        folder = _converted(source, revision)
+        if folder is not None:
+            if path or not wish.usual:
+                raise SourceError(
+                    f"{source} is a converted checkpoint with one transcoder a layer: give layer "
+                    "only, not path, width or l0."
+                )
+            checkpoint = open_transcoders(folder)
+            return load_converted_transcoder(checkpoint, wish.layer, dtype, places, given)
+        file, name, number = _find_layer(source, wish, path, revision)
+        return _read(file, dtype, name, number, given, places)
+
+
+def look_up(
+    source: str | Path,
+    layer: int | None = None,
+    *,
+    width: str | None = None,
+    l0: int | str | None = None,
+    dtype: jnp.dtype | None = None,
+    input_site: str | None = None,
+    output_site: str | None = None,
+    revision: str | None = None,
+) -> tuple[Path, np.dtype, Transcoder]:
+    """What :func:`load_transcoder` would load, of which only the file's headers are read.
+
+    Returns:
+        (the local file, the widest dtype in it, the transcoder without its values, in that dtype
+        or the one that was asked for).
+
+    Raises:
+        SourceError, SiteError, WeightsError: as there.
+    """
+    given = {"input_site": input_site, "output_site": output_site}
+    file, name, number = _find_layer(source, _wish(layer, width, l0), None, revision)
+    with open_transcoder(file) as opened:
+        stored = opened.dtype
+        declared = _declared(opened, stored if dtype is None else dtype, name, number, given)
+        return file, stored, declared
 
 
 def transcoder_file(source: str | Path, layer: int | None = None) -> Path:
@@ -156,6 +200,9 @@ def available_layers(source: str | Path = EMBEDDED, revision: str | None = None)
     found = local.find(source)
     if source == GEMMA_SCOPE_2B:
         return list(range(len(DEFAULT_L0)))
+    converted = _converted(source, revision)
+    if converted is not None:
+        return sorted(open_transcoders(converted).manifest.transcoders)
     if source == EMBEDDED:
         tiers = tiers_in(embedded_data("transcoders", revision))
     elif found is not None:
@@ -209,6 +256,23 @@ def save_transcoder(
     path = local.expand(path)
     made = by_name(format, path)
     file = path if path.suffix == made.suffix else path / _file_name(made.name, transcoder)
+    check_savable(transcoder, made, file, without_sites)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(made, file, transcoder, jax.device_get)
+    except OSError as error:
+        raise SourceError(f"{file} cannot be written: {error.strerror}.") from error
+    return file
+
+
+def check_savable(
+    transcoder: Transcoder, made: Format, file: Path, without_sites: bool = False
+) -> None:
+    """Refuse to write a transcoder to a file that could not give it back.
+
+    Raises:
+        SourceError, SiteError: as :func:`save_transcoder`.
+    """
     if transcoder.W_skip is not None and "W_skip" not in made.keys:
         others = [other.name for other in BY_FORMAT.values() if "W_skip" in other.keys]
         raise SourceError(
@@ -225,12 +289,6 @@ def save_transcoder(
             f"(format='circuit-tracer'); or with without_sites=True, and give {given} to "
             "load_transcoder."
         )
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write(made, file, transcoder, jax.device_get)
-    except OSError as error:
-        raise SourceError(f"{file} cannot be written: {error.strerror}.") from error
-    return file
 
 
 def _file_name(format: str, transcoder: Transcoder) -> str:
@@ -274,29 +332,8 @@ def _read(
     places: Callable[[Transcoder], list[NamedSharding]] | None,
 ) -> Transcoder:
     """The transcoder in a file; ``places`` says where its parameters go."""
-    if sae_site(file.absolute().parts) and "embedding" in file.absolute().parts:
-        raise SourceError(
-            f"{name} is an autoencoder of the token embedding, which the model has once; jaxtc "
-            "reads those of layers (layer_N)."
-        )
     with open_transcoder(file) as opened:
-        sites = _told(file.absolute().parts, opened.format.sites) | opened.sites
-        sites |= {key: site for key, site in given.items() if site}
-        missing = [key for key in SITES if key not in sites]
-        if missing:
-            raise SiteError(
-                f"Nothing tells which sites {name} reads and writes: files of the format "
-                f"{opened.format.name!r} do not. Give {' and '.join(missing)}; transcoders of "
-                "Gemma Scope have input_site='mlp_in_normed' (before the norm's gain) and "
-                "output_site='mlp_out', many others input_site='mlp_in'."
-            )
-        for site in sites.values():
-            _check_site(site)
-        shapes = opened.shapes
-        abstract = Transcoder.abstract(
-            *shapes["W_enc"], shapes["W_dec"][1], dtype=dtype, layer=layer, source=name,
-            relu="threshold" not in shapes, skip="W_skip" in shapes, **sites,
-        )  # fmt: skip
+        abstract = _declared(opened, dtype, name, layer, given)
         names = [key for key, _ in variables(abstract)]
         where = None if places is None else dict(zip(names, places(abstract), strict=True))
         params = read_all(opened, dtype, where)
@@ -304,6 +341,59 @@ def _read(
     if places is None:
         leaves = [arrays.to_jax(leaf) for leaf in leaves]
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def _declared(
+    opened: TranscoderFile,
+    dtype: np.dtype,
+    name: str,
+    layer: int | None,
+    given: dict[str, str | None],
+) -> Transcoder:
+    """The transcoder in an open file, without its values."""
+    file = opened.path
+    if sae_site(file.absolute().parts) and "embedding" in file.absolute().parts:
+        raise SourceError(
+            f"{name} is an autoencoder of the token embedding, which the model has once; jaxtc "
+            "reads those of layers (layer_N)."
+        )
+    sites = _told(file.absolute().parts, opened.format.sites) | opened.sites
+    sites |= {key: site for key, site in given.items() if site}
+    missing = [key for key in SITES if key not in sites]
+    if missing:
+        raise SiteError(
+            f"Nothing tells which sites {name} reads and writes: files of the format "
+            f"{opened.format.name!r} do not. Give {' and '.join(missing)}; transcoders of "
+            "Gemma Scope have input_site='mlp_in_normed' (before the norm's gain) and "
+            "output_site='mlp_out', many others input_site='mlp_in'."
+        )
+    for site in sites.values():
+        _check_site(site)
+    shapes = opened.shapes
+    return Transcoder.abstract(
+        *shapes["W_enc"], shapes["W_dec"][1], dtype=dtype, layer=layer, source=name,
+        relu="threshold" not in shapes, skip="W_skip" in shapes, **sites,
+    )  # fmt: skip
+
+
+def _converted(source: str | Path, revision: str | None) -> Path | None:
+    """The folder of a source that is a converted checkpoint, None for any other."""
+    found = None if source == EMBEDDED else local.find(source)
+    if found is None or not found.is_dir() or not is_converted(found):
+        return None
+    no_revision(source, revision)
+    return found
+
+
+def _find_layer(
+    source: str | Path, wish: Wish, path: str | None, revision: str | None
+) -> tuple[Path, str, int | None]:
+    """As :func:`_find`, and the layer, if anything tells."""
+    file, name = _find(source, wish, path, revision)
+    named = layer_of(file.absolute().as_posix())
+    if None not in (named, wish.layer) and named != wish.layer:
+        raise SourceError(f"layer={wish.layer} was asked for, but {name} is of layer {named}.")
+    return file, name, wish.layer if named is None else named
 
 
 def _find(
@@ -327,6 +417,11 @@ def _find(
 
 
 def _in_folder(folder: Path, source: str, wish: Wish, path: str) -> tuple[Path, str]:
+    if is_converted(folder):
+        raise SourceError(
+            f"{folder} is a converted checkpoint, which has no file for each transcoder. Convert "
+            "it with `jaxtc convert --to npz` first."
+        )
     candidates = [name for name in _files(path) if local.has(folder, name)]
     chosen = candidates[0] if candidates else None
     if chosen is None:
