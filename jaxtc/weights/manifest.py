@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxtc.errors import WeightsError, some
+from jaxtc.weights import local
 from jaxtc.weights.job import Record
 from jaxtc.weights.orbax_tree import ZARR_DTYPES, Stored
 
@@ -111,9 +112,10 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise WeightsError(f"{path} is larger than any manifest ({_MOST_BYTES} bytes).")
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        with local.open_plain(path) as file:
+            if os.fstat(file.fileno()).st_size > _MOST_BYTES:
+                raise WeightsError(f"{path} is larger than any manifest ({_MOST_BYTES} bytes).")
+            raw = json.loads(file.read().decode("utf-8"))
     except OSError as error:
         raise WeightsError(f"{path} cannot be opened: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
