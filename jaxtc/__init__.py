@@ -36,6 +36,7 @@ from jaxtc.memory import estimate as estimate
 from jaxtc.model import Gemma2 as Gemma2
 from jaxtc.patching import activation_patching as activation_patching
 from jaxtc.patching import attribution_patching as attribution_patching
+from jaxtc.plan import plan as plan
 from jaxtc.positions import Token as Token
 from jaxtc.run import run as run
 from jaxtc.sites import SITES as SITES
@@ -45,6 +46,7 @@ from jaxtc.warm_up import warm_up as warm_up
 from jaxtc.weights.load import load_model as load_model
 from jaxtc.weights.load import load_tokenizer as load_tokenizer
 from jaxtc.weights.save import save_model as save_model
+from jaxtc.weights.save_checkpoint import save_checkpoint as save_checkpoint
 from jaxtc.weights.transcoders import load_transcoder as load_transcoder
 from jaxtc.weights.transcoders import load_transcoders as load_transcoders
 from jaxtc.weights.transcoders import save_transcoder as save_transcoder

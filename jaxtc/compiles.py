@@ -18,6 +18,8 @@ import jax.monitoring
 
 from jaxtc.config import Gemma2Config
 from jaxtc.errors import some
+from jaxtc.placement import Placement
+from jaxtc.sharding import ShardingError
 
 log = logging.getLogger("jaxtc")
 
@@ -81,6 +83,7 @@ def description(
     captures: Sequence[Any] = (),
     edits: Sequence[Any] = (),
     reducers: Sequence[Any] = (),
+    placement: Placement | None = None,
     **options: Any,
 ) -> list[Fact]:
     """What a call of the model depends on.
@@ -95,11 +98,14 @@ def description(
         captures: addresses; compared by how they print.
         edits: as the program takes them.
         reducers: as the program takes them.
+        placement: the mesh of the model.
         options: other static parts of the call; compared by ``==``, printed by name.
     """
     facts = [Fact("config", config, "model", "a model of another configuration", was=False)]
     facts.append(Fact("the weights are", str(leaves[0].dtype), "model"))
-    if isinstance(leaves[0], jax.Array) and not isinstance(leaves[0], jax.core.Tracer):
+    if placement is not None:
+        facts.append(Fact("the weights are on", f"a mesh of {placement}", "place"))
+    elif isinstance(leaves[0], jax.Array) and not isinstance(leaves[0], jax.core.Tracer):
         devices = some(sorted(map(str, leaves[0].devices())), 2)
         facts.append(Fact("the weights are on", devices, "place"))
     if batch is not None:
@@ -266,7 +272,17 @@ class Program:
             describe: what the call depends on; asked only when it compiled.
         """
         count, seconds = _here.compiles, _here.seconds
-        out = self._jitted(*args)
+        try:
+            out = self._jitted(*args)
+        except ValueError as error:
+            if "incompatible devices" not in str(error):
+                raise
+            raise ShardingError(
+                "The arrays of this call lie on different devices: the model on one device and a "
+                "transcoder or a value on a mesh, or on two meshes. Put all of them on one mesh, "
+                "jaxtc.shard(model, mesh) and jaxtc.shard(transcoder, mesh); or give values as "
+                f"NumPy arrays (jaxtc.to_numpy). jax says: {error}"
+            ) from error
         if _here.compiles != count:
             self._record(_here.seconds - seconds, args, describe())
         return out

@@ -153,6 +153,7 @@ class Gemma2Config:
             if not isinstance(given, Mapping | None):
                 raise ConfigError(f"{where}: {key} is {given!r}, expected an object or null.")
             rope.update(given or {})
+        tied = raw.get("tie_word_embeddings", True)
         unsupported = {
             # Only hidden_activation counts: transformers does not read hidden_act for Gemma-2.
             "hidden_activation": raw.get("hidden_activation")
@@ -160,7 +161,7 @@ class Gemma2Config:
             else None,
             "attention_bias": raw.get("attention_bias") or None,
             "use_bidirectional_attention": raw.get("use_bidirectional_attention") or None,
-            "tie_word_embeddings": None if raw.get("tie_word_embeddings", True) else False,
+            "tie_word_embeddings": None if tied is True else tied or False,
             "rope_type": None
             if rope.get("rope_type", rope.get("type", "default")) == "default"
             else rope.get("rope_type", rope.get("type")),

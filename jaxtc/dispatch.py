@@ -14,10 +14,13 @@ from typing import NamedTuple
 
 import jax
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from jaxtc.config import Gemma2Config
 from jaxtc.errors import SiteError
 from jaxtc.model import Gemma2
+from jaxtc.placement import Placement, placement_of
+from jaxtc.sharding import MeshLike, ShardingError, make_mesh, show
 
 # As in NNX's own flattening: `[...]` would run hooks, and copy a mutable array.
 _array = attrgetter("_raw_value")
@@ -47,6 +50,37 @@ def parameters(model: Gemma2) -> list[jax.Array]:
     if read is not None and len(read) == len(leaves) and all(map(is_, read, leaves)):
         _LAYOUTS[model] = layout
     return leaves
+
+
+def placed(
+    model: Gemma2, leaves: Sequence[jax.Array], mesh: MeshLike | None = None
+) -> Placement | None:
+    """Where the model lies, None on a single device.
+
+    Args:
+        model: whose arrays these are.
+        leaves: as :func:`parameters` gives them.
+        mesh: where the user says it is.
+
+    Raises:
+        ShardingError: it is not.
+    """
+    first = leaves[0]
+    if isinstance(first, jax.core.Tracer):
+        return None if mesh is None else Placement.of(make_mesh(mesh))
+    found = None
+    if isinstance(first.sharding, NamedSharding):
+        layout, found = _PLACED.get(model, (None, None))
+        if layout != [leaf.sharding for leaf in leaves]:
+            found = placement_of(model)
+            _PLACED[model] = [leaf.sharding for leaf in leaves], found
+    if mesh is not None and (found is None or make_mesh(mesh) != found.mesh):
+        own = "a single device" if found is None else f"another mesh, {show(found.mesh)}"
+        raise ShardingError(
+            f"mesh={show(make_mesh(mesh))}, but the model lies on {own}. Put it there first, once: "
+            "jaxtc.load_model(source, mesh=mesh), or jaxtc.shard(model, mesh) when it is in memory."
+        )
+    return found
 
 
 def rebuild(config: Gemma2Config, leaves: Sequence[jax.Array]) -> Gemma2:
@@ -137,3 +171,5 @@ class _Layout(NamedTuple):
 
 
 _LAYOUTS: "weakref.WeakKeyDictionary[Gemma2, _Layout]" = weakref.WeakKeyDictionary()
+# The shardings of a model's arrays, and what they amount to.
+_PLACED: "weakref.WeakKeyDictionary[Gemma2, tuple]" = weakref.WeakKeyDictionary()

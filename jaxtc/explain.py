@@ -201,10 +201,10 @@ def _check_fit(transcoder: Transcoder, layer: int, site: str, model: Gemma2) -> 
     """Refuse a transcoder whose widths are not those of the sites it reads and writes."""
     ends = {site: transcoder.d_in, transcoder.output_site: transcoder.d_out}
     for name, width in ends.items():
-        axis = BY_NAME[name].axes.split()[2:]
-        size = model.config.sizes.get(axis[0], 1) if len(axis) == 1 else None
+        size = BY_NAME[name].width(model.config.sizes)
         if size != width:
-            holds = f"{axis[0]}={size}" if size else " ".join(axis) + " (several axes)"
+            axes = "·".join(BY_NAME[name].token_axes)
+            holds = f"{axes}={size}" if size else f"no vector for each token ({BY_NAME[name].axes})"
             raise JaxtcError(
                 f"The transcoder of layer {layer} ({transcoder.source or 'in memory'}) has width "
                 f"D={width} at {name}, where this model has {holds}. It belongs to another model; "
@@ -251,7 +251,7 @@ def _encode(transcoder: Transcoder, x: jax.Array, top: int) -> dict[str, jax.Arr
     a = transcoder.encode(x)
     values, ids = jax.lax.top_k(a, top)
     counts = {"l0": (a > 0).sum(-1), "above_one": (a > 1).sum(-1)}
-    return {"values": values, "ids": ids, "y": transcoder.decode(a), **counts}
+    return {"values": values, "ids": ids, "y": transcoder.decode(a, x), **counts}
 
 
 def _encoded(transcoder: Transcoder, x: jax.Array, top: int) -> dict[str, np.ndarray]:
@@ -278,7 +278,7 @@ def _measure(
             f"top_features is {top}, but the transcoder of layer {layer} has "
             f"{transcoder.features} features."
         )
-    read = lambda name: activations[Address(name, layer)][0]  # noqa: E731
+    read = lambda name: BY_NAME[name].join(activations[Address(name, layer)][0])  # noqa: E731
     target = read(transcoder.output_site)
     got = _encoded(transcoder, read(site), max(top, 1))
     _check_finite(
@@ -288,7 +288,8 @@ def _measure(
     keep = ~told.masked
     fvu = FVU().update(target, got["y"], keep)
     score = math.nan
-    if transcoder.output_site == "mlp_out" and transcoder.d_in == read(NOTEBOOK_SITE).shape[-1]:
+    imitates = transcoder.output_site == "mlp_out" and transcoder.input_site != "mlp_out"
+    if imitates and transcoder.d_in == read(NOTEBOOK_SITE).shape[-1]:
         same = site == NOTEBOOK_SITE
         guess = got["y"] if same else _encoded(transcoder, read(NOTEBOOK_SITE), max(top, 1))["y"]
         score = notebook_score(target, guess)

@@ -15,8 +15,8 @@ from jaxtc.edit import Edit, own, own_shape, register_edit, whole_numbers
 from jaxtc.errors import EditError
 from jaxtc.intercept import Context
 from jaxtc.positions import is_traced, one_array
-from jaxtc.sites import parse
-from jaxtc.transcoder import Transcoder
+from jaxtc.sites import BY_NAME, parse
+from jaxtc.transcoder import Transcoder, jumprelu
 
 __all__ = ["ClampFeature", "ScaleFeature", "SetFeature", "Splice"]
 
@@ -95,11 +95,13 @@ class TranscoderEdit(Edit):
             sites = {transcoder.input_site, transcoder.output_site}
             if layer is not None and not sites <= {self.site, *self.reads}:
                 raise EditError(f"{self}: layer {layer}'s transcoder has other sites, {sites}.")
-            if (transcoder.d_in, transcoder.d_out) != (sizes["read"], sizes["last"]):
+            widths = [BY_NAME[name].width(sizes) for name in (self.reads[0], self.site)]
+            if [transcoder.d_in, transcoder.d_out] != widths:
+                read, written = (width or "no vector for each token" for width in widths)
                 raise EditError(
                     f"{self}: the transcoder reads D={transcoder.d_in} and writes "
-                    f"D={transcoder.d_out}, but this model has {sizes['read']} at {self.reads[0]} "
-                    f"and {sizes['last']} at {self.site}. It belongs to another model."
+                    f"D={transcoder.d_out}, but this model has {read} at {self.reads[0]} and "
+                    f"{written} at {self.site}. It belongs to another model or another site."
                 )
 
     def _no_transcoder(self) -> EditError:
@@ -114,15 +116,22 @@ class TranscoderEdit(Edit):
         given = self.transcoder
         return given[context.layer] if isinstance(given, Mapping) else given
 
+    def _read(self, context: Context) -> jax.Array:
+        """(B, T, D) what the transcoder reads; of a site with heads, all of them in one axis."""
+        return BY_NAME[self.reads[0]].join(jnp.asarray(context.read(self.reads[0])))
+
 
 @register_edit("reads", "error")
 class Splice(TranscoderEdit):
     """Put a transcoder in place of the MLP: what is lost when only its features speak?
 
-    Where it replaces every token the MLP itself is not computed. ``Splice({layer: transcoder})``
-    replaces several layers at once, each by its own; with ``layer=`` only those named, as data: a
-    sweep over layers is one compiled program. Feature edits that follow in the list act on the
-    spliced transcoder's features.
+    A sparse autoencoder, which reads the site that it writes, takes the place of that site's value.
+    A transcoder's skip connection is part of its output.
+
+    Where a transcoder replaces every token the MLP itself is not computed.
+    ``Splice({layer: transcoder})`` replaces several layers at once, each by its own; with
+    ``layer=`` only those named, as data: a sweep over layers is one compiled program. Feature edits
+    that follow in the list act on the spliced transcoder's features.
 
     Attributes:
         transcoder: one, or a mapping of layers to them (the layers of a mapping are static).
@@ -136,13 +145,14 @@ class Splice(TranscoderEdit):
 
     @property
     def replaces(self) -> bool:
-        """On every token, unless something of the MLP's own is kept."""
+        """On every token, unless something of the MLP's own is kept or read."""
         where = (self.position, self.row, self.head, self.coordinate)
-        return not self.error and all(value is None for value in where)
+        needed = self.error or self.site in self.reads
+        return not needed and all(value is None for value in where)
 
     def new(self, x: jax.Array, context: Context) -> jax.Array:
         """The transcoder's output on its input site, in the dtype of ``x``."""
-        made = self._here(context)(context.read(self.reads[0])).astype(x.dtype)
+        made = self._here(context)(self._read(context)).reshape(x.shape).astype(x.dtype)
         if self.error:
             # Zero is added, so that the value is the MLP's to the last bit.
             return jax.lax.stop_gradient(x) + (made - jax.lax.stop_gradient(made))
@@ -152,6 +162,8 @@ class Splice(TranscoderEdit):
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeatureEdit(TranscoderEdit):
     """Changes some features' activations: adds (a′ − a) · W_dec[feature] to the output site.
+
+    A skip connection does not depend on the features, so it is not part of what is added.
 
     Alone it moves the MLP's own output; after ``Splice(transcoder)`` in the list of edits the sum
     is exactly the decoding of the changed features.
@@ -211,12 +223,12 @@ class FeatureEdit(TranscoderEdit):
         pick = lambda array, axis: jnp.take(  # noqa: E731
             array[...], ids, axis=axis, mode="fill", fill_value=jnp.nan
         )
-        source = jnp.asarray(context.read(self.reads[0])).astype(made.W_enc.dtype)
+        source = self._read(context).astype(made.W_enc.dtype)
         z = jnp.matmul(source, pick(made.W_enc, 1), precision="highest") + pick(made.b_enc, 0)
-        a = jnp.where((z <= pick(made.threshold, 0)) | (z <= 0), 0, z)
+        a = jumprelu(z, None if made.threshold is None else pick(made.threshold, 0))
         changed = self.changed(a, context.layer) - a
         delta = jnp.matmul(changed, pick(made.W_dec, 0), precision="highest")
-        return (x.astype(jnp.float32) + delta).astype(x.dtype)
+        return (x.astype(jnp.float32) + delta.reshape(x.shape)).astype(x.dtype)
 
 
 def _per_feature(value: Any, a: jax.Array, layer: int) -> jax.Array:

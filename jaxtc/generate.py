@@ -14,15 +14,17 @@ from jaxtc.activations import Activations
 from jaxtc.captures import Captures, understand
 from jaxtc.compiles import Program, description
 from jaxtc.config import Gemma2Config
-from jaxtc.dispatch import parameters, rebuild
+from jaxtc.dispatch import parameters, placed, rebuild
 from jaxtc.edit import Edit
 from jaxtc.errors import InputError, JaxtcError
 from jaxtc.intercept import Tap
 from jaxtc.interchange import plain
 from jaxtc.memory import check_run
 from jaxtc.model import Cache, Gemma2
+from jaxtc.placement import Placement
 from jaxtc.prompts import bucket, prepare
 from jaxtc.sampling import EVERY, draw
+from jaxtc.sharding import CACHE, MeshLike
 from jaxtc.sites import ORDER, Address
 from jaxtc.targets import check_edits, of_phase
 
@@ -61,6 +63,7 @@ class Plan:
     config: Gemma2Config
     captures: tuple[Address, ...]
     slots: int
+    placement: Placement | None
 
 
 def generate(
@@ -77,6 +80,7 @@ def generate(
     seed: int | jax.Array = 0,
     stop: int | Sequence[int] | None = None,
     stream: Stream | None = None,
+    mesh: MeshLike | None = None,
 ) -> Generation:
     """Continue each prompt, token by token: with the likeliest, or with one that is drawn.
 
@@ -103,6 +107,8 @@ def generate(
         stop: id or ids that end a text; the config's ``eos_token_id`` by default, none when empty.
         stream: called with the number of each step and its new ids, as soon as they are known; when
             it returns ``True`` no more follow.
+        mesh: that the model lies on, if it is given at all, see :func:`jaxtc.run`. All processes of
+            the mesh call this alike, and get the same tokens.
 
     Raises:
         InputError: tokens the model cannot run, or more of them than its context; an option out of
@@ -111,6 +117,7 @@ def generate(
         EditError: an edit that does not fit or could never fire.
         CapacityError: what is captured would not fit in memory.
         JaxtcError: the model computed NaN.
+        ShardingError: as :func:`jaxtc.run`.
     """
     config = model.config
     sampling = _sampling(max_new_tokens, temperature, top_k, top_p, seed)
@@ -126,7 +133,9 @@ def generate(
     checked, _ = check_edits(edits, config, (layers, len(ORDER)), prompts, max_new_tokens - 1)
     reducers = asked.checked(config, prompts)
     batch, width = prompts.tokens.shape
-    plan = Plan(config, asked.addresses, max(bucket(prompts.length + max_new_tokens), width))
+    place = placed(model, leaves, mesh)
+    slots = max(bucket(prompts.length + max_new_tokens), width)
+    plan = Plan(config, asked.addresses, slots, place)
     if asked:
         size = (batch, plan.slots, plan.slots)
         check_run(config, leaves, size, asked.addresses, reducers, None, checked)
@@ -135,17 +144,20 @@ def generate(
         return description(
             config, leaves, batch=batch, length=prompts.length, padded=width,
             slots=plan.slots, captures=plan.captures, edits=checked, reducers=reducers,
+            placement=place,
         )  # fmt: skip
 
+    rows = (lambda x: x) if place is None else place.put_rows
+    lengths, early, later = rows(prompts.lengths), *(of_phase(checked, new=n) for n in (0, 1))
+    if place is not None:
+        early, later, reducers, sampling = place.put_whole((early, later, reducers, sampling))
     ids, *state = _PREFILL(
-        plan, leaves, prompts.tokens, prompts.lengths, of_phase(checked, new=False), reducers,
-        sampling, describe=describe,
-    )  # fmt: skip
-    later = of_phase(checked, new=True)
+        plan, leaves, rows(prompts.tokens), lengths, early, reducers, sampling, describe=describe
+    )
 
     def advance(step: int, ids: jax.Array, state: Sequence) -> tuple:
         return _STEP(
-            plan, leaves, ids, prompts.lengths + step, prompts.lengths, *state, later, reducers,
+            plan, leaves, ids, rows(prompts.lengths + step), lengths, *state, later, reducers,
             sampling, describe=describe,
         )  # fmt: skip
 
@@ -262,7 +274,7 @@ def _prefill(plan: Plan, leaves, tokens, lengths, edits, reducers, sampling):
     model = rebuild(plan.config, leaves)
     batch, width = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(width), tokens.shape)
-    tap = Tap(plan.captures, edits, positions, lengths, reducers=reducers)
+    tap = Tap(plan.captures, edits, positions, lengths, reducers=reducers, placement=plan.placement)
     # Captures and edits of the logits are of every token's.
     named = {a.site for a in (*plan.captures, *edits)} | {r.site.name for r in reducers}
     at = None if "logits" in named else lengths - 1
@@ -274,20 +286,35 @@ def _prefill(plan: Plan, leaves, tokens, lengths, edits, reducers, sampling):
     more = [(0, 0), (0, plan.slots - width), (0, 0), (0, 0)]
     cache = jax.tree.map(lambda x: jnp.pad(x, more), cache)
     key, *settings = sampling
-    return draw(logits[:, 0], key, lengths, *settings), cache, recording.begin(tap, plan.slots)
+    token = draw(logits[:, 0], key, lengths, *settings)
+    return _settled(plan, token, cache, recording.begin(tap, plan.slots), reducers)
+
+
+def _settled(plan: Plan, token, cache, record, reducers) -> tuple:
+    """What a program hands to the next, laid out on the mesh in the same way each time."""
+    place = plan.placement
+    if place is None:
+        return token, cache, record
+    # Every process reads the ids.
+    token = jax.lax.with_sharding_constraint(token, place.whole)
+    cache = jax.tree.map(lambda x: place.constrain(x, CACHE), cache)
+    return token, cache, recording.settled(record, reducers, place)
 
 
 def _step(plan, leaves, token, places, lengths, cache, record, edits, reducers, sampling):
     """One token more: (B,) ids at positions (B,) to the next ids, the cache and the record."""
     model = rebuild(plan.config, leaves)
     positions = places[:, None]
-    tap = Tap(plan.captures, edits, positions, lengths, ends=places + 1, reducers=reducers)
+    tap = Tap(
+        plan.captures, edits, positions, lengths, ends=places + 1, reducers=reducers,
+        placement=plan.placement,
+    )  # fmt: skip
     # A NaN was marked by no id at all; it is told when it is read.
     token = jnp.maximum(token, 0)[:, None]
     logits, cache = model(token, positions=positions, cache=cache, tap=tap)
     key, *settings = sampling
     token = draw(logits[:, 0], key, places + 1, *settings)
-    return token, cache, recording.proceed(record, tap, places)
+    return _settled(plan, token, cache, recording.proceed(record, tap, places), reducers)
 
 
 _PREFILL = Program("generate: prefill", _prefill, static_argnums=0)

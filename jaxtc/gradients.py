@@ -14,12 +14,13 @@ from jaxtc.activations import Activations
 from jaxtc.captures import understand
 from jaxtc.compiles import Fact, Program, description
 from jaxtc.config import Gemma2Config
-from jaxtc.dispatch import parameters
+from jaxtc.dispatch import parameters, placed
 from jaxtc.edit import Edit
 from jaxtc.edits import Add
 from jaxtc.errors import InputError
 from jaxtc.memory import check_fits, estimate
 from jaxtc.model import Gemma2
+from jaxtc.placement import Placement
 from jaxtc.prompts import Prompts, prepare
 from jaxtc.run import Call, RunResult, forward
 from jaxtc.scores import as_pytree, facts_of
@@ -84,11 +85,13 @@ def gradients(
     size = estimate(model, prompts.tokens.shape, capture=sites, logits=logits)
     check_fits(3 * size.kept, "These activations, their gradients and the pass back")
     of, edits, leaves = as_pytree(of), [edit.prepared() for edit in edits], parameters(model)
-    plan = _Plan(config, asked.addresses, prompts.length, str(model.dtype), logits)
+    place, rows = placed(model, leaves), (prompts.tokens, prompts.lengths)
+    if place is not None:
+        rows, (edits, of) = map(place.put_rows, rows), place.put_whole((edits, of))
+    plan = _Plan(config, asked.addresses, prompts.length, str(model.dtype), logits, place)
     score, kept, slopes = _program(
-        plan, leaves, prompts.tokens, prompts.lengths, edits, of,
-        describe=lambda: _facts(plan, leaves, prompts, edits, of),
-    )  # fmt: skip
+        plan, leaves, *rows, edits, of, describe=lambda: _facts(plan, leaves, prompts, edits, of)
+    )
     layers = config.num_hidden_layers
     return Gradients(score, Activations(kept, layers), Activations(slopes, layers))
 
@@ -102,12 +105,14 @@ class _Plan:
     length: int
     dtype: str
     logits: str
+    placement: Placement | None
 
 
 def _facts(plan: _Plan, leaves, prompts: Prompts, edits, of) -> list[Fact]:
     known = description(
         plan.config, leaves, batch=len(prompts.tokens), padded=prompts.tokens.shape[1],
         captures=plan.addresses, edits=edits, logits=plan.logits, prompt_length=plan.length,
+        placement=plan.placement,
     )  # fmt: skip
     return [*known, *facts_of(of)]
 
@@ -125,7 +130,7 @@ def _backward(plan: _Plan, leaves, tokens, lengths, edits, of):
 
     def score(probes):
         pushes = [Add(value, site=a.site, layer=a.layer) for a, value in probes.items()]
-        call = Call.of(plan.config, prompts, asked, [*edits, *pushes], plan.logits)
+        call = Call.of(plan.config, prompts, asked, [*edits, *pushes], plan.logits, plan.placement)
         result = call.result(forward(*call.arguments(leaves)))
         found = _checked(of(result), len(tokens))
         return found.sum(), (found, dict(zip(plan.addresses, _arrays(result, plan), strict=True)))

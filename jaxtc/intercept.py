@@ -6,6 +6,7 @@ program), so other values, layers, positions, rows or heads run the same program
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxtc.edit import Edit, PerLayer
 from jaxtc.errors import EditError
+from jaxtc.placement import Placement
 from jaxtc.sites import BY_NAME, ORDER, Address, Site, parse
 
 
@@ -26,7 +28,8 @@ class Context:
         layer: this layer, a plain int; None for a site that the model has once.
         positions: (B, T) int32, position of each token in its own text.
         lengths: (B,) int32, tokens of each prompt.
-        read: value of an upstream site of the same layer, after its edits.
+        read: value of an upstream site of the same layer, after its edits. Of the edit's own site:
+            the value before the first edit that reads it, at each token where that one applies.
     """
 
     site: Site
@@ -34,6 +37,7 @@ class Context:
     positions: jax.Array
     lengths: jax.Array
     read: Callable[[str], jax.Array]
+    placement: Placement | None = None
 
     @property
     def real(self) -> jax.Array:
@@ -73,6 +77,7 @@ class Tap:
         ends: (B,) int32, how many tokens of each text there are by the end of this pass: the
             prompts' lengths, by default.
         reducers: what to keep of a site in place of all of it, see :mod:`jaxtc.reducers`.
+        placement: the mesh of this pass; every site is divided over it by its axes.
     """
 
     def __init__(
@@ -83,7 +88,9 @@ class Tap:
         lengths: jax.Array | None = None,
         ends: jax.Array | None = None,
         reducers: Sequence[Any] = (),
+        placement: Placement | None = None,
     ):
+        self.placement = placement
         self.captures = frozenset(captures)
         self.edits, self.reducers = tuple(edits), tuple(reducers)
         self.positions, self.lengths = positions, lengths
@@ -101,9 +108,14 @@ class Tap:
 
     def __call__(self, site: str, x: jax.Array, layer: int | None = None) -> jax.Array:
         """Apply the edits of this site to ``x``, keep it if asked for, and give it back."""
+        held = None
         for edit in self.edits:
             if edit.site == site:
+                if site in edit.reads and _could(edit, layer):
+                    held = self._hold(edit, x, layer, held)
                 x = self._apply(edit, x, layer)
+        if self.placement is not None:
+            x = self.placement.site(x, BY_NAME[site].axes)
         if site in self._read_sites:
             self._live[site] = x
         if Address(site, layer) in self.captures:
@@ -113,6 +125,24 @@ class Tap:
                 context = self._context(site, layer)
                 self.reduced[index, layer] = self.reducers[index].reduce(x, context)
         return x
+
+    def _hold(
+        self, edit: Edit, x: jax.Array, layer: int | None, held: tuple | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """What an edit that reads its own site is shown, and the tokens where that is settled.
+
+        An autoencoder put in place of a site, and the edits of its features that follow, must all
+        encode the same value: the one before the first of them.
+        """
+        applies = self._tokens(edit, x)
+        if layer is not None and edit.layer is not None:
+            applies.append(_at_layer(edit, layer))
+        settled = functools.reduce(jnp.logical_and, applies, jnp.ones((), bool))
+        if held is not None:
+            value, before = held
+            x, settled = jnp.where(before, value, x), settled | before
+        self._live[edit.site] = x
+        return x, settled
 
     def stacked(self) -> list[Any]:
         """What each reducer kept: of its one place, or of all layers along a leading axis L."""
@@ -149,7 +179,8 @@ class Tap:
         return any(ORDER[first] < ORDER[name] < ORDER[last] for name in asked | self._read_sites)
 
     def _context(self, site: str, layer: int | None) -> Context:
-        return Context(BY_NAME[site], layer, self.positions, self.lengths, self._live.__getitem__)
+        read = self._live.__getitem__
+        return Context(BY_NAME[site], layer, self.positions, self.lengths, read, self.placement)
 
     def _apply(self, edit: Edit, x: jax.Array, layer: int | None) -> jax.Array:
         if not _could(edit, layer):
@@ -185,29 +216,27 @@ class Tap:
             )
         return new
 
+    def _tokens(self, edit: Edit, x: jax.Array) -> list[jax.Array]:
+        """Booleans that broadcast to ``x``: the positions and the rows of an edit."""
+        parts = []
+        if edit.position is not None:
+            axis = BY_NAME[edit.site].sequence_axis
+            parts.append(_along(x, edit.position.selects(self.positions), 0, axis))
+        if edit.row is not None:
+            parts.append(_along(x, among(edit.row, len(self.positions)), 0))
+        return parts
+
     def _where(self, edit: Edit, letters: list[str], x: jax.Array) -> list[jax.Array]:
         """Booleans that broadcast to ``x``, one for each target of the edit but its layer."""
-        batch, width = self.positions.shape
-        parts = []
-
-        def along(flags: jax.Array, *axes: int) -> None:
-            shape = [1] * x.ndim
-            for size, axis in zip(flags.shape, axes, strict=True):
-                shape[axis] = size
-            parts.append(flags.reshape(shape))
-
-        if edit.position is not None:
-            along(edit.position.selects(self.positions), 0, BY_NAME[edit.site].sequence_axis)
-        if edit.row is not None:
-            along(among(edit.row, batch), 0)
+        parts = self._tokens(edit, x)
         if edit.head is not None:
             axis = next(i for i, letter in enumerate(letters) if letter in "NK")
-            along(among(edit.head, x.shape[axis]), axis)
+            parts.append(_along(x, among(edit.head, x.shape[axis]), axis))
         if edit.coordinate is not None:
-            along(among(edit.coordinate, x.shape[-1]), -1)
+            parts.append(_along(x, among(edit.coordinate, x.shape[-1]), -1))
         if edit.key is not None and not edit.handles_key:
-            keys = jnp.broadcast_to(jnp.arange(x.shape[-1]), (batch, x.shape[-1]))
-            along(edit.key.selects(keys), 0, -1)
+            keys = jnp.broadcast_to(jnp.arange(x.shape[-1]), (len(self.positions), x.shape[-1]))
+            parts.append(_along(x, edit.key.selects(keys), 0, -1))
         return parts
 
 
@@ -227,6 +256,14 @@ class LayerTap:
     ) -> jax.Array:
         """As :meth:`Tap.unless_replaced` at this layer."""
         return self.tap.unless_replaced(site, compute, after=after, layer=self.layer)
+
+
+def _along(x: jax.Array, flags: jax.Array, *axes: int) -> jax.Array:
+    """``flags`` with its axes at these of ``x``, and 1 elsewhere."""
+    shape = [1] * x.ndim
+    for size, axis in zip(flags.shape, axes, strict=True):
+        shape[axis] = size
+    return flags.reshape(shape)
 
 
 def _could(edit: Edit, layer: int | None) -> bool:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.errors import InputError
+from jaxtc.processes import whole
 
 # Types that need no look at all: most of what comes through the door.
 _COMMON = frozenset({int, float, bool, str, type(None), np.ndarray, np.int32, np.int64})
@@ -61,7 +62,8 @@ def to_numpy(tree: Any) -> Any:
     """The same structure with NumPy arrays in place of JAX arrays and torch tensors.
 
     Shares memory where the array lies on the host (views of JAX arrays are read-only). Dtypes stay;
-    bfloat16 becomes ``ml_dtypes.bfloat16``, as JAX has it. Leaves that are no arrays stay.
+    bfloat16 becomes ``ml_dtypes.bfloat16``, as JAX has it. Leaves that are no arrays stay. Arrays
+    spread over devices are put together; if those are of many processes, all of these call this.
 
     Args:
         tree: an array of any shape, or a pytree of them.
@@ -73,7 +75,7 @@ def to_numpy(tree: Any) -> Any:
     def convert(x):
         if isinstance(x, jax.Array):
             _check_known(x, "NumPy")
-            return np.asarray(x)
+            return whole(x)
         return _on_host(x) if _foreign(x) else x
 
     return jax.tree.map(convert, tree)

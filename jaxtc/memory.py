@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtc.captures import Captures, understand
+from jaxtc.captures import Asked, Captures, understand
 from jaxtc.config import Gemma2Config
 from jaxtc.errors import CapacityError, InputError
 from jaxtc.feature_edits import Splice
@@ -202,6 +202,31 @@ def _needed(size, captures, structure, shapes, logits, beyond) -> int:
     )
     kept = {str(index): part for index, part in enumerate((*captures, *reducers))}
     return _measure(size, kept, logits, beyond, 0).needed
+
+
+def kept_by(asked: Asked, size: "Size") -> tuple[dict[str, Any], dict[str, Any]]:
+    """Shapes of what captures keep of prompts of this size, whatever they say.
+
+    Args:
+        asked: the captures.
+        size: of the run.
+
+    Returns:
+        (by name, cut to T tokens; the same still padded to W).
+
+    Raises:
+        SiteError, InputError, CapacityError: a reducer that does not fit.
+    """
+    ids = jax.ShapeDtypeStruct((size.batch, size.width), jnp.int32)
+    ends = jax.ShapeDtypeStruct((size.batch,), jnp.int32)
+    parts: dict[str, Any] = {str(address): address for address in asked.addresses}
+    for name, given in zip(asked.names, asked.reducers, strict=True):
+        # Traced: positions are not looked up in prompts that nobody knows.
+        check = lambda ids, ends, r=given: r.checked(size.config, ids, ends, size.length)  # noqa: E731
+        parts[name] = jax.eval_shape(check, ids, ends)
+    return tuple(
+        {name: _kept(size, part, cut) for name, part in parts.items()} for cut in (True, False)
+    )
 
 
 def _measure(size: "Size", parts: dict[str, Any], logits, beyond, weights: int) -> Estimate:

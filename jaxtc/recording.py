@@ -15,6 +15,7 @@ from jaxtc.captures import Asked
 from jaxtc.errors import InputError
 from jaxtc.intercept import Tap
 from jaxtc.model import MASKED
+from jaxtc.placement import Placement
 from jaxtc.reducer import Reducer
 from jaxtc.sites import BY_NAME, Address, Site
 
@@ -66,6 +67,20 @@ def proceed(record: Record, tap: Tap, places: jax.Array) -> Record:
         for r, whole, part in parts
     ]
     return arrays, reduced
+
+
+def settled(record: Record, reducers: Sequence[Reducer], placement: Placement) -> Record:
+    """The record on a mesh: arrays by the axes of their sites, what reducers kept by rows."""
+    arrays, reduced = record
+
+    def by_rows(reducer: Reducer, x: jax.Array) -> jax.Array:
+        axes = ["tokens"] * x.ndim
+        axes[_axes(reducer)[0]] = "batch"
+        return placement.constrain(x, axes)
+
+    arrays = {a: placement.site(x, BY_NAME[a.site].axes) for a, x in arrays.items()}
+    kept = zip(reducers, reduced, strict=True)
+    return arrays, [jax.tree.map(lambda x, r=r: by_rows(r, x), part) for r, part in kept]
 
 
 def finish(record: Record, asked: Asked, reducers: Sequence[Reducer], layers: int, length: int):

@@ -16,8 +16,10 @@ import numpy as np
 
 from jaxtc.errors import CapacityError, InputError, SiteError
 from jaxtc.intercept import Context
+from jaxtc.placement import top_k
 from jaxtc.positions import Mask, Places, resolve, spelled
 from jaxtc.reducer import Reducer, register_reducer
+from jaxtc.sharding import logical
 from jaxtc.sites import Address
 from jaxtc.transcoder import SparseFeatures, Transcoder
 
@@ -212,7 +214,7 @@ class TopK(Reducer):
 
     def reduce(self, x: jax.Array, context: Context) -> Top:
         """(..., D) to a :class:`Top` of (..., k)."""
-        values, ids = jax.lax.top_k(x, self.k)
+        values, ids = top_k(x, self.k, context.placement, logical(self.site.axes))
         return Top(values, ids.astype(jnp.int32))
 
 
@@ -307,13 +309,13 @@ class Features(Reducer):
             InputError: no transcoder, or one of another width.
             CapacityError: a capacity below 1 or above the number of features.
         """
-        given, size = self.transcoder, self.last_axis(config, width)
+        given, size = self.transcoder, self.site.width(config.sizes)
         if not isinstance(given, Transcoder):
             raise InputError(f"{self}: transcoder is a {type(given).__name__}, not a Transcoder.")
         if given.d_in != size:
             raise InputError(
-                f"{self}: the transcoder reads D={given.d_in}, but the last axis of "
-                f"{self.site.name} [{self.site.axes}] has {size} entries. It belongs to another "
+                f"{self}: the transcoder reads D={given.d_in}, but {self.site.name} "
+                f"[{self.site.axes}] has {size or 'no'} entries for a token. It belongs to another "
                 "model or another site."
             )
         whole = isinstance(self.capacity, int) and not isinstance(self.capacity, bool)
@@ -327,7 +329,8 @@ class Features(Reducer):
 
     def reduce(self, x: jax.Array, context: Context) -> SparseFeatures:
         """(..., D) to the features of each token."""
-        return self.transcoder.encode_sparse(x, self.capacity)
+        x = self.site.join(x)
+        return self.transcoder.encode_sparse(x, self.capacity, placement=context.placement)
 
 
 def _refuse_masked(reducer: Reducer) -> None:

@@ -12,15 +12,17 @@ from jaxtc.activations import Activations
 from jaxtc.captures import Asked, Captures, understand
 from jaxtc.compiles import Fact, Program, description
 from jaxtc.config import Gemma2Config
-from jaxtc.dispatch import parameters, rebuild
+from jaxtc.dispatch import parameters, placed, rebuild
 from jaxtc.edit import Edit
 from jaxtc.errors import InputError
 from jaxtc.intercept import Tap
 from jaxtc.interchange import below
 from jaxtc.memory import check_run
 from jaxtc.model import Gemma2
+from jaxtc.placement import Placement
 from jaxtc.prompts import Prompts, prepare
 from jaxtc.reducer import Reducer
+from jaxtc.sharding import MeshLike
 from jaxtc.sites import BY_NAME, ORDER, Address
 from jaxtc.targets import all_fire, check_edits
 
@@ -57,6 +59,7 @@ class Plan:
     logits: str | None
     reach: tuple[int, int]
     unsure: bool
+    placement: Placement | None
 
 
 def run(
@@ -67,6 +70,7 @@ def run(
     capture: Captures = (),
     edits: Sequence[Edit] = (),
     logits: Literal["all", "last"] | None = "all",
+    mesh: MeshLike | None = None,
 ) -> RunResult:
     """Run prompts through the model once, keeping what is captured and applying edits.
 
@@ -85,6 +89,9 @@ def run(
             names of your own.
         edits: see :mod:`jaxtc.edits`; applied in this order.
         logits: of every token, of each prompt's last token only, or none.
+        mesh: only needed inside a ``jax.jit`` of yours, where a model does not tell on which mesh
+            it lies; elsewhere it must be the model's. Rows are divided over its axis ``data`` if
+            there are enough. Results are arrays on the mesh, see :func:`jaxtc.to_numpy`.
 
     Raises:
         InputError: tokens the model cannot run, or nothing asked for.
@@ -92,15 +99,17 @@ def run(
         EditError: an edit that does not fit or could never fire. Where its target is only known
             inside a trace (``vmap`` over layers, say) the result is NaN instead.
         CapacityError: what was asked for would not fit in memory.
+        ShardingError: a mesh that is not the model's, or a transcoder that is not on it.
     """
     config = model.config
     if logits not in ("all", "last", None):
         raise InputError(f"logits is {logits!r}, expected 'all', 'last' or None.")
     asked = understand(capture, config.num_hidden_layers)
-    call = Call.of(config, prepare(tokens, config, lengths), asked, edits, logits)
     leaves = parameters(model)
+    where = placed(model, leaves, mesh)
+    call = Call.of(config, prepare(tokens, config, lengths), asked, edits, logits, where)
     check_run(config, leaves, call.size, asked.addresses, call.reducers, logits, call.edits)
-    return call.result(_run(*call.arguments(leaves), describe=lambda: call.facts(leaves)))
+    return call.result(_run(*call.on_mesh(leaves), describe=lambda: call.facts(leaves)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +130,7 @@ class Call:
         asked: Asked,
         edits: Sequence[Edit],
         logits: str | None,
+        placement: Placement | None = None,
     ) -> "Call":
         """Check edits and captures against the model and the prompts; raises as :func:`run`."""
         if logits is None and not asked:
@@ -130,7 +140,7 @@ class Call:
         layers = config.num_hidden_layers
         reach = (layers, len(ORDER)) if logits else asked.reach(layers)
         checked, unsure = check_edits(edits, config, reach, prompts)
-        plan = Plan(config, asked.addresses, logits, reach, unsure)
+        plan = Plan(config, asked.addresses, logits, reach, unsure, placement)
         return cls(plan, prompts, asked, checked, asked.checked(config, prompts))
 
     @property
@@ -144,13 +154,22 @@ class Call:
         prompts = self.prompts
         return self.plan, leaves, prompts.tokens, prompts.lengths, self.edits, self.reducers
 
+    def on_mesh(self, leaves: Sequence[jax.Array]) -> tuple:
+        """:meth:`arguments`, each where the program expects it."""
+        plan, _, tokens, lengths, edits, reducers = given = self.arguments(leaves)
+        place = plan.placement
+        if place is None:
+            return given
+        rows = place.put_rows(tokens), place.put_rows(lengths)
+        return plan, leaves, *rows, *place.put_whole((edits, reducers))
+
     def facts(self, leaves: Sequence[jax.Array]) -> list[Fact]:
         """What its program depends on."""
         plan, (batch, length, width) = self.plan, self.size
         return description(
             plan.config, leaves, batch=batch, length=length, padded=width,
             captures=plan.captures, edits=self.edits, reducers=self.reducers, logits=plan.logits,
-            last_layer=plan.reach[0], traced_targets=plan.unsure,
+            last_layer=plan.reach[0], traced_targets=plan.unsure, placement=plan.placement,
         )  # fmt: skip
 
     def result(self, kept: tuple) -> RunResult:
@@ -184,7 +203,7 @@ def forward(plan: Plan, leaves, tokens, lengths, edits, reducers, resume=None):
     """
     model, layers = rebuild(plan.config, leaves), plan.config.num_hidden_layers
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    tap = Tap(plan.captures, edits, positions, lengths, reducers=reducers)
+    tap = Tap(plan.captures, edits, positions, lengths, reducers=reducers, placement=plan.placement)
     # Editing or capturing the logits needs them all, whatever is returned.
     named = {a.site for a in (*plan.captures, *edits)} | {r.site.name for r in reducers}
     at = lengths - 1 if plan.logits == "last" and "logits" not in named else None

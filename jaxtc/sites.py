@@ -6,8 +6,11 @@ heads, K key/value heads, H head dim, F MLP width, V vocabulary.
 """
 
 import dataclasses
+import math
 import re
+from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 from jaxtc.errors import SiteError, did_you_mean
 
@@ -43,6 +46,30 @@ class Site:
         """Which axis runs over the tokens whose edit is selected by ``position``."""
         letters = self.axes.split()
         return letters.index("T" if "T" in letters else "S")
+
+    @property
+    def token_axes(self) -> tuple[str, ...]:
+        """The axis letters of one token's value; empty where values belong to pairs of tokens."""
+        _, first, *rest = self.axes.split()
+        return tuple(rest) if first in "TS" else ()
+
+    def width(self, sizes: Mapping[str, int]) -> int | None:
+        """How many numbers a token has here, None where values belong to pairs of tokens.
+
+        Args:
+            sizes: of the axis letters, as :attr:`jaxtc.Gemma2Config.sizes`.
+        """
+        letters = self.token_axes
+        return math.prod(sizes.get(letter, 1) for letter in letters) if letters else None
+
+    def join(self, x: Any) -> Any:
+        """A token's numbers in one axis: (..., N, H) to (..., N·H), the heads one after the other.
+
+        What a sparse autoencoder of attention reads. Sites with one axis a token stay as they are.
+        """
+        if len(self.token_axes) < 2:
+            return x
+        return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
     def aliases(self, layer: int | str = "l") -> dict[str, str]:
         """The full names of this site in other libraries, ``{library: name}``, refused ones too."""

@@ -20,14 +20,16 @@ import numpy as np
 from jaxtc.axes import Over, at_place, axes_of, check_axes, named, overs_of, prepared
 from jaxtc.captures import Asked, Captures, understand
 from jaxtc.compiles import Fact, Program, description
-from jaxtc.dispatch import parameters
+from jaxtc.dispatch import parameters, placed
 from jaxtc.edit import Edit
 from jaxtc.errors import InputError
 from jaxtc.memory import check_fits
 from jaxtc.model import Gemma2
+from jaxtc.placement import Placement
 from jaxtc.prompts import Prompts, prepare
 from jaxtc.run import Call, RunResult, forward, run
 from jaxtc.scores import as_pytree, facts_of
+from jaxtc.sharding import DATA, MeshLike
 from jaxtc.sites import BY_NAME
 from jaxtc.targets import check_edits
 
@@ -66,6 +68,7 @@ def sweep(
     logits: str | None = "last",
     chunk: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    mesh: MeshLike | None = None,
 ) -> Sweep:
     """Run every combination of the values that edits have :class:`Over` axes of.
 
@@ -87,6 +90,8 @@ def sweep(
         logits: as for :func:`jaxtc.run`, the last token's by default.
         chunk: how many variants at once; by default as many as keep the processor busy.
         progress: called with (variants done, variants in all) after each chunk.
+        mesh: that the model lies on, if it is given at all, see :func:`jaxtc.run`. The variants of
+            a chunk are divided over its axis ``data``.
 
     Returns:
         The values with an axis for each name: those of the first edit first, within an edit by
@@ -99,6 +104,7 @@ def sweep(
             axes of one name that differ in length. A *combination* that names what is not there (a
             position that only other rows have) gives NaN, or -1 in whole numbers.
         CapacityError: the results would not fit in memory.
+        ShardingError: as :func:`jaxtc.run`.
     """
     config, layers = model.config, model.config.num_hidden_layers
     if logits not in ("all", "last", None):
@@ -115,24 +121,32 @@ def sweep(
     shape = tuple(map(len, axes.values()))
     places = np.stack(np.unravel_index(np.arange(math.prod(shape)), shape), axis=1)
     leaves = parameters(model)
-    chunk = _chunk(chunk, prompts, len(places), leaves[0])
+    # The rows of a variant stay together.
+    own = placed(model, leaves, mesh)
+    place = None if own is None else own.but(batch=None)
+    chunk = _chunk(chunk, prompts, len(places), leaves[0], 1 if place is None else place.rows)
     first, resume = _first_layers(edits, axes, places, layers), None
     if not asked and logits is not None and first.max() > 0:
         same = [edit for edit in edits if not overs_of(edit)]
         resume = _entering(model, tokens, lengths, same, prompts)
     # Variants that begin at the same layer go together.
     order = np.argsort(first, kind="stable")
-    plan = _Plan(config, tuple(axes), logits, prompts.length)
-    found = []
+    plan = _Plan(config, tuple(axes), logits, prompts.length, place)
+    tokens, ends, found = prompts.tokens, prompts.lengths, []
     facts = functools.partial(_facts, plan, leaves, prompts, asked, edits, of, chunk)
+    if place is not None:
+        given = tokens, ends, asked, edits, of, resume
+        tokens, ends, asked, edits, of, resume = place.put_whole(given)
     for start in range(0, len(order), chunk):
         ids = order[start : start + chunk]
         ids = np.pad(ids, (0, chunk - len(ids)), mode="edge")
         begin = np.int32(first[ids].min())
+        these = places[ids]
+        if place is not None:
+            begin, these = place.put_whole(begin), own.put_rows(these)
         kept = _swept(
-            plan, leaves, prompts.tokens, prompts.lengths, asked, edits, of, resume, begin,
-            places[ids], describe=facts,
-        )  # fmt: skip
+            plan, leaves, tokens, ends, asked, edits, of, resume, begin, these, describe=facts
+        )
         if not found:
             _check_results(kept, len(order) / chunk)
         found.append(kept)
@@ -160,20 +174,22 @@ class _Plan:
     axes: tuple[str, ...]
     logits: str | None
     length: int
+    placement: Placement | None
 
 
 def _variants(plan: _Plan, leaves, tokens, lengths, asked, edits, of, resume, begin, places):
     """What ``of`` gives of each variant of a chunk; places: (chunk, axes) indices."""
     prompts = Prompts(tokens, lengths, None, plan.length)
+    divided = plan.placement is not None and DATA in plan.placement.mesh.shape
 
     def one(place):
         axes = dict(zip(plan.axes, place, strict=True))
         chosen = [at_place(edit, axes) for edit in edits]
-        call = Call.of(plan.config, prompts, asked, chosen, plan.logits)
+        call = Call.of(plan.config, prompts, asked, chosen, plan.logits, plan.placement)
         known = None if resume is None else (begin, resume)
         return of(call.result(forward(*call.arguments(leaves), resume=known)))
 
-    return jax.vmap(one)(places)
+    return jax.vmap(one, spmd_axis_name=DATA if divided else None)(places)
 
 
 _swept = Program("sweep", _variants, static_argnums=0)
@@ -184,7 +200,7 @@ def _facts(plan: _Plan, leaves, prompts: Prompts, asked: Asked, edits, of, chunk
         *description(
             plan.config, leaves, batch=len(prompts.tokens), padded=prompts.tokens.shape[1],
             captures=asked.addresses, edits=edits, reducers=asked.reducers, logits=plan.logits,
-            prompt_length=plan.length, axes=plan.axes, chunk=chunk,
+            prompt_length=plan.length, axes=plan.axes, chunk=chunk, placement=plan.placement,
         ),
         *facts_of(of),
     ]  # fmt: skip
@@ -244,11 +260,12 @@ def _first_layers(
     return first
 
 
-def _chunk(given: int | None, prompts: Prompts, variants: int, weight: jax.Array) -> int:
-    """How many variants run at once, all chunks alike."""
+def _chunk(given: int | None, prompts: Prompts, variants: int, weight: jax.Array, rows: int) -> int:
+    """How many variants run at once, all chunks alike and a multiple of ``rows`` devices."""
     whole = isinstance(given, int | np.integer) and not isinstance(given, bool)
     if given is not None and not (whole and given >= 1):
         raise InputError(f"chunk is {given!r}, expected a whole number of at least 1.")
     platform = next(iter(weight.devices())).platform
-    most = given or max(1, TOKENS.get(platform, TOKENS_ELSEWHERE) // prompts.tokens.size)
-    return -(-variants // -(-variants // most))
+    most = given or rows * max(1, TOKENS.get(platform, TOKENS_ELSEWHERE) // prompts.tokens.size)
+    even = -(-variants // -(-variants // most))
+    return -(-even // rows) * rows

@@ -132,18 +132,16 @@ def _check_kind(edit: Edit) -> None:
     if not site.per_layer and edit.layer is not None:
         raise EditError(f"{edit}: the model has {edit.site!r} once, so it takes no layer.")
     for read in edit.reads:
-        if ORDER[read] >= ORDER[edit.site] or BY_NAME[read].per_layer != site.per_layer:
+        if ORDER[read] > ORDER[edit.site] or BY_NAME[read].per_layer != site.per_layer:
             raise EditError(f"{edit} reads {read!r}, which is not computed before {edit.site!r}.")
 
 
 def _sizes(edit: Edit, config: Gemma2Config, prompts: Prompts) -> dict[str, int]:
-    """Sizes of the axis letters, of the site's last axis, and of that of what the edit reads."""
+    """Sizes of the axis letters, and of the site's last axis."""
     sizes = dict(config.sizes)
     sizes |= {"B": len(prompts.tokens), "T": prompts.length, "S": prompts.length, "1": 1}
     sizes["L"] = config.num_hidden_layers
     sizes["last"] = sizes[BY_NAME[edit.site].axes.split()[-1]]
-    if edit.reads:
-        sizes["read"] = sizes[BY_NAME[edit.reads[0]].axes.split()[-1]]
     return sizes
 
 

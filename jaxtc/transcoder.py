@@ -1,19 +1,26 @@
-"""The JumpReLU transcoder: a wide sparse layer that imitates an MLP through nameable features.
+"""The transcoder: a wide sparse layer that imitates an MLP through nameable features.
 
-Axis letters: ... leading axes (usually B T), D hidden, M features, C capacity of the sparse path.
+Its variants: with a skip connection, with ReLU in place of JumpReLU, and sparse autoencoders, which
+imitate what they read. Axis letters: ... leading axes (usually B T), D hidden (of what is read or
+of what is written), M features, C capacity of the sparse path.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtc.errors import CapacityError, JaxtcError
 from jaxtc.interchange import plain
 from jaxtc.params import Init, declare, he_uniform, zeros
+from jaxtc.placement import Placement, mix_rows, placement_of, top_k
+from jaxtc.processes import whole
+from jaxtc.sharding import mesh_of, put
 from jaxtc.sites import parse
 
 
@@ -34,14 +41,46 @@ class SparseFeatures:
     count: jax.Array
 
 
+def jumprelu(z: jax.Array, threshold: jax.Array | None) -> jax.Array:
+    """``z`` where it is above the threshold (strictly) and above 0, and 0 elsewhere.
+
+    Args:
+        z: (..., M) pre-activations.
+        threshold: (M,); None makes it a ReLU.
+    """
+    # Said the other way round, so that NaN stays NaN.
+    off = z <= 0 if threshold is None else (z <= threshold) | (z <= 0)
+    return jnp.where(off, 0, z)
+
+
+def _sparse(a: jax.Array, capacity: int, placement: Placement | None) -> SparseFeatures:
+    """Of dense activations (..., M)."""
+    rows = ["batch", *["tokens"] * (a.ndim - 2)] if a.ndim > 1 else []
+    values, ids = top_k(a, capacity, placement, [*rows, "features"])
+    count = (a != 0).sum(-1, dtype=jnp.int32)
+    values = jnp.where((count > capacity)[..., None], jnp.nan, values)
+    return SparseFeatures(values, ids, count)
+
+
+_sparse_on_mesh = functools.partial(jax.jit, static_argnums=(1, 2))(_sparse)
+_mixed_on_mesh = functools.partial(jax.jit, static_argnums=(3, 4))(mix_rows)
+
+
 class Transcoder(nnx.Module):
     """``a = JumpReLU(x W_enc + b_enc)``, ``y = a W_dec + b_dec`` (arXiv 2408.05147, §2-3).
 
-    JumpReLU keeps ``z`` where ``z > threshold`` (strictly) and ``z > 0``, and is 0 elsewhere. The
-    decoder's bias is not subtracted from the input.
+    JumpReLU keeps ``z`` where ``z > threshold`` (strictly) and ``z > 0``, and is 0 elsewhere;
+    without a threshold it is a ReLU. The decoder's bias is not subtracted from the input. With a
+    skip connection, ``y = a W_dec + b_dec + x W_skipᵀ`` (arXiv 2501.18823): calling the transcoder
+    always includes it, and :meth:`decode` cannot leave it out by accident.
+
+    A sparse autoencoder is a transcoder whose two sites are one; of attention (``attn_heads``) it
+    reads the heads joined, D = N·H (:meth:`jaxtc.sites.Site.join`).
 
     Attributes:
-        W_enc: (D, M), b_enc: (M,), W_dec: (M, D), b_dec: (D,), threshold: (M,).
+        W_enc: (D, M), b_enc: (M,), W_dec: (M, D), b_dec: (D,).
+        threshold: (M,), or None: ReLU.
+        W_skip: (D, D), [out, in], or None.
         layer: layer of the model it explains, or None when unknown.
         input_site: the site it reads; Gemma Scope's read x/rms *before* the norm's gain.
         output_site: the site it imitates.
@@ -54,6 +93,8 @@ class Transcoder(nnx.Module):
         features: int,
         d_out: int | None = None,
         *,
+        relu: bool = False,
+        skip: bool = False,
         layer: int | None = None,
         input_site: str = "mlp_in_normed",
         output_site: str = "mlp_out",
@@ -70,7 +111,8 @@ class Transcoder(nnx.Module):
         self.b_enc = param((features,), ("features",), zeros)
         self.W_dec = param((features, d_out), ("features", "embed"), he_uniform)
         self.b_dec = param((d_out,), ("embed",), zeros)
-        self.threshold = param((features,), ("features",), zeros)
+        self.threshold = None if relu else param((features,), ("features",), zeros)
+        self.W_skip = param((d_out, d_in), ("embed", "embed"), zeros) if skip else None
         self.layer, self.source = layer, source
         self.input_site, self.output_site = parse(input_site)[0], parse(output_site)[0]
 
@@ -89,15 +131,16 @@ class Transcoder(nnx.Module):
         """M, how many features it has."""
         return self.W_enc.shape[1]
 
+    @property
+    def variant(self) -> str:
+        """What it is in a few words: "transcoder" or "sae", "+skip", "+relu"."""
+        kind = "sae" if self.input_site == self.output_site else "transcoder"
+        skip = "" if self.W_skip is None else "+skip"
+        return kind + skip + ("" if self.threshold is not None else "+relu")
+
     def pre_activations(self, x: jax.Array) -> jax.Array:
         """``x W_enc + b_enc``: (..., D) to (..., M), in the transcoder's dtype."""
-        x = plain(x)
-        if x.shape[-1] != self.d_in:
-            raise JaxtcError(
-                f"This transcoder reads arrays whose last axis is D={self.d_in}, got "
-                f"{tuple(x.shape)}; it belongs to another model or another site."
-            )
-        x = jnp.asarray(x).astype(self.W_enc.dtype)
+        x = self._input(x)
         return jnp.matmul(x, self.W_enc[...], precision="highest") + self.b_enc[...]
 
     def encode(self, x: jax.Array) -> jax.Array:
@@ -106,24 +149,36 @@ class Transcoder(nnx.Module):
         Raises:
             JaxtcError: the last axis of ``x`` is not D.
         """
-        z = self.pre_activations(x)
-        # Said the other way round, so that NaN stays NaN.
-        return jnp.where((z <= self.threshold[...]) | (z <= 0), 0, z)
+        threshold = None if self.threshold is None else self.threshold[...]
+        return jumprelu(self.pre_activations(x), threshold)
 
-    def decode(self, a: jax.Array) -> jax.Array:
-        """``a W_dec + b_dec``: (..., M) to (..., D)."""
-        return jnp.matmul(plain(a), self.W_dec[...], precision="highest") + self.b_dec[...]
+    def decode(self, a: jax.Array, x: jax.Array | None = None) -> jax.Array:
+        """``a W_dec + b_dec``, and the skip connection's part: (..., M) to (..., D).
+
+        Args:
+            a: feature activations.
+            x: (..., D) what the transcoder read; only a skip connection looks at it.
+
+        Raises:
+            JaxtcError: this transcoder has a skip connection and ``x`` is missing.
+        """
+        y = jnp.matmul(plain(a), self.W_dec[...], precision="highest") + self.b_dec[...]
+        return self._skipped(y, x)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """``decode(encode(x))``: (..., D) to (..., D), the imitation of the MLP's output."""
-        return self.decode(self.encode(x))
+        """(..., D) to (..., D): the imitation of the MLP's output, skip connection included."""
+        return self.decode(self.encode(x), x)
 
-    def encode_sparse(self, x: jax.Array, capacity: int) -> SparseFeatures:
+    def encode_sparse(
+        self, x: jax.Array, capacity: int, *, placement: Placement | None = None
+    ) -> SparseFeatures:
         """The active features only, largest first; the dense (..., M) array is not kept.
 
         Args:
             x: (..., D).
             capacity: C, room for active features of one token, at most M.
+            placement: where the features lie (``placement_of(transcoder)``), for use under ``jit``,
+                where arrays do not tell; each device then searches its own features first.
 
         Raises:
             CapacityError: a token has more than C active features. Under ``jit`` nothing can be
@@ -133,25 +188,59 @@ class Transcoder(nnx.Module):
             raise CapacityError(
                 f"capacity is {capacity!r}, expected 1 to {self.features} (this transcoder's M)."
             )
-        a = self.encode(x)
-        values, ids = jax.lax.top_k(a, capacity)
-        count = (a != 0).sum(-1, dtype=jnp.int32)
-        if not isinstance(count, jax.core.Tracer):
-            most = int(np.max(np.asarray(count), initial=0))
+        here = placement_of(self)
+        sparse = _sparse if here is None else _sparse_on_mesh
+        found = sparse(self.encode(x), capacity, placement if here is None else here)
+        if not isinstance(found.count, jax.core.Tracer):
+            most = int(np.max(whole(found.count), initial=0))
             if most > capacity:
                 raise CapacityError(
                     f"A token has {most} active features, but capacity is {capacity}: dropping any "
                     f"would give a wrong reconstruction. Ask for capacity={most} or more."
                 )
-        values = jnp.where((count > capacity)[..., None], jnp.nan, values)
-        return SparseFeatures(values, ids, count)
+        return found
 
-    def decode_sparse(self, features: SparseFeatures) -> jax.Array:
-        """``decode`` from (values, ids): gathers the C decoder rows a token needs. To (..., D)."""
+    def decode_sparse(self, features: SparseFeatures, x: jax.Array | None = None) -> jax.Array:
+        """``decode`` from (values, ids): gathers the C decoder rows a token needs. To (..., D).
+
+        Raises:
+            JaxtcError: as :meth:`decode`.
+        """
         features = jax.tree.map(plain, features)
-        rows = jnp.take(self.W_dec[...], features.ids, axis=0)
-        mixed = jnp.einsum("...c,...cd->...d", features.values, rows, precision="highest")
-        return mixed + self.b_dec[...]
+        here = placement_of(self)
+        mix = mix_rows if here is None else _mixed_on_mesh
+        mixed = mix(features.values, features.ids, self.W_dec[...], here, "features")
+        return self._skipped(mixed + self.b_dec[...], x)
+
+    def _input(self, x: jax.Array) -> jax.Array:
+        """``x`` in the transcoder's dtype, its width checked."""
+        x = plain(x)
+        if x.shape[-1:] != (self.d_in,):
+            heads = x.ndim > 1 and x.shape[-2] * x.shape[-1] == self.d_in
+            raise JaxtcError(
+                f"This transcoder reads arrays whose last axis is D={self.d_in}, got "
+                f"{tuple(x.shape)}; "
+                + (
+                    "join the heads first: x.reshape(*x.shape[:-2], -1)."
+                    if heads
+                    else "it belongs to another model or another site."
+                )
+            )
+        mesh = mesh_of(self.W_enc[...])
+        if mesh is not None and not isinstance(x, jax.core.Tracer) and mesh_of(x) is None:
+            x = put(x, NamedSharding(mesh, PartitionSpec()))
+        return jnp.asarray(x).astype(self.W_enc.dtype)
+
+    def _skipped(self, y: jax.Array, x: jax.Array | None) -> jax.Array:
+        if self.W_skip is None:
+            return y
+        if x is None:
+            raise JaxtcError(
+                "This transcoder has a skip connection, so its output is not a function of the "
+                "features alone: give what it read too, decode(a, x), or call transcoder(x)."
+            )
+        skip = jnp.einsum("...i,oi->...o", self._input(x), self.W_skip[...], precision="highest")
+        return y + skip
 
     def nameless(self) -> "Transcoder":
         """The same arrays without layer and source, which would be part of a compile key."""

@@ -17,9 +17,11 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from jaxtc import __version__
+from jaxtc.cli.convert import command as convert_command
 from jaxtc.cli.explain import command as explain_command
 from jaxtc.cli.generate import command as generate_command
 from jaxtc.cli.parity import command as parity_command
+from jaxtc.cli.plan import command as plan_command
 from jaxtc.cli.sites import command as sites_command
 from jaxtc.errors import JaxtcError
 
@@ -289,6 +291,10 @@ def parity(
         json_file=json_file,
     )
     raise typer.Exit(0 if passed else 1)
+
+
+app.command("plan")(plan_command)
+app.command("convert")(convert_command)
 
 
 @app.command()

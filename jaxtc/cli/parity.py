@@ -47,7 +47,7 @@ def command(
     files = {"--report": report, "--json": None if stdout else json_file}
     for option, path in files.items():
         if path is not None:
-            _check_place(option, path)
+            check_place(option, path)
     if report and json_file and os.path.realpath(report) == os.path.realpath(json_file):
         raise InputError(f"--report and --json are both {report}; give each a file of its own.")
     if report and importlib.util.find_spec("jinja2") is None:
@@ -99,8 +99,8 @@ def _ended_as_by_ctrl_c() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def parse_layers(text: str) -> list[int]:
-    """``0,5,10-12`` as [0, 5, 10, 11, 12].
+def parse_layers(text: str, option: str = "--layers") -> list[int]:
+    """``0,5,10-12`` as [0, 5, 10, 11, 12]; ``option`` is what to call it in an error.
 
     Raises:
         InputError: it is not of that form.
@@ -111,14 +111,14 @@ def parse_layers(text: str) -> list[int]:
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if not first <= last < _MOST:
             raise InputError(
-                f"--layers is {text!r}, expected numbers of layers from 0 and ranges of them, "
+                f"{option} is {text!r}, expected numbers of layers from 0 and ranges of them, "
                 "such as 0,5,10-12."
             )
         found += range(first, last + 1)
     return found
 
 
-def _check_place(option: str, path: Path) -> None:
+def check_place(option: str, path: Path) -> None:
     """Refuse a file that cannot be written before the work is done, not after."""
     if path.is_dir():
         raise SourceError(f"{option} {path} is a folder; name a file in it.")

@@ -9,25 +9,17 @@ from rich.text import Text
 
 from jaxtc.config import Gemma2Config
 from jaxtc.sites import SITES, Site
-from jaxtc.weights import hub, local
-from jaxtc.weights.load import EMBEDDED, model_folder
+from jaxtc.weights.released import load_config
 
 
 def command(model: str, *, as_json: bool) -> None:
     """Print the table for ``model``, reading nothing but its ``config.json``."""
-    config = _config(model)
+    config = load_config(model)
     if as_json:
         rows = [_row(site, config) for site in SITES]
         sys.stdout.write(json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
         return
     _draw(Console(), config, model)
-
-
-def _config(source: str) -> Gemma2Config:
-    repo = hub.split_id(source)
-    if source != EMBEDDED and repo and not repo[1] and local.find(source) is None:
-        return Gemma2Config.from_file(hub.download(repo[0], "config.json"))
-    return Gemma2Config.from_file(model_folder(source) / "config.json")
 
 
 def _shape(site: Site, config: Gemma2Config) -> list[str | int]:

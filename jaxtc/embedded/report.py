@@ -243,7 +243,7 @@ def reconstruction(
         for n, transcoder in transcoders.items():
             x, y = (held[address] for address in sites[n])
             features = transcoder.encode(x)
-            errors[n].update(y, transcoder.decode(features), mask)
+            errors[n].update(y, transcoder.decode(features, x), mask)
             active[n].update(features, mask)
     return {n: (errors[n].fvu, active[n].l0, float(active[n].dead.mean())) for n in transcoders}
 

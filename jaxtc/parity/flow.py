@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 import jaxtc
 from jaxtc.config import Gemma2Config
@@ -29,8 +28,9 @@ from jaxtc.parity.ours import Comparison, captured
 from jaxtc.parity.texts import tokenised
 from jaxtc.parity.tolerances import tolerances
 from jaxtc.sites import check_layer
+from jaxtc.weights.formats import open_transcoder
+from jaxtc.weights.layout import sae_site
 from jaxtc.weights.load import EMBEDDED, load_model, load_tokenizer, model_folder
-from jaxtc.weights.npz import read_params
 from jaxtc.weights.transcoders import available_layers, load_transcoder, transcoder_file
 
 DTYPES = ("float32", "bfloat16")
@@ -217,8 +217,15 @@ def _transcoder(
         [layer] = there
     layer = check_layer(layer, config.num_hidden_layers, "the transcoder")
     file = transcoder_file(source, layer)
-    params = read_params(file, np.dtype(np.float32))
-    widths = params["W_enc"].shape[0], params["W_dec"].shape[1]
+    with open_transcoder(file) as opened:
+        sae = sae_site(file.absolute().parts)
+        if sae or opened.format.name != "gemma-scope":
+            kind = f"an autoencoder of {sae}" if sae else f"of the format {opened.format.name!r}"
+            raise InputError(
+                f"{file} is {kind}; the certificate compares Gemma Scope's transcoders "
+                "(params.npz), which read mlp_in_normed and write mlp_out."
+            )
+        widths = opened.shapes["W_enc"][0], opened.shapes["W_dec"][1]
     if widths != (config.hidden_size,) * 2:
         raise InputError(
             f"The transcoder {source} reads and writes {widths[0]} and {widths[1]} numbers a "

@@ -79,15 +79,16 @@ def read_array(
         source = part if chunk is None else chunk[: part.size]
         read_into(memoryview(source.view(np.uint8)))
         if chunk is not None:
-            _cast(source, part)
-            kept &= _all_finite(part)
-        finite &= _all_finite(source)
+            cast(source, part)
+            kept &= all_finite(part)
+        finite &= all_finite(source)
     if not finite:
         return out, "holds NaN or infinity"
     return out, "" if kept else f"holds values too large for {dtype.name}"
 
 
-def _cast(source: np.ndarray, out: np.ndarray) -> None:
+def cast(source: np.ndarray, out: np.ndarray) -> None:
+    """Copy ``source`` into ``out`` of the same shape, whatever their dtypes."""
     if source.dtype == _BF16 and out.dtype == np.float32:
         # A bfloat16 is the upper half of a float32; shifting is many times faster than a cast.
         np.left_shift(source.view(np.uint16), np.uint32(16), out=out.view(np.uint32))
@@ -96,7 +97,8 @@ def _cast(source: np.ndarray, out: np.ndarray) -> None:
         np.copyto(out, source, casting="unsafe")
 
 
-def _all_finite(x: np.ndarray) -> bool:
+def all_finite(x: np.ndarray) -> bool:
+    """Whether there is no NaN and no infinity in it."""
     if x.dtype == _BF16:
         return not ((x.view(np.uint16) & np.uint16(0x7F80)) == 0x7F80).any()
     return bool(np.isfinite(x).all())

@@ -1,4 +1,4 @@
-"""Gemma Scope's layout, ``layer_{l}/width_{w}/average_l0_{n}/params.npz``, and its defaults."""
+"""Where transcoders lie in a release: the layouts of folders, their defaults, what names tell."""
 
 import dataclasses
 import re
@@ -20,8 +20,26 @@ DEFAULT_L0 = (
 )  # fmt: skip
 DEFAULT_WIDTH = "16k"
 
-_LAYER = re.compile(r"(?:^|/)layer_(\d+)(?=/|$)")
-_LAYOUT = re.compile(r"(?:.*/)?layer_(\d+)/width_([^/]+)/average_l0_([^/]+)/params\.npz")
+_LAYER = re.compile(r"(?:^|/)layer_(\d+)(?=/|$|\.safetensors$|_width_[^/]+_l0_[^/]+(?:/|$))")
+
+_LAYOUTS = tuple(
+    re.compile(f"(?:.*/)?{layout}")
+    for layout in (
+        # Gemma Scope; "canonical" is its selection of one for each layer and width.
+        r"layer_(?P<layer>\d+)/width_(?P<width>[^/]+)/(?:average_l0_)?"
+        r"(?P<l0>(?<=average_l0_)[^/]+|canonical)/params\.npz",
+        # circuit-tracer
+        r"layer_(?P<layer>\d+)(?P<width>)(?P<l0>)\.safetensors",
+        # Gemma Scope 2
+        r"layer_(?P<layer>\d+)_width_(?P<width>[^/_]+)_l0_(?P<l0>[^/]+)/params\.safetensors",
+    )
+)
+_FILES = (PARAMS, "layer_*.safetensors", "params.safetensors")
+
+# Sparse autoencoders of the same release and in the same format, told by the name of their
+# repository; a local copy may have that name, and the hub's cache has owner and name.
+_SAE = re.compile(r"(models--.+--)?gemma-scope-(?!.*transcoder).*-(?P<kind>res|mlp|att)(-.*)?")
+SAE_SITES = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_heads"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +52,13 @@ class Tier:
     l0: str
 
     @property
-    def folder(self) -> str:
-        """The folder of its file, below the source."""
-        return str(PurePosixPath(self.path).parent)
+    def place(self) -> str:
+        """What names it below the source: its folder, or its file where that is one of several."""
+        return place_of(self.path)
 
     def is_below(self, folder: str) -> bool:
         """Whether it lies in this folder of the source; the empty one is the source itself."""
-        return not folder or self.path.startswith(f"{folder}/")
+        return not folder or self.path == folder or self.path.startswith(f"{folder}/")
 
     @property
     def is_default(self) -> bool:
@@ -55,8 +73,27 @@ def default_path(layer: int) -> str:
 
 
 def is_tier(path: str) -> bool:
-    """Whether a path follows the layout from a layer to the file."""
-    return _LAYOUT.fullmatch(path) is not None
+    """Whether a path follows a layout from a layer to the file."""
+    return any(layout.fullmatch(path) for layout in _LAYOUTS)
+
+
+def is_file(path: str) -> bool:
+    """Whether a path is that of a transcoder's file, told by its ending."""
+    return path.endswith((".npz", ".safetensors"))
+
+
+def place_of(path: str) -> str:
+    """``path`` without its file, unless the file's own name tells it from its neighbours."""
+    whole = PurePosixPath(path)
+    if not is_file(path) or (whole.suffix == ".safetensors" and whole.stem != "params"):
+        return path
+    return "" if str(whole.parent) == "." else str(whole.parent)
+
+
+def sae_site(parts: Iterable[str]) -> str | None:
+    """The site of a Gemma Scope autoencoder, as the last folder with such a name tells it."""
+    found = [match["kind"] for match in map(_SAE.fullmatch, parts) if match]
+    return SAE_SITES[found[-1]] if found else None
 
 
 def layer_of(path: str) -> int | None:
@@ -66,30 +103,52 @@ def layer_of(path: str) -> int | None:
 
 
 def tiers_of(paths: Iterable[str], root: str = "") -> list[Tier]:
-    """Those of ``paths`` that follow the layout, possibly only together with their ``root``."""
+    """Those of ``paths`` that follow a layout, possibly only together with their ``root``."""
     found = []
     for path in paths:
-        match = _LAYOUT.fullmatch(f"{root}/{path}")
-        if match:
-            found.append(Tier(path, int(match[1]), match[2], match[3]))
+        for layout in _LAYOUTS:
+            match = layout.fullmatch(f"{root}/{path}")
+            if match:
+                found.append(Tier(path, int(match["layer"]), match["width"], match["l0"]))
     return sorted(found, key=lambda tier: (tier.layer, len(tier.path), tier.path))
 
 
 def tiers_in(folder: Path) -> list[Tier]:
-    """The transcoders below a folder that is the layout's root, or lies somewhere in it."""
-    files = folder.glob("**/" + PARAMS)
+    """The transcoders below a folder that is a layout's root, or lies somewhere in it."""
+    files = (file for name in _FILES for file in folder.glob(f"**/{name}"))
     paths = (file.relative_to(folder).as_posix() for file in files)
     return tiers_of(paths, folder.absolute().as_posix())
 
 
-def choose(tiers: list[Tier], below: str, layer: int | None, source: str) -> Tier:
+@dataclasses.dataclass(frozen=True)
+class Wish:
+    """Which transcoder of a source is meant, as far as that was said.
+
+    Attributes:
+        layer: or None for any.
+        width: such as "16k", or None for the usual one.
+        l0: such as "71", or None for the usual one.
+    """
+
+    layer: int | None = None
+    width: str | None = None
+    l0: str | None = None
+
+    @property
+    def usual(self) -> bool:
+        """Whether nothing but the layer was said."""
+        return self.width is None and self.l0 is None
+
+
+def choose(tiers: list[Tier], below: str, wish: Wish, source: str, *, usual: bool = True) -> Tier:
     """The one that is meant.
 
     Args:
         tiers: to choose from.
         below: a folder of the layout to stay in, or empty.
-        layer: or None for any.
+        wish: which of them.
         source: for messages.
+        usual: whether one of each layer is the usual one, as it is of transcoders.
 
     Raises:
         SourceError: none is, or several could be; they are listed.
@@ -98,27 +157,35 @@ def choose(tiers: list[Tier], below: str, layer: int | None, source: str) -> Tie
         raise SourceError(f"{source} holds no transcoders; expected {SHAPE} in it.")
     inside = [tier for tier in tiers if tier.is_below(below)]
     if not inside:
-        folders = [tier.folder for tier in tiers]
+        folders = [tier.place for tier in tiers]
         named = layer_of(below)
         if named is not None:
             check_layer(named, {tier.layer for tier in tiers}, source)
-            folders = [tier.folder for tier in tiers if tier.layer == named]
+            folders = [tier.place for tier in tiers if tier.layer == named]
         near = did_you_mean(below, folders)
         raise SourceError(f"{source} has no {below!r}.{near} It has {some(folders, 20)}.")
-    if layer is not None:
-        check_layer(layer, {tier.layer for tier in inside}, source)
-        inside = [tier for tier in inside if tier.layer == layer]
+    if wish.layer is not None:
+        check_layer(wish.layer, {tier.layer for tier in inside}, source)
+        inside = [tier for tier in inside if tier.layer == wish.layer]
     layers = sorted({tier.layer for tier in inside})
     if len(layers) > 1:
         raise SourceError(
             f"{source} has transcoders for layers {some([*map(str, layers)], 50)}; say which layer "
             f"(layer={layers[0]})."
         )
-    chosen = [tier for tier in inside if tier.is_default] or inside
+    for name in ("width", "l0"):
+        wanted, there = getattr(wish, name), sorted({getattr(tier, name) for tier in inside})
+        if wanted is not None and wanted not in there:
+            raise SourceError(
+                f"{source} has no transcoder with {name}={wanted!r} for layer {layers[0]}; there "
+                f"is {some([repr(one) for one in there if one] or ['only one'], 20)}."
+            )
+        inside = [tier for tier in inside if wanted in (None, getattr(tier, name))]
+    chosen = [tier for tier in inside if usual and wish.l0 is None and tier.is_default] or inside
     if len(chosen) > 1:
         raise SourceError(
             f"{source} has {len(chosen)} transcoders for layer {layers[0]}; choose one by its "
-            f"path: {some([tier.folder for tier in chosen], 20)}."
+            f"path, or by width and l0: {some([tier.place for tier in chosen], 20)}."
         )
     return chosen[0]
 

@@ -7,14 +7,19 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from jaxtc.config import Gemma2Config
 from jaxtc.errors import SourceError, WeightsError, some
 from jaxtc.model import Gemma2
+from jaxtc.processes import agreed
+from jaxtc.sharding import RULES, MeshLike, Rules, make_mesh, shardings, variables
 from jaxtc.weights import arrays, hub, local
 from jaxtc.weights.checkpoint import Checkpoint, open_checkpoint
+from jaxtc.weights.converted import Converted, is_converted, load_converted_model
 from jaxtc.weights.names import EMBEDDING, TIED, Name, is_buffer, parameter_names
 from jaxtc.weights.safetensors_file import FLOATS
+from jaxtc.weights.verify import model_files, verify_files
 
 EMBEDDED = "embedded"
 EMBEDDED_DATA = Path(__file__).parents[1] / "embedded" / "data"
@@ -28,36 +33,59 @@ def load_model(
     *,
     dtype: jnp.dtype | str | None = None,
     revision: str | None = None,
+    mesh: MeshLike | None = None,
+    rules: Rules = RULES,
+    verify: bool = False,
     progress: Progress | None = None,
 ) -> Gemma2:
-    """A Gemma-2 with its weights.
+    """A Gemma-2 with its weights, on one device or spread over a mesh of them.
+
+    On a mesh each process reads the bytes of its own devices' shards only and never holds more than
+    those. All processes call this; if one of them fails, all raise.
 
     Args:
         source: a hub id (``google/gemma-2-2b``), a local folder with ``config.json`` and
-            safetensors (one file, or shards and their index), or ``"embedded"``, the small model
-            that comes with jaxtc.
+            safetensors (one file, or shards and their index), a folder that ``jaxtc convert`` or
+            :func:`jaxtc.save_checkpoint` made, or ``"embedded"``, the small model that comes with
+            jaxtc.
         dtype: of the weights; by default float32 on the CPU and bfloat16 on accelerators.
         revision: of a hub id: a branch, tag or commit.
+        mesh: such as ``"data=2,model=4"``, see :func:`jaxtc.make_mesh`; the default device if None.
+        rules: which axes of the parameters are divided, see :data:`jaxtc.sharding.RULES`.
+        verify: hash all files first, on every process, and compare with the hub's own hashes; of
+            a converted checkpoint the parts that are read are always compared with its own, with
+            ``verify`` all of it.
         progress: called with (bytes read, bytes in all) after each tensor.
 
     Raises:
         SourceError: nothing there, or no access to it.
         ConfigError: not a Gemma-2.
-        WeightsError: a damaged file; tensors missing, extra, misshapen, or not finite.
+        WeightsError: a damaged file; tensors missing, extra, misshapen, or not finite; files that
+            are not the hub's, or of which no hash is known, with ``verify``.
+        ShardingError: no such mesh, or an axis that does not divide over it.
     """
     dtype = arrays.default_dtype() if dtype is None else arrays.check_dtype(dtype)
-    folder = model_folder(source, revision)
-    config = Gemma2Config.from_file(folder / "config.json")
-    with open_checkpoint(folder) as checkpoint:
-        names = parameter_names(config)
-        problems = _account(checkpoint, names) or _untied(checkpoint)
-        if problems:
-            raise WeightsError(
-                f"The tensors in {folder} are not those of the Gemma-2 in its config.json: "
-                f"{some(problems, 20)}. Weights and config must come from the same checkpoint."
-            )
-        values = _read(checkpoint, names, dtype, progress)
-    return _assemble(config, dtype, values)
+    mesh = None if mesh is None else make_mesh(mesh)
+    with agreed(mesh, "load the model"):
+        folder = model_folder(source, revision)
+        if is_converted(folder):
+            laid_out = None if mesh is None else lambda config: _places(config, mesh, rules)
+            return load_converted_model(folder, dtype, laid_out, verify, progress)
+        if verify:
+            verify_files(model_files(folder))
+        config = Gemma2Config.from_file(folder / "config.json")
+        places = None if mesh is None else _places(config, mesh, rules)
+        with open_checkpoint(folder) as checkpoint:
+            check_tensors(checkpoint, config)
+            values = _read(checkpoint, parameter_names(config), dtype, places, progress)
+        return _assemble(config, dtype, values)
+
+
+def _places(config: Gemma2Config, mesh: Mesh, rules: Rules) -> dict[str, NamedSharding]:
+    """Where each parameter goes, by our names."""
+    model = Gemma2.abstract(config)
+    names = [name for name, _ in variables(model)]
+    return dict(zip(names, shardings(model, mesh, rules), strict=True))
 
 
 def load_tokenizer(source: str | Path = EMBEDDED, *, revision: str | None = None) -> Any:
@@ -78,6 +106,8 @@ def load_tokenizer(source: str | Path = EMBEDDED, *, revision: str | None = None
             f"{folder} has no tokenizer (tokenizer.json, tokenizer_config.json). Copy those of the "
             "model there, or load the tokenizer from elsewhere."
         )
+    if is_converted(folder):
+        Converted(folder).verify(name for name in hub.TOKENIZER_FILES if local.has(folder, name))
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
@@ -91,7 +121,7 @@ def model_folder(source: str | Path, revision: str | None = None) -> Path:
         SourceError: nothing there, or no access to it.
     """
     folder = _find(source, revision, hub.download_model)
-    if not local.has(folder, "config.json"):
+    if not local.has(folder, "config.json") and not is_converted(folder):
         raise SourceError(
             f"{folder} has no config.json, so it is not a model's folder in Hugging Face's format "
             "(config.json beside model.safetensors)."
@@ -149,6 +179,20 @@ def no_revision(source: str | Path, revision: str | None) -> None:
         )
 
 
+def check_tensors(checkpoint: Checkpoint, config: Gemma2Config) -> None:
+    """Refuse a checkpoint whose tensors are not exactly a model's parameters.
+
+    Raises:
+        WeightsError: they are not; everything that is wrong is named.
+    """
+    problems = _account(checkpoint, parameter_names(config)) or _untied(checkpoint)
+    if problems:
+        raise WeightsError(
+            f"The tensors in {checkpoint.folder} are not those of the Gemma-2 in its config.json: "
+            f"{some(problems, 20)}. Weights and config must come from the same checkpoint."
+        )
+
+
 def _account(checkpoint: Checkpoint, names: list[Name]) -> list[str]:
     """Everything that keeps the tensors from being the parameters, from the headers alone."""
     expected = {name.hf: name for name in names}
@@ -184,7 +228,11 @@ def _untied(checkpoint: Checkpoint) -> list[str]:
 
 
 def _read(
-    checkpoint: Checkpoint, names: list[Name], dtype: np.dtype, progress: Progress | None
+    checkpoint: Checkpoint,
+    names: list[Name],
+    dtype: np.dtype,
+    places: dict[str, NamedSharding] | None,
+    progress: Progress | None,
 ) -> dict[str, jax.Array]:
     """The parameters by our names; the largest first, while there is most room beside them."""
 
@@ -195,10 +243,15 @@ def _read(
     values, problems, done = {}, [], 0
     total = sum(map(size, names))
     for name in sorted(names, key=size, reverse=True):
-        array, problem = checkpoint.files[name.hf].read(name.hf, dtype)
+        file = checkpoint.files[name.hf]
+        if places is None:
+            array, problem = file.read(name.hf, dtype)
+            values[name.ours] = arrays.to_jax(array.reshape(name.shape))
+        else:
+            place = places[name.ours]
+            values[name.ours], problem = file.read_shards(name.hf, name.shape, dtype, place)
         if problem:
             problems.append(f"{name.hf} {problem}")
-        values[name.ours] = arrays.to_jax(array.reshape(name.shape))
         done += size(name)
         if progress:
             progress(done, total)

@@ -1,10 +1,13 @@
 """Looking for a source on this machine; what the file system refuses becomes a SourceError."""
 
 import contextlib
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-from jaxtc.errors import SourceError
+from jaxtc.errors import SourceError, WeightsError
 
 
 def expand(source: str | Path) -> Path:
@@ -30,6 +33,27 @@ def find(source: str | Path) -> Path | None:
         except (FileNotFoundError, NotADirectoryError):
             return None
         return path
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """A file opened for reading, without a buffer; what is no plain file is not waited for.
+
+    Raises:
+        WeightsError: it cannot be opened, or is a folder, a pipe or a device.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        # A pipe would wait for somebody to write.
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+
+    try:
+        file = open(path, "rb", buffering=0, opener=opener)  # noqa: SIM115
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be opened: {error.strerror}.") from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise WeightsError(f"{path} is no plain file but a pipe or a device, and is not read.")
+    return file
 
 
 def has(folder: Path, name: str) -> bool:

@@ -8,15 +8,19 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxtc.errors import WeightsError
+from jaxtc.weights import local
 from jaxtc.weights.arrays import read_array
+from jaxtc.weights.shards import Box, Parts, read_parts, read_shards
 
 MAX_HEADER_BYTES = 100_000_000
 
@@ -25,6 +29,9 @@ _BITS = {
     "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
     "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
 }  # fmt: skip
+
+# NumPy's own limit.
+_MOST_AXES = 64
 
 # The dtypes that weights are read from.
 FLOATS = {
@@ -51,6 +58,7 @@ class SafetensorsFile:
     Attributes:
         path: of the file.
         entries: what the header says, by tensor name.
+        metadata: the header's free text, by key.
 
     Raises:
         WeightsError: the file is truncated, or its header is not sound.
@@ -58,11 +66,9 @@ class SafetensorsFile:
 
     def __init__(self, path: Path):
         self.path = path
+        self._file = local.open_plain(path)
         try:
-            self._file = path.open("rb", buffering=0)
-        except OSError as error:
-            raise WeightsError(f"{path} cannot be opened: {error.strerror}.") from error
-        try:
+            self.metadata: dict[str, str] = {}
             self._data_start, self.entries = self._read_header()
         except BaseException:
             self._file.close()
@@ -91,6 +97,34 @@ class SafetensorsFile:
         self._file.seek(self._data_start + entry.start)
         return read_array(self._fill, FLOATS[entry.dtype], entry.shape, dtype)
 
+    def read_shards(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        sharding: NamedSharding,
+        *,
+        transposed: bool = False,
+    ) -> tuple[jax.Array, str]:
+        """One tensor as :meth:`read` gives it, but of ``shape``, and spread over devices.
+
+        Only the bytes of this process's shards are read, each once. ``transposed``: the file has
+        the axes in the other order.
+        """
+        entry, start = self.entries[name], self._data_start + self.entries[name].start
+        stored = FLOATS[entry.dtype]
+        return read_shards(
+            self._fill_at, start, stored, shape, dtype, sharding, transposed=transposed
+        )
+
+    def read_parts(
+        self, name: str, shape: tuple[int, ...], dtype: np.dtype, boxes: Sequence[Box]
+    ) -> Parts:
+        """Some boxes of a tensor, of another shape perhaps, cast to ``dtype``."""
+        entry = self.entries[name]
+        start, stored = self._data_start + entry.start, FLOATS[entry.dtype]
+        return read_parts(self._fill_at, start, stored, shape, dtype, boxes)
+
     def chunks(self, name: str, count: int) -> Iterator[np.ndarray]:
         """The elements of one tensor in C order, ``count`` at a time, in their stored dtype."""
         entry = self.entries[name]
@@ -111,6 +145,16 @@ class SafetensorsFile:
             if not count:
                 raise self._unsound("it ended while it was being read")
             view = view[count:]
+
+    def _fill_at(self, offset: int, view: memoryview) -> None:
+        while view:
+            try:
+                count = os.preadv(self._file.fileno(), [view], offset)
+            except OSError as error:
+                raise WeightsError(f"{self.path} cannot be read: {error.strerror}.") from error
+            if not count:
+                raise self._unsound("it ended while it was being read")
+            view, offset = view[count:], offset + count
 
     def _unsound(self, problem: str) -> WeightsError:
         return WeightsError(
@@ -142,7 +186,10 @@ class SafetensorsFile:
             raise self._unsound(f"its header is not JSON ({error})") from error
         if not isinstance(raw, dict):
             raise self._unsound("its header is not a JSON object")
-        raw.pop("__metadata__", None)
+        self.metadata = raw.pop("__metadata__", {})
+        texts = isinstance(self.metadata, dict) and self.metadata.values()
+        if texts is False or not all(isinstance(text, str) for text in texts):
+            raise self._unsound("its __metadata__ is not an object of texts")
         entries = {name: self._entry(name, claim) for name, claim in raw.items()}
         self._check_ranges(entries, size - 8 - length)
         return 8 + length, entries
@@ -164,7 +211,7 @@ class SafetensorsFile:
         dtype, shape, offsets = claim["dtype"], claim["shape"], claim["data_offsets"]
         if not isinstance(dtype, str) or dtype not in _BITS:
             raise self._unsound(f"{name!r} has the unknown dtype {dtype!r}")
-        if not whole(shape) or not whole(offsets) or len(offsets) != 2:
+        if not whole(shape) or len(shape) > _MOST_AXES or not whole(offsets) or len(offsets) != 2:
             raise self._unsound(f"{name!r} has shape {shape!r} and data_offsets {offsets!r}")
         start, stop = offsets
         if (stop - start) * 8 != math.prod(shape) * _BITS[dtype]:

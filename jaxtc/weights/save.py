@@ -1,14 +1,15 @@
 """Writing a model as ``transformers`` reads it: config, safetensors in one file or shards."""
 
 import json
+import math
 import os
 import secrets
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.errors import SourceError, some
@@ -17,13 +18,9 @@ from jaxtc.weights import local
 from jaxtc.weights.checkpoint import INDEX, SINGLE
 from jaxtc.weights.load import parameter_path
 from jaxtc.weights.names import Name, parameter_names
+from jaxtc.weights.safetensors_file import FLOATS
 
-_DTYPE_NAMES = {
-    np.dtype(jnp.bfloat16): "BF16",
-    np.dtype(np.float16): "F16",
-    np.dtype(np.float32): "F32",
-    np.dtype(np.float64): "F64",
-}
+_DTYPE_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 # What may be in a folder that is replaced.
 _CHECKPOINT_FILES = (
@@ -109,57 +106,73 @@ def _write(model: Gemma2, folder: Path, tokenizer: Any, max_shard_size: int) -> 
     names = parameter_names(model.config)
     assert sorted(values) == sorted(name.ours for name in names)
 
-    shards = _split(names, values, max_shard_size)
-    files = [SINGLE]
+    dtypes = {ours: np.dtype(value.dtype) for ours, value in values.items()}
+    shards = split(names, dtypes, max_shard_size)
     if len(shards) > 1:
-        count = len(shards)
-        files = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-        index = {
-            "metadata": {"total_size": sum(value.nbytes for value in values.values())},
-            "weight_map": {
-                name.hf: file for file, shard in zip(files, shards, strict=True) for name in shard
-            },
-        }
-        _write_json(folder / INDEX, index)
-    for file, shard in zip(files, shards, strict=True):
-        _write_safetensors(folder / file, shard, values)
+        (folder / INDEX).write_bytes(index(shards, dtypes))
+    for file, shard in shards.items():
+        with (folder / file).open("wb") as stream:
+            stream.write(header(shard, dtypes))
+            for name in shard:
+                array = np.ascontiguousarray(jax.device_get(values[name.ours]))
+                stream.write(memoryview(array.reshape(-1).view(np.uint8)))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    _write_json(folder / "config.json", {**model.config.to_dict(), "dtype": model.dtype.name})
+    config = {**model.config.to_dict(), "dtype": model.dtype.name}
+    (folder / "config.json").write_bytes(_json(config))
 
 
-def _split(
-    names: list[Name], values: dict[str, jax.Array], max_shard_size: int
-) -> list[list[Name]]:
+def split(
+    names: Sequence[Name], dtypes: Mapping[str, np.dtype], max_shard_size: int
+) -> dict[str, list[Name]]:
+    """The tensors of each file of a model, by the file's name; a tensor is never cut.
+
+    Args:
+        names: of all parameters.
+        dtypes: of each, by our name.
+        max_shard_size: most bytes of tensors in a file.
+    """
     shards, room = [], 0
     for name in names:
-        size = values[name.ours].nbytes
+        size = size_of(name, dtypes)
         if not shards or size > room:
             shards.append([])
             room = max_shard_size
         shards[-1].append(name)
         room -= size
-    return shards
+    count = len(shards)
+    files = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    return dict(zip([SINGLE] if count == 1 else files, shards, strict=True))
 
 
-def _write_safetensors(path: Path, names: list[Name], values: dict[str, jax.Array]) -> None:
-    header, end = {"__metadata__": {"format": "pt"}}, 0  # transformers insists on a format
+def size_of(name: Name, dtypes: Mapping[str, np.dtype]) -> int:
+    """The bytes of a parameter."""
+    return math.prod(name.shape) * dtypes[name.ours].itemsize
+
+
+def index(shards: Mapping[str, Sequence[Name]], dtypes: Mapping[str, np.dtype]) -> bytes:
+    """The index of a model in several files."""
+    total = sum(size_of(name, dtypes) for shard in shards.values() for name in shard)
+    return _json({
+        "metadata": {"total_size": total},
+        "weight_map": {name.hf: file for file, shard in shards.items() for name in shard},
+    })  # fmt: skip
+
+
+def header(names: Sequence[Name], dtypes: Mapping[str, np.dtype]) -> bytes:
+    """The beginning of a safetensors file, up to the bytes of its first tensor."""
+    found, end = {"__metadata__": {"format": "pt"}}, 0  # transformers insists on a format
     for name in names:
-        value = values[name.ours]
-        start, end = end, end + value.nbytes
-        header[name.hf] = {
-            "dtype": _DTYPE_NAMES[np.dtype(value.dtype)],
+        start, end = end, end + size_of(name, dtypes)
+        found[name.hf] = {
+            "dtype": _DTYPE_NAMES[dtypes[name.ours]],
             "shape": list(name.hf_shape),
             "data_offsets": [start, end],
         }
-    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded = json.dumps(found, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name in names:
-            array = np.ascontiguousarray(jax.device_get(values[name.ours]))
-            file.write(memoryview(array.reshape(-1).view(np.uint8)))
+    return len(encoded).to_bytes(8, "little") + encoded
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()

@@ -1,12 +1,21 @@
-"""The reference transcoder: JumpReLU as the tutorial notebook writes it, in plain PyTorch."""
+"""The reference transcoder: JumpReLU as the tutorial notebook writes it, in plain PyTorch.
 
+And its variants: with a skip connection, with ReLU, in the files of circuit-tracer and of Gemma
+Scope 2, and autoencoders; put into ``transformers``' model by hooks of their own.
+"""
+
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
+import torch
+from transformers import Gemma2ForCausalLM
 
 from jaxtc.parity.torch_side import JumpReLU
 
-__all__ = ["JumpReLU", "save_random"]
+__all__ = ["JumpReLU", "imitate", "save_random", "spliced"]
 
 
 def save_random(path: Path, d: int, features: int, seed: int) -> Path:
@@ -24,3 +33,70 @@ def save_random(path: Path, d: int, features: int, seed: int) -> Path:
     path.parent.mkdir(parents=True)
     np.savez(path, **{key: value.astype(np.float32) for key, value in arrays.items()})
     return path
+
+
+def imitate(path: Path, x: torch.Tensor, changes: dict[int, float] | None = None) -> torch.Tensor:
+    """What a stored transcoder makes of x, (..., D) to (..., D), some of its features set."""
+    if path.suffix == ".npz":
+        held = {key: torch.from_numpy(value) for key, value in np.load(path).items()}
+    else:
+        held = safetensors.torch.load_file(path)
+    lower = "w_enc" in held
+    if lower:
+        z = x @ held["w_enc"] + held["b_enc"]
+    elif path.suffix == ".npz":
+        z = x @ held["W_enc"] + held["b_enc"]
+    else:
+        z = torch.nn.functional.linear(x, held["W_enc"], held["b_enc"])
+    threshold = held.get("threshold", held.get("activation_function.threshold"))
+    a = z.relu() if threshold is None else torch.where(z > threshold, z.relu(), 0)
+    for feature, value in (changes or {}).items():
+        a[..., feature] = value
+    y = a @ held["w_dec" if lower else "W_dec"] + held["b_dec"]
+    if "W_skip" in held:
+        y = y + torch.nn.functional.linear(x, held["W_skip"])
+    if "affine_skip_connection" in held:
+        y = y + x @ held["affine_skip_connection"]
+    return y
+
+
+@contextlib.contextmanager
+def spliced(
+    model: Gemma2ForCausalLM, layer: int, reads: str, writes: str, call
+) -> Iterator[dict[str, torch.Tensor]]:
+    """``call(what is at reads)`` in the place of what is at writes; keeps both under their names.
+
+    Args:
+        model: in eager mode.
+        layer: of the two sites.
+        reads: mlp_in_normed or mlp_in; or the same as ``writes``.
+        writes: mlp_out, resid_post or attn_heads (the heads in one axis).
+        call: (B, T, D) to (B, T, D).
+    """
+    block, held = model.model.layers[layer], {}
+
+    def read(module, args, out):
+        x = args[0].float()
+        rms = x.pow(2).mean(-1, keepdim=True).add(module.eps).sqrt()
+        held[reads] = out if reads == "mlp_in" else x / rms
+
+    def write(x):
+        if reads == writes:
+            held[reads] = x
+        held["made"] = call(held[reads])
+        return held["made"]
+
+    handles = []
+    if reads != writes:
+        handles.append(block.pre_feedforward_layernorm.register_forward_hook(read))
+    if writes == "attn_heads":
+        before = lambda _, args: (write(args[0]),)  # noqa: E731
+        handles.append(block.self_attn.o_proj.register_forward_pre_hook(before))
+    else:
+        module = block if writes == "resid_post" else block.post_feedforward_layernorm
+        handles.append(module.register_forward_hook(lambda _, args, out: write(out)))
+    try:
+        yield held
+    finally:
+        for handle in handles:
+            handle.remove()

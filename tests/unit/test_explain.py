@@ -194,7 +194,7 @@ def test_padding_and_chunks_do_not_show(monkeypatch):
         ({"input_site": "layers.1.mlp_in"}, SiteError, "leave the layer out"),
         ({"input_site": "final_norm"}, SiteError, "has once"),
         ({"input_site": "mlp_act"}, JaxtcError, "D=24 at mlp_act, where this model has F=40"),
-        ({"input_site": "attn_heads"}, JaxtcError, "several axes"),
+        ({"input_site": "attn_heads"}, JaxtcError, "has N·H=32"),
         ({"transcoders": []}, JaxtcError, "No transcoder"),
         ({"transcoders": {-1: tiny.transcoder(1)}}, SiteError, "count layers from 0"),
         ({"transcoders": {3: tiny.transcoder(1)}}, SiteError, "layer 3, .* 3 layers: 0 to 2"),

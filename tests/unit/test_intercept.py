@@ -196,7 +196,7 @@ REFUSED = [
     (lambda: Splice(tiny.transcoder(7)), SiteError, "layer 7"),
     (lambda: Splice(tiny.transcoder(0, 8, 16)), EditError, "belongs to another model"),
     (
-        lambda: Splice(tiny.transcoder(0), reads=("mlp_out",)),
+        lambda: Splice(tiny.transcoder(0), reads=("resid_post",)),
         EditError,
         "not computed before 'mlp_out'",
     ),

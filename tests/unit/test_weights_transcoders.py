@@ -382,23 +382,59 @@ def test_source_that_is_nothing(source):
         jaxtc.load_transcoder(source, 0)
 
 
-def test_autoencoders_are_not_taken_for_transcoders():
-    for kind in ("res", "mlp", "att", "res-canonical"):
-        with pytest.raises(SourceError, match="sparse autoencoders"):
-            jaxtc.load_transcoder(f"google/gemma-scope-2b-pt-{kind}", 20)
-
-
 @pytest.mark.parametrize(
-    "folder", ["gemma-scope-9b-it-res", "models--google--gemma-scope-2b-pt-att/snapshots/0a"]
+    ("folder", "site"),
+    [
+        ("gemma-scope-9b-it-res", "resid_post"),
+        ("gemma-scope-2b-pt-mlp-canonical", "mlp_out"),
+        ("models--google--gemma-scope-2b-pt-att/snapshots/0a", "attn_heads"),
+    ],
 )
-def test_autoencoders_on_disk_are_told_by_their_folder(tmp_path, folder, monkeypatch):
-    tier = "layer_20/width_16k/average_l0_71"
+def test_autoencoders_are_told_by_their_folder(tmp_path, folder, site, monkeypatch):
+    tier = "layer_20/width_16k/average_l0_11"
     file = write_tier(tmp_path, f"{folder}/{tier}")
     monkeypatch.chdir(tmp_path / folder)
     places = [(tmp_path / folder, None), (file, None), (tmp_path, f"{folder}/{tier}"), (tier, None)]
     for source, path in places:
-        with pytest.raises(SourceError, match="sparse autoencoders"):
-            jaxtc.load_transcoder(source, path=path)
+        loaded = jaxtc.load_transcoder(source, path=path)
+        assert (loaded.input_site, loaded.output_site, loaded.layer) == (site, site, 20)
+    other = jaxtc.load_transcoder(file, input_site="resid_mid", output_site="attn_out")
+    assert (other.input_site, other.output_site) == ("resid_mid", "attn_out")
+    # Its folder tells its site again.
+    again = tmp_path / "copy" / folder.split("/")[0] / "layer_20"
+    assert same(loaded, _named(jaxtc.load_transcoder(jaxtc.save_transcoder(loaded, again)), loaded))
+    with pytest.raises(SiteError, match=f"input_site='{site}'"):
+        jaxtc.save_transcoder(loaded, tmp_path / "elsewhere")
+
+
+def _named(transcoder, other):
+    transcoder.source = other.source
+    return transcoder
+
+
+def test_which_autoencoder(tmp_path):
+    root = tmp_path / "gemma-scope-2b-pt-res"
+    for place in ("width_16k/average_l0_11", "width_16k/average_l0_71", "width_65k/average_l0_50",
+                  "width_65k/average_l0_9"):  # fmt: skip
+        write_tier(root, f"layer_20/{place}")
+    write_tier(root, "embedding/width_4k/average_l0_6")
+    write_tier(root, "layer_3/width_16k/canonical")
+    load = jaxtc.load_transcoder
+    assert load(root, 3).source.endswith("width_16k/canonical")
+    assert load(root, 20, width="16k", l0=71).source.endswith("width_16k/average_l0_71")
+    assert load(root, 20, width="width_65k", l0="average_l0_9").source.endswith("average_l0_9")
+    assert load(root, 20, l0=50).source.endswith("width_65k/average_l0_50")
+    for options, message in [
+        ({}, "has 4 transcoders for layer 20; choose one by its path, or by width and l0"),
+        ({"width": "65k"}, "has 2 transcoders.*average_l0_9, .*average_l0_50"),
+        ({"width": "1m"}, "no transcoder with width='1m' for layer 20; there is '16k', '65k'"),
+        ({"width": "16k", "l0": 50}, "with l0='50' for layer 20; there is '11', '71'"),
+    ]:
+        with pytest.raises(SourceError, match=message):
+            load(root, 20, **options)
+    with pytest.raises(SourceError, match="autoencoder of the token embedding"):
+        load(root / "embedding/width_4k/average_l0_6")
+    assert available_layers(root) == [3, 20]
 
 
 def test_transcoders_on_disk_are_not_taken_for_autoencoders(tmp_path):

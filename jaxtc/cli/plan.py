@@ -1,0 +1,206 @@
+"""``jaxtc plan``: what each device will hold, and whether that fits."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table, box
+from rich.text import Text
+
+from jaxtc.cli.parity import check_place, parse_layers
+from jaxtc.errors import InputError, SourceError
+from jaxtc.plan import Plan, gigabytes, plan
+from jaxtc.reducers import At
+from jaxtc.sharding import RULES, ShardingError, show
+
+
+def command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="2b, 9b or 27b; a hub id or a folder, of which only config.json is read; or "
+            "'embedded'."
+        ),
+    ],
+    mesh: Annotated[
+        str, typer.Option(help="Devices along each axis of the mesh, such as data=2,model=4.")
+    ] = "data=1,model=1",
+    batch: Annotated[int, typer.Option(help="Prompts of a call.")] = 1,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of the longest prompt; 1024 by default, or what the context holds.",
+            show_default=False,
+        ),
+    ] = None,
+    new_tokens: Annotated[
+        int, typer.Option(help="Plan a generation of so many tokens, with its cache.")
+    ] = 0,
+    capture: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SITE[@POSITION]",
+            help="Activations to keep, such as layers.20.mlp_out, or resid_post for every layer; "
+            "resid_post@-1 keeps the last token's only. Several: give it again.",
+            show_default=False,
+        ),
+    ] = None,
+    logits: Annotated[
+        str | None,
+        typer.Option(
+            metavar="all|last|none",
+            help="Which are given back; all by default, none by a generation.",
+            show_default=False,
+        ),
+    ] = None,
+    transcoders: Annotated[
+        str,
+        typer.Option(metavar="all|none|0,5,10-12", help="Layers with a transcoder in memory."),
+    ] = "none",
+    width: Annotated[
+        str, typer.Option(help="Features of each transcoder: 16k, 65k, 1m or a number.")
+    ] = "16k",
+    dtype: Annotated[str, typer.Option(help="Of the weights.")] = "bfloat16",
+    transcoder_dtype: Annotated[str, typer.Option(help="Of the transcoders.")] = "float32",
+    skip: Annotated[
+        bool, typer.Option("--skip", help="The transcoders have a skip connection.")
+    ] = False,
+    replicate: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="AXIS",
+            help="Hold this logical axis whole on every device, such as vocab. Several: give it "
+            "again.",
+            show_default=False,
+        ),
+    ] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", metavar="FILE", help="Write every figure; - for stdout.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Show what each device of a mesh will hold, whether it fits, and what would make it fit.
+
+    From shapes alone: no weights are fetched, no device is needed.
+    """
+    stdout = json_file == Path("-")
+    if json_file is not None and not stdout:
+        check_place("--json", json_file)
+    options = {} if logits is None else {"logits": None if logits == "none" else logits}
+    try:
+        found = plan(
+            model,
+            mesh,
+            rules=RULES | dict.fromkeys(map(_axis, replicate or []), None),
+            dtype=dtype,
+            batch=batch,
+            length=length,
+            new_tokens=new_tokens,
+            capture=[_capture(text) for text in capture or []],
+            transcoders=_layers(transcoders),
+            width=width,
+            transcoder_dtype=transcoder_dtype,
+            skip=skip,
+            **options,
+        )
+    except ShardingError as error:
+        if "rules=" not in str(error):
+            raise
+        raise ShardingError(f"{error} In place of rules, give --replicate AXIS here.") from error
+    text = json.dumps(found.to_dict(), ensure_ascii=False, indent=2) + "\n"
+    if stdout:
+        sys.stdout.write(text)
+    elif json_file:
+        try:
+            json_file.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise SourceError(f"--json {json_file} cannot be written: {error.strerror}.") from error
+    draw(Console(stderr=stdout), found)
+
+
+def _capture(text: str) -> str | At:
+    """``resid_post`` or ``resid_post@-1``."""
+    site, at, position = text.rpartition("@")
+    if not at:
+        return text
+    if not re.fullmatch(r"-?\d{1,9}", position):
+        raise InputError(
+            f"--capture {text}: {position!r} is no position; expected a whole number, such as -1 "
+            "for each prompt's last token."
+        )
+    return At(site, int(position))
+
+
+def _axis(name: str) -> str:
+    if name not in RULES:
+        raise ShardingError(f"--replicate {name}: there is no such axis, only {', '.join(RULES)}.")
+    return name
+
+
+def _layers(text: str) -> str | list[int]:
+    named = {"all": "all", "none": []}
+    return named[text] if text in named else parse_layers(text, "--transcoders")
+
+
+def draw(console: Console, found: Plan) -> None:
+    """What is held, then where it fits."""
+    asked = found.request
+    devices = f"{asked.devices} device" + "s" * (asked.devices > 1)
+    prompts = f"{asked.batch} prompt" + "s" * (asked.batch > 1)
+    work = f"{prompts} of {asked.length:,} tokens"
+    work += f" and {asked.new_tokens:,} new ones" if asked.new_tokens else ""
+    console.print(
+        Text.assemble(
+            (found.model, "bold cyan"), f" on {show(dict(asked.mesh))} ({devices}), {work}"
+        )
+    )
+    console.print(_held(found))
+    console.print(_fits(found))
+    for note in found.notes:
+        console.print(Text.assemble(("Note: ", "bold yellow"), note))
+    console.print(
+        Text(
+            "GB are 10⁹ bytes. The workspace is an estimate; everything else is counted, byte by "
+            "byte, from shapes.",
+            "dim",
+        )
+    )
+
+
+def _held(found: Plan) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0), show_footer=True)
+    table.add_column("what", "together", style="bold cyan", no_wrap=True)
+    table.add_column("whole", gigabytes(found.total), justify="right", no_wrap=True)
+    each = Text(gigabytes(found.per_device), "bold")
+    table.add_column("each device", each, justify="right", no_wrap=True)
+    table.add_column("", overflow="fold", style="dim")
+    for part in found.parts:
+        numbers = gigabytes(part.total), gigabytes(part.per_device)
+        table.add_row(part.name, *numbers, Text(part.detail))
+    return table
+
+
+def _fits(found: Plan) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("fits on a", style="bold cyan", no_wrap=True)
+    for name in ("memory", "usable", "needed"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("what would make it fit", overflow="fold")
+    for verdict in found.verdicts:
+        sizes = map(gigabytes, (verdict.memory, verdict.usable, verdict.needed))
+        mark = Text("✓", "bold green") if verdict.fits else Text("✗", "bold red")
+        lines = [
+            Text.assemble((one.option, "yellow"), f" → {gigabytes(one.needed)} ({one.meaning})")
+            for one in verdict.suggestions
+        ]
+        if not verdict.fits and not lines:
+            lines = [Text("nothing that was tried", "dim")]
+        table.add_row(verdict.device, *sizes, mark, Text("\n").join(lines))
+    return table

@@ -1,0 +1,54 @@
+"""Many processes (``jax.distributed``): what one must tell the others."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from jaxtc.errors import JaxtcError
+
+
+class OtherProcessError(JaxtcError):
+    """What this process did was fine, but another one failed."""
+
+
+@contextlib.contextmanager
+def agreed(mesh: Mesh | None, what: str) -> Iterator[None]:
+    """All processes come through this block, or all of them raise.
+
+    A process that raised alone would leave the others waiting for it, in their next computation.
+
+    Args:
+        mesh: nothing is agreed on without one, nor with one of this process only.
+        what: is done here, for messages: "load the model".
+
+    Raises:
+        OtherProcessError: the block failed in other processes, and not in this one.
+    """
+    if mesh is None or len({device.process_index for device in mesh.devices.flat}) == 1:
+        yield
+        return
+    failed = None
+    try:
+        yield
+    except Exception as error:
+        failed = error
+    told = multihost_utils.process_allgather(np.int32(failed is not None))
+    if failed is not None:
+        raise failed
+    if told.any():
+        where = ", ".join(map(str, np.flatnonzero(told)))
+        raise OtherProcessError(
+            f"Process {where} of {jax.process_count()} could not {what}; its own error says why. "
+            "Nothing is wrong with the part of this process."
+        )
+
+
+def whole(x: jax.Array) -> np.ndarray:
+    """``x`` on the host; if it lies on several processes, all of them must call this."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
