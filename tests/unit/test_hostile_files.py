@@ -74,10 +74,10 @@ def fail(error):
     ("made", "error"),
     [
         (Made(lambda: fail(WeightsError("the file is not sound: fetch it again"))), None),
-        (Made(lambda: {}), None),
+        (Made(dict), None),
         (Made(lambda: fail(ValueError("as numpy says it"))), ValueError),
         (Made(lambda: fail(WeightsError("short"))), AssertionError),
-        (Made(lambda: {}, lambda: fail(AssertionError("other values"))), AssertionError),
+        (Made(dict, lambda: fail(AssertionError("other values"))), AssertionError),
         (Made(lambda: {"x": bytearray(32 << 20)}), AssertionError),
         (Made(hang), child.Hang),
     ],
