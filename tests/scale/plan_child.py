@@ -83,13 +83,18 @@ def measure(folder: Path, mesh: str) -> dict:
     kept["reduced"] = held(dict(jaxtc.run(model, tokens, capture=REDUCED, logits=None).activations))
     kept["generated"], kept["kv cache"] = cache_of(model, tokens, capture=STEPWISE)
     kept["alone"] = held(jaxtc.run(model, tokens[:3], capture="mlp_out", logits="last").logits)
-    splice = jaxtc.Splice(transcoders[0])
-    kept["workspace"] = {
+    return kept
+
+
+def workspaces(folder: Path, mesh: str) -> dict:
+    """Of three programs."""
+    model = jaxtc.load_model(folder / "model", mesh=mesh, dtype="float32")
+    splice = jaxtc.Splice(jaxtc.load_transcoder(folder / "transcoders", LAYERS[0], mesh=mesh))
+    return {
         "scores": workspace(model, (), "last"),
         "captures": workspace(model, ["resid_post"], None),
         "features": workspace(model, (), "last", [splice]),
     }
-    return kept
 
 
 def main(folder: Path, meshes: list[str]) -> None:
@@ -99,7 +104,9 @@ def main(folder: Path, meshes: list[str]) -> None:
         made = jaxtc.Transcoder(CONFIG.hidden_size, FEATURES, layer=layer, rngs=nnx.Rngs(layer))
         place = folder / "transcoders" / f"layer_{layer}" / "width_1k" / "average_l0_9"
         jaxtc.save_transcoder(made, place)
-    print(json.dumps({mesh: measure(folder, mesh) for mesh in meshes}))
+    found = {mesh: measure(folder, mesh) for mesh in meshes}
+    found["workspace"] = workspaces(folder, meshes[0])
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

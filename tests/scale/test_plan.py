@@ -61,15 +61,14 @@ def test_rows_that_do_not_divide(measured, mesh):
     assert measured[mesh]["alone"] == [found["logits"].per_device] * 8
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_the_workspace_is_near_what_the_compiler_says(measured, mesh):
-    held = measured[mesh]["workspace"]
+def test_the_workspace_is_near_what_the_compiler_says(measured):
+    held = measured["workspace"]
     wanted = {
         "scores": {"logits": "last", "transcoders": ()},
         "captures": {"logits": None, "transcoders": (), "capture": ["resid_post"]},
         "features": {"logits": "last"},
     }
     for name, options in wanted.items():
-        found = planned(mesh, length=256, **options)["workspace"].per_device
+        found = planned(MESHES[0], length=256, **options)["workspace"].per_device
         # Too little would promise what fails; the compiler may reuse what is given back.
         assert 0.9 * held[name] < found < 2 * held[name], (name, found, held[name])
