@@ -175,6 +175,8 @@ class NpzFile:
     def _members(self) -> dict[str, Member]:
         found: dict[str, Member] = {}
         infos = self._archive.infolist()
+        for info in infos:
+            self._check_size(info)
         unpacked = sum(info.file_size for info in infos)
         if unpacked > max(_FREE_BYTES, _MOST_RATIO * self._size):
             raise self._damaged(
@@ -184,7 +186,6 @@ class NpzFile:
             name = info.filename.removesuffix(".npy")
             if name in found:
                 raise self._damaged(f"it holds {info.filename} twice")
-            self._check_size(info)
             with self._open(info) as stream:
                 try:
                     shape, fortran, dtype = _header(stream)
