@@ -44,6 +44,10 @@ _TIER = re.compile(r"(?:^|/)(layer_\d+/width_[^/]+/average_l0_[^/]+)$")
 _HEADER_BYTES = 4096
 
 
+# What circuit-tracer puts around an MLP itself; for other sites it goes by TransformerLens's names.
+_HOOKS = {"mlp_in": "mlp.hook_in", "mlp_proj": "mlp.hook_out"}
+
+
 @dataclasses.dataclass(frozen=True)
 class _One:
     """One transcoder of a source: what it will be, and how to have it."""
@@ -224,11 +228,12 @@ def _last(to: str, found: _Source, model_name: str | None) -> tuple[str, bytes]:
             f"These transcoders read and write different sites ({sorted(sites)}), and a set of "
             "circuit-tracer has one input and one output. Convert them apart, with layers=."
         )
-    hooks = [BY_NAME[site].tl for site in sites.pop()]
+    pair = sites.pop()
+    hooks = [_HOOKS.get(site, BY_NAME[site].tl) for site in pair]
     if not all(hooks):
         raise SourceError(
-            f"circuit-tracer goes by the names of TransformerLens, which has none for "
-            f"{declared[0].input_site} or {declared[0].output_site}."
+            f"circuit-tracer has no hook for {pair[not hooks[1]]}, which these transcoders "
+            f"{'write' if hooks[0] else 'read'}; it knows {', '.join(_known())}."
         )
     scope = re.search(r"gemma-scope-(2b|9b|27b)-", found.name)
     if model_name is None and scope:
@@ -237,6 +242,12 @@ def _last(to: str, found: _Source, model_name: str | None) -> tuple[str, bytes]:
     told |= {"feature_input_hook": hooks[0], "feature_output_hook": hooks[1]}
     lines = (f'{key}: "{value}"\n' for key, value in told.items() if value is not None)
     return "config.yaml", "".join(lines).encode()
+
+
+def _known() -> list[str]:
+    """The sites of a layer that circuit-tracer has a hook for."""
+    layered = (site for site in BY_NAME.values() if site.per_layer and site.token_axes)
+    return [site.name for site in layered if site.tl or site.name in _HOOKS]
 
 
 def check_model_name(name: str | None) -> str | None:

@@ -58,14 +58,18 @@ class Job:
         self.needed, self._process, self._lock = needed, process, None
         self.done: dict[str, Record] = {}
         self.finished = False
-        with self._explained():
-            if process == 0:
-                self._begin(what, fresh)
-            elif self._found() != what:
-                raise SourceError(
-                    f"Process {process} does not see {self.partial}, which process 0 made. All "
-                    "processes must save to one folder on a file system that they share."
-                )
+        try:
+            with self._explained():
+                if process == 0:
+                    self._begin(what, fresh)
+                elif self._found() != what:
+                    raise SourceError(
+                        f"Process {process} does not see {self.partial}, which process 0 made. All "
+                        "processes must save to one folder on a file system that they share."
+                    )
+        except BaseException:
+            self.close()
+            raise
 
     def _begin(self, what: dict[str, Any], fresh: bool) -> None:
         there = self._found()
