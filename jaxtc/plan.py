@@ -116,8 +116,9 @@ def plan(
 ) -> Plan:
     """What each device of a mesh will hold, whether that fits, and what would make it fit.
 
-    Weights, transcoders, cache and captures are exact; "workspace" is an estimate of what the
-    compiled program holds besides, from the widest arrays of a layer.
+    Weights, transcoders, cache, captures and logits are exact; "workspace" is an estimate of what
+    the compiled program holds besides, from the widest arrays of a layer. Values of edits are not
+    counted, nor are a sweep's variants, which are as many rows more.
 
     Args:
         model: a config, or a source as :func:`jaxtc.weights.released.load_config` takes it.
