@@ -47,8 +47,8 @@ from jaxtc.weights.load import load_model as load_model
 from jaxtc.weights.load import load_tokenizer as load_tokenizer
 from jaxtc.weights.save import save_model as save_model
 from jaxtc.weights.save_checkpoint import save_checkpoint as save_checkpoint
+from jaxtc.weights.save_transcoder import save_transcoder as save_transcoder
 from jaxtc.weights.transcoders import load_transcoder as load_transcoder
 from jaxtc.weights.transcoders import load_transcoders as load_transcoders
-from jaxtc.weights.transcoders import save_transcoder as save_transcoder
 
 __version__ = "0.1.0"

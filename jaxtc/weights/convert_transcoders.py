@@ -29,9 +29,9 @@ from jaxtc.weights.manifest import MANIFEST, TRANSCODERS, Manifest
 from jaxtc.weights.model_source import state_of
 from jaxtc.weights.orbax_tree import Stored, encode, metadata, store
 from jaxtc.weights.save_checkpoint import describe
+from jaxtc.weights.save_transcoder import check_savable
 from jaxtc.weights.transcoders import (
     available_layers,
-    check_savable,
     load_transcoder,
     look_up,
 )

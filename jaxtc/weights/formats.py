@@ -9,7 +9,7 @@ import functools
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding
 from jaxtc.errors import SourceError, WeightsError, did_you_mean, some
 from jaxtc.sites import BY_NAME
 from jaxtc.transcoder import Transcoder
+from jaxtc.weights.layout import sae_site
 from jaxtc.weights.npz import NpzFile, write_params
 from jaxtc.weights.safetensors_file import FLOATS, SafetensorsFile
 
@@ -205,6 +206,13 @@ def read_all(
             "fetch or train it again."
         )
     return found
+
+
+def told_sites(parts: Iterable[str], usual: tuple[str, str] | None) -> dict[str, str]:
+    """The sites that folders' names tell, or a format's usual ones; empty when neither does."""
+    site = sae_site(parts)
+    pair = (site, site) if site else usual
+    return dict(zip(SITES, pair, strict=True)) if pair else {}
 
 
 def _fault(entry) -> str:
