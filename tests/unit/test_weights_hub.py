@@ -272,6 +272,22 @@ def test_transcoders_of_another_repository(server, scope):
         jaxtc.load_transcoder("google/other", 4)
 
 
+@pytest.mark.parametrize(("kind", "site"), [("res", "resid_post"), ("att", "attn_heads")])
+def test_autoencoders_from_the_hub(server, kind, site):
+    repo = f"google/gemma-scope-9b-pt-{kind}"
+    for place in ("layer_9/width_16k/average_l0_12", "layer_9/width_131k/average_l0_51",
+                  "embedding/width_4k/average_l0_6"):  # fmt: skip
+        write_tier(server.root / repo, place)
+    loaded = jaxtc.load_transcoder(repo, 9, width="131k")
+    assert (loaded.input_site, loaded.output_site, loaded.layer) == (site, site, 9)
+    assert loaded.source == f"{repo}/layer_9/width_131k/average_l0_51"
+    assert jaxtc.load_transcoder(f"{repo}/layer_9/width_16k/average_l0_12").input_site == site
+    with pytest.raises(SourceError, match="has 2 transcoders for layer 9; choose one by its path"):
+        jaxtc.load_transcoder(repo, 9)
+    with pytest.raises(SourceError, match="has no 'embedding/width_4k/average_l0_6'"):
+        jaxtc.load_transcoder(f"{repo}/embedding/width_4k/average_l0_6")
+
+
 def test_transcoders_that_the_hub_does_not_have(server, scope):
     with pytest.raises(SourceError, match="no transcoder for layer 26; it has layers 0, 1"):
         jaxtc.load_transcoder(scope, 26)
