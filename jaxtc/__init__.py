@@ -39,6 +39,8 @@ from jaxtc.patching import attribution_patching as attribution_patching
 from jaxtc.plan import plan as plan
 from jaxtc.positions import Token as Token
 from jaxtc.run import run as run
+from jaxtc.sharding import make_mesh as make_mesh
+from jaxtc.sharding import shard as shard
 from jaxtc.sites import SITES as SITES
 from jaxtc.sweep import sweep as sweep
 from jaxtc.transcoder import Transcoder as Transcoder
