@@ -16,7 +16,7 @@ from jaxtc.weights.converted import Converted
 from jaxtc.weights.transcoders import available_layers
 from tests.unit.hostile.folders import Folder, model, put
 from tests.unit.hostile.mutate import ODD, dump, mutate_bytes, mutate_json, pick, whole
-from tests.unit.hostile.tensors import FLOAT32, same
+from tests.unit.hostile.tensors import FLOAT32, MESHES, same
 
 
 class ConvertedFolder(Folder):
@@ -112,10 +112,10 @@ class ConvertedFolder(Folder):
             self.write("jaxtc.json", manifest.encode() if isinstance(manifest, str) else manifest)
         return self.kind
 
-    def load(self, deep: bool) -> dict[str, np.ndarray]:
+    def load(self, deep: int) -> dict[str, np.ndarray]:
         """Every array of the tree, as float32; through the model when ``deep``."""
         if deep:
-            return {"": self.whole()}
+            return {"": self.whole(deep)}
         opened = Converted(self.folder)
         found = {}
         for name in opened.manifest.arrays:
@@ -124,9 +124,9 @@ class ConvertedFolder(Folder):
         opened.verify()
         return found
 
-    def whole(self) -> dict[str, np.ndarray]:
+    def whole(self, deep: int) -> dict[str, np.ndarray]:
         """The parameters of the model of this folder."""
-        made = variables(jaxtc.load_model(self.folder, dtype="float32"))
+        made = variables(jaxtc.load_model(self.folder, dtype="float32", mesh=MESHES[deep]))
         return {name: np.asarray(leaf[...]) for name, leaf in made}
 
     def check(self, loaded: dict) -> None:
@@ -186,11 +186,11 @@ class ConvertedTranscoders(ConvertedFolder):
             jaxtc.save_transcoder(made, folder / "files", format="circuit-tracer")
         return convert(folder / "files", folder / "made", "orbax")
 
-    def whole(self) -> dict[str, np.ndarray]:
+    def whole(self, deep: int) -> dict[str, np.ndarray]:
         """The parameters of all layers, and their sites."""
         found, self.sites = {}, {}
         for layer in available_layers(self.folder):
-            made = jaxtc.load_transcoder(self.folder, layer)
+            made = jaxtc.load_transcoder(self.folder, layer, mesh=MESHES[deep])
             self.sites[str(layer)] = (made.input_site, made.output_site)
             for name, leaf in variables(made):
                 found[f"layers.{layer}.{name}"] = np.asarray(leaf[...])
