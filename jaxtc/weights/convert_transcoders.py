@@ -1,4 +1,4 @@
-"""Converting transcoders, one at a time: that is the most that is in memory."""
+"""Converting transcoders, a parameter at a time: that is the most that is in memory."""
 
 import dataclasses
 import functools
@@ -18,10 +18,9 @@ from jaxtc.weights import arrays, local
 from jaxtc.weights.converted import (
     Converted,
     is_converted,
-    load_converted_transcoder,
     open_transcoders,
 )
-from jaxtc.weights.formats import BY_FORMAT, Format, write
+from jaxtc.weights.formats import BY_FORMAT, Format, open_transcoder
 from jaxtc.weights.job import Job, room_for
 from jaxtc.weights.layout import check_layer
 from jaxtc.weights.load import Progress
@@ -32,10 +31,10 @@ from jaxtc.weights.save_checkpoint import describe
 from jaxtc.weights.save_transcoder import check_savable
 from jaxtc.weights.transcoders import (
     available_layers,
-    load_transcoder,
     look_up,
 )
 from jaxtc.weights.verify import verify_files
+from jaxtc.weights.write_transcoder import write_transcoder
 
 FORMATS = {"npz": "gemma-scope", "circuit-tracer": "circuit-tracer"}
 
@@ -50,10 +49,10 @@ _HOOKS = {"mlp_in": "mlp.hook_in", "mlp_proj": "mlp.hook_out"}
 
 @dataclasses.dataclass(frozen=True)
 class _One:
-    """One transcoder of a source: what it will be, and how to have it."""
+    """One transcoder of a source: what it will be, and how to have its parameters by name."""
 
     declared: Transcoder
-    load: Callable[[], Transcoder]
+    fetch: Callable[[str], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +111,7 @@ def convert_transcoders(
 
 
 def _write(made: Format, one: _One, path: Path) -> None:
-    write(made, path, one.load(), jax.device_get)
+    write_transcoder(made, path, one.declared, one.fetch)
 
 
 def _to_tree(
@@ -126,14 +125,11 @@ def _to_tree(
         if job.finished:
             return job.out
         for number, (layer, one) in enumerate(sorted(found.ones.items()), 1):
-            tree = trees[layer]
-            if any(a.file(i) not in job.done for a in tree.values() for i in a.indices()):
-                transcoder = one.load()
-                for name, a in tree.items():
-                    values = np.asarray(getattr(transcoder, name)[...])
-                    for i in a.indices():
-                        job.write(a.file(i), [encode(values[a.region(i)], a)])
-                del transcoder, values
+            for name, a in trees[layer].items():
+                wanted = [i for i in a.indices() if a.file(i) not in job.done]
+                values = one.fetch(name) if wanted else None
+                for i in wanted:
+                    job.write(a.file(i), [encode(values[a.region(i)], a)])
             if progress:
                 progress(number, len(found.ones))
         for file, content in small.items():
@@ -175,8 +171,7 @@ def _open(
                 f"{files[layer]} holds float64, which loses nothing that matters as float32: say "
                 "so with dtype='float32'."
             )
-        given = {"dtype": declared.W_enc.dtype, "revision": revision, **options}
-        ones[layer] = _One(declared, functools.partial(load_transcoder, source, layer, **given))
+        ones[layer] = _One(declared, functools.partial(_fetch, files[layer], declared))
     if verify:
         verify_files(files.values())
     parts = next(iter(files.values())).parts
@@ -195,11 +190,32 @@ def _of_converted(
     for layer in wanted:
         check_layer(layer, manifest.transcoders, str(checkpoint.folder))
         declared = checkpoint.declared(layer, dtype)
-        kept = np.dtype(declared.W_enc.dtype)
-        ones[layer] = _One(
-            declared, functools.partial(load_converted_transcoder, checkpoint, layer, kept)
-        )
+        fetch = functools.partial(_fetch_converted, checkpoint, declared)
+        ones[layer] = _One(declared, fetch)
     return _Source(ones, manifest.source, manifest.revision, manifest.content)
+
+
+def _fetch(file: Path, declared: Transcoder, name: str) -> np.ndarray:
+    with open_transcoder(file) as opened:
+        values, problem = opened.read(name, np.dtype(declared.W_enc.dtype))
+    return _sound(file, values, problem)
+
+
+def _fetch_converted(checkpoint: Converted, declared: Transcoder, name: str) -> np.ndarray:
+    stored = checkpoint.manifest.arrays[f"layers.{declared.layer}.{name}"]
+    box = tuple((0, size) for size in stored.shape)
+    parts = checkpoint.parts(stored, [box], np.dtype(declared.W_enc.dtype))
+    problem = parts.problem()
+    return _sound(checkpoint.folder, parts.arrays[box], f"{stored.name} {problem}" * bool(problem))
+
+
+def _sound(place: Path, values: np.ndarray, problem: str) -> np.ndarray:
+    if problem:
+        raise WeightsError(
+            f"{place} cannot be used and was not converted: {problem}. Fetch or train it again"
+            + (", or convert to a wider dtype." if "too large" in problem else ".")
+        )
+    return values
 
 
 def _file(made: Format, declared: Transcoder) -> str:

@@ -7,7 +7,8 @@ import jax
 from jaxtc.errors import SiteError, SourceError
 from jaxtc.transcoder import Transcoder
 from jaxtc.weights import local
-from jaxtc.weights.formats import BY_FORMAT, Format, by_name, told_sites, write
+from jaxtc.weights.formats import BY_FORMAT, Format, by_name, told_sites
+from jaxtc.weights.write_transcoder import write_transcoder
 
 
 def save_transcoder(
@@ -50,7 +51,9 @@ def save_transcoder(
     check_savable(transcoder, made, file, without_sites)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write(made, file, transcoder, jax.device_get)
+        write_transcoder(
+            made, file, transcoder, lambda name: jax.device_get(getattr(transcoder, name)[...])
+        )
     except OSError as error:
         raise SourceError(f"{file} cannot be written: {error.strerror}.") from error
     return file
