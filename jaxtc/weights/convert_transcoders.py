@@ -130,6 +130,7 @@ def _to_tree(
                 values = one.fetch(name) if wanted else None
                 for i in wanted:
                     job.write(a.file(i), [encode(values[a.region(i)], a)])
+                del values  # before the next one is fetched
             if progress:
                 progress(number, len(found.ones))
         for file, content in small.items():

@@ -218,6 +218,7 @@ def write_params(
                 # A ZipInfo of its own has a fixed date, so equal arrays give equal files.
                 with archive.open(zipfile.ZipInfo(key + ".npy"), "w", force_zip64=True) as stream:
                     np.lib.format.write_array(stream, array, allow_pickle=False)
+                del array  # before the next one is made
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -42,6 +42,7 @@ def write_transcoder(
                 value = np.maximum(value, 0)  # which has no effect on what it computes
             value = value if axes == AXES[name] else value.T
             yield key, value.astype(np.float32, copy=False) if npz else value
+            del value  # before the next one is fetched
 
     if npz:
         return write_params(path, arrays())
@@ -59,6 +60,7 @@ def write_transcoder(
             file.write(header(tensors, told))
             for _, array in arrays():
                 file.writelines(pieces(array))
+                del array
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
