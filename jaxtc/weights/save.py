@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxtc.errors import SourceError, some
 from jaxtc.model import Gemma2
+from jaxtc.processes import check_here
 from jaxtc.weights import local
 from jaxtc.weights.checkpoint import INDEX, SINGLE
 from jaxtc.weights.load import parameter_path
@@ -50,8 +51,10 @@ def save_model(
         The folder.
 
     Raises:
-        SourceError: the folder holds other things, or cannot be written.
+        SourceError: the folder holds other things, or cannot be written; the model is spread over
+            several processes.
     """
+    check_here(model, "model")
     folder = local.expand(folder).resolve()
     if max_shard_size < 1:
         raise SourceError(f"max_shard_size is {max_shard_size} bytes, expected at least 1.")

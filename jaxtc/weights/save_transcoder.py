@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 
 from jaxtc.errors import SiteError, SourceError
+from jaxtc.processes import check_here
 from jaxtc.transcoder import Transcoder
 from jaxtc.weights import local
 from jaxtc.weights.formats import BY_FORMAT, Format, by_name, told_sites
@@ -45,6 +46,7 @@ def save_transcoder(
         SiteError: ``params.npz`` of other sites than would be read from it, and ``without_sites``
             is false.
     """
+    check_here(transcoder, "transcoder")
     path = local.expand(path)
     made = by_name(format, path)
     file = path if path.suffix == made.suffix else path / _file_name(made.name, transcoder)
