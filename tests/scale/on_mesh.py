@@ -17,6 +17,7 @@ from jaxtc.prompts import prepare
 from jaxtc.reducers import Features, TopK
 from jaxtc.run import Call, _run
 from jaxtc.sharding import RULES, ShardingError, make_mesh, partition, shard, variables
+from jaxtc.weights import orbax_tree
 from tests.scale import lab
 
 MESHES = ("data=2,model=4", "model=8", "data=8")
@@ -271,6 +272,23 @@ def _sizes():
         "num_key_value_heads", "head_dim",
     )  # fmt: skip
     return {name: getattr(lab.CONFIG, name) for name in names}
+
+
+@pytest.mark.parametrize("small", [1000, 1 << 20], ids=["chunks of shards", "one chunk an array"])
+def test_saved_checkpoints_are_the_same_whatever_the_mesh(on, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(orbax_tree, "SMALL_BYTES", small)
+    one = jaxtc.save_checkpoint(lab.model(), tmp_path / "one")
+    for mesh in ("model=8", "data=2,model=4"):
+        many = jaxtc.save_checkpoint(on(mesh)[0], tmp_path / mesh)
+        assert (many / "jaxtc.json").read_bytes() == (one / "jaxtc.json").read_bytes()
+        again = jaxtc.load_model(many, mesh="data=4,model=2", dtype="float32", verify=True)
+        for (name, a), (_, b) in zip(variables(again), variables(lab.model()), strict=True):
+            assert np.array_equal(a[...], b[...]), name
+    saved = jaxtc.save_checkpoint({1: on("model=8")[1]}, tmp_path / "transcoders")
+    again = jaxtc.load_transcoder(saved, mesh="model=4")
+    assert again.W_enc.sharding.spec == P(None, "model")
+    pairs = zip(jax.tree.leaves(again), jax.tree.leaves(lab.transcoder()), strict=True)
+    assert all(np.array_equal(a, b) for a, b in pairs)
 
 
 def test_mixing_rows_by_parts():

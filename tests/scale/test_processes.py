@@ -10,6 +10,7 @@ import pytest
 
 import jaxtc
 from jaxtc.sharding import variables
+from jaxtc.weights import orbax_tree
 from tests.scale import lab
 from tests.scale.child import run_all
 
@@ -85,9 +86,12 @@ def test_when_one_cannot_load_all_raise(count, report):
 
 
 @pytest.mark.parametrize("count", SETUPS)
-def test_what_many_saved_one_loads(count, report, folder):
+def test_what_many_saved_one_loads(count, report, folder, tmp_path, monkeypatch):
     report(count)  # which restored it onto two meshes
-    found = jaxtc.load_model(folder / f"saved_by_{count}")
+    monkeypatch.setattr(orbax_tree, "SMALL_BYTES", 1000)
+    one, many = jaxtc.save_checkpoint(lab.model(), tmp_path / "one"), folder / f"saved_by_{count}"
+    assert (many / "jaxtc.json").read_bytes() == (one / "jaxtc.json").read_bytes()
+    found = jaxtc.load_model(many, verify=True)
     for (name, a), (_, b) in zip(variables(found), variables(lab.model()), strict=True):
         assert np.array_equal(a[...], b[...]), name
     again = jaxtc.load_transcoder(folder / f"saved_by_{count}.transcoders", 1)

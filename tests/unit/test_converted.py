@@ -13,6 +13,7 @@ import pytest
 
 import jaxtc
 from jaxtc.errors import ConfigError, JaxtcError, SourceError, WeightsError
+from jaxtc.weights import orbax_tree
 from jaxtc.weights.converted import Converted
 from jaxtc.weights.load import load_tokenizer
 from jaxtc.weights.manifest import read_manifest
@@ -241,6 +242,20 @@ def test_only_the_chunks_that_are_needed_are_read(tree, monkeypatch):
     chunks = [file for file in read if file.startswith("orbax/")]
     assert len(chunks) == len(set(chunks))
     assert not [file for file in chunks if file.endswith((".zarray", "METADATA"))]
+
+
+def test_a_part_of_an_array_takes_only_its_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr(orbax_tree, "SMALL_BYTES", 1000)
+    tree = Converted(jaxtc.save_checkpoint(random_model(), tmp_path / "tree"))
+    stored = tree.manifest.arrays["layers.0.mlp.down"]  # (D, F) = (24, 40), F in 8 chunks
+    assert stored.chunks == (24, 5)
+    read = []
+    real = Converted.content
+    monkeypatch.setattr(Converted, "content", lambda s, f: read.append(f) or real(s, f))
+    box = ((0, 24), (20, 30))
+    found = tree.parts(stored, [box], np.dtype(np.float32)).arrays[box]
+    np.testing.assert_array_equal(found, random_model().layers[0].mlp.down[:, 20:30])
+    assert read == [stored.file((0, 4)), stored.file((0, 5))]
 
 
 @pytest.mark.parametrize("what", ["text", 3, {"a": 1}, {3: "x"}])
