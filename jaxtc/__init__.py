@@ -45,6 +45,7 @@ from jaxtc.sites import SITES as SITES
 from jaxtc.sweep import sweep as sweep
 from jaxtc.transcoder import Transcoder as Transcoder
 from jaxtc.warm_up import warm_up as warm_up
+from jaxtc.weights.convert import convert as convert
 from jaxtc.weights.load import load_model as load_model
 from jaxtc.weights.load import load_tokenizer as load_tokenizer
 from jaxtc.weights.save import save_model as save_model

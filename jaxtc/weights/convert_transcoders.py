@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -80,6 +81,12 @@ def convert_transcoders(
     **options: Any,
 ) -> Path:
     """See :func:`jaxtc.weights.convert.convert`; ``to`` is "orbax", "npz" or "circuit-tracer"."""
+    if not isinstance(layers, str):
+        layers = list(layers)
+        if not layers:
+            raise SourceError("layers is empty, so there is nothing to convert.")
+    elif layers != "all":
+        raise SourceError(f"layers is {layers!r}, expected 'all' or whole numbers.")
     found = _open(source, layers, dtype, revision, verify, options)
     what = {
         "source": found.name,
@@ -161,12 +168,12 @@ def _open(
     folder = local.find(source)
     if folder is not None and is_converted(folder):
         return _of_converted(open_transcoders(folder), layers, dtype, verify)
-    wanted = available_layers(source, revision) if isinstance(layers, str) else list(layers)
+    wanted = available_layers(source, revision) if isinstance(layers, str) else layers
     files, ones = {}, {}
     for layer in wanted:
-        files[layer], stored, declared = look_up(
-            source, layer, dtype=dtype, revision=revision, **options
-        )
+        file, stored, declared = look_up(source, layer, dtype=dtype, revision=revision, **options)
+        layer = operator.index(layer)  # JSON knows no integers of NumPy
+        files[layer] = file
         if stored == np.float64 and dtype is None:
             raise WeightsError(
                 f"{files[layer]} holds float64, which loses nothing that matters as float32: say "
@@ -186,7 +193,7 @@ def _of_converted(
     if verify:
         checkpoint.verify()
     manifest = checkpoint.manifest
-    wanted = sorted(manifest.transcoders) if isinstance(layers, str) else list(layers)
+    wanted = sorted(manifest.transcoders) if isinstance(layers, str) else layers
     ones = {}
     for layer in wanted:
         check_layer(layer, manifest.transcoders, str(checkpoint.folder))

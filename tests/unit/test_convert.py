@@ -248,6 +248,14 @@ def test_layers_and_their_errors(tmp_path):
         jaxtc.load_transcoder(tree, 4)
     with pytest.raises(SourceError, match="no transcoder for layer 4"):
         convert(tree, tmp_path / "none", layers=[4])
+    with pytest.raises(SourceError, match="layers is empty"):
+        convert(tree, tmp_path / "none", layers=[])
+    with pytest.raises(SourceError, match="layers is '3', expected 'all'"):
+        convert(tree, tmp_path / "none", layers="3")
+    with pytest.raises(SourceError, match="layer is 'x', expected a whole number"):
+        convert("embedded", tmp_path / "none", kind="transcoders", layers=["x"])
+    found = convert("embedded", tmp_path / "numpy", kind="transcoders", layers=np.arange(2))
+    assert available_layers(found) == [0, 1]
     with pytest.raises(SourceError, match="give layer only"):
         jaxtc.load_transcoder(tree, 3, l0=9)
 
