@@ -95,6 +95,15 @@ def agreement(folder: Path, index: int, mesh: Mesh) -> str:
     return "nothing was raised"
 
 
+def refused(model, folder: Path) -> str:
+    """A file that one process writes cannot hold a model of several."""
+    try:
+        jaxtc.save_model(model, folder / "one_file")
+    except jaxtc.JaxtcError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
 def work(index: int, count: int, folder: Path, mesh: str, other: str) -> dict:
     assert jax.process_count() == count
     told = {"devices": jax.device_count(), "agreement": agreement(folder, index, make_mesh(mesh))}
@@ -103,6 +112,7 @@ def work(index: int, count: int, folder: Path, mesh: str, other: str) -> dict:
     transcoder = jaxtc.load_transcoder(folder / "layer_1", mesh=mesh)
     same_bits(model, lab.model())
     same_bits(transcoder, lab.transcoder())
+    told["refused"] = refused(model, folder)
     for name in RUNS:
         print(index, name, flush=True)
         wanted = expected(folder, name)

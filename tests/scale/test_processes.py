@@ -86,6 +86,13 @@ def test_when_one_cannot_load_all_raise(count, report):
 
 
 @pytest.mark.parametrize("count", SETUPS)
+def test_what_one_process_would_write_is_refused(count, report):
+    for told in report(count):
+        assert told["refused"].startswith(f"SourceError: This model is spread over {count}")
+        assert "save_checkpoint" in told["refused"]
+
+
+@pytest.mark.parametrize("count", SETUPS)
 def test_what_many_saved_one_loads(count, report, folder, tmp_path, monkeypatch):
     report(count)  # which restored it onto two meshes
     monkeypatch.setattr(orbax_tree, "SMALL_BYTES", 1000)
