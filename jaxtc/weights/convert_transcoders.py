@@ -205,7 +205,7 @@ def _of_converted(
 
 def _fetch(file: Path, declared: Transcoder, name: str) -> np.ndarray:
     with open_transcoder(file) as opened:
-        values, problem = opened.read(name, np.dtype(declared.W_enc.dtype))
+        values, problem = opened.read_view(name, np.dtype(declared.W_enc.dtype))
     return _sound(file, values, problem)
 
 

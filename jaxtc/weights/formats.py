@@ -125,10 +125,14 @@ class TranscoderFile:
         Raises:
             WeightsError: the file ended or failed while it was read.
         """
+        array, problem = self.read_view(name, dtype)
+        return np.ascontiguousarray(array), problem
+
+    def read_view(self, name: str, dtype: np.dtype) -> tuple[np.ndarray, str]:
+        """As :meth:`read`, in the file's order in memory: a transpose is a view of it, no copy."""
         key, axes = self.format.keys[name]
         array, problem = self._file.read(key, dtype)
-        if axes != AXES[name]:
-            array = np.ascontiguousarray(array.T)
+        array = array if axes == AXES[name] else array.T
         return array, self._told(name, problem or self._negative(name, array))
 
     def read_shards(

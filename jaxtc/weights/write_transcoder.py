@@ -41,7 +41,8 @@ def write_transcoder(
             if name == "threshold" and not format.negative:
                 value = np.maximum(value, 0)  # which has no effect on what it computes
             value = value if axes == AXES[name] else value.T
-            yield key, value.astype(np.float32, copy=False) if npz else value
+            # NumPy would write a transposed view in the order that it has in memory.
+            yield key, np.ascontiguousarray(value, np.float32) if npz else value
             del value  # before the next one is fetched
 
     if npz:

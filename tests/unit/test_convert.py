@@ -188,6 +188,8 @@ def test_transcoders_there_and_back(tmp_path, to):
                 assert all(np.array_equal(back[key], given[key]) for key in given)
         assert contents(convert(again, tmp_path / "third", to="npz")) == contents(out)
     else:
+        direct = convert(out, tmp_path / "direct", to="npz")
+        assert contents(direct) == contents(convert(again, tmp_path / "third", to="npz"))
         file = load_file(out / "layer_1.safetensors")
         with np.load(tmp_path / "scope/layer_1/width_60/average_l0_8/params.npz") as given:
             np.testing.assert_array_equal(file["W_enc"], given["W_enc"].T)
