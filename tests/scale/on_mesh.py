@@ -5,7 +5,9 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxtc
@@ -306,6 +308,27 @@ def test_saved_checkpoints_are_the_same_whatever_the_mesh(on, small, tmp_path, m
     assert again.W_enc.sharding.spec == P(None, "model")
     pairs = zip(jax.tree.leaves(again), jax.tree.leaves(lab.transcoder()), strict=True)
     assert all(np.array_equal(a, b) for a, b in pairs)
+
+
+def test_orbax_restores_a_saved_checkpoint_onto_a_mesh(on, tmp_path, monkeypatch):
+    monkeypatch.setattr(orbax_tree, "SMALL_BYTES", 1000)
+    tree = jaxtc.save_checkpoint(on("model=8")[0], tmp_path / "saved") / "orbax"
+    mesh = make_mesh("data=2,model=4")
+    wanted = dict(variables(lab.model()))
+
+    def place(path, x):
+        param = wanted[jax.tree_util.keystr(path, simple=True, separator=".")]
+        spec = partition(param.logical_axes, x.shape, mesh.shape)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    checkpointer = ocp.StandardCheckpointer()
+    shapes = jax.tree_util.tree_map_with_path(place, checkpointer.restore(tree))
+    found = checkpointer.restore(tree, shapes)
+    for path, x in jax.tree_util.tree_leaves_with_path(found):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        assert np.array_equal(x, wanted.pop(name)[...]), name
+    assert not wanted
+    assert found["embed"]["weight"].sharding.spec == P("model")
 
 
 def test_mixing_rows_by_parts():
