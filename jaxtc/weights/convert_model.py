@@ -12,7 +12,7 @@ from jaxtc.sharding import variables
 from jaxtc.weights.checkpoint import INDEX
 from jaxtc.weights.job import Job, room_for
 from jaxtc.weights.load import Progress
-from jaxtc.weights.manifest import MANIFEST, MODEL, Manifest
+from jaxtc.weights.manifest import MANIFEST, MODEL, Manifest, own_version
 from jaxtc.weights.model_source import ModelSource, open_model_source, with_dtype
 from jaxtc.weights.names import Name
 from jaxtc.weights.orbax_tree import Region, Stored, encode, metadata, store
@@ -45,6 +45,7 @@ def convert_model(
             "dtype": dtype.name if dtype else None,
             "revision": model.revision,
             "state of its files": model.state,
+            "jaxtc": own_version(),
         }
         small = {"config.json": config_json, **model.kept}
         told = _Told(progress, sum(size_of(name, dtypes) for name in model.names))

@@ -25,7 +25,7 @@ from jaxtc.weights.formats import BY_FORMAT, Format, open_transcoder
 from jaxtc.weights.job import Job, room_for
 from jaxtc.weights.layout import check_layer
 from jaxtc.weights.load import Progress
-from jaxtc.weights.manifest import MANIFEST, TRANSCODERS, Manifest
+from jaxtc.weights.manifest import MANIFEST, TRANSCODERS, Manifest, own_version
 from jaxtc.weights.model_source import state_of
 from jaxtc.weights.orbax_tree import Stored, encode, metadata, store
 from jaxtc.weights.save_checkpoint import describe
@@ -95,6 +95,7 @@ def convert_transcoders(
         "layers": sorted(found.ones),
         "revision": found.revision,
         "state of its files": found.state,
+        "jaxtc": own_version(),
         "options": {**options, "without_sites": without_sites, "model_name": model_name},
     }
     if to == "orbax":

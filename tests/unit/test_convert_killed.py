@@ -154,6 +154,16 @@ def test_another_conversion_that_was_begun_is_named(model, tmp_path, monkeypatch
         convert(model, tmp_path / "out")
 
 
+def test_saving_does_not_replace_what_a_conversion_has_begun(model, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        stopped_after(patched, 5, Stop())
+        with pytest.raises(Stop):
+            convert(model, tmp_path / "out")
+    with pytest.raises(SourceError, match="holds the beginning of another conversion"):
+        jaxtc.save_checkpoint(random_model(), tmp_path / "out")
+    convert(model, tmp_path / "out")
+
+
 def test_two_at_a_time_do_not_mix(model, tmp_path):
     busy = pytest.raises(SourceError, match="being written by another process")
     with Job(tmp_path / "out", {"to": "orbax"}, 10), busy:
