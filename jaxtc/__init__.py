@@ -39,16 +39,19 @@ from jaxtc.patching import attribution_patching as attribution_patching
 from jaxtc.plan import plan as plan
 from jaxtc.positions import Token as Token
 from jaxtc.run import run as run
+from jaxtc.sharding import make_mesh as make_mesh
+from jaxtc.sharding import shard as shard
 from jaxtc.sites import SITES as SITES
 from jaxtc.sweep import sweep as sweep
 from jaxtc.transcoder import Transcoder as Transcoder
 from jaxtc.warm_up import warm_up as warm_up
+from jaxtc.weights.convert import convert as convert
 from jaxtc.weights.load import load_model as load_model
 from jaxtc.weights.load import load_tokenizer as load_tokenizer
 from jaxtc.weights.save import save_model as save_model
 from jaxtc.weights.save_checkpoint import save_checkpoint as save_checkpoint
+from jaxtc.weights.save_transcoder import save_transcoder as save_transcoder
 from jaxtc.weights.transcoders import load_transcoder as load_transcoder
 from jaxtc.weights.transcoders import load_transcoders as load_transcoders
-from jaxtc.weights.transcoders import save_transcoder as save_transcoder
 
 __version__ = "0.1.0"

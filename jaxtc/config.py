@@ -181,6 +181,11 @@ class Gemma2Config:
                 values[key] = tuple(values[key])
         if values.get("layer_types") is None:
             values.pop("layer_types", None)
+        elif values["layer_types"] == ():
+            raise ConfigError(
+                f"{where} has an empty list of layer_types, expected one for each layer, or none "
+                "of the key (layers then slide and see everything in turns)."
+            )
         if values.get("sliding_window", 0) is None:
             raise ConfigError(f"{where} has no sliding_window; every Gemma-2 has one (4096).")
         return cls(**values)

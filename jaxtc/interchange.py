@@ -53,7 +53,7 @@ def to_torch(tree: Any) -> Any:
         _check_known(x, "torch")
         if _shares(x, torch):
             return torch.from_dlpack(x)
-        return _numpy_to_torch(np.array(x), torch)
+        return _numpy_to_torch(np.array(whole(x)), torch)
 
     return jax.tree.map(convert, tree)
 

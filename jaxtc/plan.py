@@ -5,6 +5,8 @@ N heads, K key/value heads, H head dim, F MLP width, V vocabulary, M transcoder 
 """
 
 import dataclasses
+import numbers
+import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -116,8 +118,9 @@ def plan(
 ) -> Plan:
     """What each device of a mesh will hold, whether that fits, and what would make it fit.
 
-    Weights, transcoders, cache and captures are exact; "workspace" is an estimate of what the
-    compiled program holds besides, from the widest arrays of a layer.
+    Weights, transcoders, cache, captures and logits are exact; "workspace" is an estimate of what
+    the compiled program holds besides, from the widest arrays of a layer. Values of edits are not
+    counted, nor are a sweep's variants, which are as many rows more.
 
     Args:
         model: a config, or a source as :func:`jaxtc.weights.released.load_config` takes it.
@@ -142,13 +145,12 @@ def plan(
         SourceError, ConfigError, SiteError, WeightsError: as the functions that would be called.
     """
     config = model if isinstance(model, Gemma2Config) else load_config(model)
-    sizes = parse_mesh(mesh if isinstance(mesh, str) else show(mesh))
+    sizes = parse_mesh(show(mesh) if isinstance(mesh, Mapping | jax.sharding.Mesh) else mesh)
+    new_tokens = _count("new_tokens", new_tokens, 0)
     if length is None:
         length = max(min(1024, config.max_position_embeddings - new_tokens), 1)
-    counts = ("batch", batch, 1), ("length", length, 1), ("new_tokens", new_tokens, 0)
-    for name, value, least in counts:
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise InputError(f"{name} is {value!r}, expected a whole number of at least {least}.")
+    batch = _count("batch", batch, 1)
+    length = _count("length", length, 1)
     if length + new_tokens > config.max_position_embeddings:
         raise InputError(
             f"{length} tokens and {new_tokens} new ones are more than this model's context of "
@@ -182,7 +184,8 @@ def features_of(width: str | int) -> int:
     if isinstance(width, str):
         found = WIDTHS.get(width.lower()) or (int(width) if re.fullmatch(r"\d{1,9}", width) else 0)
     else:
-        found = width if isinstance(width, int) and not isinstance(width, bool) else 0
+        whole = isinstance(width, numbers.Integral) and not isinstance(width, bool)
+        found = int(width) if whole else 0
     if found < 1:
         raise InputError(
             f"width is {width!r}, expected a number of features or Gemma Scope's name of it: "
@@ -191,13 +194,24 @@ def features_of(width: str | int) -> int:
     return found
 
 
+def _count(name: str, value: Any, least: int) -> int:
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or value < least:
+        raise InputError(f"{name} is {value!r}, expected a whole number of at least {least}.")
+    return int(value)
+
+
 def _layers(given: str | Iterable[int], count: int) -> tuple[int, ...]:
     """The layers that have a transcoder."""
-    if isinstance(given, str):
-        if given != "all":
-            raise InputError(f"transcoders is {given!r}, expected 'all' or numbers of layers.")
+    if isinstance(given, str) and given == "all":
         return tuple(range(count))
-    return tuple(sorted({check_layer(int(layer), count, "transcoders") for layer in given}))
+    try:
+        layers = [operator.index(layer) for layer in given]
+    except TypeError:  # letters of another word, too
+        raise InputError(
+            f"transcoders is {given!r}, expected 'all' or numbers of layers."
+        ) from None
+    return tuple(sorted({check_layer(layer, count, "transcoders") for layer in layers}))
 
 
 def _checked(asked: Request) -> tuple[Part, ...]:
@@ -228,6 +242,7 @@ def _notes(asked: Request) -> Iterator[str]:
             f"{asked.batch} prompts do not divide over {DATA}={sizes[DATA]}: every device runs "
             "all of them."
         )
-    whole = [axis for axis, to in asked.rules if to is None and RULES[axis] is not None]
+    rules = dict(asked.rules)
+    whole = [axis for axis, to in RULES.items() if to is not None and rules.get(axis) is None]
     if whole:
         yield f"Held whole by every device, as the rules say: {', '.join(whole)}."

@@ -19,6 +19,8 @@ from jaxtc.sharding import DATA, MODEL, ShardingError, show
 _SHOWN = 3
 # Larger meshes are not looked for.
 _MOST_DEVICES = 256
+# Nor are more numbers of transcoders.
+_MOST_STEPS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +210,9 @@ def _kinds(asked: Request) -> Iterator[list[_Step]]:
         change = lambda r: dataclasses.replace(r, dtype="bfloat16")  # noqa: E731
         yield [_Step(change, "--dtype bfloat16", meaning)]
     layers = asked.transcoders
-    yield [_layers(layers[:count]) for count in range(len(layers) - 1, 0, -1)]
+    # One by one in every model that there is.
+    step = -(-len(layers) // _MOST_STEPS) or 1
+    yield [_layers(layers[:count]) for count in range(len(layers) - 1, 0, -step)]
     yield [_mesh(mesh, f"{math.prod(mesh)} devices in place of {asked.devices}") for mesh in more]
 
 
@@ -216,7 +220,8 @@ def _meshes(asked: Request) -> Iterator[tuple[int, int]]:
     """(data, model) of every other mesh that has no fewer devices and divides the model."""
     sizes = dict(asked.mesh)
     now = sizes.get(DATA, 1), sizes.get(MODEL, 1)
-    rows = {n for n in range(1, asked.batch + 1) if asked.batch % n == 0} | {now[0]}
+    most = min(asked.batch, _MOST_DEVICES)
+    rows = {n for n in range(1, most + 1) if asked.batch % n == 0} | {now[0]}
     for model in divisors(asked):
         for data in rows:
             enough = asked.devices <= data * model <= _MOST_DEVICES
@@ -227,7 +232,7 @@ def _meshes(asked: Request) -> Iterator[tuple[int, int]]:
 def divisors(asked: Request) -> list[int]:
     """Sizes of the mesh axis "model" that divide everything the rules put on it."""
     found = []
-    for size in range(1, asked.config.num_attention_heads + 1):
+    for size in range(1, min(asked.config.num_attention_heads, _MOST_DEVICES) + 1):
         mesh = ((DATA, 1), (MODEL, size))
         if _needed(dataclasses.replace(asked, mesh=mesh)) is not None:
             found.append(size)

@@ -2,13 +2,14 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jaxtc.errors import JaxtcError
+from jaxtc.errors import JaxtcError, SourceError
 
 
 class OtherProcessError(JaxtcError):
@@ -44,6 +45,20 @@ def agreed(mesh: Mesh | None, what: str) -> Iterator[None]:
         raise OtherProcessError(
             f"Process {where} of {jax.process_count()} could not {what}; its own error says why. "
             "Nothing is wrong with the part of this process."
+        )
+
+
+def check_here(tree: Any, what: str) -> None:
+    """Refuse arrays of which this process has only a part.
+
+    Raises:
+        SourceError: there are some.
+    """
+    if any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in jax.tree.leaves(tree)):
+        raise SourceError(
+            f"This {what} is spread over {jax.process_count()} processes, and a file of this "
+            "format is written by one. All processes can call jaxtc.save_checkpoint, which writes "
+            "a folder that jaxtc loads anywhere, and `jaxtc convert` turns into this format."
         )
 
 

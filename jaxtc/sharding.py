@@ -261,7 +261,7 @@ def _same(x: jax.Array) -> jax.Array:
 
 def mesh_of(tree: Any) -> Mesh | None:
     """The mesh that the arrays of a pytree lie on: that of the first one that lies on any."""
-    for leaf in jax.tree.leaves(tree):
+    for leaf in [tree] if isinstance(tree, jax.Array) else jax.tree.leaves(tree):
         if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
             found = leaf.sharding
             if isinstance(found, NamedSharding):

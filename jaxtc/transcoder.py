@@ -188,7 +188,7 @@ class Transcoder(nnx.Module):
             raise CapacityError(
                 f"capacity is {capacity!r}, expected 1 to {self.features} (this transcoder's M)."
             )
-        here = placement_of(self)
+        here = self._placement()
         sparse = _sparse if here is None else _sparse_on_mesh
         found = sparse(self.encode(x), capacity, placement if here is None else here)
         if not isinstance(found.count, jax.core.Tracer):
@@ -207,7 +207,7 @@ class Transcoder(nnx.Module):
             JaxtcError: as :meth:`decode`.
         """
         features = jax.tree.map(plain, features)
-        here = placement_of(self)
+        here = self._placement()
         mix = mix_rows if here is None else _mixed_on_mesh
         mixed = mix(features.values, features.ids, self.W_dec[...], here, "features")
         return self._skipped(mixed + self.b_dec[...], x)
@@ -226,10 +226,15 @@ class Transcoder(nnx.Module):
                     else "it belongs to another model or another site."
                 )
             )
-        mesh = mesh_of(self.W_enc[...])
+        weight = self.W_enc[...]
+        mesh = mesh_of(weight)
         if mesh is not None and not isinstance(x, jax.core.Tracer) and mesh_of(x) is None:
             x = put(x, NamedSharding(mesh, PartitionSpec()))
-        return jnp.asarray(x).astype(self.W_enc.dtype)
+        return jnp.asarray(x).astype(weight.dtype)
+
+    def _placement(self) -> Placement | None:
+        """:func:`placement_of`, quickly where there is none."""
+        return None if mesh_of(self.W_enc[...]) is None else placement_of(self)
 
     def _skipped(self, y: jax.Array, x: jax.Array | None) -> jax.Array:
         if self.W_skip is None:

@@ -133,6 +133,9 @@ def command(
             console.print("Interrupted. Give the same command again to go on where it stopped.")
             raise
     typer.echo(f"{made}: {_size(made)}")
+    names = {path.name for path in made.glob("layer_*.safetensors")}
+    if to == "circuit-tracer" and names != {f"layer_{i}.safetensors" for i in range(len(names))}:
+        typer.echo("circuit-tracer itself loads only a set with every layer from 0 on.", err=True)
 
 
 def _size(folder: Path) -> str:

@@ -38,7 +38,7 @@ from jaxtc.errors import SourceError
 from jaxtc.model import Gemma2
 from jaxtc.weights.load import load_model
 from jaxtc.weights.save import save_model
-from jaxtc.weights.transcoders import save_transcoder
+from jaxtc.weights.save_transcoder import save_transcoder
 
 MODEL_STREAM, TRANSCODER_STREAM = range(2)
 MODEL_STEPS, TRANSCODER_STEPS = "model-steps", "transcoder-steps"

@@ -12,12 +12,13 @@ from jaxtc.sharding import variables
 from jaxtc.weights.checkpoint import INDEX
 from jaxtc.weights.job import Job, room_for
 from jaxtc.weights.load import Progress
-from jaxtc.weights.manifest import MANIFEST, MODEL, Manifest
+from jaxtc.weights.manifest import MANIFEST, MODEL, Manifest, own_version
 from jaxtc.weights.model_source import ModelSource, open_model_source, with_dtype
 from jaxtc.weights.names import Name
 from jaxtc.weights.orbax_tree import Region, Stored, encode, metadata, store
-from jaxtc.weights.save import header, index, size_of, split
+from jaxtc.weights.save import begin, index, size_of, split
 from jaxtc.weights.shards import Box
+from jaxtc.weights.write_safetensors import pieces
 
 # A tensor whose chunks are no rows is read whole to be written as rows, unless it is above this.
 _WHOLE_BYTES = 256 << 20
@@ -44,6 +45,7 @@ def convert_model(
             "dtype": dtype.name if dtype else None,
             "revision": model.revision,
             "state of its files": model.state,
+            "jaxtc": own_version(),
         }
         small = {"config.json": config_json, **model.kept}
         told = _Told(progress, sum(size_of(name, dtypes) for name in model.names))
@@ -119,13 +121,13 @@ def _safetensors(
     model: ModelSource, names: list[Name], dtypes: dict[str, np.dtype], told: _Told
 ) -> Iterator[bytes | memoryview]:
     """A safetensors file, piece by piece; the checkpoint's tensors are ours, reshaped."""
-    yield header(names, dtypes)
+    yield begin(names, dtypes)
     axes = {name: one.logical_axes for name, one in variables(Gemma2.abstract(model.config))}
     for name in names:
         dtype = dtypes[name.ours]
         for box in _rows(store(name.ours, name.shape, dtype, axes[name.ours])):
             array = _sound(name, model.parts(name, [box], dtype)).arrays[box]
-            yield memoryview(array.reshape(-1).view(np.uint8))
+            yield from pieces(array)
         told.more(size_of(name, dtypes))
 
 

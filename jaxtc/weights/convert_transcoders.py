@@ -1,7 +1,8 @@
-"""Converting transcoders, one at a time: that is the most that is in memory."""
+"""Converting transcoders, a parameter at a time: that is the most that is in memory."""
 
 import dataclasses
 import functools
+import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -18,24 +19,23 @@ from jaxtc.weights import arrays, local
 from jaxtc.weights.converted import (
     Converted,
     is_converted,
-    load_converted_transcoder,
     open_transcoders,
 )
-from jaxtc.weights.formats import BY_FORMAT, Format, write
+from jaxtc.weights.formats import BY_FORMAT, Format, open_transcoder
 from jaxtc.weights.job import Job, room_for
 from jaxtc.weights.layout import check_layer
 from jaxtc.weights.load import Progress
-from jaxtc.weights.manifest import MANIFEST, TRANSCODERS, Manifest
+from jaxtc.weights.manifest import MANIFEST, TRANSCODERS, Manifest, own_version
 from jaxtc.weights.model_source import state_of
 from jaxtc.weights.orbax_tree import Stored, encode, metadata, store
 from jaxtc.weights.save_checkpoint import describe
+from jaxtc.weights.save_transcoder import check_savable
 from jaxtc.weights.transcoders import (
     available_layers,
-    check_savable,
-    load_transcoder,
     look_up,
 )
 from jaxtc.weights.verify import verify_files
+from jaxtc.weights.write_transcoder import write_transcoder
 
 FORMATS = {"npz": "gemma-scope", "circuit-tracer": "circuit-tracer"}
 
@@ -44,12 +44,16 @@ _TIER = re.compile(r"(?:^|/)(layer_\d+/width_[^/]+/average_l0_[^/]+)$")
 _HEADER_BYTES = 4096
 
 
+# What circuit-tracer puts around an MLP itself; for other sites it goes by TransformerLens's names.
+_HOOKS = {"mlp_in": "mlp.hook_in", "mlp_proj": "mlp.hook_out"}
+
+
 @dataclasses.dataclass(frozen=True)
 class _One:
-    """One transcoder of a source: what it will be, and how to have it."""
+    """One transcoder of a source: what it will be, and how to have its parameters by name."""
 
     declared: Transcoder
-    load: Callable[[], Transcoder]
+    fetch: Callable[[str], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +81,12 @@ def convert_transcoders(
     **options: Any,
 ) -> Path:
     """See :func:`jaxtc.weights.convert.convert`; ``to`` is "orbax", "npz" or "circuit-tracer"."""
+    if not isinstance(layers, str):
+        layers = list(layers)
+        if not layers:
+            raise SourceError("layers is empty, so there is nothing to convert.")
+    elif layers != "all":
+        raise SourceError(f"layers is {layers!r}, expected 'all' or whole numbers.")
     found = _open(source, layers, dtype, revision, verify, options)
     what = {
         "source": found.name,
@@ -85,6 +95,7 @@ def convert_transcoders(
         "layers": sorted(found.ones),
         "revision": found.revision,
         "state of its files": found.state,
+        "jaxtc": own_version(),
         "options": {**options, "without_sites": without_sites, "model_name": model_name},
     }
     if to == "orbax":
@@ -108,7 +119,7 @@ def convert_transcoders(
 
 
 def _write(made: Format, one: _One, path: Path) -> None:
-    write(made, path, one.load(), jax.device_get)
+    write_transcoder(made, path, one.declared, one.fetch)
 
 
 def _to_tree(
@@ -122,14 +133,12 @@ def _to_tree(
         if job.finished:
             return job.out
         for number, (layer, one) in enumerate(sorted(found.ones.items()), 1):
-            tree = trees[layer]
-            if any(a.file(i) not in job.done for a in tree.values() for i in a.indices()):
-                transcoder = one.load()
-                for name, a in tree.items():
-                    values = np.asarray(getattr(transcoder, name)[...])
-                    for i in a.indices():
-                        job.write(a.file(i), [encode(values[a.region(i)], a)])
-                del transcoder, values
+            for name, a in trees[layer].items():
+                wanted = [i for i in a.indices() if a.file(i) not in job.done]
+                values = one.fetch(name) if wanted else None
+                for i in wanted:
+                    job.write(a.file(i), [encode(values[a.region(i)], a)])
+                del values  # before the next one is fetched
             if progress:
                 progress(number, len(found.ones))
         for file, content in small.items():
@@ -160,19 +169,18 @@ def _open(
     folder = local.find(source)
     if folder is not None and is_converted(folder):
         return _of_converted(open_transcoders(folder), layers, dtype, verify)
-    wanted = available_layers(source, revision) if isinstance(layers, str) else list(layers)
+    wanted = available_layers(source, revision) if isinstance(layers, str) else layers
     files, ones = {}, {}
     for layer in wanted:
-        files[layer], stored, declared = look_up(
-            source, layer, dtype=dtype, revision=revision, **options
-        )
+        file, stored, declared = look_up(source, layer, dtype=dtype, revision=revision, **options)
+        layer = operator.index(layer)  # JSON knows no integers of NumPy
+        files[layer] = file
         if stored == np.float64 and dtype is None:
             raise WeightsError(
                 f"{files[layer]} holds float64, which loses nothing that matters as float32: say "
                 "so with dtype='float32'."
             )
-        given = {"dtype": declared.W_enc.dtype, "revision": revision, **options}
-        ones[layer] = _One(declared, functools.partial(load_transcoder, source, layer, **given))
+        ones[layer] = _One(declared, functools.partial(_fetch, files[layer], declared))
     if verify:
         verify_files(files.values())
     parts = next(iter(files.values())).parts
@@ -186,16 +194,37 @@ def _of_converted(
     if verify:
         checkpoint.verify()
     manifest = checkpoint.manifest
-    wanted = sorted(manifest.transcoders) if isinstance(layers, str) else list(layers)
+    wanted = sorted(manifest.transcoders) if isinstance(layers, str) else layers
     ones = {}
     for layer in wanted:
         check_layer(layer, manifest.transcoders, str(checkpoint.folder))
         declared = checkpoint.declared(layer, dtype)
-        kept = np.dtype(declared.W_enc.dtype)
-        ones[layer] = _One(
-            declared, functools.partial(load_converted_transcoder, checkpoint, layer, kept)
-        )
+        fetch = functools.partial(_fetch_converted, checkpoint, declared)
+        ones[layer] = _One(declared, fetch)
     return _Source(ones, manifest.source, manifest.revision, manifest.content)
+
+
+def _fetch(file: Path, declared: Transcoder, name: str) -> np.ndarray:
+    with open_transcoder(file) as opened:
+        values, problem = opened.read_view(name, np.dtype(declared.W_enc.dtype))
+    return _sound(file, values, problem)
+
+
+def _fetch_converted(checkpoint: Converted, declared: Transcoder, name: str) -> np.ndarray:
+    stored = checkpoint.manifest.arrays[f"layers.{declared.layer}.{name}"]
+    box = tuple((0, size) for size in stored.shape)
+    parts = checkpoint.parts(stored, [box], np.dtype(declared.W_enc.dtype))
+    problem = parts.problem()
+    return _sound(checkpoint.folder, parts.arrays[box], f"{stored.name} {problem}" * bool(problem))
+
+
+def _sound(place: Path, values: np.ndarray, problem: str) -> np.ndarray:
+    if problem:
+        raise WeightsError(
+            f"{place} cannot be used and was not converted: {problem}. Fetch or train it again"
+            + (", or convert to a wider dtype." if "too large" in problem else ".")
+        )
+    return values
 
 
 def _file(made: Format, declared: Transcoder) -> str:
@@ -224,11 +253,12 @@ def _last(to: str, found: _Source, model_name: str | None) -> tuple[str, bytes]:
             f"These transcoders read and write different sites ({sorted(sites)}), and a set of "
             "circuit-tracer has one input and one output. Convert them apart, with layers=."
         )
-    hooks = [BY_NAME[site].tl for site in sites.pop()]
+    pair = sites.pop()
+    hooks = [_HOOKS.get(site, BY_NAME[site].tl) for site in pair]
     if not all(hooks):
         raise SourceError(
-            f"circuit-tracer goes by the names of TransformerLens, which has none for "
-            f"{declared[0].input_site} or {declared[0].output_site}."
+            f"circuit-tracer has no hook for {pair[not hooks[1]]}, which these transcoders "
+            f"{'write' if hooks[0] else 'read'}; it knows {', '.join(_known())}."
         )
     scope = re.search(r"gemma-scope-(2b|9b|27b)-", found.name)
     if model_name is None and scope:
@@ -237,6 +267,12 @@ def _last(to: str, found: _Source, model_name: str | None) -> tuple[str, bytes]:
     told |= {"feature_input_hook": hooks[0], "feature_output_hook": hooks[1]}
     lines = (f'{key}: "{value}"\n' for key, value in told.items() if value is not None)
     return "config.yaml", "".join(lines).encode()
+
+
+def _known() -> list[str]:
+    """The sites of a layer that circuit-tracer has a hook for."""
+    layered = (site for site in BY_NAME.values() if site.per_layer and site.token_axes)
+    return [site.name for site in layered if site.tl or site.name in _HOOKS]
 
 
 def check_model_name(name: str | None) -> str | None:

@@ -6,10 +6,7 @@ Axis letters: I width of what is read, O width of what is written, M features.
 import contextlib
 import dataclasses
 import functools
-import json
-import os
-import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -20,8 +17,8 @@ from jax.sharding import NamedSharding
 
 from jaxtc.errors import SourceError, WeightsError, did_you_mean, some
 from jaxtc.sites import BY_NAME
-from jaxtc.transcoder import Transcoder
-from jaxtc.weights.npz import NpzFile, write_params
+from jaxtc.weights.layout import sae_site
+from jaxtc.weights.npz import NpzFile
 from jaxtc.weights.safetensors_file import FLOATS, SafetensorsFile
 
 # Our parameters and their axes.
@@ -128,10 +125,14 @@ class TranscoderFile:
         Raises:
             WeightsError: the file ended or failed while it was read.
         """
+        array, problem = self.read_view(name, dtype)
+        return np.ascontiguousarray(array), problem
+
+    def read_view(self, name: str, dtype: np.dtype) -> tuple[np.ndarray, str]:
+        """As :meth:`read`, in the file's order in memory: a transpose is a view of it, no copy."""
         key, axes = self.format.keys[name]
         array, problem = self._file.read(key, dtype)
-        if axes != AXES[name]:
-            array = np.ascontiguousarray(array.T)
+        array = array if axes == AXES[name] else array.T
         return array, self._told(name, problem or self._negative(name, array))
 
     def read_shards(
@@ -205,6 +206,13 @@ def read_all(
             "fetch or train it again."
         )
     return found
+
+
+def told_sites(parts: Iterable[str], usual: tuple[str, str] | None) -> dict[str, str]:
+    """The sites that folders' names tell, or a format's usual ones; empty when neither does."""
+    site = sae_site(parts)
+    pair = (site, site) if site else usual
+    return dict(zip(SITES, pair, strict=True)) if pair else {}
 
 
 def _fault(entry) -> str:
@@ -300,66 +308,6 @@ def _misshapen(format: Format, given: Mapping[str, tuple[int, ...]]) -> list[str
         key, axes = format.keys["W_enc"]
         problems.append(f"{key} may be transposed: this format keeps it as {_letters(axes)}")
     return problems
-
-
-def write(
-    format: Format, path: Path, transcoder: Transcoder, fetch: Callable[[jax.Array], np.ndarray]
-) -> None:
-    """Write a transcoder's file; whole or not at all.
-
-    A safetensors file has the transcoder's dtype and says its layer and its sites; an npz is
-    float32.
-
-    Args:
-        format: one that has all of the transcoder's parameters.
-        path: the file.
-        transcoder: to be written.
-        fetch: from an array on devices to one in memory.
-    """
-    arrays, npz = {}, format.suffix == ".npz"
-    for name, (key, axes) in format.keys.items():
-        param = getattr(transcoder, name)
-        if param is None and name in format.optional:
-            continue
-        if param is None:  # a ReLU is a JumpReLU whose threshold is 0
-            value = np.zeros(transcoder.features, np.float32)
-        else:
-            value = fetch(param[...].astype(jnp.float32) if npz else param[...])
-        if name == "threshold" and not format.negative:
-            value = np.maximum(value, 0)  # which has no effect on what it computes
-        arrays[key] = value if axes == AXES[name] else np.ascontiguousarray(value.T)
-    if npz:
-        return write_params(path, arrays)
-    told = {"format": "pt", "input_site": transcoder.input_site}
-    told |= {"output_site": transcoder.output_site, "variant": transcoder.variant}
-    told |= {} if transcoder.layer is None else {"layer": str(transcoder.layer)}
-    write_safetensors(path, arrays, told)
-
-
-def write_safetensors(
-    path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
-) -> None:
-    """Write arrays of floats as one safetensors file; whole or not at all."""
-    names = {stored: name for name, stored in FLOATS.items()}
-    header, end = {"__metadata__": dict(metadata)}, 0
-    for key, array in arrays.items():
-        start, end = end, end + array.nbytes
-        header[key] = {
-            "dtype": names[array.dtype],
-            "shape": list(array.shape),
-            "data_offsets": [start, end],
-        }
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with partial.open("wb") as file:
-            file.write(len(encoded).to_bytes(8, "little") + encoded)
-            for array in arrays.values():
-                file.write(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def by_name(name: str | None, path: Path) -> Format:

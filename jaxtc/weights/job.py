@@ -39,7 +39,7 @@ class Job:
             when it was on the same.
         needed: bytes of all files together.
         process: which of several writes; the first begins and finishes.
-        fresh: begin anew whatever is there of an earlier job.
+        fresh: begin anew whatever is there of an earlier job of this kind.
 
     Attributes:
         done: the files that are finished.
@@ -58,14 +58,18 @@ class Job:
         self.needed, self._process, self._lock = needed, process, None
         self.done: dict[str, Record] = {}
         self.finished = False
-        with self._explained():
-            if process == 0:
-                self._begin(what, fresh)
-            elif self._found() != what:
-                raise SourceError(
-                    f"Process {process} does not see {self.partial}, which process 0 made. All "
-                    "processes must save to one folder on a file system that they share."
-                )
+        try:
+            with self._explained():
+                if process == 0:
+                    self._begin(what, fresh)
+                elif self._found() != what:
+                    raise SourceError(
+                        f"Process {process} does not see {self.partial}, which process 0 made. All "
+                        "processes must save to one folder on a file system that they share."
+                    )
+        except BaseException:
+            self.close()
+            raise
 
     def _begin(self, what: dict[str, Any], fresh: bool) -> None:
         there = self._found()
@@ -79,7 +83,7 @@ class Job:
             )
         self.partial.mkdir(parents=True, exist_ok=True)
         self._take_lock()
-        if there not in (None, what) and not fresh:
+        if there not in (None, what) and not (fresh and there.keys() == what.keys()):
             other = [key for key in what if there.get(key) != what[key]]
             raise SourceError(
                 f"{self.partial} holds the beginning of another conversion ("
@@ -94,14 +98,15 @@ class Job:
         self.done = self._resumed()
         self.check_room()
 
-    def _found(self) -> Any:
+    def _found(self) -> dict[str, Any] | None:
         """What the job says that is there, None when there is none."""
         try:
-            return json.loads((self.partial / _JOB).read_text(encoding="utf-8"))
+            found = json.loads((self.partial / _JOB).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             return None
+        return found if isinstance(found, dict) else None
 
-    def _check_ours(self, there: Any) -> None:
+    def _check_ours(self, there: dict[str, Any] | None) -> None:
         """Refuse a folder that something else has made."""
         if there is None:
             others = sorted(
@@ -119,12 +124,14 @@ class Job:
         self._lock = os.open(self.partial, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self.close()
             raise SourceError(
                 f"{self.out} is being written by another process. Wait for it, or give another "
                 "folder."
             ) from error
+        except OSError:
+            self.close()  # a file system without locks
 
     def close(self) -> None:
         """Let others go on with the job; what is done stays."""

@@ -214,11 +214,14 @@ def _account(checkpoint: Checkpoint, names: list[Name]) -> list[str]:
 
 
 def _untied(checkpoint: Checkpoint) -> list[str]:
-    """A problem when a stored output matrix is not the embedding that the config says it is."""
+    """A problem when a stored output matrix is not the embedding that the config says it is.
+
+    Each of several processes compares its part of the two.
+    """
     if TIED not in checkpoint.files:
         return []
-    count = arrays.CHUNK_BYTES // 8
-    pair = (checkpoint.files[hf].chunks(hf, count) for hf in (EMBEDDING, TIED))
+    part = arrays.CHUNK_BYTES // 8, jax.process_index(), jax.process_count()
+    pair = (checkpoint.files[hf].chunks(hf, *part) for hf in (EMBEDDING, TIED))
     if all(
         np.array_equal(a.astype(np.float32), b.astype(np.float32))
         for a, b in zip(*pair, strict=True)

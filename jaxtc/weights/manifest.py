@@ -94,7 +94,7 @@ class Manifest:
         lines = [json.dumps(found, indent=1)[:-2] + ',\n "arrays": {']
         lines.append(",\n".join(
             f'  {json.dumps(name)}: {{"shape": {list(one.shape)}, "dtype": "{one.dtype.name}", '
-            f'"chunks": {list(one.chunks)}}}' for name, one in self.arrays.items()
+            f'"chunks": {list(one.chunks)}}}' for name, one in sorted(self.arrays.items())
         ) + '\n },\n "files": {')  # fmt: skip
         lines.append(",\n".join(
             f'  {json.dumps(file)}: {{"size": {size}, "sha256": "{digest}"}}'

@@ -12,7 +12,7 @@ import tokenize
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -175,6 +175,8 @@ class NpzFile:
     def _members(self) -> dict[str, Member]:
         found: dict[str, Member] = {}
         infos = self._archive.infolist()
+        for info in infos:
+            self._check_size(info)
         unpacked = sum(info.file_size for info in infos)
         if unpacked > max(_FREE_BYTES, _MOST_RATIO * self._size):
             raise self._damaged(
@@ -184,7 +186,6 @@ class NpzFile:
             name = info.filename.removesuffix(".npy")
             if name in found:
                 raise self._damaged(f"it holds {info.filename} twice")
-            self._check_size(info)
             with self._open(info) as stream:
                 try:
                     shape, fortran, dtype = _header(stream)
@@ -205,15 +206,19 @@ class NpzFile:
         return found
 
 
-def write_params(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write ``params.npz``; whole or not at all."""
+def write_params(
+    path: Path, arrays: Mapping[str, np.ndarray] | Iterable[tuple[str, np.ndarray]]
+) -> None:
+    """Write ``params.npz``; whole or not at all. Each array is written when its turn comes."""
+    pairs = arrays.items() if isinstance(arrays, Mapping) else arrays
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.npz")
     try:
         with zipfile.ZipFile(partial, "w") as archive:
-            for key, array in arrays.items():
+            for key, array in pairs:
                 # A ZipInfo of its own has a fixed date, so equal arrays give equal files.
                 with archive.open(zipfile.ZipInfo(key + ".npy"), "w", force_zip64=True) as stream:
                     np.lib.format.write_array(stream, array, allow_pickle=False)
+                del array  # before the next one is made
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -153,15 +153,11 @@ def metadata(arrays: Iterable[Stored]) -> dict[str, bytes]:
     sharding, and with one as jax's.
     """
     tree, files = {}, {}
-    for stored in arrays:
+    for stored in sorted(arrays, key=lambda one: one.name):
         keys = tuple(stored.name.split("."))
         tree[str(keys)] = {
             "key_metadata": [{"key": key, "key_type": 2} for key in keys],
-            "value_metadata": {
-                "value_type": "np.ndarray",
-                "skip_deserialize": False,
-                "write_shape": list(stored.shape),
-            },
+            "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
         }
         files[f"{TREE}/{stored.name}/.zarray"] = _json({
             "chunks": list(stored.chunks),

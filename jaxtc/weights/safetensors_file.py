@@ -125,12 +125,16 @@ class SafetensorsFile:
         start, stored = self._data_start + entry.start, FLOATS[entry.dtype]
         return read_parts(self._fill_at, start, stored, shape, dtype, boxes)
 
-    def chunks(self, name: str, count: int) -> Iterator[np.ndarray]:
-        """The elements of one tensor in C order, ``count`` at a time, in their stored dtype."""
+    def chunks(self, name: str, count: int, part: int = 0, parts: int = 1) -> Iterator[np.ndarray]:
+        """The elements of one tensor in C order, ``count`` at a time, in their stored dtype.
+
+        With ``parts``, only every so many chunks, beginning with number ``part``.
+        """
         entry = self.entries[name]
         stored = FLOATS[entry.dtype]
-        for start in range(entry.start, entry.stop, count * stored.itemsize):
-            size = min(count * stored.itemsize, entry.stop - start)
+        step = count * stored.itemsize
+        for start in range(entry.start + part * step, entry.stop, parts * step):
+            size = min(step, entry.stop - start)
             chunk = np.empty(size // stored.itemsize, stored)
             self._file.seek(self._data_start + start)
             self._fill(memoryview(chunk.view(np.uint8)))

@@ -14,13 +14,12 @@ import numpy as np
 
 from jaxtc.errors import SourceError, some
 from jaxtc.model import Gemma2
+from jaxtc.processes import check_here
 from jaxtc.weights import local
 from jaxtc.weights.checkpoint import INDEX, SINGLE
 from jaxtc.weights.load import parameter_path
 from jaxtc.weights.names import Name, parameter_names
-from jaxtc.weights.safetensors_file import FLOATS
-
-_DTYPE_NAMES = {dtype: name for name, dtype in FLOATS.items()}
+from jaxtc.weights.write_safetensors import header, pieces
 
 # What may be in a folder that is replaced.
 _CHECKPOINT_FILES = (
@@ -52,8 +51,10 @@ def save_model(
         The folder.
 
     Raises:
-        SourceError: the folder holds other things, or cannot be written.
+        SourceError: the folder holds other things, or cannot be written; the model is spread over
+            several processes.
     """
+    check_here(model, "model")
     folder = local.expand(folder).resolve()
     if max_shard_size < 1:
         raise SourceError(f"max_shard_size is {max_shard_size} bytes, expected at least 1.")
@@ -112,10 +113,9 @@ def _write(model: Gemma2, folder: Path, tokenizer: Any, max_shard_size: int) -> 
         (folder / INDEX).write_bytes(index(shards, dtypes))
     for file, shard in shards.items():
         with (folder / file).open("wb") as stream:
-            stream.write(header(shard, dtypes))
+            stream.write(begin(shard, dtypes))
             for name in shard:
-                array = np.ascontiguousarray(jax.device_get(values[name.ours]))
-                stream.write(memoryview(array.reshape(-1).view(np.uint8)))
+                stream.writelines(pieces(np.asarray(jax.device_get(values[name.ours]))))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     config = {**model.config.to_dict(), "dtype": model.dtype.name}
@@ -159,19 +159,10 @@ def index(shards: Mapping[str, Sequence[Name]], dtypes: Mapping[str, np.dtype]) 
     })  # fmt: skip
 
 
-def header(names: Sequence[Name], dtypes: Mapping[str, np.dtype]) -> bytes:
-    """The beginning of a safetensors file, up to the bytes of its first tensor."""
-    found, end = {"__metadata__": {"format": "pt"}}, 0  # transformers insists on a format
-    for name in names:
-        start, end = end, end + size_of(name, dtypes)
-        found[name.hf] = {
-            "dtype": _DTYPE_NAMES[dtypes[name.ours]],
-            "shape": list(name.hf_shape),
-            "data_offsets": [start, end],
-        }
-    encoded = json.dumps(found, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    return len(encoded).to_bytes(8, "little") + encoded
+def begin(names: Sequence[Name], dtypes: Mapping[str, np.dtype]) -> bytes:
+    """The beginning of a safetensors file of these parameters, up to the bytes of the first."""
+    tensors = ((name.hf, dtypes[name.ours], name.hf_shape) for name in names)
+    return header(tensors, {"format": "pt"})
 
 
 def _json(value: dict[str, Any]) -> bytes:

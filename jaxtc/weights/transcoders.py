@@ -1,10 +1,8 @@
 """Transcoders from a source: Gemma Scope's on the hub, files and folders like it, the embedded."""
 
 import functools
-import operator
-import os
 from collections.abc import Callable, Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,36 +14,30 @@ from jaxtc.processes import agreed
 from jaxtc.sharding import RULES, MeshLike, Rules, make_mesh, shardings, variables
 from jaxtc.sites import BY_NAME
 from jaxtc.transcoder import Transcoder
-from jaxtc.weights import arrays, hub, local
-from jaxtc.weights.converted import is_converted, load_converted_transcoder, open_transcoders
+from jaxtc.weights import arrays, local
+from jaxtc.weights.converted import load_converted_transcoder, open_transcoders
+from jaxtc.weights.find import (
+    converted_folder,
+    find_file,
+    find_layer,
+    layer_of_file,
+    listed,
+    split,
+    wish_of,
+)
 from jaxtc.weights.formats import (
-    BY_FORMAT,
     SITES,
-    Format,
     TranscoderFile,
-    by_name,
     open_transcoder,
     read_all,
-    write,
+    told_sites,
 )
 from jaxtc.weights.layout import (
     DEFAULT_L0,
-    DEFAULT_WIDTH,
     GEMMA_SCOPE_2B,
-    PARAMS,
     SHAPE,
-    Tier,
-    Wish,
-    check_layer,
-    choose,
-    default_path,
-    is_file,
-    is_tier,
-    layer_of,
-    place_of,
     sae_site,
     tiers_in,
-    tiers_of,
 )
 from jaxtc.weights.load import EMBEDDED, embedded_data, no_revision
 
@@ -100,10 +92,10 @@ def load_transcoder(
     given = {"input_site": input_site, "output_site": output_site}
     for site in filter(None, given.values()):
         _check_site(site)
-    wish = _wish(layer, width, l0)
+    wish = wish_of(layer, width, l0)
     with agreed(mesh, "load the transcoder"):
         places = mesh and functools.partial(shardings, mesh=mesh, rules=rules)
-        folder = _converted(source, revision)
+        folder = converted_folder(source, revision)
         if folder is not None:
             if path or not wish.usual:
                 raise SourceError(
@@ -112,7 +104,7 @@ def load_transcoder(
                 )
             checkpoint = open_transcoders(folder)
             return load_converted_transcoder(checkpoint, wish.layer, dtype, places, given)
-        file, name, number = _find_layer(source, wish, path, revision)
+        file, name, number = find_layer(source, wish, path, revision)
         return _read(file, dtype, name, number, given, places)
 
 
@@ -137,7 +129,7 @@ def look_up(
         SourceError, SiteError, WeightsError: as there.
     """
     given = {"input_site": input_site, "output_site": output_site}
-    file, name, number = _find_layer(source, _wish(layer, width, l0), None, revision)
+    file, name, number = find_layer(source, wish_of(layer, width, l0), None, revision)
     with open_transcoder(file) as opened:
         stored = opened.dtype
         declared = _declared(opened, stored if dtype is None else dtype, name, number, given)
@@ -146,7 +138,7 @@ def look_up(
 
 def transcoder_file(source: str | Path, layer: int | None = None) -> Path:
     """The local file that :func:`load_transcoder` would read. Raises SourceError so."""
-    return _find(source, _wish(layer, None, None), None, None)[0]
+    return find_file(source, wish_of(layer, None, None), None, None)[0]
 
 
 def load_transcoders(
@@ -200,7 +192,7 @@ def available_layers(source: str | Path = EMBEDDED, revision: str | None = None)
     found = local.find(source)
     if source == GEMMA_SCOPE_2B:
         return list(range(len(DEFAULT_L0)))
-    converted = _converted(source, revision)
+    converted = converted_folder(source, revision)
     if converted is not None:
         return sorted(open_transcoders(converted).manifest.transcoders)
     if source == EMBEDDED:
@@ -208,106 +200,15 @@ def available_layers(source: str | Path = EMBEDDED, revision: str | None = None)
     elif found is not None:
         no_revision(source, revision)
         if not found.is_dir():
-            return [_layer_of_file(found)]
+            return [layer_of_file(found)]
         tiers = tiers_in(found)
     else:
-        repo, inside = _split(source)
-        tiers = [t for t in _listed(repo, revision) if t.is_below(inside)]
+        repo, inside = split(source)
+        tiers = [t for t in listed(repo, revision) if t.is_below(inside)]
     layers = sorted({tier.layer for tier in tiers})
     if not layers:
         raise SourceError(f"{source} holds no transcoders; expected {SHAPE} in it.")
     return layers
-
-
-def save_transcoder(
-    transcoder: Transcoder,
-    path: str | Path,
-    *,
-    format: str | None = None,
-    without_sites: bool = False,
-) -> Path:
-    """Write a transcoder in one of the formats of :data:`jaxtc.weights.formats.FORMATS`.
-
-    The file is written whole or not at all. Those in safetensors say which sites the transcoder
-    reads and writes. ``params.npz`` has no place for that (nor for the layer, which the folder
-    ``layer_N`` around it names): a transcoder that would be taken for one of other sites is refused
-    there unless you say that you will remember them.
-
-    Args:
-        transcoder: to be saved. In ``params.npz`` its parameters are float32, and a ReLU has
-            thresholds of 0; in safetensors they keep their dtype. circuit-tracer's
-            ``z·(z > threshold)`` lets negative values pass a negative threshold: it is written as
-            0 there, which computes the same.
-        path: the file, or the folder to write ``params.npz`` (or circuit-tracer's
-            ``layer_N.safetensors``) in; folders are made.
-        format: ``"gemma-scope"``, ``"circuit-tracer"`` or ``"gemma-scope-2"``; by default the one
-            that the file's name ends like, or the first.
-        without_sites: write ``params.npz`` though the sites are lost; they must then be given to
-            :func:`load_transcoder` each time, as ``input_site`` and ``output_site``.
-
-    Returns:
-        The file.
-
-    Raises:
-        SourceError: it cannot be written there, or not in this format.
-        SiteError: ``params.npz`` of other sites than would be read from it, and ``without_sites``
-            is false.
-    """
-    path = local.expand(path)
-    made = by_name(format, path)
-    file = path if path.suffix == made.suffix else path / _file_name(made.name, transcoder)
-    check_savable(transcoder, made, file, without_sites)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write(made, file, transcoder, jax.device_get)
-    except OSError as error:
-        raise SourceError(f"{file} cannot be written: {error.strerror}.") from error
-    return file
-
-
-def check_savable(
-    transcoder: Transcoder, made: Format, file: Path, without_sites: bool = False
-) -> None:
-    """Refuse to write a transcoder to a file that could not give it back.
-
-    Raises:
-        SourceError, SiteError: as :func:`save_transcoder`.
-    """
-    if transcoder.W_skip is not None and "W_skip" not in made.keys:
-        others = [other.name for other in BY_FORMAT.values() if "W_skip" in other.keys]
-        raise SourceError(
-            f"The format {made.name!r} has no skip connection, and this transcoder has one. Give "
-            f"format={others[0]!r} (a .safetensors file)."
-        )
-    own = {"input_site": transcoder.input_site, "output_site": transcoder.output_site}
-    told = _told(file.absolute().parts, made.sites)
-    if made.suffix == ".npz" and own != told and not without_sites:
-        given = ", ".join(f"{key}={value!r}" for key, value in own.items())
-        raise SiteError(
-            f"params.npz has no place for this transcoder's sites ({given}); loaded again it would "
-            f"be taken for {told['input_site']} to {told['output_site']}. Save it as safetensors "
-            f"(format='circuit-tracer'); or with without_sites=True, and give {given} to "
-            "load_transcoder."
-        )
-
-
-def _file_name(format: str, transcoder: Transcoder) -> str:
-    """The file in a folder that a transcoder is written to."""
-    if format != "circuit-tracer":
-        return "params" + BY_FORMAT[format].suffix
-    if transcoder.layer is None:
-        raise SourceError(
-            "This transcoder does not know its layer, which names its file in a folder of this "
-            "format; give the file: path='layer_20.safetensors'."
-        )
-    return f"layer_{transcoder.layer}.safetensors"
-
-
-def _told(parts: Iterable[str], usual: tuple[str, str] | None) -> dict[str, str]:
-    """The sites that folders' names tell, or a format's usual ones; empty when neither does."""
-    site = sae_site(parts)
-    pair = (site, site) if site else usual
-    return dict(zip(SITES, pair, strict=True)) if pair else {}
 
 
 def _check_site(name: str) -> None:
@@ -357,7 +258,7 @@ def _declared(
             f"{name} is an autoencoder of the token embedding, which the model has once; jaxtc "
             "reads those of layers (layer_N)."
         )
-    sites = _told(file.absolute().parts, opened.format.sites) | opened.sites
+    sites = told_sites(file.absolute().parts, opened.format.sites) | opened.sites
     sites |= {key: site for key, site in given.items() if site}
     missing = [key for key in SITES if key not in sites]
     if missing:
@@ -374,126 +275,3 @@ def _declared(
         *shapes["W_enc"], shapes["W_dec"][1], dtype=dtype, layer=layer, source=name,
         relu="threshold" not in shapes, skip="W_skip" in shapes, **sites,
     )  # fmt: skip
-
-
-def _converted(source: str | Path, revision: str | None) -> Path | None:
-    """The folder of a source that is a converted checkpoint, None for any other."""
-    found = None if source == EMBEDDED else local.find(source)
-    if found is None or not found.is_dir() or not is_converted(found):
-        return None
-    no_revision(source, revision)
-    return found
-
-
-def _find_layer(
-    source: str | Path, wish: Wish, path: str | None, revision: str | None
-) -> tuple[Path, str, int | None]:
-    """As :func:`_find`, and the layer, if anything tells."""
-    file, name = _find(source, wish, path, revision)
-    named = layer_of(file.absolute().as_posix())
-    if None not in (named, wish.layer) and named != wish.layer:
-        raise SourceError(f"layer={wish.layer} was asked for, but {name} is of layer {named}.")
-    return file, name, wish.layer if named is None else named
-
-
-def _find(
-    source: str | Path, wish: Wish, path: str | None, revision: str | None
-) -> tuple[Path, str]:
-    """The local file of a transcoder, and the name it goes by."""
-    if path is not None and (os.path.isabs(path) or ".." in PurePosixPath(path).parts):
-        raise SourceError(f"path={path!r} leaves {source}; give a path below it.")
-    if source == EMBEDDED:
-        return _in_folder(embedded_data("transcoders", revision), EMBEDDED, wish, path or "")
-    found = local.find(source)
-    if found is not None:
-        no_revision(source, revision)
-        if found.is_dir():
-            return _in_folder(found, str(source), wish, path or "")
-        if path is not None:
-            raise SourceError(f"{source} is a file, so there is no {path!r} in it.")
-        return found, str(source)
-    repo, inside = _split(source)
-    return _on_hub(repo, "/".join(filter(None, (inside, path))), wish, revision)
-
-
-def _in_folder(folder: Path, source: str, wish: Wish, path: str) -> tuple[Path, str]:
-    if is_converted(folder):
-        raise SourceError(
-            f"{folder} is a converted checkpoint, which has no file for each transcoder. Convert "
-            "it with `jaxtc convert --to npz` first."
-        )
-    candidates = [name for name in _files(path) if local.has(folder, name)]
-    chosen = candidates[0] if candidates else None
-    if chosen is None:
-        usual = sae_site(folder.absolute().parts) is None
-        chosen = choose(tiers_in(folder), _folder(path), wish, source, usual=usual).path
-    inside = place_of(chosen)
-    return folder / chosen, f"{source.rstrip('/')}/{inside}" if inside else source
-
-
-def _on_hub(repo: str, path: str, wish: Wish, revision: str | None) -> tuple[Path, str]:
-    wanted = _files(path)[0] if path else ""
-    usual = wish.l0 is None and wish.width in (None, DEFAULT_WIDTH)
-    if not path and repo == GEMMA_SCOPE_2B and wish.layer is not None and usual:
-        check_layer(wish.layer, range(len(DEFAULT_L0)), repo)
-        wanted = default_path(wish.layer)
-    file = hub.download_if_there(repo, wanted, revision) if is_tier(wanted) else None
-    if file is None:
-        usual = sae_site(repo.split("/")) is None
-        wanted = choose(_listed(repo, revision), _folder(path), wish, repo, usual=usual).path
-        file = hub.download(repo, wanted, revision)
-    return file, f"{repo}/{place_of(wanted)}"
-
-
-def _listed(repo: str, revision: str | None) -> list[Tier]:
-    return tiers_of(hub.list_files(repo, revision))
-
-
-def _split(source: str | Path) -> tuple[str, str]:
-    """The repository and the path in it that a hub source names."""
-    parts = hub.split_id(source) if isinstance(source, str) else None
-    # Every hub id may look like a relative path; none of a repository's ends like a file of ours.
-    if parts is None or is_file(parts[0]):
-        raise SourceError(
-            f"There is no file or folder {source}, and it is not a hub id such as {GEMMA_SCOPE_2B}."
-        )
-    return parts
-
-
-def _wish(layer: int | None, width: str | None, l0: int | str | None) -> Wish:
-    """What was asked for, the layer as an index from 0."""
-    try:
-        number = None if layer is None else operator.index(layer)
-    except TypeError:
-        number = -1
-    if number is not None and number < 0:
-        place = f" A place below the source is given as path={layer!r}."
-        raise SourceError(
-            f"layer is {layer!r}, expected a whole number from 0."
-            + (place if isinstance(layer, str) else "")
-        )
-    width = None if width is None else str(width).removeprefix("width_")
-    return Wish(number, width, None if l0 is None else str(l0).removeprefix("average_l0_"))
-
-
-def _layer_of_file(file: Path) -> int:
-    named = layer_of(file.absolute().as_posix())
-    if named is None:
-        raise SourceError(
-            f"{file} is one transcoder, and no folder around it (layer_N) says of which layer; say "
-            "which layer, as a number."
-        )
-    return named
-
-
-def _files(path: str) -> list[str]:
-    """The files that a path below a source may mean."""
-    path = path.strip("/")
-    if is_file(path):
-        return [path]
-    return [f"{path}/{name}".lstrip("/") for name in (PARAMS, "params.safetensors")]
-
-
-def _folder(path: str) -> str:
-    """What to look below for a path that is no file: without a file's name and slashes around."""
-    return place_of(path.strip("/"))

@@ -3,6 +3,7 @@
 Run by ``test_plan.py`` in a process of its own; prints one JSON object.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -14,14 +15,19 @@ from flax import nnx
 import jaxtc
 from jaxtc.captures import understand
 from jaxtc.dispatch import parameters, placed
+from jaxtc.placement import Placement
 from jaxtc.prompts import prepare
 from jaxtc.reducers import At, Mean, Norm, TopK
+from jaxtc.sharding import make_mesh, shardings
+from jaxtc.weights.released import RELEASED
 
 CONFIG = jaxtc.Gemma2Config(
     vocab_size=512, hidden_size=64, intermediate_size=512, num_hidden_layers=3,
     num_attention_heads=8, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16,
     sliding_window=8, max_position_embeddings=512,
 )  # fmt: skip
+WIDE = dataclasses.replace(RELEASED["27b"], num_hidden_layers=2, layer_types=())
+MESH_27B = "data=1,model=8"
 LAYERS, FEATURES, BATCH, LENGTH, NEW = (0, 2), 1024, 4, 44, 9
 WHOLE = ["resid_post", "q", "k", "layers.1.mlp_act", "layers.0.attn_pattern", "final_scale"]
 REDUCED = [At("resid_post", -1), At("q", [0, 2]), Mean("mlp_act"), Norm("q"), TopK("logits", 5)]
@@ -83,13 +89,35 @@ def measure(folder: Path, mesh: str) -> dict:
     kept["reduced"] = held(dict(jaxtc.run(model, tokens, capture=REDUCED, logits=None).activations))
     kept["generated"], kept["kv cache"] = cache_of(model, tokens, capture=STEPWISE)
     kept["alone"] = held(jaxtc.run(model, tokens[:3], capture="mlp_out", logits="last").logits)
-    splice = jaxtc.Splice(transcoders[0])
-    kept["workspace"] = {
+    return kept
+
+
+def workspaces(folder: Path, mesh: str) -> dict:
+    """Of three programs."""
+    model = jaxtc.load_model(folder / "model", mesh=mesh, dtype="float32")
+    splice = jaxtc.Splice(jaxtc.load_transcoder(folder / "transcoders", LAYERS[0], mesh=mesh))
+    return {
         "scores": workspace(model, (), "last"),
         "captures": workspace(model, ["resid_post"], None),
         "features": workspace(model, (), "last", [splice]),
     }
-    return kept
+
+
+def of_real_width(mesh: str) -> dict:
+    """Two layers of 27B, compiled from shapes: XLA's own account of each device, in bytes."""
+    module = sys.modules["jaxtc.run"]
+    mesh, model = make_mesh(mesh), jaxtc.Gemma2.abstract(WIDE)
+    places = zip(jax.tree.leaves(model), shardings(model, mesh), strict=True)
+    leaves = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at) for x, at in places]
+    prompts = prepare(np.ones((4, 1024), int), WIDE)
+    asked = understand("resid_post", WIDE.num_hidden_layers)
+    call = module.Call.of(WIDE, prompts, asked, (), "last", Placement.of(mesh))
+    found = module._run.lower(*call.on_mesh(leaves)).compile().memory_analysis()
+    return {
+        "arguments": found.argument_size_in_bytes,
+        "results": found.output_size_in_bytes,
+        "workspace": found.temp_size_in_bytes,
+    }
 
 
 def main(folder: Path, meshes: list[str]) -> None:
@@ -99,7 +127,10 @@ def main(folder: Path, meshes: list[str]) -> None:
         made = jaxtc.Transcoder(CONFIG.hidden_size, FEATURES, layer=layer, rngs=nnx.Rngs(layer))
         place = folder / "transcoders" / f"layer_{layer}" / "width_1k" / "average_l0_9"
         jaxtc.save_transcoder(made, place)
-    print(json.dumps({mesh: measure(folder, mesh) for mesh in meshes}))
+    found = {mesh: measure(folder, mesh) for mesh in meshes}
+    found["workspace"] = workspaces(folder, meshes[0])
+    found["27b"] = of_real_width(MESH_27B)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

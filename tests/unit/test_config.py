@@ -104,6 +104,9 @@ OTHERS = [
     ({"eos_token_id": [1, None]}, "eos_token_id is .1, None., expected .* or a list of them"),
     ({"eos_token_id": True}, "eos_token_id is True"),
     ({"layer_types": {}}, "layer_types is {}, expected a list"),
+    ({"layer_types": []}, "an empty list of layer_types"),
+    ({"tie_word_embeddings": "yes"}, "tie_word_embeddings = 'yes'"),
+    ({"tie_word_embeddings": None}, "tie_word_embeddings = False"),
     ({"model_type": "llama", "architectures": [1]}, "no architecture named"),
     ({"model_type": "llama", "architectures": 7}, "no architecture named"),
 ]

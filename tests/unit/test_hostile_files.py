@@ -16,7 +16,7 @@ import pytest
 from jaxtc.errors import WeightsError
 from tests.unit.hostile import child
 
-MUTANTS = int(os.environ.get("JAXTC_MUTANTS", "150"))
+MUTANTS = int(os.environ.get("JAXTC_MUTANTS", "200"))
 # A process each: a crash is a failure of its batch, and no other's.
 BATCH = 500
 

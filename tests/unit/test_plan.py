@@ -13,6 +13,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jaxtc
@@ -234,6 +235,15 @@ def test_the_smallest_change_comes_first():
     assert found.verdicts[2].suggestions[0].option == "XLA_CLIENT_MEM_FRACTION=0.9"
 
 
+def test_sizes_beyond_reason_take_no_longer():
+    deep = Gemma2Config(num_hidden_layers=10_000, num_attention_heads=10**6, num_key_value_heads=1)
+    found = plan(deep, "data=7", batch=10**12, transcoders="all", dtype="float32")
+    assert found.per_device > 10**15
+    json.dumps(found.to_dict())
+    sizes = {"batch": np.int64(2), "length": np.int32(9), "width": np.int64(64)}
+    json.dumps(plan("2b", transcoders=np.arange(3), **sizes).to_dict())
+
+
 def test_nothing_helps_is_said_so():
     found = plan(Gemma2Config(hidden_size=2**16, intermediate_size=2**20, num_attention_heads=1,
                               num_key_value_heads=1), rules=RULES | {"mlp": None})  # fmt: skip
@@ -255,7 +265,10 @@ def test_nothing_helps_is_said_so():
         ({"new_tokens": 5, "capture": At("mlp_out", -1)}, InputError, "reduces over"),
         ({"logits": "some"}, InputError, "logits is 'some'"),
         ({"transcoders": "some"}, InputError, "transcoders is 'some'"),
+        ({"transcoders": 5}, InputError, "transcoders is 5"),
+        ({"transcoders": [1.5]}, InputError, "1.5"),
         ({"transcoders": [26]}, SiteError, "26 layers"),
+        ({"mesh": None}, ShardingError, "A mesh is None"),
         ({"dtype": "int8"}, WeightsError, "int8"),
         ({"capture": "resid_pst"}, SiteError, "resid_post"),
         ({"rules": {"vocb": None}}, ShardingError, "'vocb'"),
@@ -340,3 +353,10 @@ def test_planning_takes_seconds_and_starts_no_backend():
 
 def test_it_is_public():
     assert jaxtc.plan is importlib.import_module("jaxtc.plan").plan
+
+
+def test_sites_of_a_released_model_need_no_network(offline, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["sites", "--model", "google/gemma-2-27b", "--json"])
+    shapes = {row["site"]: row["shape"] for row in json.loads(capsys.readouterr().out)}
+    assert exit_.value.code == 0 and shapes["mlp_act"] == ["B", "T", 36864]

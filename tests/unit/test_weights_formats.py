@@ -9,9 +9,10 @@ import safetensors.numpy
 from flax import nnx
 
 import jaxtc
-from jaxtc.errors import SiteError, SourceError, WeightsError
+from jaxtc.errors import InputError, SiteError, SourceError, WeightsError
+from jaxtc.parity import flow
 from jaxtc.weights.transcoders import available_layers
-from tests.unit.weights_files import compose, parse, same
+from tests.unit.weights_files import CONFIG, compose, parse, same, write_tier
 
 D, M, O = 24, 60, 16  # noqa: E741
 SITES = {"input_site": "mlp_in", "output_site": "mlp_out"}
@@ -226,3 +227,11 @@ def test_metadata_that_is_no_text(tmp_path, metadata):
         jaxtc.load_transcoder(path, **SITES)
     compose(path, {**header, "__metadata__": {"a": json.dumps(metadata)}}, data)
     assert jaxtc.load_transcoder(path, **SITES).layer == 1
+
+
+def test_the_certificate_is_of_gemma_scopes_transcoders(tmp_path):
+    sae = write_tier(tmp_path, "gemma-scope-2b-pt-res/layer_1/width_1k/average_l0_9")
+    other = write(tmp_path / "layer_1.safetensors", circuit_tracer())
+    for file, kind in ((sae, "an autoencoder of resid_post"), (other, "of the format 'circuit-tr")):
+        with pytest.raises(InputError, match=kind):
+            flow._transcoder(file, None, CONFIG)

@@ -1,6 +1,7 @@
 """The hub: a small server on this machine answers as the real one does, headers and refusals."""
 
 import contextlib
+import hashlib
 import http.server
 import json
 import shutil
@@ -12,8 +13,12 @@ import huggingface_hub
 import pytest
 
 import jaxtc
-from jaxtc.errors import ConfigError, SourceError
+from jaxtc.errors import ConfigError, SourceError, WeightsError
 from jaxtc.weights import hub
+from jaxtc.weights.convert import convert
+from jaxtc.weights.layout import GEMMA_SCOPE_2B
+from jaxtc.weights.manifest import read_manifest
+from tests.unit import tiny
 from tests.unit.weights_files import random_model, same, write_tier
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -85,7 +90,7 @@ class FakeHub:
             return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}, b""
         body = files[name].read_bytes()
         self.sent[name] += not head
-        etag = f'"{hash((repo, name)) & (2**64 - 1):016x}"'
+        etag = f'"{hashlib.sha256(body).hexdigest()}"'  # as of the real one's large files
         return 200, {"ETag": etag, "X-Repo-Commit": COMMIT}, body
 
 
@@ -272,12 +277,50 @@ def test_transcoders_of_another_repository(server, scope):
         jaxtc.load_transcoder("google/other", 4)
 
 
+@pytest.mark.parametrize(("kind", "site"), [("res", "resid_post"), ("att", "attn_heads")])
+def test_autoencoders_from_the_hub(server, kind, site):
+    repo = f"google/gemma-scope-9b-pt-{kind}"
+    for place in ("layer_9/width_16k/average_l0_12", "layer_9/width_131k/average_l0_51",
+                  "embedding/width_4k/average_l0_6"):  # fmt: skip
+        write_tier(server.root / repo, place)
+    loaded = jaxtc.load_transcoder(repo, 9, width="131k")
+    assert (loaded.input_site, loaded.output_site, loaded.layer) == (site, site, 9)
+    assert loaded.source == f"{repo}/layer_9/width_131k/average_l0_51"
+    assert jaxtc.load_transcoder(f"{repo}/layer_9/width_16k/average_l0_12").input_site == site
+    with pytest.raises(SourceError, match="has 2 transcoders for layer 9; choose one by its path"):
+        jaxtc.load_transcoder(repo, 9)
+    with pytest.raises(SourceError, match="has no 'embedding/width_4k/average_l0_6'"):
+        jaxtc.load_transcoder(f"{repo}/embedding/width_4k/average_l0_6")
+
+
 def test_transcoders_that_the_hub_does_not_have(server, scope):
     with pytest.raises(SourceError, match="no transcoder for layer 26; it has layers 0, 1"):
         jaxtc.load_transcoder(scope, 26)
     with pytest.raises(SourceError) as error:
         jaxtc.load_transcoder(f"{scope}/layer_20/width_16k/average_l0_12")
     assert "layer_20/width_16k/average_l0_11" in str(error.value)
+
+
+def test_conversions_from_the_hub(server, model, scope, tmp_path):
+    fill(server, model, tokenizer=tiny.tokenizer(), max_shard_size=6000)
+    tree = convert("google/gemma-2-tiny", tmp_path / "model", verify=True)
+    assert (read_manifest(tree).kind, read_manifest(tree).revision) == ("model", COMMIT)
+    assert read_manifest(tree).source == "google/gemma-2-tiny"
+    assert same(model, jaxtc.load_model(tree, dtype="float32"))
+    assert jaxtc.load_tokenizer(tree).encode("the city") == tiny.tokenizer().encode("the city")
+    back = convert(tree, tmp_path / "back", "safetensors", max_shard_size=6000)
+    original = server.root / "google/gemma-2-tiny"
+    assert {p.name for p in back.iterdir()} == {p.name for p in original.iterdir()}
+    assert all((back / p.name).read_bytes() == p.read_bytes() for p in original.iterdir())
+    # The bytes of the cache are the hub's, until a disk fails.
+    cached = next((tmp_path / "cache").rglob("snapshots/*/model-00002*")).resolve()
+    cached.write_bytes(cached.read_bytes()[:-1] + b"x")
+    with pytest.raises(WeightsError, match="model-00002.* is not what the Hugging Face hub has"):
+        convert("google/gemma-2-tiny", tmp_path / "damaged", verify=True)
+
+    tree = convert(GEMMA_SCOPE_2B, tmp_path / "scope", layers=[20], verify=True)
+    assert (read_manifest(tree).kind, read_manifest(tree).revision) == ("transcoders", COMMIT)
+    assert same(jaxtc.load_transcoder(tree), jaxtc.load_transcoder(GEMMA_SCOPE_2B, 20))
 
 
 @pytest.mark.parametrize(

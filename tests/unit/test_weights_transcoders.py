@@ -214,6 +214,18 @@ def test_directory_that_claims_more_than_is_there(path, compression):
     refused(path, r"W_enc\.npy claims 20\d+ bytes")
 
 
+def test_a_bomb_is_not_unpacked(path):
+    many = np.zeros((2_000_000, 24), np.float32)  # 192 MB of zeros in 200 kB
+    arrays = {**params(), "W_enc": many.T, "W_dec": many}
+    np.savez_compressed(path, **{key: arrays[key] for key in ("W_enc", "b_dec")})
+    refused(path, r"its \d+ bytes claim to unpack to 192\d+, which no weights do")
+
+
+def test_something_before_the_zip(path):
+    path.write_bytes(b"#!/bin/sh\n" + path.read_bytes())
+    refused(path, "does not begin as a zip file does")
+
+
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"\x93NUMPY\x03\0", b"hello" * 50])
 def test_member_that_is_no_npy(path, content):
     members = {f"{k}.npy": npy(v) for k, v in params().items()}

@@ -25,12 +25,13 @@ from jaxtc.errors import JaxtcError
 
 FORMATS = {
     "safetensors": "tensors", "transcoder": "tensors", "npz": "npz", "index": "folders",
-    "config": "folders", "converted": "converted",
+    "config": "folders", "converted": "converted", "converted-transcoders": "converted",
 }  # fmt: skip
 SECONDS = 10
 # Python's objects for a byte of JSON, and what any reading takes.
 TIMES, FREE = 100, 4 << 20
-# One mutant in so many goes through load_model or load_transcoder, the others to their readers.
+# One mutant in so many goes through load_model or load_transcoder, every other one of them onto a
+# mesh; the rest go to their readers.
 DEEP = 10
 # Address space beyond what the process has when it begins.
 SPACE = 2 << 30
@@ -62,7 +63,7 @@ def one(case, number: int, seed: int) -> tuple[str, bool, float, float]:
     loaded = None
     try:
         with limit():
-            loaded = case.load(deep=number % DEEP == 0)
+            loaded = case.load(deep=0 if number % DEEP else 1 + number // DEEP % 2)
     except JaxtcError as error:
         message = str(error)
         assert "\n" not in message and 20 < len(message) < 6000, f"not a paragraph: {message[:300]}"
@@ -82,7 +83,7 @@ def main(name: str, first: int, count: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         case = made(Path(folder))
         case.restore()
-        for deep in (False, True):  # what honest files say, and everything imported
+        for deep in (0, 1, 2):  # what honest files say, and everything imported
             case.check(case.load(deep=deep))
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + SPACE, used + SPACE))

@@ -14,7 +14,7 @@ import jaxtc
 from jaxtc.weights.checkpoint import open_checkpoint
 from jaxtc.weights.safetensors_file import FLOATS
 from tests.unit.hostile.mutate import ODD, dump, mutate_bytes, mutate_json, pick, whole
-from tests.unit.hostile.tensors import CONFIG, FLOAT32, same
+from tests.unit.hostile.tensors import CONFIG, FLOAT32, MESHES, same
 
 INDEX = "model.safetensors.index.json"
 OUTSIDE = (
@@ -171,10 +171,10 @@ class Index(Folder):
         self.write(INDEX, content if content is not None else json.dumps(raw).encode())
         return self.kind
 
-    def load(self, deep: bool) -> dict[str, np.ndarray]:
+    def load(self, deep: int) -> dict[str, np.ndarray]:
         """Every tensor by its name in the files; of the model when ``deep``."""
         if deep:
-            made = jaxtc.load_model(self.folder, dtype="float32")
+            made = jaxtc.load_model(self.folder, dtype="float32", mesh=MESHES[deep])
             return {"model.embed_tokens.weight": np.asarray(made.embed.weight[...])}
         with open_checkpoint(self.folder) as checkpoint:
             found = {}
@@ -248,10 +248,10 @@ class Config(Folder):
         self.write("config.json", content if content is not None else json.dumps(raw).encode())
         return self.kind
 
-    def load(self, deep: bool) -> dict[str, np.ndarray]:
+    def load(self, deep: int) -> dict[str, np.ndarray]:
         """The config; the weights are there, so a wrong size is found when ``deep``."""
         if deep or self.kind == "place":
-            made = jaxtc.load_model(self.folder, dtype="float32")
+            made = jaxtc.load_model(self.folder, dtype="float32", mesh=MESHES[deep])
             return {"config": made.config, "weights": leaves(made)}
         return {"config": jaxtc.Gemma2Config.from_file(self.folder / "config.json")}
 

@@ -12,7 +12,7 @@ import numpy as np
 import jaxtc
 from jaxtc.weights.formats import open_transcoder, read_all
 from tests.unit.hostile.mutate import mutate_bytes, pick, whole
-from tests.unit.hostile.tensors import FLOAT32, same
+from tests.unit.hostile.tensors import FLOAT32, MESHES, same
 
 SHAPES = {"W_enc": (5, 7), "W_dec": (7, 3), "b_enc": (7,), "b_dec": (3,), "threshold": (7,)}
 CENTRAL, LOCAL = b"PK\x01\x02", b"PK\x03\x04"
@@ -365,10 +365,10 @@ class Npz:
         """Bytes on the disk."""
         return self.path.stat().st_size if self.path.is_file() else 0
 
-    def load(self, deep: bool) -> dict[str, np.ndarray]:
+    def load(self, deep: int) -> dict[str, np.ndarray]:
         """The five parameters."""
         if deep:
-            made = jaxtc.load_transcoder(self.path)
+            made = jaxtc.load_transcoder(self.path, mesh=MESHES[deep])
             return {key: np.asarray(getattr(made, key)[...]) for key in SHAPES}
         with open_transcoder(self.path) as opened:
             return read_all(opened, FLOAT32)

@@ -21,6 +21,9 @@ CONFIG = jaxtc.Gemma2Config(
 )  # fmt: skip
 HUGE = (2**31, 2**40, 2**62, 2**63, 2**64, 10**25)
 FLOAT32 = np.dtype(np.float32)
+SITES = {"input_site": "mlp_in", "output_site": "mlp_out"}
+# What a load is given as mesh: through the readers alone, through load_model, and through a mesh.
+MESHES = (None, None, "model=1")
 
 
 def split(raw: bytes) -> tuple[dict, bytes]:
@@ -152,10 +155,10 @@ class Tensors:
         """Bytes on the disk."""
         return self.path.stat().st_size if self.path.is_file() else 0
 
-    def load(self, deep: bool) -> dict[str, np.ndarray]:
+    def load(self, deep: int) -> dict[str, np.ndarray]:
         """Every tensor that jaxtc can read, as float32; the model's own when ``deep``."""
         if deep:
-            model = jaxtc.load_model(self.folder, dtype="float32")
+            model = jaxtc.load_model(self.folder, dtype="float32", mesh=MESHES[deep])
             embedding = np.asarray(model.embed.weight[...])
             return {"model.embed_tokens.weight": embedding}
         found = {}
@@ -206,10 +209,10 @@ class Transcoders(Tensors):
         self.raw = self.files[self.path]
         return super().mutate(rng)
 
-    def load(self, deep: bool) -> dict[str, np.ndarray]:
+    def load(self, deep: int) -> dict[str, np.ndarray]:
         """Its parameters by our names."""
         if deep:
-            made = jaxtc.load_transcoder(self.path, input_site="mlp_in", output_site="mlp_out")
+            made = jaxtc.load_transcoder(self.path, mesh=MESHES[deep], **SITES)
             held = {name: getattr(made, name) for name in NAMES}
             return {name: np.asarray(p[...]) for name, p in held.items() if p is not None}
         with open_transcoder(self.path) as opened:

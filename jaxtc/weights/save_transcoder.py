@@ -1,0 +1,99 @@
+"""Writing transcoders in the formats of :mod:`jaxtc.weights.formats`."""
+
+from pathlib import Path
+
+import jax
+
+from jaxtc.errors import SiteError, SourceError
+from jaxtc.processes import check_here
+from jaxtc.transcoder import Transcoder
+from jaxtc.weights import local
+from jaxtc.weights.formats import BY_FORMAT, Format, by_name, told_sites
+from jaxtc.weights.write_transcoder import write_transcoder
+
+
+def save_transcoder(
+    transcoder: Transcoder,
+    path: str | Path,
+    *,
+    format: str | None = None,
+    without_sites: bool = False,
+) -> Path:
+    """Write a transcoder in one of the formats of :data:`jaxtc.weights.formats.FORMATS`.
+
+    The file is written whole or not at all. Those in safetensors say which sites the transcoder
+    reads and writes. ``params.npz`` has no place for that (nor for the layer, which the folder
+    ``layer_N`` around it names): a transcoder that would be taken for one of other sites is refused
+    there unless you say that you will remember them.
+
+    Args:
+        transcoder: to be saved. In ``params.npz`` its parameters are float32, and a ReLU has
+            thresholds of 0; in safetensors they keep their dtype. circuit-tracer's
+            ``z·(z > threshold)`` lets negative values pass a negative threshold: it is written as
+            0 there, which computes the same.
+        path: the file, or the folder to write ``params.npz`` (or circuit-tracer's
+            ``layer_N.safetensors``) in; folders are made.
+        format: ``"gemma-scope"``, ``"circuit-tracer"`` or ``"gemma-scope-2"``; by default the one
+            that the file's name ends like, or the first.
+        without_sites: write ``params.npz`` though the sites are lost; they must then be given to
+            :func:`load_transcoder` each time, as ``input_site`` and ``output_site``.
+
+    Returns:
+        The file.
+
+    Raises:
+        SourceError: it cannot be written there, or not in this format.
+        SiteError: ``params.npz`` of other sites than would be read from it, and ``without_sites``
+            is false.
+    """
+    check_here(transcoder, "transcoder")
+    path = local.expand(path)
+    made = by_name(format, path)
+    file = path if path.suffix == made.suffix else path / _file_name(made.name, transcoder)
+    check_savable(transcoder, made, file, without_sites)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_transcoder(
+            made, file, transcoder, lambda name: jax.device_get(getattr(transcoder, name)[...])
+        )
+    except OSError as error:
+        raise SourceError(f"{file} cannot be written: {error.strerror}.") from error
+    return file
+
+
+def check_savable(
+    transcoder: Transcoder, made: Format, file: Path, without_sites: bool = False
+) -> None:
+    """Refuse to write a transcoder to a file that could not give it back.
+
+    Raises:
+        SourceError, SiteError: as :func:`save_transcoder`.
+    """
+    if transcoder.W_skip is not None and "W_skip" not in made.keys:
+        others = [other.name for other in BY_FORMAT.values() if "W_skip" in other.keys]
+        raise SourceError(
+            f"The format {made.name!r} has no skip connection, and this transcoder has one. Give "
+            f"format={others[0]!r} (a .safetensors file)."
+        )
+    own = {"input_site": transcoder.input_site, "output_site": transcoder.output_site}
+    told = told_sites(file.absolute().parts, made.sites)
+    if made.suffix == ".npz" and own != told and not without_sites:
+        given = ", ".join(f"{key}={value!r}" for key, value in own.items())
+        raise SiteError(
+            f"params.npz has no place for this transcoder's sites ({given}); loaded again it would "
+            f"be taken for {told['input_site']} to {told['output_site']}. Save it as safetensors "
+            f"(format='circuit-tracer'); or with without_sites=True, and give {given} to "
+            "load_transcoder."
+        )
+
+
+def _file_name(format: str, transcoder: Transcoder) -> str:
+    """The file in a folder that a transcoder is written to."""
+    if format != "circuit-tracer":
+        return "params" + BY_FORMAT[format].suffix
+    if transcoder.layer is None:
+        raise SourceError(
+            "This transcoder does not know its layer, which names its file in a folder of this "
+            "format; give the file: path='layer_20.safetensors'."
+        )
+    return f"layer_{transcoder.layer}.safetensors"
