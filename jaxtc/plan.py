@@ -17,10 +17,11 @@ from jaxtc.captures import Captures, understand
 from jaxtc.config import Gemma2Config
 from jaxtc.errors import InputError, did_you_mean
 from jaxtc.plan_advice import Verdict, divisors, judge
-from jaxtc.plan_parts import Part, Request, gigabytes
+from jaxtc.plan_parts import Part, Request
 from jaxtc.recording import check_per_token
 from jaxtc.sharding import DATA, MODEL, RULES, ShardingError, parse_mesh, show
 from jaxtc.sites import check_layer
+from jaxtc.units import gigabytes
 from jaxtc.weights.arrays import check_dtype
 from jaxtc.weights.layout import DEFAULT_WIDTH
 from jaxtc.weights.released import load_config

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 
 from jaxtc.captures import understand
-from jaxtc.plan_parts import Request, gigabytes
+from jaxtc.plan_parts import Request
 from jaxtc.reducers import At
 from jaxtc.sharding import DATA, MODEL, ShardingError, show
+from jaxtc.units import gigabytes
 
 # Shown for one accelerator.
 _SHOWN = 3

@@ -20,6 +20,7 @@ from jaxtc import __version__
 from jaxtc.cli.convert import command as convert_command
 from jaxtc.cli.explain import command as explain_command
 from jaxtc.cli.generate import command as generate_command
+from jaxtc.cli.options import Dtype, JsonFile, Model, OnlyJson
 from jaxtc.cli.parity import command as parity_command
 from jaxtc.cli.plan import command as plan_command
 from jaxtc.cli.sites import command as sites_command
@@ -77,10 +78,7 @@ def _root(
 @app.command()
 def explain(
     prompt: Annotated[str, typer.Argument(help="The text to explain; <bos> is added.")],
-    model: Annotated[
-        str,
-        typer.Option(help="'embedded', a hub id such as google/gemma-2-2b, or a folder."),
-    ] = "embedded",
+    model: Model = "embedded",
     transcoder: Annotated[
         str | None,
         typer.Option(
@@ -111,15 +109,8 @@ def explain(
     ] = None,
     top_features: Annotated[int, typer.Option(help="Strongest features shown per token.")] = 3,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the continuation.")] = 2,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="Of the model's weights: float32, bfloat16 or float16. float32 on a CPU and "
-            "bfloat16 on accelerators by default.",
-            show_default=False,
-        ),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")] = False,
+    dtype: Dtype = None,
+    as_json: OnlyJson = False,
 ) -> None:
     """Show, token by token, which transcoder features explain what an MLP did with a prompt."""
     explain_command(
@@ -138,10 +129,7 @@ def explain(
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue; <bos> is added.")],
-    model: Annotated[
-        str,
-        typer.Option(help="'embedded', a hub id such as google/gemma-2-2b, or a folder."),
-    ] = "embedded",
+    model: Model = "embedded",
     max_new_tokens: Annotated[int, typer.Option(help="Length of the continuation.")] = 40,
     temperature: Annotated[
         float,
@@ -186,15 +174,8 @@ def generate(
             help="Where --steer's features are, as for `jaxtc explain`.", show_default=False
         ),
     ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="Of the model's weights: float32, bfloat16 or float16. float32 on a CPU and "
-            "bfloat16 on accelerators by default.",
-            show_default=False,
-        ),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")] = False,
+    dtype: Dtype = None,
+    as_json: OnlyJson = False,
 ) -> None:
     """Continue a text, token by token as they come; steer it by transcoder features."""
     generate_command(
@@ -266,12 +247,7 @@ def parity(
         Path | None,
         typer.Option(metavar="FILE", help="Write an HTML report.", show_default=False),
     ] = None,
-    json_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--json", metavar="FILE", help="Write every figure; - for stdout.", show_default=False
-        ),
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Certify that JAX and PyTorch agree on your weights and prompts; exit code 1 if they do not.
 
@@ -302,7 +278,7 @@ def sites(
     model: Annotated[
         str, typer.Option(help="Whose shapes to show; only its config.json is read.")
     ] = "embedded",
-    as_json: Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")] = False,
+    as_json: OnlyJson = False,
 ) -> None:
     """List every site that can be captured or edited, with its shape and its names elsewhere."""
     sites_command(model, as_json=as_json)

@@ -6,12 +6,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from jaxtc.cli.parity import parse_layers
+from jaxtc.cli.options import parse_layers
 from jaxtc.cli.runtime import working
 from jaxtc.errors import InputError
+from jaxtc.units import gigabytes
 from jaxtc.weights.convert import TARGETS, convert
 from jaxtc.weights.converted import is_converted
-from jaxtc.weights.job import show_bytes
 from jaxtc.weights.manifest import read_manifest
 
 
@@ -141,7 +141,7 @@ def command(
 def _size(folder: Path) -> str:
     """What was written, in a few words."""
     files = [path for path in folder.rglob("*") if path.is_file()]
-    size = f"{show_bytes(sum(path.stat().st_size for path in files))} in {len(files)} files"
+    size = f"{gigabytes(sum(path.stat().st_size for path in files))} in {len(files)} files"
     if not is_converted(folder):
         return size
     manifest = read_manifest(folder)

@@ -2,12 +2,9 @@
 
 import contextlib
 import importlib.util
-import json
 import math
 import os
-import re
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,17 +12,15 @@ from rich.console import Console
 from rich.table import Table, box
 from rich.text import Text
 
+from jaxtc.cli.options import STDOUT, check_place, parse_layers, write_json
 from jaxtc.cli.runtime import working
-from jaxtc.errors import InputError, SourceError
+from jaxtc.errors import InputError
 from jaxtc.parity.certificate import Certificate, Figures, SiteRow
-from jaxtc.parity.report import write_report, write_whole
+from jaxtc.parity.report import write_report
 from jaxtc.parity.texts import read_prompts
-from jaxtc.weights import local
 
 # Failures shown in the terminal; the report has them all.
 SHOWN = 12
-# No model has as many layers.
-_MOST = 10_000
 
 
 def command(
@@ -43,9 +38,7 @@ def command(
 ) -> bool:
     """Compare, draw and write; whether it passed. The options are those of the command line."""
     chosen = None if layers is None else parse_layers(layers)
-    stdout = json_file == Path("-")
-    files = {"--report": report, "--json": None if stdout else json_file}
-    for option, path in files.items():
+    for option, path in (("--report", report), ("--json", json_file)):
         if path is not None:
             check_place(option, path)
     if report and json_file and os.path.realpath(report) == os.path.realpath(json_file):
@@ -70,16 +63,12 @@ def command(
             progress=progress,
         )
     held = found.to_dict()
-    text = json.dumps(held, ensure_ascii=stdout, indent=2, allow_nan=False) + "\n"
     try:
-        if stdout:
-            sys.stdout.write(text)
-        elif json_file:
-            write_whole(json_file, text)
+        write_json(json_file, held)
         if report:
             write_report(held, report)
     finally:
-        draw(Console(stderr=stdout), found)
+        draw(Console(stderr=json_file == STDOUT), found)
     return found.passed
 
 
@@ -97,34 +86,6 @@ def _ended_as_by_ctrl_c() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def parse_layers(text: str, option: str = "--layers") -> list[int]:
-    """``0,5,10-12`` as [0, 5, 10, 11, 12]; ``option`` is what to call it in an error.
-
-    Raises:
-        InputError: it is not of that form.
-    """
-    found: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,5})(?:\s*-\s*(\d{1,5}))?\s*", part, re.ASCII)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if not first <= last < _MOST:
-            raise InputError(
-                f"{option} is {text!r}, expected numbers of layers from 0 and ranges of them, "
-                "such as 0,5,10-12."
-            )
-        found += range(first, last + 1)
-    return found
-
-
-def check_place(option: str, path: Path) -> None:
-    """Refuse a file that cannot be written before the work is done, not after."""
-    if path.is_dir():
-        raise SourceError(f"{option} {path} is a folder; name a file in it.")
-    parent = local.find(path.parent)
-    if parent is None or not parent.is_dir():
-        raise SourceError(f"{option} {path}: there is no folder {path.parent}; make it first.")
 
 
 def draw(console: Console, found: Certificate) -> None:

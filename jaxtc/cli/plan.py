@@ -1,9 +1,6 @@
 """``jaxtc plan``: what each device will hold, and whether that fits."""
 
-import json
 import re
-import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,11 +8,12 @@ from rich.console import Console
 from rich.table import Table, box
 from rich.text import Text
 
-from jaxtc.cli.parity import check_place, parse_layers
-from jaxtc.errors import InputError, SourceError
-from jaxtc.plan import Plan, gigabytes, plan
+from jaxtc.cli.options import STDOUT, JsonFile, check_place, parse_layers, write_json
+from jaxtc.errors import InputError
+from jaxtc.plan import Plan, plan
 from jaxtc.reducers import At
 from jaxtc.sharding import RULES, ShardingError, show
+from jaxtc.units import gigabytes
 
 
 def command(
@@ -78,19 +76,13 @@ def command(
             show_default=False,
         ),
     ] = None,
-    json_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--json", metavar="FILE", help="Write every figure; - for stdout.", show_default=False
-        ),
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Show what each device of a mesh will hold, whether it fits, and what would make it fit.
 
     From shapes alone: no weights are fetched, no device is needed.
     """
-    stdout = json_file == Path("-")
-    if json_file is not None and not stdout:
+    if json_file is not None:
         check_place("--json", json_file)
     options = {} if logits is None else {"logits": None if logits == "none" else logits}
     try:
@@ -113,15 +105,8 @@ def command(
         if "rules=" not in str(error):
             raise
         raise ShardingError(f"{error} In place of rules, give --replicate AXIS here.") from error
-    text = json.dumps(found.to_dict(), ensure_ascii=False, indent=2) + "\n"
-    if stdout:
-        sys.stdout.write(text)
-    elif json_file:
-        try:
-            json_file.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise SourceError(f"--json {json_file} cannot be written: {error.strerror}.") from error
-    draw(Console(stderr=stdout), found)
+    write_json(json_file, found.to_dict())
+    draw(Console(stderr=json_file == STDOUT), found)
 
 
 def _capture(text: str) -> str | At:

@@ -1,6 +1,5 @@
 """The certificate as one HTML file: no script, nothing fetched, fit for a phone and for paper."""
 
-import contextlib
 import dataclasses
 import math
 import os
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtc.errors import InputError, SourceError
+from jaxtc.files import write_whole
 from jaxtc.parity.certificate import KINDS, Certificate, Figures, SiteRow
 from jaxtc.parity.texts import EMBEDDED_TEXTS, TEXTS
 from jaxtc.weights.load import EMBEDDED
@@ -45,26 +45,6 @@ def write_report(certificate: dict[str, Any], path: str | os.PathLike) -> Path:
         raise SourceError(f"{path} is a folder; name a file in it, such as {path / 'parity.html'}.")
     write_whole(path, render(certificate))
     return path
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file beside its place and move it there when whole; what no UTF-8 has is escaped.
-
-    Raises:
-        SourceError: it cannot be written.
-    """
-    real = Path(os.path.realpath(path))
-    device = real.exists() and not real.is_file()  # /dev/null must stay what it is
-    beside = real if device else real.with_name(f".{real.name}.{os.getpid()}.part")
-    try:
-        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
-        beside.replace(real)
-    except OSError as error:
-        raise SourceError(f"{path} cannot be written: {error.strerror}.") from error
-    finally:
-        if not device:
-            with contextlib.suppress(OSError):
-                beside.unlink(missing_ok=True)
 
 
 def render(certificate: dict[str, Any]) -> str:

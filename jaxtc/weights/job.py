@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtc.errors import SourceError, some
+from jaxtc.units import gigabytes
 from jaxtc.weights import local
 
 try:
@@ -251,10 +252,10 @@ class Job:
         done = sum(size for size, _ in self.done.values())
         free = shutil.disk_usage(self.partial).free
         return (
-            f"There is no room for {self.out}: {show_bytes(self.needed)} are needed"
-            + (f", of which {show_bytes(done)} are done" if done else "")
-            + f", and {show_bytes(free)} are free on its disk. Make room for "
-            f"{show_bytes(max(self.needed - done - free, 0))} more and run this again: it goes on "
+            f"There is no room for {self.out}: {gigabytes(self.needed)} are needed"
+            + (f", of which {gigabytes(done)} are done" if done else "")
+            + f", and {gigabytes(free)} are free on its disk. Make room for "
+            f"{gigabytes(max(self.needed - done - free, 0))} more and run this again: it goes on "
             f"where it stopped. Or give a folder on another disk, and remove {self.partial}."
         )
 
@@ -304,11 +305,3 @@ def _sync_folder(folder: Path) -> None:
 def room_for(sizes: Iterable[int]) -> int:
     """What files of these sizes take on a disk with the notes on them: blocks of 4096 bytes."""
     return sum(-(-size // 4096) * 4096 + 512 for size in sizes)
-
-
-def show_bytes(count: int) -> str:
-    """``5.23 GB``: powers of 1000, as disks are sold."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count} bytes"

@@ -20,7 +20,8 @@ from rich.console import Console
 
 import jaxtc
 from jaxtc import cli
-from jaxtc.cli.parity import draw, parse_layers
+from jaxtc.cli.options import parse_layers
+from jaxtc.cli.parity import draw
 from jaxtc.errors import CapacityError, InputError, JaxtcError, SourceError
 from jaxtc.parity import certify, job
 from jaxtc.parity.certificate import (

@@ -14,7 +14,7 @@ import jaxtc
 from jaxtc.errors import SourceError
 from jaxtc.weights import job as job_module
 from jaxtc.weights.convert import convert
-from jaxtc.weights.job import Job, show_bytes
+from jaxtc.weights.job import Job
 from tests.unit.killed_conversions import contents
 from tests.unit.weights_files import random_model
 
@@ -174,10 +174,3 @@ def test_a_folder_that_may_not_be_written(model, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SourceError, match="cannot be written: Not a directory"):
         convert(model, tmp_path / "file/out")
-
-
-@pytest.mark.parametrize(
-    ("count", "shown"), [(5_234_000_000, "5.23 GB"), (1000, "1 kB"), (12, "12 bytes")]
-)
-def test_sizes_are_shown_as_disks_are_sold(count, shown):
-    assert show_bytes(count) == shown

@@ -21,10 +21,11 @@ from jaxtc import cli
 from jaxtc.config import Gemma2Config
 from jaxtc.errors import InputError, SiteError, SourceError, WeightsError
 from jaxtc.memory import estimate
-from jaxtc.plan import WIDTHS, features_of, gigabytes, plan
+from jaxtc.plan import WIDTHS, features_of, plan
 from jaxtc.plan_advice import ACCELERATORS
 from jaxtc.reducers import At, Features, Norm, TopK
 from jaxtc.sharding import RULES, ShardingError
+from jaxtc.units import gigabytes
 from jaxtc.weights import hub
 from jaxtc.weights.released import RELEASED, load_config
 from tests.unit import tiny

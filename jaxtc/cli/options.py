@@ -1,0 +1,82 @@
+"""Options that several commands have, and what they share in reading them."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from jaxtc.errors import InputError, SourceError
+from jaxtc.files import write_whole
+from jaxtc.weights import local
+
+# No model has as many layers.
+_MOST = 10_000
+
+Model = Annotated[
+    str, typer.Option(help="'embedded', a hub id such as google/gemma-2-2b, or a folder.")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the model's weights: float32, bfloat16 or float16. float32 on a CPU and "
+        "bfloat16 on accelerators by default.",
+        show_default=False,
+    ),
+]
+OnlyJson = Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--json", metavar="FILE", help="Write every figure; - for stdout.", show_default=False
+    ),
+]
+STDOUT = Path("-")
+
+
+def parse_layers(text: str, option: str = "--layers") -> list[int]:
+    """``0,5,10-12`` as [0, 5, 10, 11, 12]; ``option`` is what to call it in an error.
+
+    Raises:
+        InputError: it is not of that form.
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,5})(?:\s*-\s*(\d{1,5}))?\s*", part, re.ASCII)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last < _MOST:
+            raise InputError(
+                f"{option} is {text!r}, expected numbers of layers from 0 and ranges of them, "
+                "such as 0,5,10-12."
+            )
+        found += range(first, last + 1)
+    return found
+
+
+def check_place(option: str, path: Path) -> None:
+    """Refuse a file that cannot be written before the work is done, not after."""
+    if path == STDOUT:
+        return
+    if path.is_dir():
+        raise SourceError(f"{option} {path} is a folder; name a file in it.")
+    parent = local.find(path.parent)
+    if parent is None or not parent.is_dir():
+        raise SourceError(f"{option} {path}: there is no folder {path.parent}; make it first.")
+
+
+def write_json(path: Path | None, value: dict[str, Any]) -> None:
+    """What ``--json`` asked for: to a file, to stdout, or nothing.
+
+    Raises:
+        SourceError: the file cannot be written.
+    """
+    if path is None:
+        return
+    stdout = path == STDOUT
+    text = json.dumps(value, ensure_ascii=stdout, indent=2, allow_nan=False) + "\n"
+    if stdout:
+        sys.stdout.write(text)
+    else:
+        write_whole(path, text)
