@@ -90,7 +90,7 @@ def test_a_full_disk_is_told_with_what_was_needed_and_can_be_gone_on_from(
 def test_room_is_looked_for_before_anything_is_written(model, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(job_module.shutil, "disk_usage", lambda _: usage._replace(free=50_000))
-    with pytest.raises(SourceError, match=r"no room .*kB are needed, and 50 kB are free"):
+    with pytest.raises(SourceError, match=r"no room .*kB are needed, and 50.0 kB are free"):
         convert(model, tmp_path / "out")
     assert not (tmp_path / "out.partial/files").exists()
 
