@@ -11,7 +11,7 @@ from tests.unit import tiny
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """Options naming a tiny model and its transcoders on disk."""
+    """A tiny model with its tokenizer, and transcoders for both layers."""
     root = tmp_path_factory.mktemp("tiny")
     jaxtc.save_model(tiny.model(), root / "model")
     tiny.tokenizer().save_pretrained(root / "model")
@@ -23,7 +23,7 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture
-def cli_run(folders, capsys, monkeypatch):
+def cli_run(capsys, monkeypatch):
     """Run the command in this process, its process-wide settings left out: (code, out, err)."""
     runtime = importlib.import_module("jaxtc.cli.runtime")
     monkeypatch.setattr(runtime, "use_compilation_cache", lambda console: None)

@@ -19,7 +19,6 @@ from rich.cells import cell_len
 from rich.console import Console
 
 import jaxtc
-from jaxtc import cli
 from jaxtc.cli.options import parse_layers
 from jaxtc.cli.parity import draw
 from jaxtc.errors import CapacityError, InputError, JaxtcError, SourceError
@@ -42,35 +41,20 @@ from tests.unit import tiny
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny model with its tokenizer, and transcoders for both layers."""
-    root = tmp_path_factory.mktemp("tiny")
-    jaxtc.save_model(tiny.model(), root / "model")
-    tiny.tokenizer().save_pretrained(root / "model")
-    jaxtc.save_model(tiny.model(), root / "mute")
-    for layer in (0, 1):
-        place = root / "transcoders" / f"layer_{layer}" / "width_50" / "average_l0_20"
-        jaxtc.save_transcoder(tiny.transcoder(layer), place)
-    jaxtc.save_transcoder(tiny.transcoder(1, width=16), root / "narrow" / "layer_1" / "params.npz")
-    jaxtc.save_transcoder(tiny.transcoder(1), root / "bare" / "params.npz")
-    return root
+def folder(folders):
+    """The tiny model and transcoders, and some that lack something."""
+    jaxtc.save_model(tiny.model(), folders / "mute")
+    jaxtc.save_transcoder(tiny.transcoder(1), folders / "bare" / "params.npz")
+    thin = folders / "thin" / "layer_1" / "params.npz"
+    jaxtc.save_transcoder(tiny.transcoder(1, width=16), thin)
+    return folders
 
 
 @pytest.fixture
-def command(folder, capsys, monkeypatch):
-    """Run the command in this process, its process-wide settings left out: (code, out, err)."""
-    runtime = importlib.import_module("jaxtc.cli.runtime")
-    monkeypatch.setattr(runtime, "use_compilation_cache", lambda console: None)
-    monkeypatch.setattr(runtime, "quiet", lambda: None)
+def command(cli_run, monkeypatch):
+    """``jaxtc parity``, which must not begin the work: (code, out, err)."""
     monkeypatch.setattr(job, "run", lambda *_: pytest.fail("the work has begun"))
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as exit_:
-            cli.main(["parity", *map(str, arguments)])
-        out, err = capsys.readouterr()
-        return exit_.value.code, out, err
-
-    return run
+    return lambda *arguments: cli_run("parity", *arguments)
 
 
 # Options, with folders' names in braces, and what the error says.
@@ -92,7 +76,7 @@ ERRORS = {
     ),
     "layer without transcoder": ("{root}/model --transcoder-layer 1", "but no transcoder"),
     "bare file": ("{root}/model --transcoder {root}/bare/params.npz", "--transcoder-layer"),
-    "narrow": ("{root}/model --transcoder {root}/narrow/layer_1/params.npz", "another model"),
+    "narrow": ("{root}/model --transcoder {root}/thin/layer_1/params.npz", "another model"),
     "no such transcoder": ("{root}/model --transcoder {root}/none.npz", "There is no file"),
     "report in no folder": ("{root}/model --report {root}/none/a.html", "there is no folder"),
     "report is a folder": ("{root}/model --report {root}", "name a file in it"),
