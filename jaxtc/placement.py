@@ -136,14 +136,14 @@ def placement_of(module: nnx.Module) -> Placement | None:
     """
     mesh, rules = None, {}
     for _, param in variables(module):
-        array = param[...] if isinstance(param, nnx.Variable) else param
-        if isinstance(array, jax.core.Tracer) or not isinstance(array, jax.Array):
-            return None
-        if not isinstance(array.sharding, NamedSharding):
+        array = param[...]
+        traced = isinstance(array, jax.core.Tracer)
+        if traced or not isinstance(array.sharding, NamedSharding):
             return None
         mesh = array.sharding.mesh
         spec = (*array.sharding.spec, *[None] * array.ndim)[: array.ndim]
         for axis, target in zip(param.logical_axes, spec, strict=True):
+            # Along one device nothing is divided, whatever the rule is.
             rules[axis] = target if mesh.shape.get(RULES[axis], 2) > 1 else RULES[axis]
     return None if mesh is None else Placement.of(mesh, rules)
 

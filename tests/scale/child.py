@@ -1,8 +1,11 @@
 """Starting other Python processes from a test, none of which outlives it."""
 
+import contextlib
 import os
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -17,31 +20,34 @@ def environment(devices: int) -> dict[str, str]:
     }  # fmt: skip
 
 
-def run_all(commands: list[list[str]], devices: int, seconds: float) -> list[tuple[int, str]]:
-    """(exit status, output) of each command, run at the same time, after ``seconds`` at the most.
+def run_all(
+    commands: list[list[str]], devices: int, seconds: float, *, together: bool = True
+) -> list[tuple[int, str]]:
+    """(exit status, output) of each command, all at the same time, killed after ``seconds``.
 
-    As soon as one fails the others get a few seconds more: they may be waiting for it in vain.
+    ``together``: as soon as one fails the others have 20 seconds more; they may be waiting for it.
     """
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    started = []
-    try:
+    started, end = [], time.monotonic() + seconds
+    with contextlib.ExitStack() as stack:
         for command in commands:
-            made = subprocess.Popen(
-                [sys.executable, *command], env=environment(devices), cwd=ROOT, **options
-            )
-            started.append(made)
+            # A file, not a pipe: nobody reads until the end, and a full pipe would stop them.
+            log = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
+            process = subprocess.Popen(
+                [sys.executable, *command], env=environment(devices), cwd=ROOT,
+                stdout=log, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+            stack.callback(process.wait, 20)
+            stack.callback(process.kill)
+            started.append((process, log))
+        while any(process.poll() is None for process, _ in started) and time.monotonic() < end:
+            if together and any(process.poll() for process, _ in started):
+                together, end = False, min(end, time.monotonic() + 20)
+            time.sleep(0.1)
         told = []
-        for process in started:
-            failed = any(one.poll() for one in started)
-            try:
-                output, _ = process.communicate(timeout=20 if failed else seconds)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                output, _ = process.communicate(timeout=20)
-                output += f"\n(killed after {seconds} s)"
-            told.append((process.returncode, output))
-        return told
-    finally:
-        for process in started:
+        for process, log in started:
+            late = "" if process.poll() is not None else "\n(killed: it took too long)"
             process.kill()
-            process.wait(20)
+            status = process.wait(20)
+            log.seek(0)
+            told.append((status, log.read() + late))
+        return told
