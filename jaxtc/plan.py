@@ -240,7 +240,7 @@ def _notes(asked: Request) -> Iterator[str]:
         )
     if asked.batch % sizes.get(DATA, 1):
         yield (
-            f"{asked.batch} prompts do not divide over {DATA}={sizes[DATA]}: every device runs "
+            f"{asked.batch} prompt{'s do' if asked.batch > 1 else ' does'} not divide over {DATA}={sizes[DATA]}: every device runs "
             "all of them."
         )
     rules = dict(asked.rules)
