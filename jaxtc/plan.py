@@ -239,10 +239,8 @@ def _notes(asked: Request) -> Iterator[str]:
             "holds their weights and their cache whole."
         )
     if asked.batch % sizes.get(DATA, 1):
-        yield (
-            f"{asked.batch} prompt{'s do' if asked.batch > 1 else ' does'} not divide over {DATA}={sizes[DATA]}: every device runs "
-            "all of them."
-        )
+        prompts = "1 prompt does" if asked.batch == 1 else f"{asked.batch} prompts do"
+        yield f"{prompts} not divide over {DATA}={sizes[DATA]}: every device runs all of them."
     rules = dict(asked.rules)
     whole = [axis for axis, to in RULES.items() if to is not None and rules.get(axis) is None]
     if whole:
