@@ -9,7 +9,7 @@ import jaxtc
 from jaxtc import SetFeature, Splice
 from jaxtc.sites import BY_NAME
 from tests.parity import oracles
-from tests.parity.conftest import note
+from tests.parity.figures import note
 from tests.parity.reference import relative
 from tests.parity.torch_transcoder import imitate, spliced
 

@@ -5,6 +5,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxtc.model import MASKED
 from jaxtc.parity.certificate import Divergence, Generation, Logits, Prompt, TruthRow
@@ -219,7 +220,7 @@ def test_no_token_that_counts():
 
 def test_no_active_feature_and_no_bias():
     """A reconstruction of zeros, of which no error is a part."""
-    transcoder = tiny.transcoder(1)
+    transcoder = nnx.clone(tiny.transcoder(1))
     transcoder.b_dec.set_value(0 * transcoder.b_dec[...])
     transcoder.threshold.set_value(0 * transcoder.threshold[...] + 1e6)
     x, y = random(4, 24), random(4, 24, seed=1)
