@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.errors import EditError
+from jaxtc.frozen import frozen_pytree
 from jaxtc.interchange import plain_fields
 from jaxtc.positions import is_traced, one_array, spelled
 from jaxtc.sites import BY_NAME, parse
@@ -25,16 +26,11 @@ TARGETS = ("layer", "position", "row", "head", "coordinate", "key")
 
 @dataclass_transform(frozen_default=True, kw_only_default=False)
 def register_edit(*static: str) -> Callable[[type], type]:
-    """Class decorator: a frozen dataclass, and a pytree whose fields are leaves but ``static``."""
+    """Class decorator: a frozen dataclass, and a pytree whose fields are data but ``static``.
 
-    def register(cls):
-        cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
-        names = [field.name for field in dataclasses.fields(cls)]
-        fixed = {"site", *static}
-        data = [name for name in names if name not in fixed]
-        return jax.tree_util.register_dataclass(cls, data, [n for n in names if n in fixed])
-
-    return register
+    ``site`` is always static.
+    """
+    return frozen_pytree("site", *static)
 
 
 @jax.tree_util.register_dataclass

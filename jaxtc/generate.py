@@ -14,6 +14,7 @@ from jaxtc.activations import Activations
 from jaxtc.captures import Captures, understand
 from jaxtc.compiles import Program, description
 from jaxtc.config import Gemma2Config
+from jaxtc.counts import is_whole
 from jaxtc.dispatch import parameters, placed, rebuild
 from jaxtc.edit import Edit
 from jaxtc.errors import InputError, JaxtcError
@@ -22,7 +23,7 @@ from jaxtc.interchange import plain
 from jaxtc.memory import check_run
 from jaxtc.model import Cache, Gemma2
 from jaxtc.placement import Placement
-from jaxtc.prompts import bucket, prepare
+from jaxtc.prompts import bucket, last_tokens, prepare
 from jaxtc.sampling import EVERY, draw
 from jaxtc.sharding import CACHE, MeshLike
 from jaxtc.sites import ORDER, Address
@@ -192,7 +193,7 @@ def generate(
 
 def _sampling(max_new_tokens, temperature, top_k, top_p, seed) -> tuple:
     """(key, temperature, top_k, top_p) as programs take them; raises InputError for bad options."""
-    if not _whole(max_new_tokens) or max_new_tokens < 1:
+    if not is_whole(max_new_tokens, 1):
         raise InputError(
             f"max_new_tokens is {max_new_tokens!r}, expected a whole number of at least 1."
         )
@@ -201,7 +202,7 @@ def _sampling(max_new_tokens, temperature, top_k, top_p, seed) -> tuple:
             f"temperature is {temperature!r}, expected a number of at least 0: 0 takes the "
             "likeliest token, 1 draws from the model's own distribution."
         )
-    if top_k is not None and (not _whole(top_k) or top_k < 1):
+    if top_k is not None and not is_whole(top_k, 1):
         raise InputError(
             f"top_k is {top_k!r}, expected a whole number of at least 1, or None for all tokens."
         )
@@ -218,10 +219,6 @@ def _sampling(max_new_tokens, temperature, top_k, top_p, seed) -> tuple:
     )
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
 def _real(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
@@ -229,7 +226,7 @@ def _real(value: Any) -> bool:
 def _key(seed: Any) -> jax.Array:
     """One key whose numbers do not depend on how many are drawn at once, as those of rbg do."""
     kind = "threefry2x32"
-    if _whole(seed) and 0 <= seed < 2**32:
+    if is_whole(seed) and seed < 2**32:
         return jax.random.key(int(seed), impl=kind)
     keys = isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key)
     if keys and seed.shape == () and str(jax.random.key_impl(seed)) == kind:
@@ -249,7 +246,7 @@ def _stops(stop: Any, config: Gemma2Config) -> list[int]:
     if isinstance(stop, np.ndarray | jax.Array):
         stop = np.asarray(stop).tolist()
     ids = [stop] if np.ndim(stop) == 0 else list(stop)
-    if not all(_whole(i) and 0 <= i < config.vocab_size for i in ids):
+    if not all(is_whole(i) and i < config.vocab_size for i in ids):
         raise InputError(
             f"stop is {stop!r}, expected token ids, 0 to {config.vocab_size - 1} in this model; an "
             "empty list for none."
@@ -275,18 +272,15 @@ def _prefill(plan: Plan, leaves, tokens, lengths, edits, reducers, sampling):
     batch, width = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(width), tokens.shape)
     tap = Tap(plan.captures, edits, positions, lengths, reducers=reducers, placement=plan.placement)
-    # Captures and edits of the logits are of every token's.
-    named = {a.site for a in (*plan.captures, *edits)} | {r.site.name for r in reducers}
-    at = None if "logits" in named else lengths - 1
+    at = None if tap.touches("logits") else lengths - 1
     cache = Cache.empty(plan.config, batch, width, model.dtype)
     logits, cache = model(tokens, positions=positions, cache=cache, tap=tap, logits_at=at)
-    if at is None:
-        logits = jnp.take_along_axis(logits, lengths[:, None, None] - 1, axis=1)
+    logits = logits[:, 0] if at is not None else last_tokens(logits, lengths)
     # Made no longer than the prompts at first, so that these see no more keys than in `run`.
     more = [(0, 0), (0, plan.slots - width), (0, 0), (0, 0)]
     cache = jax.tree.map(lambda x: jnp.pad(x, more), cache)
     key, *settings = sampling
-    token = draw(logits[:, 0], key, lengths, *settings)
+    token = draw(logits, key, lengths, *settings)
     return _settled(plan, token, cache, recording.begin(tap, plan.slots), reducers)
 
 

@@ -30,6 +30,7 @@ class Context:
         lengths: (B,) int32, tokens of each prompt.
         read: value of an upstream site of the same layer, after its edits. Of the edit's own site:
             the value before the first edit that reads it, at each token where that one applies.
+        placement: the mesh of the pass, None on a single device.
     """
 
     site: Site
@@ -105,6 +106,11 @@ class Tap:
     def at(self, layer: int) -> "LayerTap":
         """The tap of one layer: ``tap(site, x)`` gives ``x`` as it is after the edits."""
         return LayerTap(self, layer)
+
+    def touches(self, site: str) -> bool:
+        """Whether a capture, an edit or a reducer is of this site: then all of it is needed."""
+        asked = {one.site for one in (*self.captures, *self.edits)}
+        return site in asked | {name for name, _ in self._reducer_addresses}
 
     def __call__(self, site: str, x: jax.Array, layer: int | None = None) -> jax.Array:
         """Apply the edits of this site to ``x``, keep it if asked for, and give it back."""

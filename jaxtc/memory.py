@@ -13,10 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxtc.captures import Asked, Captures, understand
 from jaxtc.config import Gemma2Config
+from jaxtc.counts import is_whole
 from jaxtc.errors import CapacityError, InputError
 from jaxtc.feature_edits import Splice
 from jaxtc.intercept import Context
@@ -326,8 +326,7 @@ def _call(function, *args):
 
 
 def _shape(given: tuple) -> tuple[int, int]:
-    whole = [isinstance(n, int | np.integer) and not isinstance(n, bool) and n > 0 for n in given]
-    if len(given) != 2 or not all(whole):
+    if len(given) != 2 or not all(is_whole(size, 1) for size in given):
         raise InputError(
             f"A size is a tuple (B, T) of prompts and tokens, got {given!r}; token ids are given "
             "as lists or arrays."

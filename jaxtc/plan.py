@@ -5,7 +5,6 @@ N heads, K key/value heads, H head dim, F MLP width, V vocabulary, M transcoder 
 """
 
 import dataclasses
-import numbers
 import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,6 +14,7 @@ import jax
 
 from jaxtc.captures import Captures, understand
 from jaxtc.config import Gemma2Config
+from jaxtc.counts import is_whole
 from jaxtc.errors import InputError, did_you_mean
 from jaxtc.plan_advice import Verdict, divisors, judge
 from jaxtc.plan_parts import Part, Request
@@ -185,8 +185,7 @@ def features_of(width: str | int) -> int:
     if isinstance(width, str):
         found = WIDTHS.get(width.lower()) or (int(width) if re.fullmatch(r"\d{1,9}", width) else 0)
     else:
-        whole = isinstance(width, numbers.Integral) and not isinstance(width, bool)
-        found = int(width) if whole else 0
+        found = int(width) if is_whole(width) else 0
     if found < 1:
         raise InputError(
             f"width is {width!r}, expected a number of features or Gemma Scope's name of it: "
@@ -196,8 +195,7 @@ def features_of(width: str | int) -> int:
 
 
 def _count(name: str, value: Any, least: int) -> int:
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or value < least:
+    if not is_whole(value, least):
         raise InputError(f"{name} is {value!r}, expected a whole number of at least {least}.")
     return int(value)
 

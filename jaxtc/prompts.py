@@ -157,3 +157,8 @@ def _lengths(lengths: Any, held: np.ndarray) -> np.ndarray:
             f"lengths say {known[row]} tokens for prompt {row}, which has {held[row]}."
         )
     return known
+
+
+def last_tokens(x: jax.Array, lengths: jax.Array) -> jax.Array:
+    """(B, T, V) to (B, V): of each prompt's last token."""
+    return jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]

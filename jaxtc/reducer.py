@@ -11,6 +11,7 @@ import jax
 
 from jaxtc.config import Gemma2Config
 from jaxtc.errors import InputError, SiteError
+from jaxtc.frozen import frozen_pytree
 from jaxtc.interchange import plain_fields
 from jaxtc.sites import BY_NAME, ORDER, Address, Site, check_layer, parse
 
@@ -24,15 +25,7 @@ def register_reducer(*static: str) -> Callable[[type], type]:
 
     ``address`` is always static; every other field is data, so another value runs the same program.
     """
-
-    def register(cls):
-        cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
-        names = [field.name for field in dataclasses.fields(cls)]
-        fixed = {"address", *static}
-        data = [name for name in names if name not in fixed]
-        return jax.tree_util.register_dataclass(cls, data, [n for n in names if n in fixed])
-
-    return register
+    return frozen_pytree("address", *static)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

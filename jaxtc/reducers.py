@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtc.counts import is_whole
 from jaxtc.errors import CapacityError, InputError, SiteError
 from jaxtc.intercept import Context
 from jaxtc.placement import top_k
@@ -199,7 +200,7 @@ class TopK(Reducer):
 
     def __post_init__(self):
         super().__post_init__()
-        if not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 1:
+        if not is_whole(self.k, 1):
             raise InputError(f"{self}: k is {self.k!r}, expected a whole number of at least 1.")
 
     def checked(self, config, tokens, lengths, width):
@@ -318,8 +319,7 @@ class Features(Reducer):
                 f"[{self.site.axes}] has {size or 'no'} entries for a token. It belongs to another "
                 "model or another site."
             )
-        whole = isinstance(self.capacity, int) and not isinstance(self.capacity, bool)
-        if not whole or not 1 <= self.capacity <= given.features:
+        if not is_whole(self.capacity, 1) or self.capacity > given.features:
             raise CapacityError(
                 f"{self}: capacity is {self.capacity!r}, expected 1 to {given.features} (this "
                 "transcoder's features)."

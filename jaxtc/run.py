@@ -20,7 +20,7 @@ from jaxtc.interchange import below
 from jaxtc.memory import check_run
 from jaxtc.model import Gemma2
 from jaxtc.placement import Placement
-from jaxtc.prompts import Prompts, prepare
+from jaxtc.prompts import Prompts, last_tokens, prepare
 from jaxtc.reducer import Reducer
 from jaxtc.sharding import MeshLike
 from jaxtc.sites import BY_NAME, ORDER, Address
@@ -204,16 +204,13 @@ def forward(plan: Plan, leaves, tokens, lengths, edits, reducers, resume=None):
     model, layers = rebuild(plan.config, leaves), plan.config.num_hidden_layers
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     tap = Tap(plan.captures, edits, positions, lengths, reducers=reducers, placement=plan.placement)
-    # Editing or capturing the logits needs them all, whatever is returned.
-    named = {a.site for a in (*plan.captures, *edits)} | {r.site.name for r in reducers}
-    at = lengths - 1 if plan.logits == "last" and "logits" not in named else None
+    at = lengths - 1 if plan.logits == "last" and not tap.touches("logits") else None
     depth = plan.reach[0] + 1 if plan.reach[0] < layers else None
     out, _ = model(tokens, positions=positions, tap=tap, depth=depth, logits_at=at, resume=resume)
     if plan.logits is None:
         out = None
     elif plan.logits == "last":
-        last = lengths[:, None, None] - 1
-        out = (out if at is not None else jnp.take_along_axis(out, last, axis=1))[:, 0]
+        out = out[:, 0] if at is not None else last_tokens(out, lengths)
     kept = out, tap.activations, tap.stacked()
     if plan.unsure:
         fine = all_fire(edits, plan.config, plan.reach, lengths)

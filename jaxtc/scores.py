@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtc.compiles import Fact
 from jaxtc.errors import InputError
 from jaxtc.interchange import plain_fields
+from jaxtc.prompts import last_tokens
 from jaxtc.run import RunResult
 
 __all__ = ["LogProbability", "Logit", "LogitDifference"]
@@ -50,8 +51,7 @@ def _last(result: RunResult) -> jax.Array:
         raise InputError("This score is of logits, and the run kept none: logits='last'.")
     if result.logits.ndim == 2:
         return result.logits
-    at = result.lengths[:, None, None] - 1
-    return jnp.take_along_axis(result.logits, at, axis=1)[:, 0]
+    return last_tokens(result.logits, result.lengths)
 
 
 def _of(logits: jax.Array, token: Any) -> jax.Array:

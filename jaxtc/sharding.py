@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxtc.counts import is_whole
 from jaxtc.errors import JaxtcError, did_you_mean, some
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -85,7 +86,7 @@ def _checked(sizes: Mapping[str, int]) -> dict[str, int]:
                 f"A mesh has the axes 'data' (rows of the batch) and 'model' (heads, neurons, "
                 f"vocabulary, features), not {axis!r}.{did_you_mean(str(axis), known)}"
             )
-        if not isinstance(size, int | np.integer) or isinstance(size, bool) or size < 1:
+        if not is_whole(size, 1):
             raise ShardingError(
                 f"{size!r} devices along the mesh axis {axis!r}: expected a whole number of at "
                 "least 1."

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtc.axes import Over, at_place, axes_of, check_axes, named, overs_of, prepared
 from jaxtc.captures import Asked, Captures, understand
 from jaxtc.compiles import Fact, Program, description
+from jaxtc.counts import is_whole
 from jaxtc.dispatch import parameters, placed
 from jaxtc.edit import Edit
 from jaxtc.errors import InputError
@@ -262,8 +263,7 @@ def _first_layers(
 
 def _chunk(given: int | None, prompts: Prompts, variants: int, weight: jax.Array, rows: int) -> int:
     """How many variants run at once, all chunks alike and a multiple of ``rows`` devices."""
-    whole = isinstance(given, int | np.integer) and not isinstance(given, bool)
-    if given is not None and not (whole and given >= 1):
+    if given is not None and not is_whole(given, 1):
         raise InputError(f"chunk is {given!r}, expected a whole number of at least 1.")
     platform = next(iter(weight.devices())).platform
     most = given or rows * max(1, TOKENS.get(platform, TOKENS_ELSEWHERE) // prompts.tokens.size)

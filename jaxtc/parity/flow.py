@@ -17,6 +17,7 @@ import jax
 
 import jaxtc
 from jaxtc.config import Gemma2Config
+from jaxtc.counts import is_whole
 from jaxtc.errors import CapacityError, InputError, SourceError
 from jaxtc.generate import generate
 from jaxtc.model import Gemma2
@@ -80,7 +81,7 @@ def certify(
     say = progress or (lambda step: None)
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}, expected {' or '.join(map(repr, DTYPES))}.")
-    if isinstance(new_tokens, bool) or not isinstance(new_tokens, int) or new_tokens < 0:
+    if not is_whole(new_tokens):
         raise InputError(f"new_tokens is {new_tokens!r}, expected a whole number from 0.")
     say(f"Looking for {model}")
     folder = model_folder(model)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxtc.counts import is_whole
 from jaxtc.errors import WeightsError, some
 from jaxtc.weights import local
 from jaxtc.weights.job import Record
@@ -166,17 +167,13 @@ def _object(raw: dict, key: str) -> dict:
     return raw[key]
 
 
-def _whole(value: Any, least: int = 0) -> bool:
-    return type(value) is int and value >= least
-
-
 def _file(name: str, claim: Any) -> Record:
     parts = PurePosixPath(name).parts
     plain = "/".join(parts) == name and not set(parts) & {"..", "."} and not name.startswith("/")
     if not plain or not name or name == MANIFEST or re.search(r"[\\:\x00-\x1f]", name):
         raise _Unsound(f"it names the file {name!r}, which is not one inside its folder")
     size, digest = (claim.get(k) if isinstance(claim, dict) else None for k in ("size", "sha256"))
-    if not _whole(size) or not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+    if not is_whole(size) or not isinstance(digest, str) or not _SHA256.fullmatch(digest):
         raise _Unsound(f"it does not give size and sha256 of {name}")
     return size, digest
 
@@ -186,7 +183,7 @@ def _array(name: str, claim: Any, files: Mapping[str, Record]) -> Stored:
     shape, dtype, chunks = (claim.get(k) if isinstance(claim, dict) else None for k in keys)
     sound = _NAME.fullmatch(name) and isinstance(dtype, str) and dtype in _DTYPES
     for sizes in (shape, chunks):
-        sound = sound and isinstance(sizes, list) and all(_whole(size, 1) for size in sizes)
+        sound = sound and isinstance(sizes, list) and all(is_whole(size, 1) for size in sizes)
     if not sound or not shape or len(shape) != len(chunks):
         raise _Unsound(
             f"the array {name!r} has shape {shape!r}, dtype {dtype!r}, chunks {chunks!r}"
