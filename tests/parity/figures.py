@@ -38,13 +38,14 @@ def pytest_terminal_summary(terminalreporter):
     if not FIGURES:
         return
     names = [site.name for site in SITES]
+    width = max(map(len, FIGURES)) + 1
     rows = sorted(FIGURES, key=lambda row: (names.index(row) if row in names else len(names), row))
     terminalreporter.section("parity with PyTorch: worst figures")
     terminalreporter.write_line(
-        f"{'':<26} {'rel L2, float32':>15}  {'where':<28} {'bf16 error / HF':>15}  where"
+        f"{'':<{width}} {'rel L2, float32':>15}  {'where':<28} {'bf16 error / HF':>15}  where"
     )
     for row in rows:
-        parts = [f"{row:<26}"]
+        parts = [f"{row:<{width}}"]
         for figure, form in (("float32", ".1e"), ("bfloat16", ".3f")):
             value, where = FIGURES[row].get(figure, (None, ""))
             shown = "" if value is None else format(value, form)
