@@ -17,6 +17,9 @@ from tests.parity.figures import (  # noqa: F401
 MANY, TOO_MANY = 10_000, 45_000
 MAPS = Path("/proc/self/maps")
 
+# A command that is run in this process would have it keep, and later load, programs on disk.
+jax.config.update("jax_enable_compilation_cache", False)
+
 
 def drop_programs(most: int) -> None:
     """Forget what was compiled, if it is more than ``most`` maps."""
