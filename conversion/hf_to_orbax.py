@@ -8,7 +8,7 @@ The same as `jaxtc convert SOURCE OUT --to orbax`, which has more options.
 import sys
 
 from jaxtc.errors import JaxtcError
-from jaxtc.weights.convert import convert
+from jaxtc.weights.conversion.convert import convert
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.errors import InputError
-from jaxtc.processes import whole
+from jaxtc.sharding.processes import whole
 
 # Types that need no look at all: most of what comes through the door.
 _COMMON = frozenset({int, float, bool, str, type(None), np.ndarray, np.int32, np.int64})
@@ -30,8 +30,8 @@ def to_torch(tree: Any) -> Any:
 
     Args:
         tree: an array of any shape, or a pytree of them, such as ``result.activations`` (whose
-            addresses and aliases work as before) or a whole :class:`jaxtc.run.RunResult`. Leaves
-            that are no arrays stay.
+            addresses and aliases work as before) or a whole
+            :class:`jaxtc.programs.run.RunResult`. Leaves that are no arrays stay.
 
     Raises:
         InputError: torch is not installed; a traced array, a random key, or a dtype that torch

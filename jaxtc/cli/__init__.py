@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from jaxtc import __version__
 from jaxtc.cli.convert import command as convert_command
 from jaxtc.cli.explain import command as explain_command
 from jaxtc.cli.generate import command as generate_command
@@ -25,13 +24,14 @@ from jaxtc.cli.parity import command as parity_command
 from jaxtc.cli.plan import command as plan_command
 from jaxtc.cli.sites import command as sites_command
 from jaxtc.errors import JaxtcError
+from jaxtc.helpers import JAXTC_VERSION
 
 
 class _Embedded(TyperGroup):
     """The commands of ``jaxtc embedded``, imported when one of them is asked for."""
 
     def _group(self) -> TyperGroup:
-        from jaxtc.embedded.cli import app as embedded
+        from jaxtc.cli.embedded import app as embedded
 
         return typer.main.get_group(embedded)
 
@@ -59,7 +59,7 @@ app.add_typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"jaxtc {__version__}")
+        typer.echo(f"jaxtc {JAXTC_VERSION}")
         raise typer.Exit()
 
 
@@ -75,8 +75,8 @@ def _root(
     pass
 
 
-@app.command()
-def explain(
+@app.command("explain")
+def _explain(
     prompt: Annotated[str, typer.Argument(help="The text to explain; <bos> is added.")],
     model: Model = "embedded",
     transcoder: Annotated[
@@ -126,8 +126,8 @@ def explain(
     )
 
 
-@app.command()
-def generate(
+@app.command("generate")
+def _generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue; <bos> is added.")],
     model: Model = "embedded",
     max_new_tokens: Annotated[int, typer.Option(help="Length of the continuation.")] = 40,
@@ -195,8 +195,8 @@ def generate(
     )
 
 
-@app.command()
-def parity(
+@app.command("parity")
+def _parity(
     model: Annotated[
         str, typer.Argument(help="'embedded', a hub id such as google/gemma-2-2b, or a folder.")
     ] = "embedded",
@@ -273,8 +273,8 @@ app.command("plan")(plan_command)
 app.command("convert")(convert_command)
 
 
-@app.command()
-def sites(
+@app.command("sites")
+def _sites(
     model: Annotated[
         str, typer.Option(help="Whose shapes to show; only its config.json is read.")
     ] = "embedded",

@@ -9,10 +9,10 @@ from rich.console import Console
 from jaxtc.cli.options import parse_layers
 from jaxtc.cli.runtime import working
 from jaxtc.errors import InputError
-from jaxtc.units import gigabytes
-from jaxtc.weights.convert import TARGETS, convert
-from jaxtc.weights.converted import is_converted
-from jaxtc.weights.manifest import read_manifest
+from jaxtc.helpers import gigabytes
+from jaxtc.weights.checkpoints.manifest import read_manifest
+from jaxtc.weights.checkpoints.read import is_converted
+from jaxtc.weights.conversion.convert import TARGETS, convert
 
 
 def command(

@@ -7,8 +7,8 @@ from rich.padding import Padding
 from rich.table import Table, box
 from rich.text import Text
 
-from jaxtc.explanation import ActiveFeature, Explanation, LayerReport, TokenReport
-from jaxtc.neuronpedia import feature_url
+from jaxtc.explore.explanation import ActiveFeature, Explanation, LayerReport, TokenReport
+from jaxtc.explore.neuronpedia import feature_url
 
 FEATURE, PIECE, FAINT = "cyan", "green", "dim"
 EDGES = 2  # columns that a table takes beside its cells and the two between them

@@ -10,11 +10,11 @@ from rich.console import Console
 from jaxtc.cli.draw import draw
 from jaxtc.cli.runtime import Progress, working
 from jaxtc.errors import JaxtcError
-from jaxtc.explain import explain
-from jaxtc.transcoder import Transcoder
-from jaxtc.weights.layout import GEMMA_SCOPE_2B
-from jaxtc.weights.load import EMBEDDED, load_model, load_tokenizer
-from jaxtc.weights.transcoders import available_layers, load_transcoder
+from jaxtc.explore.explain import explain
+from jaxtc.transcoders.transcoder import Transcoder
+from jaxtc.weights.files.layout import GEMMA_SCOPE_2B
+from jaxtc.weights.load_model import EMBEDDED, load_model, load_tokenizer
+from jaxtc.weights.load_transcoder import available_layers, load_transcoder
 
 # Of the embedded model: its last, where the tokens a feature promotes say most about it. Of Gemma
 # Scope: the tutorial's.

@@ -10,11 +10,11 @@ from rich.console import Console
 
 from jaxtc.cli.explain import find_transcoders, own_transcoders
 from jaxtc.cli.runtime import Progress, working
-from jaxtc.edit import Edit
+from jaxtc.edits.base import Edit
+from jaxtc.edits.features import SetFeature
 from jaxtc.errors import InputError, JaxtcError
-from jaxtc.feature_edits import SetFeature
-from jaxtc.generate import generate
-from jaxtc.weights.load import load_model, load_tokenizer
+from jaxtc.programs.generate import generate
+from jaxtc.weights.load_model import load_model, load_tokenizer
 
 # What the byte-level pieces of an unfinished character decode to.
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"

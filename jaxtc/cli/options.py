@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from jaxtc.errors import InputError, SourceError
-from jaxtc.files import write_whole
-from jaxtc.weights import local
+from jaxtc.helpers import write_whole
+from jaxtc.weights.files import local
 
 # No model has as many layers.
 _MOST = 10_000

@@ -8,12 +8,13 @@ from rich.console import Console
 from rich.table import Table, box
 from rich.text import Text
 
+from jaxtc.captures.reducers import At
 from jaxtc.cli.options import STDOUT, JsonFile, check_place, parse_layers, write_json
 from jaxtc.errors import InputError
-from jaxtc.plan import Plan, plan
-from jaxtc.reducers import At
-from jaxtc.sharding import RULES, ShardingError, show
-from jaxtc.units import gigabytes
+from jaxtc.helpers import gigabytes
+from jaxtc.memory.plan import Plan, plan
+from jaxtc.sharding.mesh import show
+from jaxtc.sharding.rules import RULES, ShardingError
 
 
 def command(

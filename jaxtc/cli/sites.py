@@ -7,9 +7,9 @@ from rich.console import Console
 from rich.table import Table, box
 from rich.text import Text
 
-from jaxtc.config import Gemma2Config
-from jaxtc.sites import SITES, Site
-from jaxtc.weights.released import load_config
+from jaxtc.model.config import Gemma2Config
+from jaxtc.tap.sites import SITES, Site
+from jaxtc.weights.sources.released import load_config
 
 
 def command(model: str, *, as_json: bool) -> None:

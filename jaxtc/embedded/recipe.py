@@ -19,9 +19,6 @@ from tokenizers import Tokenizer
 
 from jaxtc.embedded import model_folder, transcoder_folder
 from jaxtc.embedded.corpus import Corpus, default_corpus
-from jaxtc.embedded.harvest import Harvest
-from jaxtc.embedded.loop import Log
-from jaxtc.embedded.packing import Batches
 from jaxtc.embedded.report import Report, measure
 from jaxtc.embedded.settings import Recipe
 from jaxtc.embedded.text import UserText
@@ -33,11 +30,14 @@ from jaxtc.embedded.tokenizer import (
     world_tokenizer,
 )
 from jaxtc.embedded.train_model import small_config, train_model
-from jaxtc.embedded.train_transcoder import train_transcoders
 from jaxtc.errors import SourceError
-from jaxtc.model import Gemma2
-from jaxtc.weights.load import load_model
-from jaxtc.weights.save import save_model
+from jaxtc.model.gemma2 import Gemma2
+from jaxtc.training.harvest import Harvest
+from jaxtc.training.loop import Log
+from jaxtc.training.packing import Batches
+from jaxtc.training.transcoders import train_transcoders
+from jaxtc.weights.load_model import load_model
+from jaxtc.weights.save_model import save_model
 from jaxtc.weights.save_transcoder import save_transcoder
 
 MODEL_STREAM, TRANSCODER_STREAM = range(2)

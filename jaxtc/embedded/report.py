@@ -18,16 +18,18 @@ from rich.console import Group
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from jaxtc.edit import Edit
-from jaxtc.edits import Zero
+from jaxtc.edits.base import Edit
+from jaxtc.edits.features import Splice
+from jaxtc.edits.values import Zero
 from jaxtc.embedded import DATA, model_folder, transcoder_folder
 from jaxtc.embedded.corpus import Corpus, Item, default_corpus
-from jaxtc.embedded.packing import pieces
 from jaxtc.embedded.text import UserText
-from jaxtc.embedded.tokenizer import BOS, EOS, PAD, load_tokenizer
+from jaxtc.embedded.tokenizer import load_tokenizer
 from jaxtc.errors import SourceError
-from jaxtc.feature_edits import Splice
-from jaxtc.metrics import (
+from jaxtc.model.gemma2 import Gemma2
+from jaxtc.programs.run import run
+from jaxtc.training.packing import BOS, EOS, PAD, pieces
+from jaxtc.transcoders.metrics import (
     FVU,
     FeatureStatistics,
     Mean,
@@ -36,11 +38,9 @@ from jaxtc.metrics import (
     next_token_loss,
     special_token_mask,
 )
-from jaxtc.model import Gemma2
-from jaxtc.run import run
-from jaxtc.transcoder import Transcoder
-from jaxtc.weights.load import load_model
-from jaxtc.weights.transcoders import load_transcoders
+from jaxtc.transcoders.transcoder import Transcoder
+from jaxtc.weights.load_model import load_model
+from jaxtc.weights.load_transcoder import load_transcoders
 
 KINDS = {
     "one_hop": "one-hop",

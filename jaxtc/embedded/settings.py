@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jaxtc.training.transcoders import TranscoderRecipe
+
 
 @dataclass(frozen=True)
 class ModelRecipe:
@@ -22,37 +24,6 @@ class ModelRecipe:
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
     clip: float = 1.0
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class TranscoderRecipe:
-    """How transcoders are trained.
-
-    Attributes:
-        features: M.
-        target_l0: L0*, the mean number of active features a token to aim at.
-        steps: optimiser steps, all layers in each.
-        batch: tokens a step.
-        learning_rate: at its peak, reached after 2% of the steps; it falls to 0 over the last 60%.
-        l0_weight: λ, reached linearly over the first 20% of the steps.
-        bandwidth: width ε of the rectangle kernel.
-        start_density: share of tokens on which a feature is active at the start.
-        rarest: a feature active on a smaller share of tokens counts as dead.
-        revive_every: steps between settings anew of dead features; none after 60% of the steps.
-        seed: of the initial weights.
-    """
-
-    features: int = 1024
-    target_l0: float = 16.0
-    steps: int = 3000
-    batch: int = 1024
-    learning_rate: float = 3e-3
-    l0_weight: float = 1.0
-    bandwidth: float = 0.1
-    start_density: float = 0.05
-    rarest: float = 5e-5
-    revive_every: int = 200
     seed: int = 0
 
 

@@ -6,28 +6,12 @@ import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from jaxtc.errors import InputError
 
 _HELD_OUT_ONE_IN = 20
-
-
-class TextSource(Protocol):
-    """Where documents come from: the generated corpus or a user's text."""
-
-    def documents(self, stream: int, batch: int, count: int, held_out: bool = False) -> list[str]:
-        """Documents, a pure function of the arguments.
-
-        Args:
-            stream: which sequence of batches, such as one for the model and one for transcoders.
-            batch: which batch of the stream.
-            count: how many documents, at most.
-            held_out: from the held-out text only; otherwise from the training text only.
-        """
-        ...
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 
 from jaxtc.embedded.corpus import Corpus
+from jaxtc.training.packing import BOS
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")
-PAD, EOS, BOS, UNK = range(4)
 
 _SPACE = "▁"
 _WORD = r"▁?[\p{L}\p{N}]+|▁?[^▁\p{L}\p{N}]|▁"

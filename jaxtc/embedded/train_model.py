@@ -11,11 +11,11 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxtc.config import Gemma2Config
-from jaxtc.embedded.loop import Log, fit
-from jaxtc.embedded.packing import Batch, Batches, next_token_loss
 from jaxtc.embedded.settings import ModelRecipe
-from jaxtc.model import Gemma2
+from jaxtc.model.config import Gemma2Config
+from jaxtc.model.gemma2 import Gemma2
+from jaxtc.training.loop import Log, fit
+from jaxtc.training.packing import Batch, Batches, next_token_loss
 
 
 def small_config(vocab_size: int, **sizes) -> Gemma2Config:

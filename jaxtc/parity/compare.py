@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxtc.metrics import FVU
 from jaxtc.parity.certificate import Divergence, Figures, Generation, Logits, Transcoder
 from jaxtc.parity.tolerances import Tolerances
-from jaxtc.sites import BY_NAME
+from jaxtc.tap.sites import BY_NAME
+from jaxtc.transcoders.metrics import FVU
 
 # Rows of logits that are widened to float64 at once: a vocabulary is long.
 _ROWS = 16

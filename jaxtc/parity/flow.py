@@ -15,12 +15,10 @@ from typing import Any
 
 import jax
 
-import jaxtc
-from jaxtc.config import Gemma2Config
-from jaxtc.counts import is_whole
 from jaxtc.errors import CapacityError, InputError, SourceError
-from jaxtc.generate import generate
-from jaxtc.model import Gemma2
+from jaxtc.helpers import JAXTC_VERSION, is_whole
+from jaxtc.model.config import Gemma2Config
+from jaxtc.model.gemma2 import Gemma2
 from jaxtc.parity import compare, job, verdict
 from jaxtc.parity.certificate import Certificate, Prompt
 from jaxtc.parity.compare import Features
@@ -28,11 +26,12 @@ from jaxtc.parity.job import Job
 from jaxtc.parity.ours import Comparison, captured
 from jaxtc.parity.texts import tokenised
 from jaxtc.parity.tolerances import tolerances
-from jaxtc.sites import check_layer
-from jaxtc.weights.formats import open_transcoder
-from jaxtc.weights.layout import sae_site
-from jaxtc.weights.load import EMBEDDED, load_model, load_tokenizer, model_folder
-from jaxtc.weights.transcoders import available_layers, load_transcoder, transcoder_file
+from jaxtc.programs.generate import generate
+from jaxtc.tap.sites import check_layer
+from jaxtc.weights.files.layout import sae_site
+from jaxtc.weights.files.transcoder import open_transcoder
+from jaxtc.weights.load_model import EMBEDDED, load_model, load_tokenizer, model_folder
+from jaxtc.weights.load_transcoder import available_layers, load_transcoder, transcoder_file
 
 DTYPES = ("float32", "bfloat16")
 Loader = Callable[..., Gemma2]
@@ -137,7 +136,7 @@ def certify(
         config=config,
         prompts=[Prompt(text, len(row)) for text, row in zip(texts, ids, strict=True)],
         versions={
-            "jaxtc": jaxtc.__version__,
+            "jaxtc": JAXTC_VERSION,
             **{name: version(name) for name in ("jax", "flax", "numpy")},
             **reports["theirs"]["versions"],
             "python": platform.python_version(),

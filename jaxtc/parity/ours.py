@@ -5,16 +5,16 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from jaxtc.config import Gemma2Config
-from jaxtc.edit import PerLayer
-from jaxtc.edits import SetTo
-from jaxtc.model import Gemma2
+from jaxtc.edits.values import SetTo
+from jaxtc.model.config import Gemma2Config
+from jaxtc.model.gemma2 import Gemma2
 from jaxtc.parity.certificate import TruthRow
 from jaxtc.parity.compare import Features, Predictions, Tally
 from jaxtc.parity.job import Job
 from jaxtc.parity.tolerances import Tolerances
-from jaxtc.run import run
-from jaxtc.sites import SITES, Address
+from jaxtc.programs.run import run
+from jaxtc.tap.context import PerLayer
+from jaxtc.tap.sites import SITES, Address
 
 # At these sites of each layer the isolated run is given the reference's own values.
 GIVEN = ("resid_pre", "resid_mid")

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxtc.config import Gemma2Config
 from jaxtc.errors import InputError, SourceError
-from jaxtc.prompts import prepare
-from jaxtc.weights import local
-from jaxtc.weights.load import EMBEDDED
+from jaxtc.model.config import Gemma2Config
+from jaxtc.model.prompts import prepare
+from jaxtc.weights.files import local
+from jaxtc.weights.load_model import EMBEDDED
 
 # Of different lengths, and of different kinds of text; the last is about 100 tokens.
 TEXTS = (

@@ -24,7 +24,7 @@ from transformers import Gemma2ForCausalLM, GenerationConfig
 from transformers.models.gemma2.modeling_gemma2 import apply_rotary_pos_emb, repeat_kv
 
 from jaxtc.parity.job import Job
-from jaxtc.sites import BY_NAME, SITES, Address
+from jaxtc.tap.sites import BY_NAME, SITES, Address
 
 # Called with an address and its (B, ...) tensor, as soon as its layer is computed.
 Keep = Callable[[Address, torch.Tensor], None]

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from jaxtc.config import FULL, SLIDING, Gemma2Config
 from jaxtc.errors import some
+from jaxtc.model.config import FULL, SLIDING, Gemma2Config
 from jaxtc.parity.certificate import (
     KINDS,
     Certificate,
@@ -18,7 +18,7 @@ from jaxtc.parity.certificate import (
     TruthRow,
 )
 from jaxtc.parity.tolerances import Tolerances
-from jaxtc.sites import Address
+from jaxtc.tap.sites import Address
 
 
 def certificate(tolerances: Tolerances, side: Any, **known: Any) -> Certificate:

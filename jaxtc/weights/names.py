@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 
-from jaxtc.config import Gemma2Config
+from jaxtc.model.config import Gemma2Config
 
 # Our name, its axes, the checkpoint's name, its axes; {l} is the layer.
 _TABLE = (

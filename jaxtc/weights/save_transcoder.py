@@ -1,15 +1,15 @@
-"""Writing transcoders in the formats of :mod:`jaxtc.weights.formats`."""
+"""Writing transcoders in the formats of :mod:`jaxtc.weights.files.transcoder`."""
 
 from pathlib import Path
 
 import jax
 
 from jaxtc.errors import SiteError, SourceError
-from jaxtc.processes import check_here
-from jaxtc.transcoder import Transcoder
-from jaxtc.weights import local
-from jaxtc.weights.formats import BY_FORMAT, Format, by_name, told_sites
-from jaxtc.weights.write_transcoder import write_transcoder
+from jaxtc.sharding.processes import check_here
+from jaxtc.transcoders.transcoder import Transcoder
+from jaxtc.weights.files import local
+from jaxtc.weights.files.transcoder import BY_FORMAT, Format, by_name, told_sites
+from jaxtc.weights.files.write_transcoder import write_transcoder
 
 
 def save_transcoder(
@@ -19,7 +19,7 @@ def save_transcoder(
     format: str | None = None,
     without_sites: bool = False,
 ) -> Path:
-    """Write a transcoder in one of the formats of :data:`jaxtc.weights.formats.FORMATS`.
+    """Write a transcoder in one of the formats of :data:`jaxtc.weights.files.transcoder.FORMATS`.
 
     The file is written whole or not at all. Those in safetensors say which sites the transcoder
     reads and writes. ``params.npz`` has no place for that (nor for the layer, which the folder

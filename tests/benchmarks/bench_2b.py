@@ -76,7 +76,7 @@ def torch_twin(model):
 
 def by_path(model) -> dict[str, jax.Array]:
     """The model's arrays by our name for the parameter."""
-    from jaxtc.weights.load import parameter_path
+    from jaxtc.weights.load_model import parameter_path
 
     leaves, _ = jax.tree_util.tree_flatten_with_path(model)
     return {parameter_path(path): leaf for path, leaf in leaves}
@@ -108,7 +108,7 @@ def notebook_job(model, twin, folder: Path, ids: np.ndarray) -> tuple[Callable, 
     import torch
 
     import jaxtc
-    from jaxtc.metrics import notebook_score
+    from jaxtc.transcoders.metrics import notebook_score
 
     place = f"layer_{LAYER}/width_16k/average_l0_11"
     transcoder = jaxtc.load_transcoder(folder / "transcoder" / place / "params.npz", layer=LAYER)

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxtc.config import Gemma2Config
-from jaxtc.weights.checkpoint import open_checkpoint
+from jaxtc.model.config import Gemma2Config
+from jaxtc.weights.files.model import open_checkpoint
 from jaxtc.weights.names import EMBEDDING
 from tests.benchmarks.bench_parity_memory import held
 

@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxtc
-from jaxtc.dispatch import parameters
+from jaxtc.programs.leaves import parameters
 
 # `jaxtc.run` is the function; this is its module.
-module = importlib.import_module("jaxtc.run")
+module = importlib.import_module("jaxtc.programs.run")
 
 
 def model() -> jaxtc.Gemma2:

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxtc.config import Gemma2Config
+from jaxtc.model.config import Gemma2Config
 
 WIDTH, LAYER = 16384, 20
 

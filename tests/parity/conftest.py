@@ -11,7 +11,7 @@ import torch
 
 import jaxtc
 from jaxtc.parity import torch_side
-from jaxtc.sites import Address
+from jaxtc.tap.sites import Address
 from tests.parity import oracles, reference, torch_transcoder
 from tests.parity.oracles import Oracle
 

@@ -5,7 +5,7 @@ Tests run in several processes: each hands what it kept to the one that prints.
 
 import pytest
 
-from jaxtc.sites import SITES
+from jaxtc.tap.sites import SITES
 
 # By row of the table, then by figure: the value, and where it was.
 FIGURES: dict[str, dict[str, tuple[float, str]]] = {}

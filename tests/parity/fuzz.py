@@ -16,10 +16,10 @@ from transformers import Gemma2Config as TorchConfig
 from transformers import Gemma2ForCausalLM
 
 import jaxtc
-from jaxtc.config import FULL, SLIDING, Gemma2Config
+from jaxtc.model.config import FULL, SLIDING, Gemma2Config
 from jaxtc.parity.compare import masked
-from jaxtc.sites import Address
-from jaxtc.weights.load import parameter_path
+from jaxtc.tap.sites import Address
+from jaxtc.weights.load_model import parameter_path
 from jaxtc.weights.names import parameter_names
 from tests.parity import oracles, reference
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import jaxtc
-from jaxtc.sites import BY_NAME, Address, Site
+from jaxtc.tap.sites import BY_NAME, Address, Site
 from tests.parity import oracles, reference, torch_hooks
 from tests.parity.figures import note
 from tests.parity.torch_hooks import Hooked

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, Gemma2ForCausalLM
 from transformers import Gemma2Config as TorchConfig
 
 from jaxtc.embedded.corpus import default_corpus
-from jaxtc.weights.load import embedded_data
+from jaxtc.weights.load_model import embedded_data
 
 COMMON = {"num_hidden_layers": 4, "sliding_window": 7, "max_position_embeddings": 512}
 SHAPES = {

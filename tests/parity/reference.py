@@ -8,7 +8,7 @@ from transformers import Gemma2ForCausalLM
 
 from jaxtc.parity import torch_side
 from jaxtc.parity.torch_side import rate, scores
-from jaxtc.sites import Address
+from jaxtc.tap.sites import Address
 
 __all__ = ["Captured", "addresses", "capture", "hook", "pad", "rate", "relative", "scores"]
 

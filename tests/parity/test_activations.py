@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from jaxtc.sites import SITES, Address
+from jaxtc.tap.sites import SITES, Address
 from tests.parity import oracles, reference
 from tests.parity.conftest import CASES
 from tests.parity.figures import note

@@ -18,13 +18,13 @@ import torch
 
 import jaxtc
 from jaxtc import cli
-from jaxtc.config import SLIDING
-from jaxtc.model import Embedder
+from jaxtc.model.config import SLIDING
+from jaxtc.model.gemma2 import Embedder
 from jaxtc.parity import Certificate, certify, job, torch_side
 from jaxtc.parity.texts import EMBEDDED_TEXTS
 from jaxtc.parity.tolerances import tolerances
-from jaxtc.sites import SITES
-from jaxtc.weights.load import embedded_data
+from jaxtc.tap.sites import SITES
+from jaxtc.weights.load_model import embedded_data
 from tests.parity import oracles
 from tests.parity.wrong import CODE, CONSTANTS, changed, scaled_twice
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import jaxtc
-from jaxtc.config import FULL, SLIDING, Gemma2Config
-from jaxtc.model import Embedder
+from jaxtc.model.config import FULL, SLIDING, Gemma2Config
+from jaxtc.model.gemma2 import Embedder
 from tests.parity import fuzz, reference
 from tests.parity.figures import note
 

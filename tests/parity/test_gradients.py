@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import jaxtc
-from jaxtc.sites import BY_NAME, NORM_SCALES, Address
+from jaxtc.tap.sites import BY_NAME, NORM_SCALES, Address
 from tests.parity import lab, reference, torch_edits, torch_hooks
 from tests.parity.figures import note
 from tests.parity.lab import LAYERS, ORACLES, SITES, Lab

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import jaxtc
-from jaxtc.sites import SITES
+from jaxtc.tap.sites import SITES
 
 LAYER = 2
 

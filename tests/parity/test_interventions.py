@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import jaxtc
-from jaxtc.sites import BY_NAME, Site
+from jaxtc.tap.sites import BY_NAME, Site
 from tests.parity import lab, reference, torch_edits
 from tests.parity.figures import note
 from tests.parity.lab import LAYERS, ORACLES, SITES, TOLERANCE, VISIBLE, At, Lab, cut

@@ -5,7 +5,7 @@ import numpy as np
 import torch
 
 import jaxtc
-from jaxtc.metrics import notebook_score
+from jaxtc.transcoders.metrics import notebook_score
 from tests.parity import oracles, reference
 from tests.parity.figures import note
 

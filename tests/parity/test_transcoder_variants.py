@@ -7,7 +7,7 @@ import torch
 
 import jaxtc
 from jaxtc import SetFeature, Splice
-from jaxtc.sites import BY_NAME
+from jaxtc.tap.sites import BY_NAME
 from tests.parity import oracles
 from tests.parity.figures import note
 from tests.parity.reference import relative

@@ -24,7 +24,7 @@ import torch
 from transformers import Gemma2ForCausalLM
 from transformers.models.gemma2.modeling_gemma2 import apply_rotary_pos_emb, repeat_kv
 
-from jaxtc.sites import BY_NAME
+from jaxtc.tap.sites import BY_NAME
 from tests.parity import reference
 
 # Of each norm: the site of 1/rms, of the rescaled input before the gain, and of the output.

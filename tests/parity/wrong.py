@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 import jaxtc
-from jaxtc.dispatch import parameters, rebuild
-from jaxtc.model import Embedder, Norm
+from jaxtc.model.gemma2 import Embedder, Norm
+from jaxtc.programs.leaves import parameters, rebuild
 
 
 def changed(**changes):

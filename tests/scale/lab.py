@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxtc
-from jaxtc.reducers import Features, Mean, Norm, TopK
+from jaxtc.captures.reducers import Features, Mean, Norm, TopK
 
 MOST = 1e-6
 

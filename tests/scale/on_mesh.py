@@ -11,15 +11,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxtc
-from jaxtc.captures import understand
-from jaxtc.dispatch import parameters, placed
-from jaxtc.generate import _PREFILL, _STEP
-from jaxtc.placement import Placement, mix_rows, placement_of, top_k
-from jaxtc.prompts import prepare
-from jaxtc.reducers import Features, TopK
-from jaxtc.run import Call, _run
-from jaxtc.sharding import RULES, ShardingError, make_mesh, partition, shard, variables
-from jaxtc.weights import orbax_tree
+from jaxtc.captures.reducers import Features, TopK
+from jaxtc.captures.request import understand
+from jaxtc.model.prompts import prepare
+from jaxtc.programs.generate import _PREFILL, _STEP
+from jaxtc.programs.leaves import parameters, placed
+from jaxtc.programs.run import Call, _run
+from jaxtc.sharding.mesh import make_mesh, shard
+from jaxtc.sharding.placement import Placement, mix_rows, placement_of, top_k
+from jaxtc.sharding.rules import RULES, ShardingError, partition, variables
+from jaxtc.weights.checkpoints import tree as orbax_tree
 from tests.scale import lab
 
 MESHES = ("data=2,model=4", "model=8", "data=8")

@@ -13,13 +13,14 @@ import numpy as np
 from flax import nnx
 
 import jaxtc
-from jaxtc.captures import understand
-from jaxtc.dispatch import parameters, placed
-from jaxtc.placement import Placement
-from jaxtc.prompts import prepare
-from jaxtc.reducers import At, Mean, Norm, TopK
-from jaxtc.sharding import make_mesh, shardings
-from jaxtc.weights.released import RELEASED
+from jaxtc.captures.reducers import At, Mean, Norm, TopK
+from jaxtc.captures.request import understand
+from jaxtc.model.prompts import prepare
+from jaxtc.programs.leaves import parameters, placed
+from jaxtc.sharding.mesh import make_mesh
+from jaxtc.sharding.placement import Placement
+from jaxtc.sharding.rules import shardings
+from jaxtc.weights.sources.released import RELEASED
 
 CONFIG = jaxtc.Gemma2Config(
     vocab_size=512, hidden_size=64, intermediate_size=512, num_hidden_layers=3,
@@ -45,7 +46,7 @@ def held(tree) -> list[int]:
 
 def workspace(model, capture, logits, edits=()) -> int:
     """What XLA says that the program of a run holds besides, on each device."""
-    module = sys.modules["jaxtc.run"]
+    module = sys.modules["jaxtc.programs.run"]
     asked = understand(capture, CONFIG.num_hidden_layers)
     leaves = parameters(model)
     prompts = prepare(np.ones((BATCH, 256), int), CONFIG)
@@ -57,7 +58,7 @@ def workspace(model, capture, logits, edits=()) -> int:
 
 def cache_of(model, tokens, **options):
     """What a generation keeps, and its cache."""
-    module, caches = sys.modules["jaxtc.generate"], []
+    module, caches = sys.modules["jaxtc.programs.generate"], []
     prefill = module._PREFILL
 
     def spy(*args, **kwargs):
@@ -105,7 +106,7 @@ def workspaces(folder: Path, mesh: str) -> dict:
 
 def of_real_width(mesh: str) -> dict:
     """Two layers of 27B, compiled from shapes: XLA's own account of each device, in bytes."""
-    module = sys.modules["jaxtc.run"]
+    module = sys.modules["jaxtc.programs.run"]
     mesh, model = make_mesh(mesh), jaxtc.Gemma2.abstract(WIDE)
     places = zip(jax.tree.leaves(model), shardings(model, mesh), strict=True)
     leaves = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at) for x, at in places]

@@ -13,8 +13,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 import jaxtc
-from jaxtc.sharding import make_mesh, mesh_of, variables
-from jaxtc.weights import orbax_tree
+from jaxtc.sharding.mesh import make_mesh, mesh_of
+from jaxtc.sharding.rules import variables
+from jaxtc.weights.checkpoints import tree as orbax_tree
 from tests.scale import lab
 
 # About 168 MB in float32.

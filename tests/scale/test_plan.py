@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxtc.plan import plan
+from jaxtc.memory.plan import plan
 from tests.scale import plan_child as child
 
 ROOT = Path(__file__).parents[2]

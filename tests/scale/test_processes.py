@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import jaxtc
-from jaxtc.sharding import variables
-from jaxtc.weights import orbax_tree
+from jaxtc.sharding.rules import variables
+from jaxtc.weights.checkpoints import tree as orbax_tree
 from tests.scale import lab
 from tests.scale.child import run_all
 

@@ -1,0 +1,1 @@
+"""What a run keeps: requests, reducers, and the result that holds them."""

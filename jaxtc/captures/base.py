@@ -1,0 +1,119 @@
+"""What a reducer is: a small frozen pytree that says what to keep of a site in place of all of it.
+
+The kinds are in :mod:`jaxtc.reducers`; anyone may write another.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, dataclass_transform
+
+import jax
+
+from jaxtc.errors import InputError, SiteError
+from jaxtc.helpers import frozen_pytree
+from jaxtc.interchange import plain_fields
+from jaxtc.model.config import Gemma2Config
+from jaxtc.tap.context import Context
+from jaxtc.tap.sites import BY_NAME, ORDER, Address, Site, check_layer, parse
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=False)
+def register_reducer(*static: str) -> Callable[[type], type]:
+    """Class decorator: a frozen dataclass, and a pytree whose fields are leaves but ``static``.
+
+    ``address`` is always static; every other field is data, so another value runs the same program.
+    """
+    return frozen_pytree("address", *static)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reducer:
+    """What every reducer has: the address it reads. Subclasses say what is kept (:meth:`reduce`).
+
+    Attributes:
+        address: such as ``layers.12.resid_post``, or an alias; without a layer, every layer
+            (static).
+
+    Raises:
+        SiteError: no such site.
+    """
+
+    address: str
+
+    # Whether each token is reduced by itself, so that generation can use it step by step. Every
+    # array kept then has the site's axes up to the one that runs over tokens.
+    per_token = False
+    # Sites of the same layer that `reduce` asks its context for.
+    reads = ()
+
+    def __post_init__(self):
+        if isinstance(self.address, Reducer):
+            raise SiteError(
+                f"{type(self).__name__} was given {self.address} as its address; reducers do not "
+                "nest. A class of your own with @register_reducer() can do both at once."
+            )
+        plain_fields(self)
+        given = str(self.address) if isinstance(self.address, Address) else self.address
+        object.__setattr__(self, "address", str(Address(*parse(given))))
+
+    @property
+    def site(self) -> Site:
+        """The row of the table that it reads."""
+        return BY_NAME[parse(self.address)[0]]
+
+    @property
+    def every_layer(self) -> bool:
+        """Whether it reads every layer, so that what it keeps has a leading axis L."""
+        return self.site.per_layer and parse(self.address)[1] is None
+
+    def reduce(self, x: jax.Array, context: Context) -> Any:
+        """What is kept of one layer's value: an array or a pytree of them.
+
+        Args:
+            x: the site's value after the edits, with the axes of the table.
+            context: the layer, the tokens' positions, and which of them are real.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what it keeps")
+
+    def checked(self, config: Gemma2Config, tokens: Any, lengths: Any, width: int) -> "Reducer":
+        """This reducer as compiled programs take it, checked against a model and prompts.
+
+        Args:
+            config: of the model.
+            tokens: (B, W) ids, padded.
+            lengths: (B,) tokens of each prompt, perhaps traced.
+            width: T, the longest prompt.
+
+        Raises:
+            SiteError: no such layer.
+            InputError: a class that is not registered, or fields that do not fit the site.
+        """
+        if jax.tree_util.all_leaves([self]):
+            raise InputError(
+                f"{type(self).__name__} is not registered, so jax does not see its fields: put "
+                "@jaxtc.reducers.register_reducer() above the class."
+            )
+        for read in self.reads:
+            later = ORDER[read] >= ORDER[self.site.name]
+            if later or BY_NAME[read].per_layer != self.site.per_layer:
+                raise InputError(f"{self} reads {read!r}, which is not computed before its site.")
+        site, layer = parse(self.address)
+        if layer is None or layer >= 0 and layer < config.num_hidden_layers:
+            return self
+        layer = check_layer(layer, config.num_hidden_layers, str(self))
+        return dataclasses.replace(self, address=str(Address(site, layer)))
+
+    def cut(self, kept: Any, length: int) -> Any:
+        """What was kept (layers stacked, if several) without the padding past T = ``length``."""
+        if not self.per_token:
+            return kept
+        axis = self.site.sequence_axis + self.every_layer
+        return jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, length, axis=axis), kept)
+
+    def last_axis(self, config: Gemma2Config, width: int) -> int:
+        """The length of the site's last axis."""
+        letter = self.site.axes.split()[-1]
+        return {**config.sizes, "1": 1, "S": width}[letter]
+
+    def __str__(self):
+        return f"{type(self).__name__}({self.address})"

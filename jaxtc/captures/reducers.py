@@ -1,0 +1,351 @@
+"""What to keep of a captured site in place of all of it: each says when one would use it.
+
+A reducer is given to ``run`` where an address would stand, ``capture=[At("resid_post", -1)]``, and
+runs inside the compiled program: what it drops is never stored, so memory goes with what is kept.
+``result.activations[str(reducer)]`` holds the outcome, with a leading axis L when its address names
+every layer. Axis letters: ... the site's other axes, B batch, T tokens, S keys, L layers, P
+positions, K directions, C capacity.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtc.captures.base import Reducer, register_reducer
+from jaxtc.errors import CapacityError, InputError, SiteError
+from jaxtc.helpers import is_whole
+from jaxtc.sharding.placement import top_k
+from jaxtc.sharding.rules import logical
+from jaxtc.tap.context import Context
+from jaxtc.tap.positions import Mask, Places, resolve, spelled
+from jaxtc.tap.sites import Address
+from jaxtc.transcoders.transcoder import SparseFeatures, Transcoder
+
+__all__ = [
+    "At", "Features", "Mean", "Norm", "Project", "Reducer", "Top", "TopK", "register_reducer",
+]  # fmt: skip
+
+
+@register_reducer("single")
+class At(Reducer):
+    """Some tokens only, the last by default: where a prompt's answer is read off, or its subject.
+
+    Attributes:
+        position: an int (negative from each prompt's own end), ints (P,), ints (B, P), a range, or
+            a :class:`jaxtc.Token`.
+        single: whether one position was named by itself, so that its axis is dropped; known from
+            ``position`` (static).
+
+    Keeps the site's array with P in the place of T (of S, at ``k`` and ``v``), in the site's dtype:
+    (B, P, D) of ``resid_post``, (B, D) for a single int; NaN where a position that could not be
+    checked before (a traced one) is outside its prompt.
+    """
+
+    position: Any = -1
+    single: bool | None = dataclasses.field(default=None, kw_only=True, repr=False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.single is None:
+            object.__setattr__(self, "position", spelled(self.position))
+            object.__setattr__(self, "single", np.ndim(self.position) == 0)
+
+    def checked(self, config, tokens, lengths, width):
+        """As :meth:`Reducer.checked`, with absolute positions.
+
+        Raises:
+            EditError: a position outside a prompt.
+            InputError: a spelling that does not name a fixed number of positions.
+        """
+        checked = super().checked(config, tokens, lengths, width)
+        if isinstance(self.position, Places):
+            return checked
+        found = None
+        if self.position is not None:
+            found = resolve(self.position, tokens, lengths, width, what=str(self))
+        if not isinstance(found, Places):
+            raise InputError(
+                f"{self} keeps a fixed number of positions, which {self.position!r} does not name: "
+                "give an int, ints, range(start, stop) or a Token. Mean takes slices and masks; "
+                "for every token, capture the address itself."
+            )
+        return dataclasses.replace(checked, position=found)
+
+    def reduce(self, x: jax.Array, context: Context) -> jax.Array:
+        """(..., T, ...) to (..., P, ...)."""
+        axis, at = context.site.sequence_axis, jnp.asarray(self.position.at)
+        hits = context.positions[:, None, :] == at[:, :, None]  # (B, P, T), fused away
+        shape = [1] * x.ndim
+        shape[0], shape[axis] = at.shape
+        real = at < context.lengths[:, None]
+        found = (hits.any(-1) & real).reshape(shape)
+        kept = jnp.take_along_axis(x, jnp.argmax(hits, -1).reshape(shape), axis=axis)
+        kept = jnp.where(found, kept, jnp.asarray(jnp.nan, x.dtype))
+        return kept.squeeze(axis) if self.single else kept
+
+    def cut(self, kept, length):
+        """As :meth:`Reducer.cut`; positions are real, so padding is only among the keys."""
+        return _cut_keys(self, kept, length)
+
+
+@register_reducer()
+class Mean(Reducer):
+    """The mean over a prompt's real tokens: a prompt's summary, or the baseline of an ablation.
+
+    Attributes:
+        position: which tokens (any spelling of
+            :func:`jaxtc.tap.positions.resolve`), all by default.
+
+    Keeps the site's array without its axis T (S, at ``k`` and ``v``), summed in float32 and kept in
+    it: (B, D) of ``resid_post``. Padding never counts.
+    """
+
+    position: Any = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        _refuse_masked(self)
+        object.__setattr__(self, "position", spelled(self.position))
+
+    def checked(self, config, tokens, lengths, width):
+        """As :meth:`Reducer.checked`, with absolute positions.
+
+        Raises:
+            EditError: a position outside a prompt.
+            InputError: a prompt of which no token is selected.
+        """
+        checked = super().checked(config, tokens, lengths, width)
+        if self.position is None or hasattr(self.position, "selects"):
+            return checked
+        found = resolve(self.position, tokens, lengths, width, what=str(self))
+        if isinstance(found, Mask) and isinstance(found.on, np.ndarray):
+            empty = np.flatnonzero(~found.on.any(-1))
+            if empty.size:
+                raise InputError(
+                    f"{self}: the mask selects no token of prompt {empty[0]}, and the mean of "
+                    "nothing is no number. Leave that prompt out of the batch."
+                )
+        return dataclasses.replace(checked, position=found)
+
+    def reduce(self, x: jax.Array, context: Context) -> jax.Array:
+        """(..., T, ...) to (..., ...) float32; NaN where nothing is selected."""
+        axis = context.site.sequence_axis
+        here = context.real
+        if self.position is not None:
+            here &= self.position.selects(context.positions)
+        shape = [1] * x.ndim
+        shape[0], shape[axis] = here.shape
+        # Not a product: what padding holds may be NaN.
+        total = jnp.where(here.reshape(shape), x.astype(jnp.float32), 0).sum(axis)
+        count = here.sum(-1).reshape([-1] + [1] * (total.ndim - 1))
+        return total / count
+
+    def cut(self, kept, length):
+        """As :meth:`Reducer.cut`: padding is left among the keys."""
+        return _cut_keys(self, kept, length)
+
+
+@register_reducer()
+class Norm(Reducer):
+    """The L2 norm over the last axis: how large each token's vector is, as one number.
+
+    Keeps the site's array without its last axis, float32: (B, T) of ``resid_post``, (B, T, N) of
+    ``q``. Its gradient at a vector of zeros is 0.
+    """
+
+    per_token = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        _refuse_masked(self)
+
+    def reduce(self, x: jax.Array, context: Context) -> jax.Array:
+        """(..., D) to (...) float32."""
+        square = jnp.square(x.astype(jnp.float32)).sum(-1)
+        # The square root has no gradient at 0.
+        return jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Top:
+    """What :class:`TopK` keeps.
+
+    Attributes:
+        values: (..., k), largest first, in the site's dtype.
+        ids: (..., k) int32, the place of each along the last axis: token ids of ``logits``, neurons
+            of ``mlp_act``, key positions of ``attn_pattern``.
+    """
+
+    values: jax.Array
+    ids: jax.Array
+
+
+@register_reducer("k")
+class TopK(Reducer):
+    """The largest entries of the last axis: likely next tokens, strongest neurons, most-read keys.
+
+    Attributes:
+        k: how many, from 1 to the length of the axis (static).
+
+    Keeps a :class:`Top` with the site's leading axes: ``TopK("logits", 5)`` has values and ids
+    (B, T, 5).
+    """
+
+    k: int
+
+    per_token = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not is_whole(self.k, 1):
+            raise InputError(f"{self}: k is {self.k!r}, expected a whole number of at least 1.")
+
+    def checked(self, config, tokens, lengths, width):
+        """As :meth:`Reducer.checked`. Raises InputError when k is more than the axis has."""
+        size = self.last_axis(config, width)
+        if self.k > size:
+            raise InputError(
+                f"{self}: k is {self.k}, but the last axis of {self.site.name} "
+                f"[{self.site.axes}] has {size} entries here."
+            )
+        return super().checked(config, tokens, lengths, width)
+
+    def reduce(self, x: jax.Array, context: Context) -> Top:
+        """(..., D) to a :class:`Top` of (..., k)."""
+        values, ids = top_k(x, self.k, context.placement, logical(self.site.axes))
+        return Top(values, ids.astype(jnp.int32))
+
+
+@register_reducer()
+class Project(Reducer):
+    """Dot products with directions: probes, steering vectors or decoder rows read at every token.
+
+    Attributes:
+        directions: (K, D) or (D,), with D the length of the site's last axis; taken to float32.
+            Data: other directions run the same program, and gradients flow to them.
+
+    Keeps (..., K), or (...) for a single direction, float32, summed at full precision: (B, T, K) of
+    ``resid_post``. Directions are not normalised.
+    """
+
+    directions: Any
+
+    per_token = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        _refuse_masked(self)
+        if self.site.axes.endswith("S"):
+            raise SiteError(
+                f"{self}: the last axis of {self.site.name} [{self.site.axes}] runs over keys and "
+                "changes with the prompt, so no direction fits it; TopK or At can reduce it."
+            )
+
+    def checked(self, config, tokens, lengths, width):
+        """As :meth:`Reducer.checked`. Raises InputError for directions of another width."""
+        given = self.directions
+        given = given if isinstance(given, jax.Array) else np.asarray(given)
+        size = self.last_axis(config, width)
+        real = jnp.issubdtype(given.dtype, jnp.floating) or jnp.issubdtype(given.dtype, jnp.integer)
+        if not real or given.ndim not in (1, 2) or given.shape[-1] != size or not given.size:
+            raise InputError(
+                f"{self}: directions are {given.dtype}{list(given.shape)}, expected real numbers "
+                f"(K, {size}) or ({size},): the last axis of {self.site.name} [{self.site.axes}] "
+                f"has {size} entries."
+            )
+        checked = super().checked(config, tokens, lengths, width)
+        return dataclasses.replace(checked, directions=given.astype(np.float32))
+
+    def reduce(self, x: jax.Array, context: Context) -> jax.Array:
+        """(..., D) to (..., K) or (...), float32."""
+        directions = jnp.asarray(self.directions, jnp.float32)
+        return jnp.matmul(x.astype(jnp.float32), directions.T, precision="highest")
+
+
+@register_reducer("capacity")
+class Features(Reducer):
+    """A transcoder's active features, sparse: what a layer says, without its D wide activations.
+
+    ``Features(transcoder=t, capacity=256)`` reads the transcoder's own input site and layer. For
+    features of several layers, give one of these for each.
+
+    Attributes:
+        address: by default where the transcoder was trained to read.
+        transcoder: a :class:`jaxtc.Transcoder`; its arrays are data.
+        capacity: C, room for active features of one token (static). <bos> often has the most.
+
+    Keeps a :class:`jaxtc.transcoders.transcoder.SparseFeatures`: values and ids (B, T, C), count
+    (B, T). A token with more than C active features has NaN values, and ``count`` says how many.
+    """
+
+    address: str = ""
+    transcoder: Transcoder = dataclasses.field(kw_only=True)
+    capacity: int = dataclasses.field(kw_only=True)
+
+    per_token = True
+
+    def __post_init__(self):
+        given = self.transcoder
+        if isinstance(self.address, Transcoder):
+            raise InputError(
+                "Features takes its transcoder by name: "
+                "Features(transcoder=transcoder, capacity=256)."
+            )
+        if not self.address and isinstance(given, Transcoder):
+            if given.layer is None:
+                raise InputError(
+                    "This transcoder does not know its layer; name one: "
+                    f"Features('layers.20.{given.input_site}', transcoder=..., capacity=...)."
+                )
+            object.__setattr__(self, "address", str(Address(given.input_site, given.layer)))
+        super().__post_init__()
+
+    def checked(self, config, tokens, lengths, width):
+        """As :meth:`Reducer.checked`.
+
+        Raises:
+            InputError: no transcoder, or one of another width.
+            CapacityError: a capacity below 1 or above the number of features.
+        """
+        given, size = self.transcoder, self.site.width(config.sizes)
+        if not isinstance(given, Transcoder):
+            raise InputError(f"{self}: transcoder is a {type(given).__name__}, not a Transcoder.")
+        if given.d_in != size:
+            raise InputError(
+                f"{self}: the transcoder reads D={given.d_in}, but {self.site.name} "
+                f"[{self.site.axes}] has {size or 'no'} entries for a token. It belongs to another "
+                "model or another site."
+            )
+        if not is_whole(self.capacity, 1) or self.capacity > given.features:
+            raise CapacityError(
+                f"{self}: capacity is {self.capacity!r}, expected 1 to {given.features} (this "
+                "transcoder's features)."
+            )
+        checked = super().checked(config, tokens, lengths, width)
+        return dataclasses.replace(checked, transcoder=given.nameless())
+
+    def reduce(self, x: jax.Array, context: Context) -> SparseFeatures:
+        """(..., D) to the features of each token."""
+        x = self.site.join(x)
+        return self.transcoder.encode_sparse(x, self.capacity, placement=context.placement)
+
+
+def _refuse_masked(reducer: Reducer) -> None:
+    """Refuse arithmetic on scores, where the mask's huge negative number would drown all."""
+    if reducer.site.name == "attn_scores":
+        raise SiteError(
+            f"{reducer}: attn_scores holds {np.finfo(np.float32).min:.3g} wherever a token may not "
+            "look, and no sum over that means anything; read attn_pattern, or capture the scores "
+            "themselves."
+        )
+
+
+def _cut_keys(reducer: Reducer, kept: jax.Array, length: int) -> jax.Array:
+    """``kept`` without padding on its last axis, if that runs over keys."""
+    if reducer.site.axes.endswith("S"):
+        return kept[..., :length]
+    return kept

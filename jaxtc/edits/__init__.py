@@ -1,0 +1,1 @@
+"""What a run changes: edits at sites, as data."""

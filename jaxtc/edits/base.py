@@ -1,0 +1,169 @@
+"""What an edit is: a small frozen pytree that says where it applies and what happens there.
+
+The kinds are in ``values``, ``flow`` and ``features`` beside this file; anyone may write another.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtc.errors import EditError
+from jaxtc.helpers import frozen_pytree
+from jaxtc.interchange import plain_fields
+from jaxtc.tap.context import Context, PerLayer
+from jaxtc.tap.positions import is_traced, one_array, spelled
+from jaxtc.tap.sites import BY_NAME, parse
+
+# The fields by which an edit says where it applies.
+TARGETS = ("layer", "position", "row", "head", "coordinate", "key")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=False)
+def register_edit(*static: str) -> Callable[[type], type]:
+    """Class decorator: a frozen dataclass, and a pytree whose fields are data but ``static``.
+
+    ``site`` is always static.
+    """
+    return frozen_pytree("site", *static)
+
+
+def own_shape(edit: "Edit", value: Any, layers: int) -> tuple[int, ...]:
+    """Shape of :func:`own`.
+
+    Raises:
+        EditError: a :class:`PerLayer` of another number of layers.
+    """
+    if not isinstance(value, PerLayer):
+        return np.shape(value)
+    shape = np.shape(value.array)
+    if shape[:1] != (layers,) or not BY_NAME[edit.site].per_layer:
+        raise EditError(
+            f"{edit}: a PerLayer value has one entry for each of the {layers} layers in front, at "
+            f"sites that each layer has; got shape {shape} for {edit.site}."
+        )
+    return shape[1:]
+
+
+def whole_numbers(given: Any) -> Any:
+    """Whole numbers as compiled programs take them, however they were written: int32, one array.
+
+    What is traced stays as it is, and so do random keys; a sweep's axis keeps its form.
+    """
+
+    def one(leaf: Any) -> Any:
+        key = jnp.issubdtype(getattr(leaf, "dtype", np.int32), jax.dtypes.prng_key)
+        return leaf if key or is_traced(leaf) else np.asarray(leaf).astype(np.int32)
+
+    return jax.tree.map(one, given)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Edit:
+    """What every edit has: where it applies. Subclasses say what happens there (:meth:`new`).
+
+    Every field but `site` is data: any of them may be traced, swept by ``vmap``, or changed without
+    compiling again. None means everywhere.
+
+    Attributes:
+        site: a site of the table, or an alias (static). ``layers.12.resid_post`` also sets `layer`.
+        layer: int or ints. Negative counts from the last.
+        position: which tokens: an int or ints (P,), negative counted from each prompt's own end, so
+            that -1 is the last real token of every row of a padded batch; ints (B, P), a row for
+            each prompt; a slice; a mask of booleans (T,) or (B, T); "prompt" or "new" (generated);
+            or a :class:`jaxtc.Token`, relative to where a token stands.
+        row: batch row or rows.
+        head: head or heads, at sites with an axis N or K.
+        coordinate: index or indices along the last axis, at sites where that is D, H, F or V.
+        key: which keys, at sites with both a query and a key axis; spelled as ``position``.
+    """
+
+    site: str = dataclasses.field(default="", kw_only=True)
+    layer: Any = dataclasses.field(default=None, kw_only=True)
+    position: Any = dataclasses.field(default=None, kw_only=True)
+    row: Any = dataclasses.field(default=None, kw_only=True)
+    head: Any = dataclasses.field(default=None, kw_only=True)
+    coordinate: Any = dataclasses.field(default=None, kw_only=True)
+    key: Any = dataclasses.field(default=None, kw_only=True)
+
+    # Sites of the same layer that `new` asks its context for.
+    reads = ()
+    # Fields that hold a value of the site's shape, or one that broadcasts to it.
+    values = ()
+    # Fields that hold real numbers of another shape.
+    amounts = ()
+    # Whether `new` sees to `key` itself.
+    handles_key = False
+    # Worth skipping by a branch at the layers where it does not apply.
+    costly = False
+
+    def __post_init__(self):
+        if not self.site:
+            raise EditError(
+                f"{type(self).__name__} needs a site, for example site='resid_post'; "
+                "`jaxtc sites` lists them."
+            )
+        plain_fields(self)
+        name, layer = parse(self.site)
+        object.__setattr__(self, "site", name)
+        for field in TARGETS:
+            form = spelled if field in ("position", "key") else one_array
+            object.__setattr__(self, field, form(getattr(self, field)))
+        if layer is not None:
+            if self.layer is not None:
+                raise EditError(
+                    f"{type(self).__name__} names layer {layer} in its site and layer={self.layer} "
+                    "besides; give one of the two."
+                )
+            object.__setattr__(self, "layer", layer)
+
+    def new(self, x: jax.Array, context: Context) -> jax.Array:
+        """The value of the whole site after the edit; the tap keeps ``x`` where it does not apply.
+
+        Args:
+            x: the site's value, with the axes of the table.
+            context: tokens' positions, and the upstream sites listed in :attr:`reads`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what it changes")
+
+    def check(self, sizes: dict[str, int], lengths: np.ndarray | None) -> None:
+        """Raise EditError for what is wrong with this edit's own fields, before anything runs.
+
+        Args:
+            sizes: of the axis letters, "L" among them for the layers; T and S are the true length.
+            lengths: (B,) tokens of each prompt, None inside a trace.
+        """
+
+    @property
+    def layers(self) -> tuple[int, ...] | None:
+        """The only layers this edit could ever apply to, when that is static; None for any."""
+        return None
+
+    @property
+    def needs_prompt(self) -> bool:
+        """Whether :meth:`new` wants all tokens of the prompt, so that it cannot act in decode."""
+        return False
+
+    @property
+    def replaces(self) -> bool:
+        """Whether what the model computes here is not used at all where this applies."""
+        return False
+
+    def prepared(self) -> "Edit":
+        """The edit as compiled programs take it: static parts that change nothing are dropped."""
+        return self
+
+    def __str__(self):
+        parts = [self.site]
+        for name in TARGETS:
+            value = getattr(self, name)
+            if isinstance(value, int | list | tuple | np.ndarray | np.integer | jax.Array):
+                if is_traced(value):
+                    continue
+                value = np.asarray(value).tolist()
+            if value is not None:
+                parts.append(f"{name}={value}")
+        return f"{type(self).__name__}({', '.join(parts)})"

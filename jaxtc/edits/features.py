@@ -1,0 +1,301 @@
+"""Edits through a transcoder: put it in place of the MLP, or turn its features up and down.
+
+Axis letters: B batch, T tokens, D hidden, M features, K features edited.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtc.edits.base import Edit, own_shape, register_edit, whole_numbers
+from jaxtc.errors import EditError
+from jaxtc.tap.context import Context, own
+from jaxtc.tap.positions import is_traced, one_array
+from jaxtc.tap.sites import BY_NAME, parse
+from jaxtc.transcoders.transcoder import Transcoder, jumprelu
+
+__all__ = ["ClampFeature", "ScaleFeature", "SetFeature", "Splice"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TranscoderEdit(Edit):
+    """What edits with a transcoder share: they read its input site and write its output site.
+
+    Attributes:
+        transcoder: a :class:`jaxtc.Transcoder`; its arrays are leaves of this edit.
+        layer: defaults to the layer the transcoder was trained on.
+        site: defaults to the transcoder's output site (static).
+        reads: defaults to the transcoder's input site, as a tuple of one (static).
+    """
+
+    transcoder: Any
+    reads: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
+
+    def __post_init__(self):
+        if isinstance(self.transcoder, Mapping):
+            keys = (int(k) if isinstance(k, np.integer) else k for k in self.transcoder)
+            named = dict(zip(keys, self.transcoder.values(), strict=True))
+            object.__setattr__(self, "transcoder", named)
+        given = self._transcoders()
+        if not given and not self.site:
+            raise self._no_transcoder()
+        if given:
+            first = next(iter(given.values()))
+            object.__setattr__(self, "site", self.site or first.output_site)
+            reads = (self.reads,) if isinstance(self.reads, str) else self.reads
+            reads = tuple(parse(name)[0] for name in reads or (first.input_site,))
+            object.__setattr__(self, "reads", reads)
+        super().__post_init__()
+        single = given.get(None)
+        if single is not None and self.layer is None:
+            if single.layer is None:
+                raise EditError(
+                    f"{type(self).__name__} needs a layer: a transcoder whose file's place names "
+                    "no layer does not know its own: give layer=..."
+                )
+            object.__setattr__(self, "layer", single.layer)
+
+    def _transcoders(self) -> dict[int | None, Transcoder]:
+        """By layer; a single one, for any layer, under None; none inside a flattened pytree."""
+        given = self.transcoder
+        if isinstance(given, Mapping):
+            held = dict(given)
+            return held if all(isinstance(t, Transcoder) for t in held.values()) else {}
+        return {None: given} if isinstance(given, Transcoder) else {}
+
+    @property
+    def layers(self) -> tuple[int, ...] | None:
+        """The layers of a mapping of transcoders."""
+        return tuple(self.transcoder) if isinstance(self.transcoder, Mapping) else None
+
+    def prepared(self) -> "TranscoderEdit":
+        """With transcoders that name no source, so that another of the same shape runs the same."""
+        given = self.transcoder
+        if isinstance(given, Mapping):
+            given = {layer: transcoder.nameless() for layer, transcoder in given.items()}
+        else:
+            given = given.nameless()
+        return dataclasses.replace(self, transcoder=given)
+
+    def check(self, sizes, lengths):
+        """Refuse what is no transcoder, and those of another model."""
+        held = self._transcoders()
+        if not held:
+            raise self._no_transcoder()
+        for layer, transcoder in held.items():
+            if layer is not None and not (isinstance(layer, int) and 0 <= layer < sizes["L"]):
+                raise EditError(
+                    f"{self} names a transcoder for layer {layer!r}; this model has layers 0 to "
+                    f"{sizes['L'] - 1}."
+                )
+            sites = {transcoder.input_site, transcoder.output_site}
+            if layer is not None and not sites <= {self.site, *self.reads}:
+                raise EditError(f"{self}: layer {layer}'s transcoder has other sites, {sites}.")
+            widths = [BY_NAME[name].width(sizes) for name in (self.reads[0], self.site)]
+            if [transcoder.d_in, transcoder.d_out] != widths:
+                read, written = (width or "no vector for each token" for width in widths)
+                raise EditError(
+                    f"{self}: the transcoder reads D={transcoder.d_in} and writes "
+                    f"D={transcoder.d_out}, but this model has {read} at {self.reads[0]} and "
+                    f"{written} at {self.site}. It belongs to another model or another site."
+                )
+
+    def _no_transcoder(self) -> EditError:
+        given = self.transcoder
+        what = "an empty mapping" if given == {} else type(given).__name__
+        return EditError(
+            f"{type(self).__name__} was given {what}, expected a jaxtc.Transcoder (or, for Splice, "
+            "a mapping of layers to them)."
+        )
+
+    def _here(self, context: Context) -> Transcoder:
+        given = self.transcoder
+        return given[context.layer] if isinstance(given, Mapping) else given
+
+    def _read(self, context: Context) -> jax.Array:
+        """(B, T, D) what the transcoder reads; of a site with heads, all of them in one axis."""
+        return BY_NAME[self.reads[0]].join(jnp.asarray(context.read(self.reads[0])))
+
+
+@register_edit("reads", "error")
+class Splice(TranscoderEdit):
+    """Put a transcoder in place of the MLP: what is lost when only its features speak?
+
+    A sparse autoencoder, which reads the site that it writes, takes the place of that site's value.
+    A transcoder's skip connection is part of its output.
+
+    Where a transcoder replaces every token the MLP itself is not computed.
+    ``Splice({layer: transcoder})`` replaces several layers at once, each by its own; with
+    ``layer=`` only those named, as data: a sweep over layers is one compiled program. Feature edits
+    that follow in the list act on the spliced transcoder's features.
+
+    Attributes:
+        transcoder: one, or a mapping of layers to them (the layers of a mapping are static).
+        layer: defaults to the transcoder's own; to all layers of a mapping.
+        error: add back what the transcoder misses, detached: the value stays the MLP's, but
+            gradients flow through the features only (Marks et al. 2024, arXiv 2403.19647, §3).
+    """
+
+    error: bool = dataclasses.field(default=False, kw_only=True)
+    costly = True
+
+    @property
+    def replaces(self) -> bool:
+        """On every token, unless something of the MLP's own is kept or read."""
+        where = (self.position, self.row, self.head, self.coordinate)
+        needed = self.error or self.site in self.reads
+        return not needed and all(value is None for value in where)
+
+    def new(self, x: jax.Array, context: Context) -> jax.Array:
+        """The transcoder's output on its input site, in the dtype of ``x``."""
+        made = self._here(context)(self._read(context)).reshape(x.shape).astype(x.dtype)
+        if self.error:
+            # Zero is added, so that the value is the MLP's to the last bit.
+            return jax.lax.stop_gradient(x) + (made - jax.lax.stop_gradient(made))
+        return made
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FeatureEdit(TranscoderEdit):
+    """Changes some features' activations: adds (a′ − a) · W_dec[feature] to the output site.
+
+    A skip connection does not depend on the features, so it is not part of what is added.
+
+    Alone it moves the MLP's own output; after ``Splice(transcoder)`` in the list of edits the sum
+    is exactly the decoding of the changed features.
+
+    Attributes:
+        feature: a feature's id or several, (K,).
+    """
+
+    feature: Any
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "feature", one_array(self.feature))
+
+    def check(self, sizes, lengths):
+        """Refuse features that the transcoder does not have, and amounts of another shape."""
+        super().check(sizes, lengths)
+        if isinstance(self.transcoder, Mapping):
+            raise EditError(f"{self} takes one transcoder; give an edit for each layer.")
+        for name in self.amounts:
+            value = getattr(self, name)
+            shape = () if value is None else own_shape(self, value, sizes["L"])
+            if shape not in ((), (1,), np.shape(self.feature)):
+                raise EditError(
+                    f"{self}: {name} of shape {shape} is neither one number nor one for each "
+                    f"feature, {np.shape(self.feature)}."
+                )
+        if is_traced(self.feature):
+            return
+        ids = np.asarray(self.feature)
+        if ids.dtype.kind not in "iu" or ids.ndim > 1 or not ids.size:
+            raise EditError(f"{self}: feature is an id or a row of ids, got {self.feature!r}.")
+        features = self.transcoder.features
+        if (ids < 0).any() or (ids >= features).any():
+            wrong = ids[(ids < 0) | (ids >= features)].ravel()[0] if ids.ndim else int(ids)
+            raise EditError(
+                f"{self}: feature {wrong} does not exist; this transcoder has features 0 to "
+                f"{features - 1}."
+            )
+        if len(np.unique(ids)) < ids.size:
+            raise EditError(f"{self}: a feature is named twice in {ids.tolist()}.")
+
+    def prepared(self):
+        """With ids in one dtype besides, however they were written."""
+        return dataclasses.replace(super().prepared(), feature=whole_numbers(self.feature))
+
+    def changed(self, a: jax.Array, layer: int) -> jax.Array:
+        """The activations (B, T, K) of a layer as they shall be."""
+        raise NotImplementedError
+
+    def new(self, x: jax.Array, context: Context) -> jax.Array:
+        """``x + (a′ − a) W_dec[feature]``."""
+        made = self._here(context)
+        ids = jnp.atleast_1d(jnp.asarray(self.feature))
+        # A traced id that does not exist gives NaN.
+        ids = jnp.where(ids < 0, made.features, ids)
+        pick = lambda array, axis: jnp.take(  # noqa: E731
+            array[...], ids, axis=axis, mode="fill", fill_value=jnp.nan
+        )
+        source = self._read(context).astype(made.W_enc.dtype)
+        z = jnp.matmul(source, pick(made.W_enc, 1), precision="highest") + pick(made.b_enc, 0)
+        a = jumprelu(z, None if made.threshold is None else pick(made.threshold, 0))
+        changed = self.changed(a, context.layer) - a
+        delta = jnp.matmul(changed, pick(made.W_dec, 0), precision="highest")
+        return (x.astype(jnp.float32) + delta.reshape(x.shape)).astype(x.dtype)
+
+
+def _per_feature(value: Any, a: jax.Array, layer: int) -> jax.Array:
+    value = jnp.asarray(own(value, layer))
+    return jnp.broadcast_to(value.astype(a.dtype), a.shape)
+
+
+@register_edit("reads")
+class SetFeature(FeatureEdit):
+    """Set features to an activation: steer with something that has a name.
+
+    Attributes:
+        value: the activation, or one for each feature (K,). It is set on every token that is named;
+            ``position=slice(1, None)`` leaves <bos> alone, which transcoders were not trained on.
+    """
+
+    value: Any
+    amounts = ("value",)
+
+    def changed(self, a: jax.Array, layer: int) -> jax.Array:
+        """``value``."""
+        return _per_feature(self.value, a, layer)
+
+
+@register_edit("reads")
+class ScaleFeature(FeatureEdit):
+    """Multiply features' activations: 0 ablates them, and nothing happens where they are inactive.
+
+    Attributes:
+        factor: a number, or one for each feature (K,).
+    """
+
+    factor: Any
+    amounts = ("factor",)
+
+    def changed(self, a: jax.Array, layer: int) -> jax.Array:
+        """``a · factor``."""
+        return a * _per_feature(self.factor, a, layer)
+
+
+@register_edit("reads")
+class ClampFeature(FeatureEdit):
+    """Keep features' activations within bounds.
+
+    Attributes:
+        low: lower bound, or one for each feature (K,); none by default.
+        high: upper bound, likewise.
+    """
+
+    low: Any = None
+    high: Any = None
+    amounts = ("low", "high")
+
+    def check(self, sizes, lengths):
+        """Refuse bounds that are missing or the wrong way round."""
+        super().check(sizes, lengths)
+        if self.low is None and self.high is None:
+            raise EditError(f"{self} has no bound: give low, high or both.")
+        if self.low is None or self.high is None or is_traced((self.low, self.high)):
+            return
+        low, high = (np.asarray(getattr(v, "array", v)) for v in (self.low, self.high))
+        if (low > high).any():
+            raise EditError(f"{self}: low {self.low} is above high {self.high}.")
+
+    def changed(self, a: jax.Array, layer: int) -> jax.Array:
+        """``a`` within the bounds."""
+        low = -jnp.inf if self.low is None else _per_feature(self.low, a, layer)
+        high = jnp.inf if self.high is None else _per_feature(self.high, a, layer)
+        # Bounds that were traced may be the wrong way round.
+        return jnp.where(low > high, jnp.nan, jnp.clip(a, low, high))

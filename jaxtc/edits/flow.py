@@ -1,0 +1,181 @@
+"""Edits of where information flows: between prompts, between tokens, along attention.
+
+Axis letters: B batch, N heads, T query position, S key position.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtc.edits.base import Edit, register_edit, whole_numbers
+from jaxtc.errors import EditError
+from jaxtc.tap.context import Context
+from jaxtc.tap.positions import FOREVER, Places, is_traced, one_array, spelled
+
+__all__ = ["Copy", "KnockOut"]
+
+
+@register_edit()
+class Copy(Edit):
+    """Copy from another batch row or another position: clean and corrupted prompts in one pass.
+
+    ``Copy(from_row=0, row=1, site="resid_post", layer=5, position=-1)`` patches the clean prompt's
+    residual stream (row 0) into the corrupted one's (row 1).
+
+    Attributes:
+        from_row: batch row (or one for each row, (B,)) to copy from; each row itself, by default.
+        from_position: position to copy from, spelled as ``position``, counted in the row that is
+            copied from; as many as ``position`` names, or one. By default the same position; where
+            ``position`` counts from the end, counted from the end of the other row.
+
+    Where rows or lengths are traced, a token copied from where there is none becomes NaN.
+    """
+
+    from_row: Any = None
+    from_position: Any = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "from_row", one_array(self.from_row))
+        object.__setattr__(self, "from_position", spelled(self.from_position))
+
+    def check(self, sizes, lengths):
+        """Refuse rows that do not exist, positions that do not pair, and copying nothing."""
+        if self.from_row is None and self.from_position is None:
+            raise EditError(f"{self} copies nothing: give from_row, from_position or both.")
+        batch = sizes["B"]
+        if self.from_row is not None and not is_traced(self.from_row):
+            rows = np.asarray(self.from_row)
+            if rows.dtype.kind not in "iu" or rows.shape not in ((), (batch,)):
+                raise EditError(
+                    f"{self}: from_row is one row or one for each of the {batch} rows, got "
+                    f"{self.from_row!r}."
+                )
+            if (rows < 0).any() or (rows >= batch).any():
+                raise EditError(
+                    f"{self}: from_row is {rows.tolist()}; the batch has rows 0 to {batch - 1}."
+                )
+            self._check_lengths(rows, lengths)
+        if self.from_position is not None:
+            pairs = self.position.at.shape[1] if isinstance(self.position, Places) else 1
+            if not isinstance(self.from_position, Places):
+                raise EditError(f"{self}: from_position must be whole numbers or a jaxtc.Token.")
+            if self.from_position.at.shape[1] not in (1, pairs):
+                raise EditError(
+                    f"{self}: from_position names {self.from_position.at.shape[1]} positions, "
+                    f"expected 1 or {pairs}, as many as `position`."
+                )
+
+    def prepared(self):
+        """With rows in one dtype, however they were written."""
+        return dataclasses.replace(self, from_row=whole_numbers(self.from_row))
+
+    def _check_lengths(self, rows: np.ndarray, lengths: np.ndarray | None) -> None:
+        if lengths is None or self.from_position is not None:
+            return
+        if is_traced((self.row, self.position)):
+            return
+        given = np.arange(len(lengths)) if self.row is None else np.atleast_1d(self.row)
+        sources = np.broadcast_to(rows, len(lengths))[given]
+        if isinstance(self.position, Places):
+            self._check_places(given, sources, lengths)
+        elif (lengths[sources] != lengths[given]).any():
+            raise EditError(
+                f"{self}: rows {given.tolist()} have {lengths[given].tolist()} tokens, the rows "
+                f"copied from {lengths[sources].tolist()}. Name positions (such as -1), or use "
+                "prompts of one length."
+            )
+
+    def _check_places(self, rows: np.ndarray, sources: np.ndarray, lengths: np.ndarray) -> None:
+        """Refuse what one prompt has and the other lacks, or what comes at another step."""
+        past, past_there = (
+            self.position.at[some] - lengths[some][:, None] for some in (rows, sources)
+        )
+        wrong = (past_there >= 0) & (past != past_there) | (past_there < 0) & (past >= 0)
+        wrong |= self.position.at[sources] < 0
+        if wrong.any():
+            pair, place = np.argwhere(wrong)[0]
+            row, source = int(rows[pair]), int(sources[pair])
+            raise EditError(
+                f"{self} copies position {self.position.at[source, place]} of row {source}, which "
+                f"has {lengths[source]} tokens, into row {row} of {lengths[row]}. Count from the "
+                "end (position=-1), or say where to copy from: from_position=..."
+            )
+
+    @property
+    def needs_prompt(self) -> bool:
+        """Positions of the prompt are only at hand while the prompt is read."""
+        return self.from_position is not None
+
+    def new(self, x: jax.Array, context: Context) -> jax.Array:
+        """``x`` of the other row and position."""
+        here = context.positions
+        batch, width = here.shape
+        rows = jnp.arange(batch)
+        if self.from_row is not None:
+            rows = jnp.broadcast_to(jnp.asarray(self.from_row), (batch,))
+        known = (rows >= 0) & (rows < batch)
+        rows = jnp.clip(rows, 0, batch - 1)
+        wanted = here
+        if isinstance(self.position, Places) or self.from_position is not None:
+            at = (self.from_position or self.position).at
+            at = jnp.asarray(at)[rows]
+            if isinstance(self.position, Places):
+                named = here[:, :, None] == self.position.at[:, None, :]
+                at = jnp.broadcast_to(at, (batch, named.shape[-1]))
+                chosen = jnp.take_along_axis(at, named.argmax(-1), axis=1)
+                wanted = jnp.where(named.any(-1), chosen, wanted)
+            else:
+                wanted = jnp.broadcast_to(at[:, :1], wanted.shape)
+        # In decode the pass starts past the prompt, and holds no padding.
+        ends = jnp.where(here[:, 0] < context.lengths, context.lengths, FOREVER)
+        source = wanted - here[rows, :1]
+        there = (source >= 0) & (source < width) & (wanted < ends[rows, None]) & known[:, None]
+        axis = context.site.sequence_axis
+        moved = jnp.moveaxis(x, axis, 1)[rows[:, None], jnp.clip(source, 0, width - 1)]
+        lost = (here < ends[:, None]) & ~there
+        moved = jnp.where(lost.reshape(batch, width, *[1] * (x.ndim - 2)), jnp.nan, moved)
+        return jnp.moveaxis(moved, 1, axis).astype(x.dtype)
+
+
+@register_edit()
+class KnockOut(Edit):
+    """Cut attention edges, or whole heads: which tokens does the answer have to look at?
+
+    ``KnockOut(key=2, position=-1)`` keeps the last token from attending to token 2 in every layer
+    and head; what is left of the attention is renormalised, as if the scores had been masked (Geva
+    et al. 2023, arXiv 2304.14767, "attention knockout"). A query with nothing left to attend to
+    gets nothing: so does a head without ``key``, ``KnockOut(head=3, layer=5)``.
+
+    Attributes:
+        key: the positions that are not attended to; every one, by default.
+    """
+
+    site: str = "attn_pattern"
+    handles_key = True
+
+    def check(self, sizes, lengths):
+        """Refuse another site, and knocking out everything."""
+        if self.site != "attn_pattern":
+            raise EditError(f"{self} works at attn_pattern only; use jaxtc.Zero at other sites.")
+        if self.key is None and self.head is None:
+            raise EditError(
+                f"{self} would cut all attention: say which edges (key=...) or heads (head=...); "
+                "jaxtc.Zero(site='attn_out') removes attention altogether."
+            )
+
+    def new(self, x: jax.Array, context: Context) -> jax.Array:
+        """The pattern without those keys, each query's weights summing to what they did."""
+        if self.key is None:
+            return jnp.zeros_like(x)
+        batch, width = x.shape[0], x.shape[-1]
+        keys = jnp.broadcast_to(jnp.arange(width), (batch, width))
+        cut = self.key.selects(keys)[:, None, None, :]
+        wide = x.astype(jnp.float32)
+        left = jnp.where(cut, 0, wide)
+        mass = left.sum(-1, keepdims=True)
+        safe = jnp.where(mass > 0, mass, 1)
+        return jnp.where(mass > 0, left * (wide.sum(-1, keepdims=True) / safe), 0).astype(x.dtype)

@@ -1,0 +1,360 @@
+"""The edits: what can be done to an activation. Each says when one would use it.
+
+They combine: ``run(..., edits=[...])`` applies them in the order given, each at its own site. Where
+each applies (layer, position, row, head, ...) is said by the fields that all share, see
+:class:`jaxtc.Edit`. Edits of where information flows are in :mod:`jaxtc.edits.flow`, those that
+need a transcoder in :mod:`jaxtc.edits.features`.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtc.captures.activations import Activations
+from jaxtc.edits.base import Edit, own_shape, register_edit, whole_numbers
+from jaxtc.errors import EditError
+from jaxtc.interchange import plain
+from jaxtc.tap.context import Context, PerLayer, own
+from jaxtc.tap.positions import is_traced
+from jaxtc.tap.sites import BY_NAME
+
+__all__ = [
+    "Add",
+    "Apply",
+    "Detach",
+    "Freeze",
+    "Interpolate",
+    "MeanAblate",
+    "Noise",
+    "ProjectOut",
+    "Scale",
+    "SetTo",
+    "Zero",
+]
+
+
+@register_edit()
+class Add(Edit):
+    """Add ``value`` to the activation: steering, or probing with a small push.
+
+    With ``jax.grad`` over ``value`` (zeros) it also gives the gradient at its site.
+
+    Attributes:
+        value: anything that broadcasts to the site, for example (D,).
+    """
+
+    value: Any
+    values = ("value",)
+
+    def new(self, x: jax.Array, context: Context) -> jax.Array:
+        """``x + value``."""
+        return x + context.fit(self.value, x)
+
+
+@register_edit()
+class SetTo(Edit):
+    """Replace the activation by ``value``: patching in what another run had there, or ablating.
+
+    Attributes:
+        value: anything that broadcasts to the site; an array captured at the same site fits. A
+            score set at ``attn_scores`` is attended to even where it was masked (but for padding):
+            to cut edges use :class:`jaxtc.KnockOut`.
+    """
+
+    value: Any
+    values = ("value",)
+
+    def new(self, x: jax.Array, context: Context) -> jax.Array:
+        """``value``, spread to the shape of ``x``."""
+        return jnp.broadcast_to(context.fit(self.value, x), x.shape)
+
+
+@register_edit()
+class Zero(Edit):
+    """Replace the activation by zeros: does the model need this at all?
+
+    Zero is far from what the later layers are used to; :class:`MeanAblate` takes away only what is
+    particular to this text.
+    """
+
+    def new(self, x: jax.Array, context: Context) -> jax.Array:
+        """Zeros."""
+        return jnp.zeros_like(x)
+
+
+@register_edit()
+class Scale(Edit):
+    """Multiply the activation: turn a component up or down, or flip its sign.
+
+    Attributes:
+        factor: a number, or anything that broadcasts to the site.
+    """
+
+    factor: Any
+    values = ("factor",)
+
+    def new(self, x: jax.Array, context: Context) -> jax.Array:
+        """``x · factor``."""
+        wide = x.astype(jnp.float32)
+        return (wide * context.fit(self.factor, wide)).astype(x.dtype)
+
+
+@register_edit()
+class Interpolate(Edit):
+    """Go part of the way from one value to another: how much of a patch is enough?
+
+    Integrated gradients take the gradient at several weights between a baseline and the activation.
+
+    Attributes:
+        end: the value at weight 1; broadcasts to the site.
+        weight: 0 is the start, 1 the end; beyond them extrapolates.
+        start: the value at weight 0; what the model computed, by default.
+    """
+
+    end: Any
+    weight: Any
+    start: Any = None
+    values = ("end", "weight", "start")
+
+    def new(self, x: jax.Array, context: Context) -> jax.Array:
+        """``start + weight · (end − start)``."""
+        wide = x.astype(jnp.float32)
+        start = wide if self.start is None else context.fit(self.start, wide)
+        moved = context.fit(self.end, wide) - start
+        there = start + context.fit(self.weight, wide) * moved
+        return jnp.broadcast_to(there, x.shape).astype(x.dtype)
+
+
+@register_edit("over")
+class MeanAblate(Edit):
+    """Replace the activation by a mean: take away what is particular here, keep what is usual.
+
+    Attributes:
+        value: a mean over a dataset (what one should report); broadcasts to the site. By default
+            the mean over this run itself, as ``over`` says.
+        over: "batch": all tokens of all prompts; "prompt": the tokens of the same prompt; "rows":
+            the same position in all prompts (static). Padding does not count, <bos> does.
+    """
+
+    value: Any = None
+    over: Literal["batch", "prompt", "rows"] = "batch"
+    values = ("value",)
+
+    def check(self, sizes, lengths):
+        """Refuse an unknown ``over``, and the mean of masked scores."""
+        if self.over not in ("batch", "prompt", "rows"):
+            raise EditError(f"{self}: over is {self.over!r}, expected 'batch', 'prompt' or 'rows'.")
+        if self.value is None and self.site == "attn_scores":
+            raise EditError(
+                f"{self}: scores are masked, so they have no mean; ablate attn_pattern in their "
+                "place, or give a value."
+            )
+
+    @property
+    def needs_prompt(self) -> bool:
+        """In decode there is one token a row, and no mean over them."""
+        return self.value is None
+
+    def new(self, x: jax.Array, context: Context) -> jax.Array:
+        """The mean, spread to the shape of ``x``."""
+        if self.value is not None:
+            return jnp.broadcast_to(context.fit(self.value, x), x.shape)
+        tokens = context.site.sequence_axis
+        real = jnp.expand_dims(context.real, [a for a in range(1, x.ndim) if a != tokens])
+        axes = {"batch": (0, tokens), "prompt": (tokens,), "rows": (0,)}[self.over]
+        mean = jnp.mean(x.astype(jnp.float32), axes, keepdims=True, where=real)
+        # A position that no prompt has keeps its padding.
+        mean = jnp.where(jnp.isnan(mean) & ~real.any(axes, keepdims=True), 0, mean)
+        return jnp.broadcast_to(mean, x.shape).astype(x.dtype)
+
+
+@register_edit()
+class ProjectOut(Edit):
+    """Remove a direction, or a subspace: can the model still do it without this information?
+
+    Attributes:
+        direction: (D,), or (K, D) for the span of K linearly independent directions, where D is the
+            size of the site's last axis. Their lengths do not matter.
+    """
+
+    direction: Any
+    amounts = ("direction",)
+
+    def check(self, sizes, lengths):
+        """Refuse directions of another width, dependent ones and zero."""
+        shape = own_shape(self, self.direction, sizes["L"])
+        if BY_NAME[self.site].axes.endswith("S"):
+            raise EditError(f"{self}: {self.site}'s last axis runs over tokens, not directions.")
+        if len(shape) not in (1, 2) or shape[-1] != sizes["last"]:
+            raise EditError(
+                f"{self} was given directions of shape {shape}, expected "
+                f"({sizes['last']},) or (K, {sizes['last']}): {self.site}'s last axis."
+            )
+        if is_traced(self.direction):
+            return
+        each = isinstance(self.direction, PerLayer)
+        known = np.asarray(self.direction.array if each else self.direction, np.float64)
+        known = known.reshape(sizes["L"] if each else 1, -1, shape[-1])
+        count = known.shape[1]
+        for one in known[np.isfinite(known).all((1, 2))]:
+            lengths = np.linalg.norm(one, axis=-1, keepdims=True)
+            rank = np.linalg.matrix_rank(one / np.where(lengths > 0, lengths, 1))
+            if rank < count:
+                raise EditError(
+                    f"{self}: the {count} directions span only {rank} dimensions (a direction of "
+                    "zeros spans none); give linearly independent ones."
+                )
+
+    def new(self, x: jax.Array, context: Context) -> jax.Array:
+        """``x`` without its component in the span of the directions."""
+        span = jnp.atleast_2d(jnp.asarray(own(self.direction, context.layer), jnp.float32))
+        span = span / jnp.linalg.norm(span, axis=-1, keepdims=True)
+        wide = x.astype(jnp.float32)
+        along = jnp.einsum("...d,kd->...k", wide, span, precision="highest")
+        gram = jnp.einsum("kd,jd->kj", span, span, precision="highest")
+        parts = jnp.linalg.solve(gram, along[..., None])[..., 0]
+        inside = jnp.einsum("...k,kd->...d", parts, span, precision="highest")
+        return (wide - inside).astype(x.dtype)
+
+
+@register_edit()
+class Noise(Edit):
+    """Add Gaussian noise: corrupt a token and see what the model can still recover.
+
+    Causal tracing (Meng et al. 2022, arXiv 2202.05262, §2) adds it to the embeddings of a prompt's
+    subject with three times their standard deviation. A token's noise depends on the seed, its
+    layer, row and position only: not on other prompts, padding, or whether it was generated.
+
+    Attributes:
+        seed: an int or a ``jax.random.key``.
+        scale: standard deviation.
+    """
+
+    seed: Any
+    scale: Any = 1.0
+    values = ("scale",)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.seed, int | np.integer) and not -(2**31) <= self.seed < 2**31:
+            raise EditError(f"{self}: seed {self.seed} is no 32-bit number.")
+
+    def check(self, sizes, lengths):
+        """Refuse a seed that is neither a whole number nor a key."""
+        kind = getattr(self.seed, "dtype", np.dtype(object))
+        fine = jnp.issubdtype(kind, jax.dtypes.prng_key) or jnp.issubdtype(kind, jnp.integer)
+        if not fine or np.ndim(self.seed):
+            raise EditError(
+                f"{self}: seed is a whole number or a jax.random.key(...), got {self.seed!r}."
+            )
+
+    def prepared(self):
+        """With the seed in one dtype, however it was written."""
+        return dataclasses.replace(self, seed=whole_numbers(self.seed))
+
+    def new(self, x: jax.Array, context: Context) -> jax.Array:
+        """``x + scale · N(0, 1)``."""
+        key = jnp.asarray(self.seed)
+        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            key = jax.random.key(key)
+        key = jax.random.fold_in(key, 0 if context.layer is None else context.layer + 1)
+        axis = context.site.sequence_axis
+        shape = jnp.moveaxis(x, axis, 1).shape[2:]
+
+        def draw(row, position):
+            token = jax.random.fold_in(jax.random.fold_in(key, row), position)
+            if context.site.axes.split()[-1] != "S":
+                return jax.random.normal(token, shape, jnp.float32)
+            # How many keys there are depends on the padding, so each has a draw of its own.
+            edge = lambda s: jax.random.normal(jax.random.fold_in(token, s), shape[:-1])  # noqa: E731
+            return jax.vmap(edge, out_axes=-1)(jnp.arange(shape[-1]))
+
+        rows = jnp.arange(x.shape[0])
+        noise = jax.vmap(jax.vmap(draw, (None, 0)))(rows, context.positions)
+        wide = x.astype(jnp.float32)
+        noise = context.fit(self.scale, wide) * jnp.moveaxis(noise, 1, axis)
+        return (wide + noise).astype(x.dtype)
+
+
+@register_edit()
+class Detach(Edit):
+    """Stop gradients here while keeping the value: to ask what flows *around* a site.
+
+    Detaching ``attn_pattern`` and every ``*_scale`` makes the rest linear, as attribution needs.
+    """
+
+    def new(self, x: jax.Array, context: Context) -> jax.Array:
+        """``stop_gradient(x)``."""
+        return jax.lax.stop_gradient(x)
+
+
+@register_edit()
+class Freeze(Edit):
+    """Hold a site at what a stored run had there: to ask what flows through the others.
+
+    Freezing ``attn_pattern`` to the clean run's while patching the residual stream shows what the
+    patch does by other ways than by changing where heads look. Gradients stop here.
+
+    Attributes:
+        activations: ``result.activations`` of a run that captured the site; each layer gets its
+            own. Also one array for the site, or a :class:`jaxtc.PerLayer`.
+    """
+
+    activations: Any
+    values = ("activations",)
+
+    def __post_init__(self):
+        super().__post_init__()
+        stored = self.activations
+        if not isinstance(stored, Activations):
+            return
+        per_layer = BY_NAME[self.site].per_layer
+        single = per_layer and isinstance(self.layer, int | np.integer)
+        try:
+            value = plain(stored[f"layers.{self.layer}.{self.site}" if single else self.site])
+        except KeyError as error:
+            raise EditError(f"{self}: the stored run lacks this site: {error.args[0]}.") from None
+        if per_layer and not single:
+            if value.shape[0] < stored.layers:
+                raise EditError(
+                    f"{self}: the stored run captured {self.site!r} at {value.shape[0]} of "
+                    f"{stored.layers} layers. Capture it at all, or freeze one layer: layer=..."
+                )
+            value = PerLayer(value)
+        object.__setattr__(self, "activations", value)
+
+    def new(self, x: jax.Array, context: Context) -> jax.Array:
+        """What was stored, detached."""
+        value = jnp.broadcast_to(context.fit(self.activations, x), x.shape)
+        return jax.lax.stop_gradient(value)
+
+
+@register_edit()
+class Apply(Edit):
+    """Any change of your own: ``Apply(function, site=...)`` puts ``function(x)`` there.
+
+    Attributes:
+        function: a callable that takes the site's array and gives one of the same shape and dtype.
+            Where it is a pytree (``jax.tree_util.Partial``, a Flax or Equinox module) its arrays
+            are data; a plain function is part of the compile key: define it once, outside loops.
+            To know positions or read other sites, subclass :class:`jaxtc.Edit` in its place.
+    """
+
+    function: Any
+
+    def __post_init__(self):
+        super().__post_init__()
+        if callable(self.function) and jax.tree.leaves(self.function)[:1] == [self.function]:
+            object.__setattr__(self, "function", jax.tree_util.Partial(self.function))
+
+    def check(self, sizes, lengths):
+        """Refuse what cannot be called."""
+        if not callable(self.function):
+            raise EditError(f"{self}: expected a function, got {type(self.function).__name__}.")
+
+    def new(self, x: jax.Array, context: Context) -> jax.Array:
+        """``function(x)``."""
+        return self.function(x)

@@ -1,0 +1,159 @@
+"""Gradients of a score with respect to activations: at every layer and position in one pass back.
+
+Axis letters: B batch, T tokens, L layers.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxtc.captures.activations import Activations
+from jaxtc.captures.request import understand
+from jaxtc.edits.base import Edit
+from jaxtc.edits.values import Add
+from jaxtc.errors import InputError
+from jaxtc.experiments.scores import as_pytree, facts_of
+from jaxtc.memory.needs import check_fits, estimate
+from jaxtc.model.config import Gemma2Config
+from jaxtc.model.gemma2 import Gemma2
+from jaxtc.model.prompts import Prompts, prepare
+from jaxtc.programs.leaves import parameters, placed
+from jaxtc.programs.program import Fact, Program, description
+from jaxtc.programs.run import Call, RunResult, forward
+from jaxtc.sharding.placement import Placement
+from jaxtc.tap.sites import BY_NAME, Address
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Gradients:
+    """What :func:`gradients` returns.
+
+    Attributes:
+        score: what ``of`` gave, () or (B,).
+        activations: at the sites asked for.
+        gradients: the score's (summed over the batch: each row's own) at the same addresses.
+    """
+
+    score: jax.Array
+    activations: Activations
+    gradients: Activations
+
+
+def gradients(
+    model: Gemma2,
+    tokens: Any,
+    of: Callable[[RunResult], jax.Array],
+    sites: str | Sequence[str],
+    *,
+    edits: Sequence[Edit] = (),
+    lengths: Any = None,
+    logits: Literal["all", "last"] = "last",
+) -> Gradients:
+    """Activations of sites and a score's gradients there, in one forward and one backward pass.
+
+    The same as ``jax.grad`` with respect to the value of an ``Add`` of zeros at each place, which
+    also works for everything else: an edit's values are leaves.
+
+    Args:
+        model: from :func:`jaxtc.load_model`.
+        tokens: as for :func:`jaxtc.run`.
+        of: a score, see :mod:`jaxtc.scores`: a function from the result of a run (with these sites'
+            activations) to a number, or one for each row, (B,). A plain function is part of the
+            compile key (define it once).
+        sites: such as ``"resid_post"`` (every layer) or ``["layers.3.mlp_out", "embed"]``.
+        edits: as for :func:`jaxtc.run`; gradients are those behind the edits of a site.
+        lengths: as for :func:`jaxtc.run`.
+        logits: that ``of`` sees, the last token's by default.
+
+    Raises:
+        InputError, SiteError, EditError: as for :func:`jaxtc.run`; or no site was named, or ``of``
+            is no such score.
+        CapacityError: the activations would not fit in memory.
+    """
+    config = model.config
+    prompts = prepare(tokens, config, lengths)
+    asked = understand(sites, config.num_hidden_layers)
+    if not asked.addresses or asked.reducers:
+        raise InputError("Name the sites whose gradients are wanted, such as 'resid_post'.")
+    if logits not in ("all", "last"):
+        raise InputError(f"logits is {logits!r}, expected 'all' or 'last'.")
+    Call.of(config, prompts, asked, edits, logits)  # raises outside of any trace
+    size = estimate(model, prompts.tokens.shape, capture=sites, logits=logits)
+    check_fits(3 * size.kept, "These activations, their gradients and the pass back")
+    of, edits, leaves = as_pytree(of), [edit.prepared() for edit in edits], parameters(model)
+    place, rows = placed(model, leaves), (prompts.tokens, prompts.lengths)
+    if place is not None:
+        rows, (edits, of) = map(place.put_rows, rows), place.put_whole((edits, of))
+    plan = _Plan(config, asked.addresses, prompts.length, str(model.dtype), logits, place)
+    score, kept, slopes = _program(
+        plan, leaves, *rows, edits, of, describe=lambda: _facts(plan, leaves, prompts, edits, of)
+    )
+    layers = config.num_hidden_layers
+    return Gradients(score, Activations(kept, layers), Activations(slopes, layers))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """The static half of a call."""
+
+    config: Gemma2Config
+    addresses: tuple[Address, ...]
+    length: int
+    dtype: str
+    logits: str
+    placement: Placement | None
+
+
+def _facts(plan: _Plan, leaves, prompts: Prompts, edits, of) -> list[Fact]:
+    known = description(
+        plan.config, leaves, batch=len(prompts.tokens), padded=prompts.tokens.shape[1],
+        captures=plan.addresses, edits=edits, logits=plan.logits, prompt_length=plan.length,
+        placement=plan.placement,
+    )  # fmt: skip
+    return [*known, *facts_of(of)]
+
+
+def _backward(plan: _Plan, leaves, tokens, lengths, edits, of):
+    """(score, activations by address, gradients by address)."""
+    prompts = Prompts(tokens, lengths, None, plan.length)
+    asked = understand(plan.addresses, plan.config.num_hidden_layers)
+    sizes = plan.config.sizes | {"B": len(tokens), "T": plan.length, "S": plan.length, "1": 1}
+
+    def zeros(address: Address) -> jax.Array:
+        site = BY_NAME[address.site]
+        dtype = jnp.float32 if site.float32 else plan.dtype
+        return jnp.zeros([sizes[letter] for letter in site.axes.split()], dtype)
+
+    def score(probes):
+        pushes = [Add(value, site=a.site, layer=a.layer) for a, value in probes.items()]
+        call = Call.of(plan.config, prompts, asked, [*edits, *pushes], plan.logits, plan.placement)
+        result = call.result(forward(*call.arguments(leaves)))
+        found = _checked(of(result), len(tokens))
+        return found.sum(), (found, dict(zip(plan.addresses, _arrays(result, plan), strict=True)))
+
+    probes = {address: zeros(address) for address in plan.addresses}
+    slopes, (found, kept) = jax.grad(score, has_aux=True)(probes)
+    return found, kept, slopes
+
+
+def _checked(score: Any, batch: int) -> jax.Array:
+    """What ``of`` gave, when it is a score."""
+    if jax.tree_util.all_leaves([score]) and jnp.shape(score) in ((), (batch,)):
+        score = jnp.asarray(score)
+        if jnp.issubdtype(score.dtype, jnp.floating):
+            return score
+    given = jax.tree.map(jax.typeof, score)
+    raise InputError(
+        f"`of` gave {given}, expected one real number, or one for each of the {batch} rows."
+    )
+
+
+def _arrays(result: RunResult, plan: _Plan) -> list[jax.Array]:
+    return [result.activations[str(address)] for address in plan.addresses]
+
+
+_program = Program("gradients", _backward, static_argnums=0)

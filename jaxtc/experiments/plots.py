@@ -1,0 +1,172 @@
+"""Pictures of results, with matplotlib: ``pip install 'jaxtc[notebooks]'``.
+
+Axis letters: L layers, T tokens, N heads, B batch.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxtc.errors import InputError, JaxtcError
+from jaxtc.experiments.patching import Patching
+from jaxtc.experiments.sweep import Sweep
+from jaxtc.interchange import to_numpy
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["heat_map"]
+
+# Axes that run along a prompt, and so are labelled with its tokens.
+ALONG = ("position", "key")
+# More labels than these on an axis would run into each other.
+MOST_ROWS, MOST_COLUMNS = 40, 64
+RECOVERED = "share of the score recovered\n0 as corrupted, 1 as clean"
+
+
+def heat_map(
+    found: Patching | Sweep | Any,
+    tokens: Sequence[str] | None = None,
+    *,
+    ax: "Axes | None" = None,
+    title: str | None = None,
+    label: str | None = None,
+    limit: float | None = None,
+) -> "Axes":
+    """Draw numbers over layers and positions, or over any two axes of a sweep.
+
+    Layers go up, tokens to the right. Where values have both signs, colours are centred at 0: red
+    above, blue below; values that are not there (NaN) are gray.
+
+    Args:
+        found: a :class:`jaxtc.experiments.patching.Patching`, of which the recovered share is
+            drawn (one row of cells for each layer and head, where heads were patched one by one);
+            the result of a sweep over two axes; or an array (L, T). A batch axis behind it is
+            averaged.
+        tokens: the prompt's pieces, from ``tokenizer.convert_ids_to_tokens``; written below the
+            cells with their positions.
+        ax: where to draw; a new figure by default.
+        title: above the picture; the site that was patched, by default.
+        label: of the colour bar: what the number is. Give it for anything but a patching.
+        limit: the value where colours end, both ways; the largest there is by default. Pictures
+            that are to be compared want the same.
+
+    Raises:
+        InputError: not two axes, no number to draw, or tokens of another prompt.
+        JaxtcError: matplotlib is not installed.
+    """
+    plt = _pyplot()
+    values, names, ticks = _grid(found)
+    if not np.isfinite(values).any():
+        raise InputError(
+            "There is no number to draw, all are NaN: an edit names what is not there."
+        )
+    share = isinstance(found, Patching)
+    low, high = np.nanmin(values), np.nanmax(values)
+    signed = share or low < 0 < high
+    if signed or limit is not None:
+        high = max(-low, high, 1.0 if share else 0.0) if limit is None else limit
+        low = -high if signed or low < 0 else 0.0
+    if ax is None:
+        size = 2.4 + 0.42 * values.shape[1], max(3.2, 1.6 + 0.25 * values.shape[0])
+        ax = plt.subplots(figsize=size, layout="constrained")[1]
+    colors = plt.get_cmap("RdBu_r" if signed else "viridis").with_extremes(bad="lightgray")
+    image = ax.imshow(values, cmap=colors, vmin=low, vmax=high, origin="lower", aspect="auto")
+    rows, columns = names
+    _label(ax.set_yticks, ticks[0], MOST_ROWS)
+    ax.set_ylabel(rows)
+    along = columns.split(".")[0] in ALONG or not isinstance(found, Patching | Sweep)
+    if tokens is None or not along:
+        _label(ax.set_xticks, ticks[1], MOST_COLUMNS)
+        ax.set_xlabel(columns)
+    else:
+        words = _words(tokens, ticks[1])
+        _label(ax.set_xticks, words, MOST_COLUMNS, rotation=60, ha="right", rotation_mode="anchor")
+        if columns != "position":
+            ax.set_xlabel(columns)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    bar = ax.figure.colorbar(image, ax=ax)
+    bar.outline.set_visible(False)
+    bar.set_label(label or (RECOVERED if share else "value"))
+    ax.set_title(title if title is not None else (f"{found.site} patched" if share else ""))
+    return ax
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib.pyplot
+    except ImportError as error:
+        raise JaxtcError(
+            "Pictures need matplotlib, which is not installed: pip install 'jaxtc[notebooks]'"
+        ) from error
+    return matplotlib.pyplot
+
+
+def _grid(found: Any) -> tuple[np.ndarray, list[str], list[list]]:
+    """Values (rows, columns), the names of the two axes, and what is along them."""
+    if isinstance(found, Patching):
+        values, axes = found.recovered, dict(found.axes)
+    elif isinstance(found, Sweep):
+        values, axes = found.values, dict(found.axes)
+    else:
+        values = to_numpy(found)
+        axes = dict(zip(("layer", "position"), map(range, np.shape(found)), strict=False))
+    shape = np.shape(values)  # of a pytree that is no array, none
+    values = np.asarray(values, np.float64) if shape else np.zeros(())
+    if "head" in axes and len(axes) == 3 and values.ndim in (3, 4):
+        values, axes = _by_head(values, axes)
+    if values.ndim == 3 and len(axes) == 2:
+        values = values.mean(-1)
+    if values.ndim != 2 or len(axes) != 2:
+        named = ", ".join(axes) or "none"
+        raise InputError(
+            f"A heat map has two axes, and perhaps a batch behind them; got values of shape "
+            f"{shape} with the axes {named}. Pick or average the others first, and draw the array."
+        )
+    names = list(axes)
+    if names[0] in ALONG and names[1] not in ALONG:
+        values, names = values.T, names[::-1]
+    return values, names, [list(_entries(axes[name])) for name in names]
+
+
+def _by_head(values: np.ndarray, axes: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
+    """(L, T, N, ...) as (L·N, T, ...), one row a head."""
+    order = [list(axes).index(name) for name in ("layer", "head") if name in axes]
+    (other,) = set(range(3)) - set(order) if len(order) == 2 else (None,)
+    if other is None:
+        return values, axes
+    names = list(axes)
+    values = np.moveaxis(values, [*order, other], [0, 1, 2])
+    heads = [f"{layer}.{head}" for layer in axes["layer"] for head in axes["head"]]
+    flat = values.reshape(len(heads), *values.shape[2:])
+    return flat, {"layer.head": heads, names[other]: axes[names[other]]}
+
+
+def _entries(along: Any) -> Any:
+    """What to write for each entry of an axis: itself, or its number where it is an array."""
+    return range(len(along)) if np.ndim(along) > 1 else along
+
+
+def _words(tokens: Sequence[str], positions: list) -> list[str]:
+    """A label for each position, as people write the token."""
+    if isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens):
+        raise InputError(
+            "tokens are the prompt's pieces, a list of strings: "
+            "tokenizer.convert_ids_to_tokens(ids) gives them."
+        )
+    if max(positions) >= len(tokens) or -min(positions) > len(tokens):
+        raise InputError(
+            f"There are {len(tokens)} tokens, but positions from {min(positions)} to "
+            f"{max(positions)}; give the pieces of the prompt that was run, <bos> among them."
+        )
+    words = [tokens[p].replace("▁", " ").strip() or repr(tokens[p]) for p in positions]
+    return [f"{word} {p}" for word, p in zip(words, positions, strict=True)]
+
+
+def _label(place: Any, labels: list, most: int, **style: Any) -> None:
+    """Ticks at all entries, or at every nth where there are too many to read."""
+    step = -(-len(labels) // most)
+    shown = [f"{x:g}" if isinstance(x, float | np.floating) else str(x) for x in labels]
+    place(range(0, len(labels), step), shown[::step], **style)

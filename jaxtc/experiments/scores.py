@@ -1,0 +1,121 @@
+"""Numbers to explain: what of a run's logits an experiment looks at.
+
+Each is a pytree that is called with a :class:`jaxtc.programs.run.RunResult`, for
+``sweep(..., of=...)`` and the patching functions; its token ids are data, so another answer
+runs the same program. Any function of a result will do in their place. B batch, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxtc.errors import InputError
+from jaxtc.interchange import plain_fields
+from jaxtc.model.prompts import last_tokens
+from jaxtc.programs.program import Fact
+from jaxtc.programs.run import RunResult
+
+__all__ = ["LogProbability", "Logit", "LogitDifference"]
+
+
+def as_pytree(of: Callable) -> Callable:
+    """A function as programs take it: a plain one has no arrays, and is part of the compile key.
+
+    Raises:
+        InputError: it cannot be called.
+    """
+    if not callable(of):
+        raise InputError(f"of is {of!r}, expected a function of a run's result.")
+    return jax.tree_util.Partial(of) if jax.tree_util.all_leaves([of]) else of
+
+
+def facts_of(of: Callable) -> list[Fact]:
+    """What a program depends on in :func:`as_pytree` of a function."""
+    arrays = [f"{jax.typeof(x).dtype}{list(jax.typeof(x).shape)}" for x in jax.tree.leaves(of)]
+    plain = of.func if isinstance(of, jax.tree_util.Partial) else None
+    name = getattr(plain, "__name__", None) or type(of if plain is None else plain).__name__
+    once = f"`of` is another function, {name}: define it once outside the loop"
+    return [
+        # By id, as jax does: compiled programs keep their functions alive, this need not.
+        Fact("of", type(of) if plain is None else id(plain), "function", once, was=False),
+        Fact("the arrays of `of` are", ", ".join(arrays), "options"),
+    ]
+
+
+def _last(result: RunResult) -> jax.Array:
+    """(B, V) logits of each prompt's last token."""
+    if result.logits is None:
+        raise InputError("This score is of logits, and the run kept none: logits='last'.")
+    if result.logits.ndim == 2:
+        return result.logits
+    return last_tokens(result.logits, result.lengths)
+
+
+def _of(logits: jax.Array, token: Any) -> jax.Array:
+    """(B,) the entry of each row's token; NaN for an id that does not exist."""
+    ids = jnp.broadcast_to(jnp.asarray(token), logits.shape[:1])
+    ids = jnp.where(ids < 0, logits.shape[1], ids)
+    return logits.at[jnp.arange(len(logits)), ids].get(mode="fill", fill_value=jnp.nan)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Logit:
+    """The logit of a token at the end of each prompt: result to (B,).
+
+    Attributes:
+        token: an id, or one for each row (B,).
+    """
+
+    token: Any
+
+    def __post_init__(self):
+        plain_fields(self)
+
+    def __call__(self, result: RunResult) -> jax.Array:
+        """(B,)."""
+        return _of(_last(result), self.token)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LogitDifference:
+    """The logit of an answer minus that of another: how clearly the model decides. To (B,).
+
+    Attributes:
+        answer: an id, or one for each row (B,).
+        other: the id it is compared with, likewise.
+    """
+
+    answer: Any
+    other: Any
+
+    def __post_init__(self):
+        plain_fields(self)
+
+    def __call__(self, result: RunResult) -> jax.Array:
+        """(B,)."""
+        logits = _last(result)
+        return _of(logits, self.answer) - _of(logits, self.other)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LogProbability:
+    """The log probability, in nats, of a token at the end of each prompt: result to (B,).
+
+    Attributes:
+        token: an id, or one for each row (B,).
+    """
+
+    token: Any
+
+    def __post_init__(self):
+        plain_fields(self)
+
+    def __call__(self, result: RunResult) -> jax.Array:
+        """(B,)."""
+        return _of(jax.nn.log_softmax(_last(result)), self.token)

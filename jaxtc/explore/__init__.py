@@ -1,0 +1,1 @@
+"""What features mean: explanations of a prompt."""

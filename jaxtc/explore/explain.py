@@ -1,0 +1,341 @@
+"""``explain``: what the MLPs of a model did with a prompt, told by the features of transcoders.
+
+Axis letters: T tokens of the prompt, D hidden, M features, V vocabulary.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtc.captures.activations import Activations
+from jaxtc.errors import InputError, JaxtcError, SiteError, some
+from jaxtc.explore.explanation import ActiveFeature, Explanation, LayerReport, TokenReport
+from jaxtc.explore.neuronpedia import feature_url
+from jaxtc.model.gemma2 import Gemma2
+from jaxtc.model.prompts import bucket, prepare
+from jaxtc.programs.generate import generate
+from jaxtc.programs.run import run
+from jaxtc.tap.sites import BY_NAME, Address, check_layer, parse
+from jaxtc.transcoders.metrics import FVU, Mean, notebook_score, relative_error, special_token_mask
+from jaxtc.transcoders.promoted import pieces_of, promoted_pieces
+from jaxtc.transcoders.transcoder import Transcoder
+
+#: The site the Gemma Scope tutorial notebook feeds its transcoder: what the MLP reads, with the
+#: norm's gain. Gemma Scope's weights were trained on ``mlp_in_normed``.
+NOTEBOOK_SITE = "mlp_in"
+
+_CHUNK = 1024  # tokens encoded at once: bounds the dense (tokens, M) array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prompt:
+    """A tokenized prompt: ids, pieces and masked are all of length T."""
+
+    ids: list[int]
+    pieces: tuple[str, ...]
+    masked: np.ndarray
+
+
+def explain(
+    model: Gemma2,
+    tokenizer: Any,
+    prompt: str,
+    transcoders: Transcoder | Sequence[Transcoder] | Mapping[int, Transcoder],
+    *,
+    input_site: str | None = None,
+    top_features: int = 5,
+    promoted: int = 5,
+    max_new_tokens: int = 2,
+    progress: Callable[[str], None] = lambda step: None,
+) -> Explanation:
+    """Run a prompt once, and let transcoders say which features each token's MLP output is made of.
+
+    Args:
+        model: from :func:`jaxtc.load_model`.
+        tokenizer: the model's, from :func:`jaxtc.load_tokenizer`.
+        prompt: text; the tokenizer puts <bos> in front.
+        transcoders: one, several, or a mapping by layer. A mapping is read one layer at a time, so
+            that it may load them as they are asked for.
+        input_site: what to feed instead of each transcoder's own input site; ``"mlp_in"`` is what
+            the Gemma Scope tutorial feeds.
+        top_features: how many features to report for each token, at most M.
+        promoted: how many tokens to report for each feature.
+        max_new_tokens: length of the continuation; 0 for none.
+        progress: called with a few words at each long step.
+
+    Raises:
+        InputError: a prompt that is empty, no Unicode, or longer than the model's context; a count
+            that is out of range.
+        JaxtcError: a transcoder of another model (its D differs), or one that knows no layer; NaN
+            or infinity in what the model or a transcoder computes (float16 overflows easily).
+        SiteError: no such site or layer.
+    """
+    config = model.config
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InputError(
+            "The prompt is empty. Give some text, for example "
+            "'The capital of the state containing Dallas is'."
+        )
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"The prompt is not Unicode text: character {error.start} is {prompt[error.start]!a}, "
+            "which stands for a byte that is not UTF-8. Convert the text to UTF-8 first."
+        ) from error
+    counts = {"top_features": top_features, "promoted": promoted, "max_new_tokens": max_new_tokens}
+    for name, count in counts.items():
+        if not isinstance(count, int) or count < 0:
+            raise InputError(f"{name} is {count!r}, expected a whole number of at least 0.")
+    by_layer = _by_layer(transcoders, config.num_hidden_layers)
+    told, warnings = _tokenize(tokenizer, prompt, config.bos_token_id)
+    prepare(told.ids, config, extra=max_new_tokens)  # refuses a long prompt before any long work
+
+    # A mapping may load on demand, so its first transcoder speaks for the sites of all.
+    layers = list(by_layer)
+    first = by_layer[layers[0]]
+    fed = _input_site(input_site) if input_site else first.input_site
+    sites = sorted({fed, first.output_site, NOTEBOOK_SITE})
+    _check_fit(first, layers[0], fed, model)
+    progress("Running the model")
+    capture = [Address(site, layer) for layer in layers for site in sites]
+    activations = run(model, told.ids, capture=capture, logits=None).activations
+    for address in capture:
+        _check_finite(activations[address], f"What the model has at {address}", model.dtype)
+    reports = []
+    for layer in layers:
+        progress(f"Explaining layer {layer}")
+        transcoder = first if layer == layers[0] else by_layer[layer]
+        if not {fed if input_site else transcoder.input_site, transcoder.output_site} <= {*sites}:
+            raise JaxtcError(
+                f"The transcoder of layer {layer} reads {transcoder.input_site} and writes "
+                f"{transcoder.output_site}, but that of layer {layers[0]} reads "
+                f"{first.input_site} and writes {first.output_site}; explain one kind at a time."
+            )
+        site = fed if input_site else transcoder.input_site
+        _check_fit(transcoder, layer, site, model)
+        report, tops = _measure(transcoder, layer, site, activations, told, top_features)
+        names = promoted_pieces(model, tokenizer, transcoder, tops, promoted)
+        reports.append(_with_features(report, tops, names, transcoder.source))
+
+    new: list[int] = []
+    if max_new_tokens:
+        progress("Continuing the prompt")
+        new = generate(model, told.ids, max_new_tokens).tokens[0]
+    return Explanation(
+        prompt=prompt,
+        ids=tuple(told.ids),
+        tokens=told.pieces,
+        layers=tuple(reports),
+        continuation=_continuation(tokenizer, told.ids, new),
+        continuation_ids=tuple(new),
+        warnings=tuple(warnings),
+    )
+
+
+def _by_layer(transcoders: Any, layers: int) -> Mapping[int, Transcoder]:
+    """Transcoders by layer, in order.
+
+    Raises:
+        JaxtcError: none, two for one layer, or one that knows no layer.
+        SiteError: a layer the model does not have.
+    """
+    if isinstance(transcoders, Mapping):
+        for layer in transcoders:
+            if check_layer(layer, layers, "A transcoder") != layer:
+                raise SiteError(f"A transcoder is for layer {layer}; count layers from 0 here.")
+        found = transcoders
+    else:
+        given = [transcoders] if isinstance(transcoders, Transcoder) else list(transcoders)
+        found = {}
+        for transcoder in given:
+            if transcoder.layer is None:
+                raise JaxtcError(
+                    f"The transcoder from {transcoder.source or 'memory'} does not know its layer; "
+                    "give a mapping such as {20: transcoder}."
+                )
+            layer = check_layer(transcoder.layer, layers, "A transcoder")
+            if layer in found:
+                raise JaxtcError(f"Two transcoders are for layer {layer}; explain one at a time.")
+            found[layer] = transcoder
+        found = dict(sorted(found.items()))
+    if not found:
+        raise JaxtcError("No transcoder was given; explain needs at least one.")
+    return found
+
+
+def _check_finite(x: Any, what: str, dtype: Any) -> None:
+    """Refuse what has overflowed: L0 would be 0 and every comparison with it false."""
+    if np.isfinite(np.asarray(x)).all():
+        return
+    name = np.dtype(dtype).name
+    remedy = "The weights themselves are broken; load others."
+    if name in ("float16", "bfloat16"):
+        remedy = (
+            f"{name} may be too narrow for it: load it with dtype='float32'"
+            + (" or 'bfloat16'" if name == "float16" else "")
+            + " (--dtype, for the model, on the command line)."
+        )
+    raise JaxtcError(
+        f"{what} is NaN or infinite somewhere on this prompt, so its figures would mean nothing. "
+        f"It was computed in {name}. {remedy}"
+    )
+
+
+def _input_site(name: str) -> str:
+    """The site that ``--input-site`` names."""
+    site, layer = parse(name)
+    if layer is not None:
+        raise SiteError(f"input_site is {name!r}; leave the layer out: {site!r}.")
+    if not BY_NAME[site].per_layer:
+        raise SiteError(f"input_site is {name!r}, which the model has once; layers have mlp_in.")
+    return site
+
+
+def _check_fit(transcoder: Transcoder, layer: int, site: str, model: Gemma2) -> None:
+    """Refuse a transcoder whose widths are not those of the sites it reads and writes."""
+    ends = {site: transcoder.d_in, transcoder.output_site: transcoder.d_out}
+    for name, width in ends.items():
+        size = BY_NAME[name].width(model.config.sizes)
+        if size != width:
+            axes = "·".join(BY_NAME[name].token_axes)
+            holds = f"{axes}={size}" if size else f"no vector for each token ({BY_NAME[name].axes})"
+            raise JaxtcError(
+                f"The transcoder of layer {layer} ({transcoder.source or 'in memory'}) has width "
+                f"D={width} at {name}, where this model has {holds}. It belongs to another model; "
+                "give one that was trained on this model."
+            )
+
+
+def _tokenize(tokenizer: Any, prompt: str, bos: int | None) -> tuple[_Prompt, list[str]]:
+    """The prompt's tokens, and what is odd about them."""
+    encoded = tokenizer(prompt, return_offsets_mapping=bool(tokenizer.is_fast))
+    ids = list(encoded["input_ids"])
+    warnings = []
+    unknown = [index for index, token in enumerate(ids) if token == tokenizer.unk_token_id]
+    if unknown:
+        spans = encoded.get("offset_mapping")
+        texts = [prompt[slice(*spans[index])] if spans else "a word" for index in unknown]
+        words = dict.fromkeys(repr(text.strip() or text) for text in texts)
+        warnings.append(
+            f"The tokenizer does not know {some([*words])}: "
+            f"the model sees {tokenizer.unk_token} there, and what is said below is about that."
+        )
+    if bos is not None and ids[:1] != [bos]:
+        warnings.append("The tokenizer put no <bos> in front; Gemma-2 is not itself without one.")
+    if ids[:2] == [bos, bos]:
+        warnings.append(
+            "The prompt has <bos> twice: the tokenizer adds it, so leave it out of the text."
+        )
+    special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
+    pieces = pieces_of(tokenizer, ids)
+    return _Prompt(ids, pieces, special_token_mask(ids, special)), warnings
+
+
+def _continuation(tokenizer: Any, ids: list[int], new: list[int]) -> str:
+    """The text of the new tokens, with the space that decoding them alone would lose."""
+    if None in tokenizer.convert_ids_to_tokens(new):  # decoding leaves them out
+        return "".join(pieces_of(tokenizer, new)).replace("▁", " ")
+    before = tokenizer.decode(ids, skip_special_tokens=True)
+    after = tokenizer.decode([*ids, *new], skip_special_tokens=True)
+    return after[len(before) :] if after.startswith(before) else tokenizer.decode(new)
+
+
+@functools.partial(jax.jit, static_argnames="top")
+def _encode(transcoder: Transcoder, x: jax.Array, top: int) -> dict[str, jax.Array]:
+    a = transcoder.encode(x)
+    values, ids = jax.lax.top_k(a, top)
+    counts = {"l0": (a > 0).sum(-1), "above_one": (a > 1).sum(-1)}
+    return {"values": values, "ids": ids, "y": transcoder.decode(a, x), **counts}
+
+
+def _encoded(transcoder: Transcoder, x: jax.Array, top: int) -> dict[str, np.ndarray]:
+    """The strongest features, counts and reconstruction of (T, D) inputs, as (T, ...) on the host.
+
+    Padded to a bucket and cut in chunks, without layer and source: one compiled program serves
+    prompts of all lengths and transcoders of all layers.
+    """
+    T, D = x.shape
+    width = min(bucket(T), _CHUNK)
+    padded = np.zeros((-(-T // width) * width, D), np.float32)
+    padded[:T] = np.asarray(x, np.float32)
+    nameless = transcoder.nameless()
+    parts = [_encode(nameless, part, top) for part in padded.reshape(-1, width, D)]
+    return {name: np.concatenate([part[name] for part in parts])[:T] for name in parts[0]}
+
+
+def _measure(
+    transcoder: Transcoder, layer: int, site: str, activations: Activations, told: _Prompt, top: int
+) -> tuple[LayerReport, dict[str, np.ndarray]]:
+    """The figures of a layer and its tokens, without features; and the features, (T, top)."""
+    if top > transcoder.features:
+        raise InputError(
+            f"top_features is {top}, but the transcoder of layer {layer} has "
+            f"{transcoder.features} features."
+        )
+    read = lambda name: BY_NAME[name].join(activations[Address(name, layer)][0])  # noqa: E731
+    target = read(transcoder.output_site)
+    got = _encoded(transcoder, read(site), max(top, 1))
+    _check_finite(
+        got["y"], f"What the transcoder of layer {layer} computes", transcoder.W_dec.dtype
+    )
+    errors = relative_error(target, got["y"])
+    keep = ~told.masked
+    fvu = FVU().update(target, got["y"], keep)
+    score = math.nan
+    imitates = transcoder.output_site == "mlp_out" and transcoder.input_site != "mlp_out"
+    if imitates and transcoder.d_in == read(NOTEBOOK_SITE).shape[-1]:
+        same = site == NOTEBOOK_SITE
+        guess = got["y"] if same else _encoded(transcoder, read(NOTEBOOK_SITE), max(top, 1))["y"]
+        score = notebook_score(target, guess)
+    tokens = tuple(
+        TokenReport(
+            position=position,
+            id=int(told.ids[position]),
+            text=told.pieces[position],
+            masked=bool(told.masked[position]),
+            l0=int(got["l0"][position]),
+            above_one=int(got["above_one"][position]),
+            relative_error=float(errors[position]),
+            features=(),
+        )
+        for position in range(len(told.ids))
+    )
+    report = LayerReport(
+        layer=layer,
+        transcoder=transcoder.source,
+        width=transcoder.features,
+        input_site=site,
+        output_site=transcoder.output_site,
+        fvu=fvu.fvu,
+        explained_variance=fvu.explained_variance,
+        l0=Mean().update(got["l0"], keep).mean,
+        relative_error=Mean().update(errors, keep).mean,
+        notebook_score=score,
+        tokens=tokens,
+    )
+    return report, {name: got[name][:, :top] for name in ("values", "ids")}
+
+
+def _with_features(
+    report: LayerReport,
+    tops: dict[str, np.ndarray],
+    names: Mapping[int, tuple[str, ...]],
+    source: str,
+) -> LayerReport:
+    """``report`` with each token's strongest active features filled in."""
+    tokens = []
+    for token in report.tokens:
+        pairs = zip(tops["ids"][token.position], tops["values"][token.position], strict=True)
+        features = tuple(
+            ActiveFeature(int(f), float(v), names[int(f)], feature_url(source, int(f)))
+            for f, v in pairs
+            if v > 0
+        )
+        tokens.append(dataclasses.replace(token, features=features))
+    return dataclasses.replace(report, tokens=tuple(tokens))

@@ -1,0 +1,1 @@
+"""What fits: estimates of a call, and plans for a mesh."""

@@ -1,0 +1,244 @@
+"""What each device of a mesh will hold, from shapes alone: nothing is loaded, nothing allocated.
+
+Axis letters: B batch, T tokens, W tokens with the padding up to a bucket, S cache slots, D hidden,
+N heads, K key/value heads, H head dim, F MLP width, V vocabulary, M transcoder features.
+"""
+
+import dataclasses
+import operator
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+
+from jaxtc.captures.request import Captures, check_per_token, understand
+from jaxtc.errors import InputError, did_you_mean
+from jaxtc.helpers import gigabytes, is_whole
+from jaxtc.memory.advice import Verdict, divisors, judge
+from jaxtc.memory.parts import Part, Request
+from jaxtc.model.config import Gemma2Config
+from jaxtc.sharding.mesh import parse_mesh, show
+from jaxtc.sharding.rules import DATA, MODEL, RULES, ShardingError
+from jaxtc.tap.sites import check_layer
+from jaxtc.weights.files.arrays import check_dtype
+from jaxtc.weights.files.layout import DEFAULT_WIDTH
+from jaxtc.weights.sources.released import load_config
+
+# Gemma Scope's names of widths are powers of two.
+WIDTHS = {
+    "16k": 2**14, "32k": 2**15, "65k": 2**16, "131k": 2**17, "262k": 2**18, "524k": 2**19,
+    "1m": 2**20,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What :func:`plan` found; ``print`` it for a table.
+
+    Attributes:
+        model: the name it was asked for by.
+        request: what is planned.
+        parts: what each device holds, a line each.
+        verdicts: for each accelerator, whether that fits, and what would make it fit.
+        notes: what the mesh makes of this model, a sentence each.
+    """
+
+    model: str
+    request: Request
+    parts: tuple[Part, ...]
+    verdicts: tuple[Verdict, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def per_device(self) -> int:
+        """Bytes that each device must have."""
+        return sum(part.per_device for part in self.parts)
+
+    @property
+    def total(self) -> int:
+        """Bytes of the whole arrays, each counted once."""
+        return sum(part.total for part in self.parts)
+
+    def __getitem__(self, name: str) -> Part:
+        found = {part.name: part for part in self.parts}
+        return found.get(name) or Part(name, 0, 0, "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON has it; numbers are bytes."""
+        asked = self.request
+        return {
+            "model": self.model,
+            "mesh": dict(asked.mesh),
+            "devices": asked.devices,
+            "rules": dict(asked.rules),
+            "dtype": asked.dtype,
+            "batch": asked.batch,
+            "length": asked.length,
+            "new_tokens": asked.new_tokens,
+            "capture": [*map(str, asked.asked.addresses), *asked.asked.names],
+            "logits": asked.logits,
+            "transcoders": list(asked.transcoders),
+            "features": asked.features,
+            "transcoder_dtype": asked.transcoder_dtype,
+            "skip": asked.skip,
+            "parts": [dataclasses.asdict(part) for part in self.parts],
+            "per_device": self.per_device,
+            "total": self.total,
+            "fits": [
+                {**dataclasses.asdict(v), "suggestions": [*map(dataclasses.asdict, v.suggestions)]}
+                for v in self.verdicts
+            ],
+            "notes": list(self.notes),
+        }
+
+    def __str__(self):
+        rows = [(part.name, gigabytes(part.per_device), part.detail) for part in self.parts]
+        rows.append(("each device", gigabytes(self.per_device), ""))
+        rows += [(v.device, "fits" if v.fits else "does not fit", v.advice) for v in self.verdicts]
+        first, second = (max(len(row[i]) for row in rows) for i in (0, 1))
+        return "\n".join(f"{a:<{first}}  {b:>{second}}  {c}".rstrip() for a, b, c in rows)
+
+
+def plan(
+    model: str | Gemma2Config,
+    mesh: str | Mapping[str, int] | jax.sharding.Mesh = "data=1,model=1",
+    *,
+    rules: Mapping[str, str | None] = RULES,
+    dtype: Any = "bfloat16",
+    batch: int = 1,
+    length: int | None = None,
+    new_tokens: int = 0,
+    capture: Captures = (),
+    logits: str | None = "unset",
+    transcoders: str | Iterable[int] = (),
+    width: str | int = DEFAULT_WIDTH,
+    transcoder_dtype: Any = "float32",
+    skip: bool = False,
+) -> Plan:
+    """What each device of a mesh will hold, whether that fits, and what would make it fit.
+
+    Weights, transcoders, cache, captures and logits are exact; "workspace" is an estimate of what
+    the compiled program holds besides, from the widest arrays of a layer. Values of edits are not
+    counted, nor are a sweep's variants, which are as many rows more.
+
+    Args:
+        model: a config, or a source as :func:`jaxtc.weights.sources.released.load_config` takes it.
+        mesh: "data=2,model=4", the sizes by name, or a mesh.
+        rules: logical axes to mesh axes.
+        dtype: of the weights.
+        batch: B, prompts of a call.
+        length: T, tokens of the longest prompt; by default 1024, or what the context has room for.
+        new_tokens: to plan a :func:`jaxtc.generate` of so many, with its cache; 0 plans a
+            :func:`jaxtc.run`.
+        capture: as :func:`jaxtc.run` takes it.
+        logits: "all", "last" or None, as :func:`jaxtc.run` has them, and by default "all"; of a
+            generation there are none.
+        transcoders: of which layers, or "all".
+        width: M, features of each, or Gemma Scope's name of it, such as "16k".
+        transcoder_dtype: of their parameters.
+        skip: whether they have a skip connection.
+
+    Raises:
+        ShardingError: no mesh, or an axis of the model that it does not divide.
+        InputError: sizes that no call could have.
+        SourceError, ConfigError, SiteError, WeightsError: as the functions that would be called.
+    """
+    config = model if isinstance(model, Gemma2Config) else load_config(model)
+    sizes = parse_mesh(show(mesh) if isinstance(mesh, Mapping | jax.sharding.Mesh) else mesh)
+    new_tokens = _count("new_tokens", new_tokens, 0)
+    if length is None:
+        length = max(min(1024, config.max_position_embeddings - new_tokens), 1)
+    batch = _count("batch", batch, 1)
+    length = _count("length", length, 1)
+    if length + new_tokens > config.max_position_embeddings:
+        raise InputError(
+            f"{length} tokens and {new_tokens} new ones are more than this model's context of "
+            f"{config.max_position_embeddings}."
+        )
+    if logits == "unset":
+        logits = None if new_tokens else "all"
+    if logits not in ("all", "last", None):
+        raise InputError(f"logits is {logits!r}, expected 'all', 'last' or None.")
+    if logits and new_tokens:
+        raise InputError("A generation gives no logits back; capture='logits' keeps them.")
+    understood = understand(capture, config.num_hidden_layers)
+    if new_tokens:
+        check_per_token(understood)
+    asked = Request(
+        config, tuple(sizes.items()), tuple(rules.items()), check_dtype(dtype).name, batch, length,
+        new_tokens, understood, logits,
+        _layers(transcoders, config.num_hidden_layers), features_of(width),
+        check_dtype(transcoder_dtype).name, skip,
+    )  # fmt: skip
+    name = model if isinstance(model, str) else "this model"
+    return Plan(name, asked, _checked(asked), judge(asked), tuple(_notes(asked)))
+
+
+def features_of(width: str | int) -> int:
+    """M of a width: ``"16k"`` is 16384.
+
+    Raises:
+        InputError: no width.
+    """
+    if isinstance(width, str):
+        found = WIDTHS.get(width.lower()) or (int(width) if re.fullmatch(r"\d{1,9}", width) else 0)
+    else:
+        found = int(width) if is_whole(width) else 0
+    if found < 1:
+        raise InputError(
+            f"width is {width!r}, expected a number of features or Gemma Scope's name of it: "
+            f"{', '.join(WIDTHS)}.{did_you_mean(str(width), WIDTHS)}"
+        )
+    return found
+
+
+def _count(name: str, value: Any, least: int) -> int:
+    if not is_whole(value, least):
+        raise InputError(f"{name} is {value!r}, expected a whole number of at least {least}.")
+    return int(value)
+
+
+def _layers(given: str | Iterable[int], count: int) -> tuple[int, ...]:
+    """The layers that have a transcoder."""
+    if isinstance(given, str) and given == "all":
+        return tuple(range(count))
+    try:
+        layers = [operator.index(layer) for layer in given]
+    except TypeError:  # letters of another word, too
+        raise InputError(
+            f"transcoders is {given!r}, expected 'all' or numbers of layers."
+        ) from None
+    return tuple(sorted({check_layer(layer, count, "transcoders") for layer in layers}))
+
+
+def _checked(asked: Request) -> tuple[Part, ...]:
+    """Its parts; a mesh that does not divide the model is told with those that do."""
+    try:
+        return asked.parts()
+    except ShardingError as error:
+        good = divisors(asked)
+        raise ShardingError(
+            f"{error} With these rules, everything here divides over model="
+            f"{' or '.join(map(str, good))}."
+            if good
+            else str(error)
+        ) from error
+
+
+def _notes(asked: Request) -> Iterator[str]:
+    """What the mesh makes of this model, where that is not the rule."""
+    sizes, config = dict(asked.mesh), asked.config
+    heads, count = config.num_key_value_heads, sizes.get(MODEL, 1)
+    if heads % count and dict(asked.rules).get("kv_heads") == MODEL:
+        yield (
+            f"The model has {heads} key/value heads and the mesh {MODEL}={count}: every device "
+            "holds their weights and their cache whole."
+        )
+    if asked.batch % sizes.get(DATA, 1):
+        prompts = "1 prompt does" if asked.batch == 1 else f"{asked.batch} prompts do"
+        yield f"{prompts} not divide over {DATA}={sizes[DATA]}: every device runs all of them."
+    rules = dict(asked.rules)
+    whole = [axis for axis, to in RULES.items() if to is not None and rules.get(axis) is None]
+    if whole:
+        yield f"Held whole by every device, as the rules say: {', '.join(whole)}."

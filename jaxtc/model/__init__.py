@@ -1,0 +1,1 @@
+"""Gemma-2: its config, prompts, parameters and forward pass."""

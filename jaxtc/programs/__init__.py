@@ -1,0 +1,1 @@
+"""The compiled entry points: run and generate."""

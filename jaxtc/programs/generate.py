@@ -1,0 +1,316 @@
+"""Generation: the prompts once (prefill), then one compiled step a token, with a cache."""
+
+import dataclasses
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtc.captures.activations import Activations
+from jaxtc.captures.request import Captures, understand
+from jaxtc.edits.base import Edit
+from jaxtc.edits.check import check_edits, of_phase
+from jaxtc.errors import InputError, JaxtcError
+from jaxtc.helpers import is_whole
+from jaxtc.interchange import plain
+from jaxtc.memory.needs import check_run
+from jaxtc.model.config import Gemma2Config
+from jaxtc.model.gemma2 import Cache, Gemma2
+from jaxtc.model.prompts import bucket, last_tokens, prepare
+from jaxtc.programs import recording
+from jaxtc.programs.leaves import parameters, placed, rebuild
+from jaxtc.programs.program import Program, description
+from jaxtc.programs.sampling import EVERY, draw
+from jaxtc.sharding.mesh import MeshLike
+from jaxtc.sharding.placement import Placement
+from jaxtc.sharding.rules import CACHE
+from jaxtc.tap.sites import ORDER, Address
+from jaxtc.tap.tap import Tap
+
+# Called with the number of a new token and its id in each row, None where a row has ended before.
+Stream = Callable[[int, list[int | None]], Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Generation:
+    """What :func:`generate` returns.
+
+    Attributes:
+        prompts: the ids of each prompt, without padding.
+        tokens: the new ids of each prompt, up to and including its stop token.
+        activations: what was captured at the tokens of prompt and continuation, (B, T, ...) as
+            :func:`jaxtc.run` has it. The last token of a row is not among them: nothing follows
+            it, so it is never run.
+        lengths: (B,) int32, how many of those T tokens are each row's own; the rest is padding.
+    """
+
+    prompts: list[list[int]]
+    tokens: list[list[int]]
+    activations: Activations
+    lengths: np.ndarray
+
+    @property
+    def sequences(self) -> list[list[int]]:
+        """Prompt and continuation of each row."""
+        return [[*a, *b] for a, b in zip(self.prompts, self.tokens, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The static half of a call: with the shapes, the key under which programs are compiled."""
+
+    config: Gemma2Config
+    captures: tuple[Address, ...]
+    slots: int
+    placement: Placement | None
+
+
+def generate(
+    model: Gemma2,
+    tokens: Any,
+    max_new_tokens: int,
+    *,
+    lengths: Any = None,
+    edits: Sequence[Edit] = (),
+    capture: Captures = (),
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | jax.Array = 0,
+    stop: int | Sequence[int] | None = None,
+    stream: Stream | None = None,
+    mesh: MeshLike | None = None,
+) -> Generation:
+    """Continue each prompt, token by token: with the likeliest, or with one that is drawn.
+
+    Two programs serve all calls of a batch size and a bucket of lengths: one for the prompts, one
+    for a step. Other edits of the same kinds, temperatures, k, p, seeds and stop tokens run the
+    same ones.
+
+    Args:
+        model: from :func:`jaxtc.load_model`.
+        tokens: as for :func:`jaxtc.run`; prompts of one batch may differ in length.
+        max_new_tokens: how many to add at most; a prompt that stops earlier waits for the others.
+        lengths: as for :func:`jaxtc.run`.
+        edits: applied to prompts and new tokens alike, unless their ``position`` is "prompt" or
+            "new"; a number counts from the prompt's start, or its end when negative, and may name
+            a new token.
+        capture: as for :func:`jaxtc.run`, reducers of each token among it; kept over the prompt
+            and the new tokens.
+        temperature: divides the logits; 0 takes the likeliest token, whatever the rest says.
+        top_k: draw among the k likeliest tokens only.
+        top_p: draw among the fewest likeliest tokens of this probability together only. Applied
+            after ``temperature`` and ``top_k``.
+        seed: a whole number or a jax key. The same one gives the same tokens; each row and each
+            position has its own random numbers, whatever the other rows are.
+        stop: id or ids that end a text; the config's ``eos_token_id`` by default, none when empty.
+        stream: called with the number of each step and its new ids, as soon as they are known; when
+            it returns ``True`` no more follow.
+        mesh: that the model lies on, if it is given at all, see :func:`jaxtc.run`. All processes of
+            the mesh call this alike, and get the same tokens.
+
+    Raises:
+        InputError: tokens the model cannot run, or more of them than its context; an option out of
+            its range.
+        SiteError: a capture that names nothing here.
+        EditError: an edit that does not fit or could never fire.
+        CapacityError: what is captured would not fit in memory.
+        JaxtcError: the model computed NaN.
+        ShardingError: as :func:`jaxtc.run`.
+    """
+    config = model.config
+    sampling = _sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    leaves, layers = parameters(model), config.num_hidden_layers
+    given = (tokens, lengths, edits, leaves, sampling)
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(given)):
+        raise InputError("generate loops in Python and cannot run inside jit, vmap or grad.")
+    stops = _stops(stop, config)
+    asked = understand(capture, layers)
+    recording.check_per_token(asked)
+    prompts = prepare(tokens, config, lengths, extra=max_new_tokens)
+    # The last new token is never fed back, so an edit at its position would not fire.
+    checked, _ = check_edits(edits, config, (layers, len(ORDER)), prompts, max_new_tokens - 1)
+    reducers = asked.checked(config, prompts)
+    batch, width = prompts.tokens.shape
+    place = placed(model, leaves, mesh)
+    slots = max(bucket(prompts.length + max_new_tokens), width)
+    plan = Plan(config, asked.addresses, slots, place)
+    if asked:
+        size = (batch, plan.slots, plan.slots)
+        check_run(config, leaves, size, asked.addresses, reducers, None, checked)
+
+    def describe():
+        return description(
+            config, leaves, batch=batch, length=prompts.length, padded=width,
+            slots=plan.slots, captures=plan.captures, edits=checked, reducers=reducers,
+            placement=place,
+        )  # fmt: skip
+
+    rows = (lambda x: x) if place is None else place.put_rows
+    lengths, early, later = rows(prompts.lengths), *(of_phase(checked, new=n) for n in (0, 1))
+    if place is not None:
+        early, later, reducers, sampling = place.put_whole((early, later, reducers, sampling))
+    ids, *state = _PREFILL(
+        plan, leaves, rows(prompts.tokens), lengths, early, reducers, sampling, describe=describe
+    )
+
+    def advance(step: int, ids: jax.Array, state: Sequence) -> tuple:
+        return _STEP(
+            plan, leaves, ids, rows(prompts.lengths + step), lengths, *state, later, reducers,
+            sampling, describe=describe,
+        )  # fmt: skip
+
+    # A device is not to wait until the host has read its ids, at the price of one step too many
+    # when a text stops. Where the host is the device, nothing waits.
+    ahead = not stops or next(iter(leaves[0].devices())).platform != "cpu"
+    new: list[list[int]] = [[] for _ in prompts.tokens]
+    running = np.ones(len(new), bool)
+    for step in range(max_new_tokens):
+        known, last = ids, step + 1 == max_new_tokens
+        if ahead and not last:
+            ids, *state = advance(step, ids, state)
+        found = _read(known)
+        told = [int(i) if on else None for i, on in zip(found, running, strict=True)]
+        for row, i in zip(new, told, strict=True):
+            row.extend([] if i is None else [i])
+        running &= ~np.isin(found, stops)
+        ended = stream is not None and stream(step, told) is True
+        if ended or not running.any():
+            break
+        if not ahead and not last:
+            ids, *state = advance(step, ids, state)
+    texts = np.asarray(prompts.tokens)
+    ends = prompts.known_lengths + [len(row) - 1 for row in new]
+    return Generation(
+        [texts[i, :n].tolist() for i, n in enumerate(prompts.known_lengths)],
+        new,
+        recording.finish(state[1], asked, reducers, layers, prompts.length + step),
+        ends.astype(np.int32),
+    )
+
+
+def _sampling(max_new_tokens, temperature, top_k, top_p, seed) -> tuple:
+    """(key, temperature, top_k, top_p) as programs take them; raises InputError for bad options."""
+    if not is_whole(max_new_tokens, 1):
+        raise InputError(
+            f"max_new_tokens is {max_new_tokens!r}, expected a whole number of at least 1."
+        )
+    if not _real(temperature) or not 0 <= temperature < np.inf:
+        raise InputError(
+            f"temperature is {temperature!r}, expected a number of at least 0: 0 takes the "
+            "likeliest token, 1 draws from the model's own distribution."
+        )
+    if top_k is not None and not is_whole(top_k, 1):
+        raise InputError(
+            f"top_k is {top_k!r}, expected a whole number of at least 1, or None for all tokens."
+        )
+    if top_p is not None and (not _real(top_p) or not 0 < top_p <= 1):
+        raise InputError(
+            f"top_p is {top_p!r}, expected a probability above 0 and up to 1, or None for all "
+            "tokens."
+        )
+    return (
+        _key(seed),
+        np.float32(min(temperature, np.finfo(np.float32).max)),
+        np.int32(EVERY if top_k is None else min(top_k, EVERY)),
+        np.float32(1 if top_p is None else top_p),
+    )
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _key(seed: Any) -> jax.Array:
+    """One key whose numbers do not depend on how many are drawn at once, as those of rbg do."""
+    kind = "threefry2x32"
+    if is_whole(seed) and seed < 2**32:
+        return jax.random.key(int(seed), impl=kind)
+    keys = isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key)
+    if keys and seed.shape == () and str(jax.random.key_impl(seed)) == kind:
+        return seed
+    raise InputError(
+        f"seed is {seed!r}, expected a whole number from 0 to {2**32 - 1} or a single "
+        f"jax.random.key(number, impl={kind!r})."
+    )
+
+
+def _stops(stop: Any, config: Gemma2Config) -> list[int]:
+    """The ids that end a text."""
+    if stop is None:
+        own = config.eos_token_id
+        return [] if own is None else np.atleast_1d(own).tolist()
+    stop = plain(stop)
+    if isinstance(stop, np.ndarray | jax.Array):
+        stop = np.asarray(stop).tolist()
+    ids = [stop] if np.ndim(stop) == 0 else list(stop)
+    if not all(is_whole(i) and i < config.vocab_size for i in ids):
+        raise InputError(
+            f"stop is {stop!r}, expected token ids, 0 to {config.vocab_size - 1} in this model; an "
+            "empty list for none."
+        )
+    return [int(i) for i in ids]
+
+
+def _read(token: jax.Array) -> np.ndarray:
+    """(B,) ids on the host; refuses what :func:`jaxtc.programs.sampling.draw` marked."""
+    ids = np.asarray(token)
+    if (ids < 0).any():
+        raise JaxtcError(
+            f"The model computed NaN for prompt {int(np.argmin(ids))} (or no logit above -inf), so "
+            "it has no next token. An edit put NaN or something too large there, or the weights' "
+            "dtype overflows (float16 does, with Gemma-2's activations): use bfloat16 or float32."
+        )
+    return ids
+
+
+def _prefill(plan: Plan, leaves, tokens, lengths, edits, reducers, sampling):
+    """The prompts at once: (B, W) ids to each row's next id (B,), the cache and the record."""
+    model = rebuild(plan.config, leaves)
+    batch, width = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(width), tokens.shape)
+    tap = Tap(plan.captures, edits, positions, lengths, reducers=reducers, placement=plan.placement)
+    at = None if tap.touches("logits") else lengths - 1
+    cache = Cache.empty(plan.config, batch, width, model.dtype)
+    logits, cache = model(tokens, positions=positions, cache=cache, tap=tap, logits_at=at)
+    logits = logits[:, 0] if at is not None else last_tokens(logits, lengths)
+    # Made no longer than the prompts at first, so that these see no more keys than in `run`.
+    more = [(0, 0), (0, plan.slots - width), (0, 0), (0, 0)]
+    cache = jax.tree.map(lambda x: jnp.pad(x, more), cache)
+    key, *settings = sampling
+    token = draw(logits, key, lengths, *settings)
+    return _settled(plan, token, cache, recording.begin(tap, plan.slots), reducers)
+
+
+def _settled(plan: Plan, token, cache, record, reducers) -> tuple:
+    """What a program hands to the next, laid out on the mesh in the same way each time."""
+    place = plan.placement
+    if place is None:
+        return token, cache, record
+    # Every process reads the ids.
+    token = jax.lax.with_sharding_constraint(token, place.whole)
+    cache = jax.tree.map(lambda x: place.constrain(x, CACHE), cache)
+    return token, cache, recording.settled(record, reducers, place)
+
+
+def _step(plan, leaves, token, places, lengths, cache, record, edits, reducers, sampling):
+    """One token more: (B,) ids at positions (B,) to the next ids, the cache and the record."""
+    model = rebuild(plan.config, leaves)
+    positions = places[:, None]
+    tap = Tap(
+        plan.captures, edits, positions, lengths, ends=places + 1, reducers=reducers,
+        placement=plan.placement,
+    )  # fmt: skip
+    # A NaN was marked by no id at all; it is told when it is read.
+    token = jnp.maximum(token, 0)[:, None]
+    logits, cache = model(token, positions=positions, cache=cache, tap=tap)
+    key, *settings = sampling
+    token = draw(logits[:, 0], key, places + 1, *settings)
+    return _settled(plan, token, cache, recording.proceed(record, tap, places), reducers)
+
+
+_PREFILL = Program("generate: prefill", _prefill, static_argnums=0)
+_STEP = Program("generate: step", _step, static_argnums=0, donate_argnums=(5, 6))

@@ -1,0 +1,61 @@
+"""``warm_up``: compile before the clock runs."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtc.errors import InputError
+from jaxtc.model.gemma2 import Gemma2
+from jaxtc.model.prompts import bucket
+from jaxtc.programs.generate import generate
+from jaxtc.programs.program import Compiles, compiles
+from jaxtc.programs.run import run
+
+
+def warm_up(
+    model: Gemma2,
+    lengths: Iterable[int],
+    *,
+    batch: int = 1,
+    max_new_tokens: int | None = None,
+    **options: Any,
+) -> Compiles:
+    """Compile the programs that calls with these options will need, so that none of them waits.
+
+    Each padded length is run once on meaningless tokens: that also compiles the small programs
+    around the big one, costs one run, and takes the options just as they will be taken. Prompts of
+    any other content, and edits of other values, then run at once; another batch size does not.
+
+    Args:
+        model: from :func:`jaxtc.load_model`.
+        lengths: of prompts, in tokens; those padded to the same length are one program.
+        batch: B.
+        max_new_tokens: warms up :func:`jaxtc.generate` with it in place of :func:`jaxtc.run`.
+        options: of :func:`jaxtc.run` or :func:`jaxtc.generate`: ``capture``, ``edits``, ...
+
+    Returns:
+        What was compiled; empty when all of it was there already.
+
+    Raises:
+        InputError: no lengths, or more tokens than the model's context.
+        JaxtcError: as the call itself; give edits that fit prompts of these lengths.
+    """
+    # The longest of each bucket: edits of the others may name positions that it has as well.
+    longest = {}
+    for length in sorted(set(lengths)):
+        if length < 1:
+            raise InputError(f"lengths are whole numbers of at least 1, got {length!r}.")
+        slots = bucket(length + max_new_tokens) if max_new_tokens else 0
+        longest[bucket(length), slots] = length
+    if not longest:
+        raise InputError("Nothing to warm up: lengths is empty.")
+    with compiles() as found:
+        for length in longest.values():
+            tokens = np.zeros((batch, length), np.int32)
+            if max_new_tokens is None:
+                jax.block_until_ready(run(model, tokens, **options))
+            else:
+                generate(model, tokens, max_new_tokens, **{"stop": (), **options})
+    return found

@@ -1,0 +1,132 @@
+"""One table from logical axes to mesh axes: where parameters, caches and activations lie.
+
+A mesh has the axes ``data`` (rows of a batch, variants of a sweep) and ``model`` (heads, neurons,
+tokens of the vocabulary, transcoder features). Axis letters: B batch, T and S tokens, D hidden, N
+heads, K kv heads, H head dim, F MLP width, V vocabulary, M transcoder features.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import TypeAlias
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxtc.errors import JaxtcError, did_you_mean, some
+
+Rules: TypeAlias = Mapping[str, str | None]
+
+DATA, MODEL = "data", "model"
+
+# Logical axis -> mesh axis, None for an axis that every device holds whole.
+RULES: Rules = MappingProxyType({
+    "batch": DATA,
+    "vocab": MODEL, "heads": MODEL, "kv_heads": MODEL, "mlp": MODEL, "features": MODEL,
+    "embed": None, "head_dim": None, "tokens": None, "slots": None,
+})  # fmt: skip
+
+# What the axis letters of sites and docstrings are in the rules.
+LETTERS: Mapping[str, str] = MappingProxyType({
+    "B": "batch", "T": "tokens", "S": "slots", "D": "embed", "N": "heads", "K": "kv_heads",
+    "H": "head_dim", "F": "mlp", "V": "vocab", "M": "features",
+})  # fmt: skip
+
+
+def logical(letters: str) -> tuple[str, ...]:
+    """The logical axes of a site with these axis letters, ``"B T N H"``."""
+    # An axis of length 1 is nothing to divide.
+    return tuple(LETTERS.get(letter, "tokens") for letter in letters.split())
+
+
+# Logical axes of a layer's keys and values in the cache, (B, S, K, H).
+CACHE = ("batch", "slots", "kv_heads", "head_dim")
+
+
+class ShardingError(JaxtcError):
+    """A mesh that is none, or arrays that cannot be divided over it."""
+
+
+def partition(
+    axes: Sequence[str],
+    shape: Sequence[int],
+    sizes: Mapping[str, int],
+    rules: Rules = RULES,
+    name: str = "",
+) -> PartitionSpec:
+    """How an array of these logical axes lies on a mesh; from sizes alone, no devices are needed.
+
+    Two axes that do not divide are held whole in place of refused: rows of a batch, and key/value
+    heads that are fewer than the devices and divide them (2, 4 or 8 devices for 2 heads).
+
+    Args:
+        axes: a logical name for each axis of the array.
+        shape: of the array.
+        sizes: of the mesh, devices along each of its axes.
+        rules: logical axis -> mesh axis.
+        name: of the array, for messages.
+
+    Raises:
+        ShardingError: an axis that cannot be divided, two axes over one axis of the mesh, or rules
+            with names that are no logical axes.
+    """
+    unknown = sorted(set(rules) - set(RULES))
+    if unknown:
+        raise ShardingError(
+            f"There is no logical axis {unknown[0]!r} to give a rule for."
+            f"{did_you_mean(unknown[0], RULES)} There are {some(list(RULES), 20)}."
+        )
+    spec: list[str | None] = []
+    for axis, size in zip(axes, shape, strict=True):
+        target = rules.get(axis)
+        count = sizes.get(target, 1) if target is not None else 1
+        if size % count and (axis == "batch" or (axis == "kv_heads" and count % size == 0)):
+            count = 1
+        if size % count:
+            raise _uneven(name, axis, size, target, count)
+        if count > 1 and target in spec:
+            other = axes[spec.index(target)]
+            raise ShardingError(
+                f"The rules put both {other!r} and {axis!r} of {name or 'an array'} on the mesh "
+                f"axis {target!r}; one must be None: rules=RULES | {{{axis!r}: None}}."
+            )
+        spec.append(target if count > 1 else None)
+    # Trailing Nones say nothing, and jax compiles again for a spec that is written otherwise.
+    while spec and spec[-1] is None:
+        spec.pop()
+    return PartitionSpec(*spec)
+
+
+def _uneven(name: str, axis: str, size: int, target: str, count: int) -> ShardingError:
+    low = [n for n in range(1, math.isqrt(size) + 1) if size % n == 0]
+    fit = sorted({*low, *(size // n for n in low)})
+    if axis == "kv_heads":
+        fit += [size * n for n in range(2, 9)]
+    near = sorted(fit, key=lambda n: abs(math.log(n / count)))[:6]
+    return ShardingError(
+        f"{name or 'An array'} has {axis} = {size}, which does not divide over the {count} devices "
+        f"of the mesh axis {target!r}. Choose {target}={' or '.join(map(str, sorted(near)))}, or "
+        f"hold this axis whole on each device: rules=jaxtc.sharding.RULES | {{{axis!r}: None}}."
+    )
+
+
+def shardings(module: nnx.Module, mesh: Mesh, rules: Rules = RULES) -> list[NamedSharding]:
+    """Of each parameter of a module (possibly an abstract one), in the order of its leaves.
+
+    Raises:
+        ShardingError: as :func:`partition`.
+    """
+    found = []
+    for path, param in variables(module):
+        spec = partition(param.logical_axes, param.shape, mesh.shape, rules, path)
+        found.append(NamedSharding(mesh, spec))
+    return found
+
+
+def variables(module: nnx.Module) -> list[tuple[str, nnx.Variable]]:
+    """(name, parameter) of a module, in the order of its leaves: ``layers.3.attn.q``."""
+    flat = jax.tree_util.tree_flatten_with_path(
+        module, is_leaf=lambda x: isinstance(x, nnx.Variable)
+    )[0]
+    return [(jax.tree_util.keystr(p, simple=True, separator="."), leaf) for p, leaf in flat]

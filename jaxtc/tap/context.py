@@ -1,0 +1,112 @@
+"""What an edit or a reducer may know about the pass it is part of; values that differ by layer."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jaxtc.errors import EditError
+from jaxtc.interchange import plain_fields
+from jaxtc.sharding.placement import Placement
+from jaxtc.tap.sites import Site
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PerLayer:
+    """A value for each layer, wherever an edit takes a value: ``SetTo(PerLayer(stacked), ...)``.
+
+    Attributes:
+        array: (L, ...), the value of layer l at index l.
+    """
+
+    array: Any
+
+    def __post_init__(self):
+        plain_fields(self)
+
+
+def own(value: Any, layer: int | None) -> Any:
+    """``value``, or that layer's where it is a :class:`PerLayer`."""
+    return value.array[layer] if isinstance(value, PerLayer) else value
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What an edit or a reducer may know about the pass it is part of.
+
+    Attributes:
+        site: row of the table of the site.
+        layer: this layer, a plain int; None for a site that the model has once.
+        positions: (B, T) int32, position of each token in its own text.
+        lengths: (B,) int32, tokens of each prompt.
+        read: value of an upstream site of the same layer, after its edits. Of the edit's own site:
+            the value before the first edit that reads it, at each token where that one applies.
+        placement: the mesh of the pass, None on a single device.
+    """
+
+    site: Site
+    layer: int | None
+    positions: jax.Array
+    lengths: jax.Array
+    read: Callable[[str], jax.Array]
+    placement: Placement | None = None
+
+    @property
+    def real(self) -> jax.Array:
+        """(B, T) booleans, true on tokens of the prompts (padding and new tokens are not)."""
+        return self.positions < self.lengths[:, None]
+
+    def fit(self, value: Any, x: jax.Array) -> jax.Array:
+        """``value``, or this layer's where it is a :class:`PerLayer`, in the dtype of ``x``.
+
+        Raises:
+            EditError: the shape does not broadcast to that of ``x``.
+        """
+        if isinstance(value, PerLayer):
+            value = value.array[self.layer]
+        value = jnp.asarray(value).astype(x.dtype)
+        try:
+            fits = jnp.broadcast_shapes(value.shape, x.shape) == x.shape
+        except ValueError:
+            fits = False
+        if not fits:
+            raise EditError(
+                f"A value of shape {value.shape} does not broadcast to {self.site.name} "
+                f"[{self.site.axes}] = {x.shape}. (An edit of your own names the fields that hold "
+                'values in `values = ("value",)`: they are padded as the prompts are.)'
+            )
+        return value
+
+
+class Editing(Protocol):
+    """What the tap asks of an edit; :class:`jaxtc.Edit` is the base class that has it all.
+
+    Attributes:
+        site: where it applies (static); layer, position, row, head, coordinate and key narrow that
+            down, as resolved by ``jaxtc.edits.check``; None is everywhere.
+        reads: sites of the same layer that ``new`` asks its context for.
+        handles_key: whether ``new`` applies ``key`` itself.
+        costly: whether to branch around ``new`` at the layers where it does not apply.
+        layers: the only layers it could ever apply to, when that is static.
+        replaces: whether what the model computes here is unused where this applies.
+    """
+
+    site: str
+    layer: Any
+    position: Any
+    row: Any
+    head: Any
+    coordinate: Any
+    key: Any
+    reads: tuple[str, ...]
+    handles_key: bool
+    costly: bool
+    layers: tuple[int, ...] | None
+    replaces: bool
+
+    def new(self, x: jax.Array, context: Context) -> jax.Array:
+        """The value of the whole site after the edit."""
+        ...

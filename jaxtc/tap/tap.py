@@ -1,0 +1,239 @@
+"""The tap: one call at every site of the forward pass, where captures are kept and edits applied.
+
+The model says ``x = tap("resid_mid", x)`` and nothing else. Which values are kept is static (part
+of the compile key); what an edit does is data (a pytree whose arrays are arguments of the compiled
+program), so other values, layers, positions, rows or heads run the same program.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxtc.errors import EditError
+from jaxtc.sharding.placement import Placement
+from jaxtc.tap.context import Context, Editing
+from jaxtc.tap.sites import BY_NAME, ORDER, Address, parse
+
+
+class Tap:
+    """Reads and edits the sites of one forward pass.
+
+    Args:
+        captures: addresses to keep.
+        edits: applied in order wherever their site is computed; as ``check_edits`` gives them.
+        positions: (B, T) int32.
+        lengths: (B,) int32, tokens of each prompt.
+        ends: (B,) int32, how many tokens of each text there are by the end of this pass: the
+            prompts' lengths, by default.
+        reducers: what to keep of a site in place of all of it, see :mod:`jaxtc.reducers`.
+        placement: the mesh of this pass; every site is divided over it by its axes.
+    """
+
+    def __init__(
+        self,
+        captures: Sequence[Address] = (),
+        edits: Sequence[Editing] = (),
+        positions: jax.Array | None = None,
+        lengths: jax.Array | None = None,
+        ends: jax.Array | None = None,
+        reducers: Sequence[Any] = (),
+        placement: Placement | None = None,
+    ):
+        self.placement = placement
+        self.captures = frozenset(captures)
+        self.edits, self.reducers = tuple(edits), tuple(reducers)
+        self.positions, self.lengths = positions, lengths
+        self.ends = lengths if ends is None else ends
+        self.activations: dict[Address, jax.Array] = {}
+        self.reduced: dict[tuple[int, int | None], Any] = {}
+        self._reducer_addresses = [parse(reducer.address) for reducer in self.reducers]
+        readers = (*self.edits, *self.reducers)
+        self._read_sites = frozenset(site for reader in readers for site in reader.reads)
+        self._live: dict[str, jax.Array] = {}
+
+    def at(self, layer: int) -> "LayerTap":
+        """The tap of one layer: ``tap(site, x)`` gives ``x`` as it is after the edits."""
+        return LayerTap(self, layer)
+
+    def touches(self, site: str) -> bool:
+        """Whether a capture, an edit or a reducer is of this site: then all of it is needed."""
+        asked = {one.site for one in (*self.captures, *self.edits)}
+        return site in asked | {name for name, _ in self._reducer_addresses}
+
+    def __call__(self, site: str, x: jax.Array, layer: int | None = None) -> jax.Array:
+        """Apply the edits of this site to ``x``, keep it if asked for, and give it back."""
+        held = None
+        for edit in self.edits:
+            if edit.site == site:
+                if site in edit.reads and _could(edit, layer):
+                    held = self._hold(edit, x, layer, held)
+                x = self._apply(edit, x, layer)
+        if self.placement is not None:
+            x = self.placement.site(x, BY_NAME[site].axes)
+        if site in self._read_sites:
+            self._live[site] = x
+        if Address(site, layer) in self.captures:
+            self.activations[Address(site, layer)] = x
+        for index, (name, wanted) in enumerate(self._reducer_addresses):
+            if name == site and wanted in (None, layer):
+                context = self._context(site, layer)
+                self.reduced[index, layer] = self.reducers[index].reduce(x, context)
+        return x
+
+    def _hold(
+        self, edit: Editing, x: jax.Array, layer: int | None, held: tuple | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """What an edit that reads its own site is shown, and the tokens where that is settled.
+
+        An autoencoder put in place of a site, and the edits of its features that follow, must all
+        encode the same value: the one before the first of them.
+        """
+        applies = self._tokens(edit, x)
+        if layer is not None and edit.layer is not None:
+            applies.append(_at_layer(edit, layer))
+        settled = functools.reduce(jnp.logical_and, applies, jnp.ones((), bool))
+        if held is not None:
+            value, before = held
+            x, settled = jnp.where(before, value, x), settled | before
+        self._live[edit.site] = x
+        return x, settled
+
+    def stacked(self) -> list[Any]:
+        """What each reducer kept: of its one place, or of all layers along a leading axis L."""
+        found = []
+        for index, reducer in enumerate(self.reducers):
+            kept = [self.reduced[key] for key in self.reduced if key[0] == index]
+            stack = lambda *layers: jnp.stack(layers)  # noqa: E731
+            found.append(jax.tree.map(stack, *kept) if reducer.every_layer else kept[0])
+        return found
+
+    def unless_replaced(
+        self, site: str, compute: Callable[[], jax.Array], *, after: str, layer: int | None = None
+    ) -> jax.Array:
+        """``compute()``, the value of ``site`` before its edits; zeros where one replaces it.
+
+        What only computes a value that nobody will use is skipped, by a branch that the edit's
+        layer decides on as the program runs. ``after`` is the last site that is computed before:
+        those in between must not be asked for.
+        """
+        here = [e for e in self.edits if e.site == site and e.replaces and _could(e, layer)]
+        if not here or self._asked_between(after, site, layer):
+            return compute()
+        nothing = jax.eval_shape(compute)
+        nothing = jnp.zeros(nothing.shape, nothing.dtype)
+        if any(edit.layer is None for edit in here):
+            return nothing
+        replaced = jnp.stack([_at_layer(edit, layer) for edit in here]).any()
+        return jax.lax.cond(replaced, lambda: nothing, compute)
+
+    def _asked_between(self, first: str, last: str, layer: int | None) -> bool:
+        """Whether a capture, a reducer or an edit wants to see a site between these two."""
+        asked = {address.site for address in self.captures if address.layer == layer}
+        asked |= {name for name, wanted in self._reducer_addresses if wanted in (None, layer)}
+        return any(ORDER[first] < ORDER[name] < ORDER[last] for name in asked | self._read_sites)
+
+    def _context(self, site: str, layer: int | None) -> Context:
+        read = self._live.__getitem__
+        return Context(BY_NAME[site], layer, self.positions, self.lengths, read, self.placement)
+
+    def _apply(self, edit: Editing, x: jax.Array, layer: int | None) -> jax.Array:
+        if not _could(edit, layer):
+            return x
+        context = self._context(edit.site, layer)
+        chosen = None
+        if layer is not None and edit.layer is not None:
+            chosen = _at_layer(edit, layer)
+        if edit.costly and chosen is not None:
+            new = jax.lax.cond(chosen, lambda: self._new(edit, x, context), lambda: x)
+        else:
+            new = self._new(edit, x, context)
+        letters = BY_NAME[edit.site].axes.split()
+        if letters[-1] == "S":
+            # Keys that are padding, or not written yet, are nobody's to attend to.
+            there = jnp.arange(x.shape[-1]) < self.ends[:, None]
+            new = jnp.where(there[:, None, None, :], new, x)
+        where = self._where(edit, letters, x)
+        if chosen is not None and not edit.costly:
+            where.append(chosen)
+        for part in where:
+            new = jnp.where(part, new, x)
+        return new
+
+    def _new(self, edit: Editing, x: jax.Array, context: Context) -> jax.Array:
+        new = edit.new(x, context)
+        if not hasattr(new, "dtype"):
+            raise EditError(f"{edit} returned {type(new).__name__}, expected an array like x.")
+        if new.shape != x.shape or new.dtype != x.dtype:
+            raise EditError(
+                f"{edit} returned {new.dtype}{list(new.shape)} for a site of "
+                f"{x.dtype}{list(x.shape)}; `new` must keep shape and dtype."
+            )
+        return new
+
+    def _tokens(self, edit: Editing, x: jax.Array) -> list[jax.Array]:
+        """Booleans that broadcast to ``x``: the positions and the rows of an edit."""
+        parts = []
+        if edit.position is not None:
+            axis = BY_NAME[edit.site].sequence_axis
+            parts.append(_along(x, edit.position.selects(self.positions), 0, axis))
+        if edit.row is not None:
+            parts.append(_along(x, among(edit.row, len(self.positions)), 0))
+        return parts
+
+    def _where(self, edit: Editing, letters: list[str], x: jax.Array) -> list[jax.Array]:
+        """Booleans that broadcast to ``x``, one for each target of the edit but its layer."""
+        parts = self._tokens(edit, x)
+        if edit.head is not None:
+            axis = next(i for i, letter in enumerate(letters) if letter in "NK")
+            parts.append(_along(x, among(edit.head, x.shape[axis]), axis))
+        if edit.coordinate is not None:
+            parts.append(_along(x, among(edit.coordinate, x.shape[-1]), -1))
+        if edit.key is not None and not edit.handles_key:
+            keys = jnp.broadcast_to(jnp.arange(x.shape[-1]), (len(self.positions), x.shape[-1]))
+            parts.append(_along(x, edit.key.selects(keys), 0, -1))
+        return parts
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerTap:
+    """The tap of one layer."""
+
+    tap: Tap
+    layer: int
+
+    def __call__(self, site: str, x: jax.Array) -> jax.Array:
+        """As :meth:`Tap.__call__` at this layer."""
+        return self.tap(site, x, self.layer)
+
+    def unless_replaced(
+        self, site: str, compute: Callable[[], jax.Array], *, after: str
+    ) -> jax.Array:
+        """As :meth:`Tap.unless_replaced` at this layer."""
+        return self.tap.unless_replaced(site, compute, after=after, layer=self.layer)
+
+
+def _along(x: jax.Array, flags: jax.Array, *axes: int) -> jax.Array:
+    """``flags`` with its axes at these of ``x``, and 1 elsewhere."""
+    shape = [1] * x.ndim
+    for size, axis in zip(flags.shape, axes, strict=True):
+        shape[axis] = size
+    return flags.reshape(shape)
+
+
+def _could(edit: Editing, layer: int | None) -> bool:
+    """Whether an edit may apply at a layer, as far as that is static."""
+    return edit.layers is None or layer in edit.layers
+
+
+def _at_layer(edit: Editing, layer: int) -> jax.Array:
+    """() boolean: whether the edit names this layer."""
+    return (jnp.asarray(edit.layer) == layer).any()
+
+
+def among(named: Any, size: int) -> jax.Array:
+    """(size,) booleans: the indices that are named."""
+    return (jnp.arange(size)[:, None] == jnp.atleast_1d(jnp.asarray(named))[None, :]).any(-1)

@@ -1,0 +1,1 @@
+"""Training transcoders: activations, packing, the loop."""

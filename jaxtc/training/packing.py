@@ -1,0 +1,128 @@
+"""Documents packed into rows of a fixed length, and the next-token loss on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tokenizers import Tokenizer
+
+# Ids of the special tokens: those of Gemma's tokenizer, which the embedded one shares.
+PAD, EOS, BOS, UNK = range(4)
+
+
+class TextSource(Protocol):
+    """Where documents come from: the generated corpus or a user's text."""
+
+    def documents(self, stream: int, batch: int, count: int, held_out: bool = False) -> list[str]:
+        """Documents, a pure function of the arguments.
+
+        Args:
+            stream: which sequence of batches, such as one for the model and one for transcoders.
+            batch: which batch of the stream.
+            count: how many documents, at most.
+            held_out: from the held-out text only; otherwise from the training text only.
+        """
+        ...
+
+
+class Batch(NamedTuple):
+    """Packed documents, each int32 [B, T]; a token sees only its own segment.
+
+    Attributes:
+        tokens: token ids; every document is ``<bos> … <eos>``.
+        positions: from 0 in each document.
+        segments: number of the document in its row, from 1; 0 is padding.
+    """
+
+    tokens: jax.Array | np.ndarray
+    positions: jax.Array | np.ndarray
+    segments: jax.Array | np.ndarray
+
+
+def pack(documents: list[list[int]], rows: int, length: int) -> Batch:
+    """Put each document into the first row with room, until one fits nowhere.
+
+    Args:
+        documents: token ids with ``<bos>`` and without ``<eos>``; those longer than a row are cut
+            into several, each with its own ``<bos>``.
+        rows: B.
+        length: T.
+    """
+    tokens, positions, segments = (np.zeros((rows, length), np.int32) for _ in range(3))
+    used, count = np.zeros(rows, int), np.zeros(rows, int)
+    for ids in pieces(documents, length):
+        fits = np.flatnonzero(used + len(ids) <= length)
+        if not len(fits):
+            break
+        row = fits[0]
+        span = slice(used[row], used[row] + len(ids))
+        count[row] += 1
+        tokens[row, span] = ids
+        positions[row, span] = np.arange(len(ids))
+        segments[row, span] = count[row]
+        used[row] += len(ids)
+    return Batch(tokens, positions, segments)
+
+
+def pieces(documents: Iterable[list[int]], length: int) -> Iterator[list[int]]:
+    """Documents with ``<eos>``, those longer than ``length`` cut, each piece with its ``<bos>``."""
+    for ids in documents:
+        body = [*ids[1:], EOS]
+        for start in range(0, len(body), length - 1):
+            yield [BOS, *body[start : start + length - 1]]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Packed batches of a text source; batch ``i`` is the same in every run.
+
+    Attributes:
+        source: where the documents come from.
+        tokenizer: cuts them.
+        rows: B.
+        length: T.
+        stream: which of the source's streams.
+        held_out: read the held-out text, not the training text.
+    """
+
+    source: TextSource
+    tokenizer: Tokenizer
+    rows: int
+    length: int
+    stream: int = 0
+    held_out: bool = False
+
+    def __getitem__(self, index: int) -> Batch:
+        # Even the shortest documents (8 tokens) fill the rows; what is left over is dropped.
+        count = max(self.rows * self.length // 8, 2 * self.rows)
+        texts = self.source.documents(self.stream, index, count, self.held_out)
+        encoded = self.tokenizer.encode_batch(texts)
+        return pack([e.ids for e in encoded], self.rows, self.length)
+
+    def stacked(self, start: int, count: int) -> Batch:
+        """Batches ``start`` to ``start + count - 1``, each array [count, B, T]."""
+        return Batch(*map(np.stack, zip(*(self[start + i] for i in range(count)), strict=True)))
+
+
+def next_token_mask(batch: Batch) -> jax.Array:
+    """bool [B, T-1]: whether position t+1 continues the document of position t."""
+    inside = batch.segments[:, 1:] > 0
+    return inside & (batch.segments[:, 1:] == batch.segments[:, :-1])
+
+
+def next_token_loss(logits: jax.Array, batch: Batch) -> jax.Array:
+    """Mean cross-entropy in nats of the next token, within documents.
+
+    Args:
+        logits: [B, T, V], float32.
+        batch: what they were computed from.
+    """
+    mask = next_token_mask(batch)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], batch.tokens[:, 1:])
+    return jnp.sum(losses * mask) / jnp.maximum(jnp.sum(mask), 1)

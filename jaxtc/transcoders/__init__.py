@@ -1,0 +1,1 @@
+"""The dictionaries: transcoders, their metrics, the tokens their features promote."""

@@ -1,0 +1,309 @@
+"""How well a transcoder explains: FVU, L0, density, loss. Streaming, in float64 on the host.
+
+Several numbers go by the name "explained variance" in this field. This module's own is
+:class:`FVU`, the dataset-mean convention; :func:`notebook_score` and :func:`relative_error` are
+others, for comparison. Axis letters: ... leading axes (usually B T), D hidden, M features, V
+vocabulary. Arrays may be JAX's, NumPy's or torch's, of any float dtype, bfloat16 included.
+
+A ``mask`` is true on the tokens that count and has the leading axes of what it masks. Special
+tokens should not count: transcoders are not trained on them, and the norm of <bos> alone would
+swamp a sum of squares. Use ``mask=~special_token_mask(ids, special_ids)``.
+"""
+
+import math
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtc.errors import InputError
+from jaxtc.interchange import plain
+from jaxtc.transcoders.transcoder import SparseFeatures
+
+__all__ = [
+    "FVU",
+    "FeatureStatistics",
+    "Mean",
+    "delta_loss",
+    "loss_recovered",
+    "next_token_loss",
+    "notebook_score",
+    "relative_error",
+    "special_token_mask",
+]
+
+
+def special_token_mask(ids: Any, special_ids: Iterable[int]) -> np.ndarray:
+    """True where a token is special (BOS, EOS, padding, ...), by id and not by place.
+
+    Args:
+        ids: (...) whole numbers.
+        special_ids: the ids that count as special; None, which a tokenizer or config has in the
+            place of a token it lacks, stands for none.
+
+    Returns:
+        (...) booleans.
+
+    Raises:
+        InputError: a special id that is no whole number.
+    """
+    special_ids = [index for index in special_ids if index is not None]
+    try:
+        special = [operator.index(index) for index in special_ids]
+    except TypeError as error:
+        raise InputError(
+            f"special_ids are {special_ids!r}, expected whole numbers, such as [0, 1, 2]."
+        ) from error
+    return np.isin(np.asarray(plain(ids)), special)
+
+
+class FVU:
+    """Fraction of variance unexplained, over as many batches as are given to :meth:`update`.
+
+    FVU = Σ‖y − ŷ‖² / Σ‖y − ȳ‖², both sums over the unmasked tokens of the whole dataset and ȳ (D,)
+    their mean vector (the dataset-mean convention; Gemma Scope, arXiv 2408.05147 §4, reports FVU).
+    The denominator is built by merging the means and squared deviations of batches (Chan, Golub
+    and LeVeque 1983): Σ‖y‖² − n‖ȳ‖² would lose every digit where the mean is large beside the
+    spread. Any split into batches gives the same result up to float64 rounding.
+    """
+
+    def __init__(self):
+        self.tokens = 0
+        self._mean: np.ndarray | None = None
+        self._deviation = 0.0
+        self._residual = 0.0
+
+    def update(self, target: Any, reconstruction: Any, mask: Any = None) -> "FVU":
+        """Add tokens; gives itself back.
+
+        Args:
+            target: (..., D), y.
+            reconstruction: (..., D), ŷ.
+            mask: (...) booleans, true where a token counts; all by default.
+
+        Raises:
+            InputError: shapes that differ from each other or from those of earlier batches.
+        """
+        y, guess = _rows(mask, target=target, reconstruction=reconstruction)
+        if self._mean is not None and y.shape[1] != len(self._mean):
+            raise InputError(f"Tokens of D={y.shape[1]} after tokens of D={len(self._mean)}.")
+        if len(y):
+            mean = y.mean(0)
+            self._residual += float(np.square(y - guess).sum())
+            self._add_target(len(y), mean, float(np.square(y - mean).sum()))
+        return self
+
+    def merge(self, other: "FVU") -> "FVU":
+        """Add what another accumulator saw (another process, say); gives itself back."""
+        if other._mean is not None:
+            self._residual += other._residual
+            self._add_target(other.tokens, other._mean, other._deviation)
+        return self
+
+    def _add_target(self, tokens: int, mean: np.ndarray, deviation: float) -> None:
+        if self._mean is None:
+            self._mean = np.zeros_like(mean)
+        total = self.tokens + tokens
+        step = mean - self._mean
+        self._deviation += deviation + float(step @ step) * self.tokens * tokens / total
+        self._mean = self._mean + step * (tokens / total)
+        self.tokens = total
+
+    @property
+    def fvu(self) -> float:
+        """The fraction; NaN where the targets do not vary (no token, or only one)."""
+        return self._residual / self._deviation if self._deviation > 0 else math.nan
+
+    @property
+    def explained_variance(self) -> float:
+        """1 − FVU: 1 is perfect, 0 as good as always guessing the mean, below 0 worse."""
+        return 1 - self.fvu
+
+
+class FeatureStatistics:
+    """L0, density and dead features, over as many batches as are given to :meth:`update`.
+
+    L0 is the mean count of active features a token, a feature's density the fraction of tokens on
+    which it is active, and a dead feature one that is active on none of them (which says as much
+    about the text as about the feature when the text is short). Active means above 0.
+
+    Args:
+        features: M.
+    """
+
+    def __init__(self, features: int):
+        self.tokens = 0
+        self.counts = np.zeros(features, np.int64)
+
+    def update(self, activations: Any, mask: Any = None) -> "FeatureStatistics":
+        """Add tokens; gives itself back.
+
+        Args:
+            activations: (..., M), or a :class:`jaxtc.transcoders.transcoder.SparseFeatures`.
+            mask: (...) booleans, true where a token counts; all by default.
+
+        Raises:
+            InputError: another M than this accumulator's, or tokens whose sparse features
+                overflowed their capacity.
+        """
+        if isinstance(activations, SparseFeatures):
+            values, ids = _rows(mask, values=activations.values, ids=activations.ids)
+            if np.isnan(values).any():
+                raise InputError("Some tokens have more active features than their capacity.")
+            active = ids[values > 0].astype(np.int64)
+            if active.max(initial=0) >= len(self.counts):
+                raise InputError(f"Feature {active.max()} of a transcoder of {len(self.counts)}.")
+            self.counts += np.bincount(active, minlength=len(self.counts))
+        else:
+            (values,) = _rows(mask, activations=activations)
+            if values.shape[1] != len(self.counts):
+                raise InputError(f"Expected M={len(self.counts)} features, got {values.shape[1]}.")
+            self.counts += (values > 0).sum(0)
+        self.tokens += len(values)
+        return self
+
+    @property
+    def l0(self) -> float:
+        """Mean count of active features a token; NaN before any token."""
+        return float(self.counts.sum() / self.tokens) if self.tokens else math.nan
+
+    @property
+    def density(self) -> np.ndarray:
+        """(M,) float64, the fraction of tokens on which each feature is active."""
+        return self.counts / self.tokens if self.tokens else np.full(len(self.counts), math.nan)
+
+    @property
+    def dead(self) -> np.ndarray:
+        """(M,) booleans, features active on no token so far."""
+        return self.counts == 0
+
+
+class Mean:
+    """A streaming mean of numbers, such as the losses of tokens."""
+
+    def __init__(self):
+        self.tokens = 0
+        self.total = 0.0
+
+    def update(self, values: Any, mask: Any = None) -> "Mean":
+        """Add (...) numbers, those of ``mask`` (...) only; gives itself back."""
+        (rows,) = _rows(mask, values=np.asarray(plain(values))[..., None])
+        self.tokens += len(rows)
+        self.total += float(rows.sum())
+        return self
+
+    @property
+    def mean(self) -> float:
+        """NaN before any number."""
+        return self.total / self.tokens if self.tokens else math.nan
+
+
+def relative_error(target: Any, reconstruction: Any) -> np.ndarray:
+    """‖y − ŷ‖ / ‖y‖ of each token: 0 is perfect, 1 as bad as guessing nothing.
+
+    Args:
+        target: (..., D), y.
+        reconstruction: (..., D), ŷ.
+
+    Returns:
+        (...) float64, NaN where y is zero.
+    """
+    target = plain(target)
+    y, guess = _rows(None, target=target, reconstruction=reconstruction)
+    size = np.linalg.norm(y, axis=1)
+    missed = np.linalg.norm(y - guess, axis=1)
+    ratio = np.divide(missed, size, out=np.full_like(size, math.nan), where=size > 0)
+    return ratio.reshape(np.shape(target)[:-1])
+
+
+def notebook_score(target: Any, reconstruction: Any) -> float:
+    """The explained-variance score of Gemma Scope's tutorial notebook, number for number.
+
+    ``1 - mean((ŷ − y)²) / var(y)`` over ``[0, :, 1:]``: that slice drops the first *coordinate* of
+    every token (dropping the first token, <bos>, was meant), and ``var`` is one unbiased variance
+    over all that is left, around one mean number rather than a mean vector. Kept for comparison
+    with published runs; :class:`FVU` is the measure to quote.
+
+    Args:
+        target: (T, D) or (1, T, D), y.
+        reconstruction: the same shape, ŷ.
+
+    Raises:
+        InputError: shapes that differ, or a batch of several prompts (the notebook reads one).
+    """
+    target = plain(target)
+    if np.ndim(target) == 3 and np.shape(target)[0] != 1:
+        raise InputError(f"The notebook scores one prompt, got a batch of {np.shape(target)[0]}.")
+    y, guess = _rows(None, target=target, reconstruction=reconstruction)
+    y, guess = y[:, 1:], guess[:, 1:]
+    if y.size < 2 or not (variance := y.var(ddof=1)) > 0:
+        return math.nan
+    return float(1 - np.square(guess - y).mean() / variance)
+
+
+def next_token_loss(logits: Any, tokens: Any) -> jax.Array:
+    """Cross entropy of each next token, in nats: −log softmax(logits[t])[tokens[t+1]].
+
+    Args:
+        logits: (B, T, V).
+        tokens: (B, T).
+
+    Returns:
+        (B, T−1) float32; entry t is the loss of token t+1. To leave out special tokens as answers,
+        average with ``Mean().update(loss, mask[:, 1:])``.
+    """
+    return _next_token_loss(plain(logits), plain(tokens))
+
+
+@jax.jit
+def _next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    given = logits[:, :-1].astype(jnp.float32)
+    right = jnp.take_along_axis(given, tokens[:, 1:, None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(given, axis=-1) - right
+
+
+def delta_loss(clean: float, spliced: float) -> float:
+    """``spliced − clean``: what the language model loses with a transcoder in its MLP's place.
+
+    The primary measure of the Gemma Scope paper (arXiv 2408.05147 §4). Both are mean next-token
+    losses, over the same tokens.
+    """
+    return spliced - clean
+
+
+def loss_recovered(clean: float, spliced: float, ablated: float) -> float:
+    """``(ablated − spliced) / (ablated − clean)``: 1 is no loss, 0 no better than a removed MLP.
+
+    Args:
+        clean: loss of the model as it is.
+        spliced: loss with the transcoder in place of the MLP.
+        ablated: loss with zeros in place of the MLP's output, at the same positions as the splice.
+
+    Returns:
+        The fraction; NaN where removing the MLP changes nothing.
+    """
+    return (ablated - spliced) / (ablated - clean) if ablated != clean else math.nan
+
+
+def _rows(mask: Any, **arrays: Any) -> list[np.ndarray]:
+    """Each array as (tokens, last axis) in float64, unmasked tokens only.
+
+    Raises:
+        InputError: shapes that differ from each other, or from the mask's.
+    """
+    mask, arrays = plain(mask), {name: plain(array) for name, array in arrays.items()}
+    shapes = {name: tuple(np.shape(array)) for name, array in arrays.items()}
+    first = next(iter(shapes.values()))
+    if any(shape != first or not shape for shape in shapes.values()):
+        given = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+        raise InputError(f"These must have one shape, (..., D): {given}.")
+    keep = np.ones(first[:-1], bool) if mask is None else np.asarray(mask)
+    if keep.dtype != bool or keep.shape != first[:-1]:
+        raise InputError(
+            f"The mask is {keep.dtype}{list(keep.shape)}, expected bool{list(first[:-1])}: "
+            "true on the tokens that count."
+        )
+    return [np.asarray(array)[keep].astype(np.float64) for array in arrays.values()]

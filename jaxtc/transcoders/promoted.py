@@ -1,0 +1,95 @@
+"""The tokens that a transcoder's features push for, and the names of tokens.
+
+Axis letters: D hidden, M features, V vocabulary, n features asked about.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtc.errors import InputError, JaxtcError
+from jaxtc.model.gemma2 import Gemma2
+from jaxtc.model.prompts import bucket
+from jaxtc.transcoders.transcoder import Transcoder
+
+# What is written to the residual stream reaches the logits through the final norm alone.
+_RESIDUAL = frozenset({"attn_out", "mlp_out", "resid_pre", "resid_mid", "resid_post"})
+_BLOCK = 64  # features whose logits are computed at once: bounds the (features, V) array
+
+
+def pieces_of(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
+    """Pieces of the vocabulary; models often have rows for more ids than their tokenizer has."""
+    found = tokenizer.convert_ids_to_tokens(list(ids))
+    return tuple(
+        f"<id {index}>" if piece is None else piece for index, piece in zip(ids, found, strict=True)
+    )
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def _promoted(rows: jax.Array, gain: jax.Array, embedding: jax.Array, count: int) -> jax.Array:
+    rows = (rows.astype(jnp.float32) * (1 + gain.astype(jnp.float32))).astype(embedding.dtype)
+    logits = jnp.einsum(
+        "md,vd->mv", rows, embedding, precision="highest", preferred_element_type=jnp.float32
+    )
+    return jax.lax.top_k(logits, count)[1]
+
+
+def promoted_tokens(
+    model: Gemma2, transcoder: Transcoder, features: Sequence[int], count: int = 5
+) -> np.ndarray:
+    """The tokens that features push for: direct logit attribution of their decoder rows.
+
+    ``(W_dec[f] · (1 + w)) Eᵀ`` with w the final norm's gain and E the embedding. What is left out,
+    the norm's 1/rms and the softcap, changes no order; what other layers do with the feature is
+    not in it, so it says most about late layers.
+
+    Args:
+        model: whose unembedding to use.
+        transcoder: one that writes to the residual stream (``mlp_out``, say).
+        features: ids of n features.
+        count: how many tokens, at most V.
+
+    Returns:
+        (n, count) int32 token ids, strongest first.
+
+    Raises:
+        InputError: no such feature, or a count beyond V.
+        JaxtcError: the transcoder's D differs from the model's, or it writes elsewhere.
+    """
+    wanted = np.asarray(features, np.int64).reshape(-1)
+    if wanted.size and not 0 <= wanted.min() <= wanted.max() < transcoder.features:
+        raise InputError(f"Features are 0 to {transcoder.features - 1}, got {wanted.tolist()}.")
+    if not 0 <= count <= model.config.vocab_size:
+        raise InputError(f"count is {count}, the vocabulary has {model.config.vocab_size} tokens.")
+    if transcoder.output_site not in _RESIDUAL or transcoder.d_out != model.config.hidden_size:
+        raise JaxtcError(
+            f"This transcoder writes D={transcoder.d_out} at {transcoder.output_site}; only what "
+            f"is added to the residual stream (D={model.config.hidden_size}) promotes tokens."
+        )
+    found = np.zeros((len(wanted), count), np.int32)
+    block = min(_BLOCK, bucket(max(len(wanted), 1)))
+    for start in range(0, len(wanted), block):
+        some_ids = wanted[start : start + block]
+        rows = transcoder.W_dec[...][np.pad(some_ids, (0, block - len(some_ids)))]
+        gain, embedding = model.final_norm.weight[...], model.embed.weight[...]
+        best = np.asarray(_promoted(rows, gain, embedding, count))
+        found[start : start + block] = best[: len(some_ids)]
+    return found
+
+
+def promoted_pieces(
+    model: Gemma2, tokenizer: Any, transcoder: Transcoder, tops: dict[str, np.ndarray], count: int
+) -> dict[int, tuple[str, ...]]:
+    """Pieces of the vocabulary by feature, for every feature that will be shown."""
+    shown = np.unique(tops["ids"][tops["values"] > 0])
+    if transcoder.output_site not in _RESIDUAL:
+        return {int(feature): () for feature in shown}
+    best = promoted_tokens(model, transcoder, shown, min(count, model.config.vocab_size))
+    return {
+        int(feature): pieces_of(tokenizer, row.tolist())
+        for feature, row in zip(shown, best, strict=True)
+    }

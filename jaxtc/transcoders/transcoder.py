@@ -1,0 +1,260 @@
+"""The transcoder: a wide sparse layer that imitates an MLP through nameable features.
+
+Its variants: with a skip connection, with ReLU in place of JumpReLU, and sparse autoencoders, which
+imitate what they read. Axis letters: ... leading axes (usually B T), D hidden (of what is read or
+of what is written), M features, C capacity of the sparse path.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxtc.errors import CapacityError, JaxtcError
+from jaxtc.interchange import plain
+from jaxtc.model.parameters import Init, declare, he_uniform, zeros
+from jaxtc.sharding.mesh import mesh_of, put
+from jaxtc.sharding.placement import Placement, mix_rows, placement_of, top_k
+from jaxtc.sharding.processes import whole
+from jaxtc.tap.sites import parse
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SparseFeatures:
+    """The active features of each token.
+
+    Attributes:
+        values: (..., C) float, largest first; 0 where a token has fewer than C active features.
+        ids: (..., C) int32, the feature of each value.
+        count: (...) int32, how many features are active. Where it exceeds C (possible only under
+            ``jit``: outside, that raises), ``values`` are NaN for that token.
+    """
+
+    values: jax.Array
+    ids: jax.Array
+    count: jax.Array
+
+
+def jumprelu(z: jax.Array, threshold: jax.Array | None) -> jax.Array:
+    """``z`` where it is above the threshold (strictly) and above 0, and 0 elsewhere.
+
+    Args:
+        z: (..., M) pre-activations.
+        threshold: (M,); None makes it a ReLU.
+    """
+    # Said the other way round, so that NaN stays NaN.
+    off = z <= 0 if threshold is None else (z <= threshold) | (z <= 0)
+    return jnp.where(off, 0, z)
+
+
+def _sparse(a: jax.Array, capacity: int, placement: Placement | None) -> SparseFeatures:
+    """Of dense activations (..., M)."""
+    rows = ["batch", *["tokens"] * (a.ndim - 2)] if a.ndim > 1 else []
+    values, ids = top_k(a, capacity, placement, [*rows, "features"])
+    count = (a != 0).sum(-1, dtype=jnp.int32)
+    values = jnp.where((count > capacity)[..., None], jnp.nan, values)
+    return SparseFeatures(values, ids, count)
+
+
+_sparse_on_mesh = functools.partial(jax.jit, static_argnums=(1, 2))(_sparse)
+_mixed_on_mesh = functools.partial(jax.jit, static_argnums=(3, 4))(mix_rows)
+
+
+class Transcoder(nnx.Module):
+    """``a = JumpReLU(x W_enc + b_enc)``, ``y = a W_dec + b_dec`` (arXiv 2408.05147, §2-3).
+
+    JumpReLU keeps ``z`` where ``z > threshold`` (strictly) and ``z > 0``, and is 0 elsewhere;
+    without a threshold it is a ReLU. The decoder's bias is not subtracted from the input. With a
+    skip connection, ``y = a W_dec + b_dec + x W_skipᵀ`` (arXiv 2501.18823): calling the transcoder
+    always includes it, and :meth:`decode` cannot leave it out by accident.
+
+    A sparse autoencoder is a transcoder whose two sites are one; of attention (``attn_heads``) it
+    reads the heads joined, D = N·H (:meth:`jaxtc.tap.sites.Site.join`).
+
+    Attributes:
+        W_enc: (D, M), b_enc: (M,), W_dec: (M, D), b_dec: (D,).
+        threshold: (M,), or None: ReLU.
+        W_skip: (D, D), [out, in], or None.
+        layer: layer of the model it explains, or None when unknown.
+        input_site: the site it reads; Gemma Scope's read x/rms *before* the norm's gain.
+        output_site: the site it imitates.
+        source: where it was loaded from, for messages and links.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        features: int,
+        d_out: int | None = None,
+        *,
+        relu: bool = False,
+        skip: bool = False,
+        layer: int | None = None,
+        input_site: str = "mlp_in_normed",
+        output_site: str = "mlp_out",
+        source: str = "",
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        d_out = d_in if d_out is None else d_out
+
+        def param(shape: tuple[int, ...], axes: tuple[str, ...], init: Init) -> nnx.Param:
+            return declare(rngs, shape, axes, init, dtype)
+
+        self.W_enc = param((d_in, features), ("embed", "features"), he_uniform)
+        self.b_enc = param((features,), ("features",), zeros)
+        self.W_dec = param((features, d_out), ("features", "embed"), he_uniform)
+        self.b_dec = param((d_out,), ("embed",), zeros)
+        self.threshold = None if relu else param((features,), ("features",), zeros)
+        self.W_skip = param((d_out, d_in), ("embed", "embed"), zeros) if skip else None
+        self.layer, self.source = layer, source
+        self.input_site, self.output_site = parse(input_site)[0], parse(output_site)[0]
+
+    @property
+    def d_in(self) -> int:
+        """Width of what it reads."""
+        return self.W_enc.shape[0]
+
+    @property
+    def d_out(self) -> int:
+        """Width of what it writes."""
+        return self.W_dec.shape[1]
+
+    @property
+    def features(self) -> int:
+        """M, how many features it has."""
+        return self.W_enc.shape[1]
+
+    @property
+    def variant(self) -> str:
+        """What it is in a few words: "transcoder" or "sae", "+skip", "+relu"."""
+        kind = "sae" if self.input_site == self.output_site else "transcoder"
+        skip = "" if self.W_skip is None else "+skip"
+        return kind + skip + ("" if self.threshold is not None else "+relu")
+
+    def pre_activations(self, x: jax.Array) -> jax.Array:
+        """``x W_enc + b_enc``: (..., D) to (..., M), in the transcoder's dtype."""
+        x = self._input(x)
+        return jnp.matmul(x, self.W_enc[...], precision="highest") + self.b_enc[...]
+
+    def encode(self, x: jax.Array) -> jax.Array:
+        """Feature activations: (..., D) to (..., M), 0 where a feature is not active.
+
+        Raises:
+            JaxtcError: the last axis of ``x`` is not D.
+        """
+        threshold = None if self.threshold is None else self.threshold[...]
+        return jumprelu(self.pre_activations(x), threshold)
+
+    def decode(self, a: jax.Array, x: jax.Array | None = None) -> jax.Array:
+        """``a W_dec + b_dec``, and the skip connection's part: (..., M) to (..., D).
+
+        Args:
+            a: feature activations.
+            x: (..., D) what the transcoder read; only a skip connection looks at it.
+
+        Raises:
+            JaxtcError: this transcoder has a skip connection and ``x`` is missing.
+        """
+        y = jnp.matmul(plain(a), self.W_dec[...], precision="highest") + self.b_dec[...]
+        return self._skipped(y, x)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(..., D) to (..., D): the imitation of the MLP's output, skip connection included."""
+        return self.decode(self.encode(x), x)
+
+    def encode_sparse(
+        self, x: jax.Array, capacity: int, *, placement: Placement | None = None
+    ) -> SparseFeatures:
+        """The active features only, largest first; the dense (..., M) array is not kept.
+
+        Args:
+            x: (..., D).
+            capacity: C, room for active features of one token, at most M.
+            placement: where the features lie (``placement_of(transcoder)``), for use under ``jit``,
+                where arrays do not tell; each device then searches its own features first.
+
+        Raises:
+            CapacityError: a token has more than C active features. Under ``jit`` nothing can be
+                raised: that token's values are NaN, and ``count`` tells.
+        """
+        if not isinstance(capacity, int) or not 1 <= capacity <= self.features:
+            raise CapacityError(
+                f"capacity is {capacity!r}, expected 1 to {self.features} (this transcoder's M)."
+            )
+        here = self._placement()
+        sparse = _sparse if here is None else _sparse_on_mesh
+        found = sparse(self.encode(x), capacity, placement if here is None else here)
+        if not isinstance(found.count, jax.core.Tracer):
+            most = int(np.max(whole(found.count), initial=0))
+            if most > capacity:
+                raise CapacityError(
+                    f"A token has {most} active features, but capacity is {capacity}: dropping any "
+                    f"would give a wrong reconstruction. Ask for capacity={most} or more."
+                )
+        return found
+
+    def decode_sparse(self, features: SparseFeatures, x: jax.Array | None = None) -> jax.Array:
+        """``decode`` from (values, ids): gathers the C decoder rows a token needs. To (..., D).
+
+        Raises:
+            JaxtcError: as :meth:`decode`.
+        """
+        features = jax.tree.map(plain, features)
+        here = self._placement()
+        mix = mix_rows if here is None else _mixed_on_mesh
+        mixed = mix(features.values, features.ids, self.W_dec[...], here, "features")
+        return self._skipped(mixed + self.b_dec[...], x)
+
+    def _input(self, x: jax.Array) -> jax.Array:
+        """``x`` in the transcoder's dtype, its width checked."""
+        x = plain(x)
+        if x.shape[-1:] != (self.d_in,):
+            heads = x.ndim > 1 and x.shape[-2] * x.shape[-1] == self.d_in
+            raise JaxtcError(
+                f"This transcoder reads arrays whose last axis is D={self.d_in}, got "
+                f"{tuple(x.shape)}; "
+                + (
+                    "join the heads first: x.reshape(*x.shape[:-2], -1)."
+                    if heads
+                    else "it belongs to another model or another site."
+                )
+            )
+        weight = self.W_enc[...]
+        mesh = mesh_of(weight)
+        if mesh is not None and not isinstance(x, jax.core.Tracer) and mesh_of(x) is None:
+            x = put(x, NamedSharding(mesh, PartitionSpec()))
+        return jnp.asarray(x).astype(weight.dtype)
+
+    def _placement(self) -> Placement | None:
+        """:func:`placement_of`, quickly where there is none."""
+        return None if mesh_of(self.W_enc[...]) is None else placement_of(self)
+
+    def _skipped(self, y: jax.Array, x: jax.Array | None) -> jax.Array:
+        if self.W_skip is None:
+            return y
+        if x is None:
+            raise JaxtcError(
+                "This transcoder has a skip connection, so its output is not a function of the "
+                "features alone: give what it read too, decode(a, x), or call transcoder(x)."
+            )
+        skip = jnp.einsum("...i,oi->...o", self._input(x), self.W_skip[...], precision="highest")
+        return y + skip
+
+    def nameless(self) -> "Transcoder":
+        """The same arrays without layer and source, which would be part of a compile key."""
+        twin = jax.tree.map(lambda leaf: leaf, self)
+        twin.layer, twin.source = None, ""
+        return twin
+
+    @classmethod
+    def abstract(cls, *args, **kwargs) -> "Transcoder":
+        """The same transcoder with shapes in place of arrays; nothing is allocated."""
+        build: Callable[[], Transcoder] = lambda: cls(*args, rngs=nnx.Rngs(0), **kwargs)  # noqa: E731
+        return nnx.eval_shape(build)

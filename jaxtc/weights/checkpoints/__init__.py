@@ -1,0 +1,1 @@
+"""Converted checkpoints: orbax's, with one sidecar of ours."""

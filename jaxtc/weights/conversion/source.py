@@ -1,0 +1,160 @@
+"""Where a conversion takes a model from: Hugging Face's format or a converted checkpoint.
+
+Both give any part of any tensor, so that a conversion holds no more than the part it is writing.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxtc.errors import ConfigError
+from jaxtc.model.config import Gemma2Config
+from jaxtc.weights.checkpoints.read import Converted, is_converted, open_model
+from jaxtc.weights.checkpoints.tree import TREE
+from jaxtc.weights.files import local
+from jaxtc.weights.files.model import open_checkpoint
+from jaxtc.weights.files.safetensors import FLOATS
+from jaxtc.weights.files.shards import Box, Parts
+from jaxtc.weights.load_model import EMBEDDED, check_tensors, model_folder
+from jaxtc.weights.names import Name, parameter_names
+from jaxtc.weights.sources import hub
+from jaxtc.weights.sources.verify import model_files, verify_files
+
+# What is taken along as it is, beside the weights and config.json.
+_KEPT = (*hub.TOKENIZER_FILES, "generation_config.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """An open model.
+
+    Attributes:
+        config: its sizes.
+        config_json: the bytes of its ``config.json``.
+        names: its parameters under both names, in the order of the forward pass.
+        dtypes: the dtype that each parameter is stored in, by our name.
+        kept: other files that go along, by name: the tokenizer's.
+        revision: the commit, of a hub id or of what a converted checkpoint was made from.
+        origin: where a converted checkpoint was made from; None of another source.
+        state: changes when its files do.
+        parts: (name, boxes, dtype) -> parts of a parameter, in our shape.
+    """
+
+    config: Gemma2Config
+    config_json: bytes
+    names: list[Name]
+    dtypes: Mapping[str, np.dtype]
+    kept: Mapping[str, bytes]
+    revision: str | None
+    origin: str | None
+    state: str
+    parts: Callable[[Name, Sequence[Box], np.dtype], Parts]
+
+
+@contextlib.contextmanager
+def open_model_source(
+    source: str | Path, revision: str | None = None, *, verify: bool = False
+) -> Iterator[ModelSource]:
+    """A model whose tensors are those of its config; none is read yet.
+
+    Args:
+        source: as of :func:`jaxtc.load_model`.
+        revision: of a hub id.
+        verify: hash all files first.
+
+    Raises:
+        SourceError, ConfigError, WeightsError: as :func:`jaxtc.load_model`.
+    """
+    folder = model_folder(source, revision)
+    if is_converted(folder):
+        yield _from_converted(open_model(folder), verify)
+        return
+    _fetch_kept(source, folder)
+    kept = [folder / name for name in _KEPT if local.has(folder, name)]
+    files = model_files(folder)
+    if verify:
+        verify_files([*files, *kept])
+    config_json = (folder / "config.json").read_bytes()
+    config = Gemma2Config.from_file(folder / "config.json")
+    with open_checkpoint(folder) as checkpoint:
+        check_tensors(checkpoint, config)
+
+        def parts(name: Name, boxes: Sequence[Box], dtype: np.dtype) -> Parts:
+            return checkpoint.files[name.hf].read_parts(name.hf, name.shape, dtype, boxes)
+
+        names = parameter_names(config)
+        yield ModelSource(
+            config,
+            config_json,
+            names,
+            {name.ours: FLOATS[checkpoint.entry(name.hf).dtype] for name in names},
+            {path.name: path.read_bytes() for path in kept},
+            folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else None,
+            None,
+            state_of(files),
+            parts,
+        )
+
+
+def _fetch_kept(source: str | Path, folder: Path) -> None:
+    """Have a hub repository's tokenizer in the cache beside its weights."""
+    repo = hub.split_id(source) if isinstance(source, str) and source != EMBEDDED else None
+    if repo and local.find(source) is None:
+        for name in _KEPT:
+            hub.download_if_there(repo[0], name, folder.name)
+
+
+def _from_converted(checkpoint: Converted, verify: bool) -> ModelSource:
+    if verify:
+        checkpoint.verify()
+    manifest = checkpoint.manifest
+    config = checkpoint.config()
+    names = parameter_names(config)
+    checkpoint.account({name.ours: name.shape for name in names})
+
+    def parts(name: Name, boxes: Sequence[Box], dtype: np.dtype) -> Parts:
+        return checkpoint.parts(manifest.arrays[name.ours], boxes, dtype)
+
+    others = [file for file in manifest.files if not file.startswith(f"{TREE}/")]
+    kept = {file: checkpoint.content(file) for file in others if file in _KEPT}
+    return ModelSource(
+        config,
+        checkpoint.content("config.json"),
+        names,
+        {name.ours: manifest.arrays[name.ours].dtype for name in names},
+        kept,
+        manifest.revision,
+        manifest.source,
+        manifest.content,
+        parts,
+    )
+
+
+def state_of(files: Sequence[Path]) -> str:
+    """A hash that changes when one of these files is written again; they are not read."""
+    seen = ((file.name, (found := file.stat()).st_size, found.st_mtime_ns) for file in files)
+    return hashlib.sha256(json.dumps(list(seen)).encode()).hexdigest()
+
+
+def with_dtype(config_json: bytes, dtype: np.dtype | None) -> tuple[bytes, dict[str, Any]]:
+    """A ``config.json`` that names this dtype: its bytes as they were when it does, or for None.
+
+    Returns:
+        (the bytes, the parsed object).
+    """
+    try:
+        raw = json.loads(config_json)
+    except ValueError as error:
+        raise ConfigError(f"The config.json is not JSON: {error}.") from error
+    key = "torch_dtype" if "torch_dtype" in raw else "dtype"
+    if dtype is None or raw.get(key) == dtype.name:
+        return config_json, raw
+    raw[key] = dtype.name
+    return (json.dumps(raw, indent=2) + "\n").encode(), raw

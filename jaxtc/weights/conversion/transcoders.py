@@ -1,0 +1,284 @@
+"""Converting transcoders, a parameter at a time: that is the most that is in memory."""
+
+import dataclasses
+import functools
+import operator
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtc.errors import SourceError, WeightsError
+from jaxtc.helpers import JAXTC_VERSION
+from jaxtc.sharding.rules import variables
+from jaxtc.tap.sites import BY_NAME
+from jaxtc.transcoders.transcoder import Transcoder
+from jaxtc.weights.checkpoints.job import Job, room_for
+from jaxtc.weights.checkpoints.manifest import MANIFEST, TRANSCODERS, Manifest
+from jaxtc.weights.checkpoints.read import Converted, is_converted, open_transcoders
+from jaxtc.weights.checkpoints.save import describe
+from jaxtc.weights.checkpoints.tree import Stored, encode, metadata, store
+from jaxtc.weights.conversion.source import state_of
+from jaxtc.weights.files import arrays, local
+from jaxtc.weights.files.layout import check_layer
+from jaxtc.weights.files.transcoder import BY_FORMAT, Format, open_transcoder
+from jaxtc.weights.files.write_transcoder import write_transcoder
+from jaxtc.weights.load_model import Progress
+from jaxtc.weights.load_transcoder import available_layers, look_up
+from jaxtc.weights.save_transcoder import check_savable
+from jaxtc.weights.sources.verify import verify_files
+
+FORMATS = {"npz": "gemma-scope", "circuit-tracer": "circuit-tracer"}
+
+_TIER = re.compile(r"(?:^|/)(layer_\d+/width_[^/]+/average_l0_[^/]+)$")
+# The headers of one file, beside its arrays.
+_HEADER_BYTES = 4096
+
+
+# What circuit-tracer puts around an MLP itself; for other sites it goes by TransformerLens's names.
+_HOOKS = {"mlp_in": "mlp.hook_in", "mlp_proj": "mlp.hook_out"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _One:
+    """One transcoder of a source: what it will be, and how to have its parameters by name."""
+
+    declared: Transcoder
+    fetch: Callable[[str], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """The transcoders to convert, by layer, and where they come from."""
+
+    ones: Mapping[int, _One]
+    name: str
+    revision: str | None
+    state: str
+
+
+def convert_transcoders(
+    source: str | Path,
+    out: str | Path,
+    to: str,
+    *,
+    layers: str | Iterable[int] = "all",
+    dtype: np.dtype | None = None,
+    revision: str | None = None,
+    verify: bool = False,
+    without_sites: bool = False,
+    model_name: str | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Path:
+    """See :func:`jaxtc.convert`; ``to`` is "orbax", "npz" or "circuit-tracer"."""
+    if not isinstance(layers, str):
+        layers = list(layers)
+        if not layers:
+            raise SourceError("layers is empty, so there is nothing to convert.")
+    elif layers != "all":
+        raise SourceError(f"layers is {layers!r}, expected 'all' or whole numbers.")
+    found = _open(source, layers, dtype, revision, verify, options)
+    what = {
+        "source": found.name,
+        "to": to,
+        "dtype": dtype.name if dtype else None,
+        "layers": sorted(found.ones),
+        "revision": found.revision,
+        "state of its files": found.state,
+        "jaxtc": JAXTC_VERSION,
+        "options": {**options, "without_sites": without_sites, "model_name": model_name},
+    }
+    if to == "orbax":
+        return _to_tree(found, out, what, progress)
+    made = BY_FORMAT[FORMATS[to]]
+    files = {layer: _file(made, one.declared) for layer, one in found.ones.items()}
+    base = Path(out)
+    for layer, one in found.ones.items():
+        check_savable(one.declared, made, base / files[layer], without_sites)
+    last, content = _last(to, found, model_name)
+    wide = np.dtype(np.float32) if made.suffix == ".npz" else None
+    sizes = [_size(one.declared, wide) + _HEADER_BYTES for one in found.ones.values()]
+    with Job(out, what, room_for([*sizes, len(content)])) as job:
+        if job.finished:
+            return job.out
+        for number, (layer, one) in enumerate(sorted(found.ones.items()), 1):
+            job.place(files[layer], functools.partial(_write, made, one))
+            if progress:
+                progress(number, len(found.ones))
+        return job.finish(last, content)
+
+
+def _write(made: Format, one: _One, path: Path) -> None:
+    write_transcoder(made, path, one.declared, one.fetch)
+
+
+def _to_tree(
+    found: _Source, out: str | Path, what: dict[str, Any], progress: Progress | None
+) -> Path:
+    trees = {layer: _arrays(layer, one.declared) for layer, one in found.ones.items()}
+    stored = {one.name: one for tree in trees.values() for one in tree.values()}
+    small = metadata(stored.values())
+    sizes = [one.chunk_bytes for one in stored.values() for _ in one.indices()]
+    with Job(out, what, room_for([*sizes, *map(len, small.values())])) as job:
+        if job.finished:
+            return job.out
+        for number, (layer, one) in enumerate(sorted(found.ones.items()), 1):
+            for name, a in trees[layer].items():
+                wanted = [i for i in a.indices() if a.file(i) not in job.done]
+                values = one.fetch(name) if wanted else None
+                for i in wanted:
+                    job.write(a.file(i), [encode(values[a.region(i)], a)])
+                del values  # before the next one is fetched
+            if progress:
+                progress(number, len(found.ones))
+        for file, content in small.items():
+            job.write(file, [content])
+        told = {layer: describe(one.declared) for layer, one in found.ones.items()}
+        manifest = Manifest(
+            TRANSCODERS, found.name, found.revision, stored, job.done, transcoders=told
+        )
+        return job.finish(MANIFEST, manifest.encode())
+
+
+def _arrays(layer: int, declared: Transcoder) -> dict[str, Stored]:
+    return {
+        name: store(f"layers.{layer}.{name}", one.shape, np.dtype(one.dtype), one.logical_axes)
+        for name, one in variables(declared)
+    }
+
+
+def _open(
+    source: str | Path,
+    layers: str | Iterable[int],
+    dtype: np.dtype | None,
+    revision: str | None,
+    verify: bool,
+    options: dict[str, Any],
+) -> _Source:
+    """The transcoders that are meant, each looked at but not read."""
+    folder = local.find(source)
+    if folder is not None and is_converted(folder):
+        return _of_converted(open_transcoders(folder), layers, dtype, verify)
+    wanted = available_layers(source, revision) if isinstance(layers, str) else layers
+    files, ones = {}, {}
+    for layer in wanted:
+        file, stored, declared = look_up(source, layer, dtype=dtype, revision=revision, **options)
+        layer = operator.index(layer)  # JSON knows no integers of NumPy
+        files[layer] = file
+        if stored == np.float64 and dtype is None:
+            raise WeightsError(
+                f"{files[layer]} holds float64, which loses nothing that matters as float32: say "
+                "so with dtype='float32'."
+            )
+        ones[layer] = _One(declared, functools.partial(_fetch, files[layer], declared))
+    if verify:
+        verify_files(files.values())
+    parts = next(iter(files.values())).parts
+    commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
+    return _Source(ones, str(source), commit, state_of(list(files.values())))
+
+
+def _of_converted(
+    checkpoint: Converted, layers: str | Iterable[int], dtype: np.dtype | None, verify: bool
+) -> _Source:
+    if verify:
+        checkpoint.verify()
+    manifest = checkpoint.manifest
+    wanted = sorted(manifest.transcoders) if isinstance(layers, str) else layers
+    ones = {}
+    for layer in wanted:
+        check_layer(layer, manifest.transcoders, str(checkpoint.folder))
+        declared = checkpoint.declared(layer, dtype)
+        fetch = functools.partial(_fetch_converted, checkpoint, declared)
+        ones[layer] = _One(declared, fetch)
+    return _Source(ones, manifest.source, manifest.revision, manifest.content)
+
+
+def _fetch(file: Path, declared: Transcoder, name: str) -> np.ndarray:
+    with open_transcoder(file) as opened:
+        values, problem = opened.read_view(name, np.dtype(declared.W_enc.dtype))
+    return _sound(file, values, problem)
+
+
+def _fetch_converted(checkpoint: Converted, declared: Transcoder, name: str) -> np.ndarray:
+    stored = checkpoint.manifest.arrays[f"layers.{declared.layer}.{name}"]
+    box = tuple((0, size) for size in stored.shape)
+    parts = checkpoint.parts(stored, [box], np.dtype(declared.W_enc.dtype))
+    problem = parts.problem()
+    return _sound(checkpoint.folder, parts.arrays[box], f"{stored.name} {problem}" * bool(problem))
+
+
+def _sound(place: Path, values: np.ndarray, problem: str) -> np.ndarray:
+    if problem:
+        raise WeightsError(
+            f"{place} cannot be used and was not converted: {problem}. Fetch or train it again"
+            + (", or convert to a wider dtype." if "too large" in problem else ".")
+        )
+    return values
+
+
+def _file(made: Format, declared: Transcoder) -> str:
+    """Where a transcoder's file goes below the folder: as it was in Gemma Scope, if it was."""
+    if made.suffix == ".safetensors":
+        return f"layer_{declared.layer}.safetensors"
+    tier = _TIER.search(declared.source)
+    features = declared.features
+    width = f"{features // 1024}k" if features % 1024 == 0 else str(features)
+    place = f"layer_{declared.layer}/width_{width}/average_l0_unknown"
+    return f"{tier[1] if tier else place}/params.npz"
+
+
+def _size(declared: Transcoder, dtype: np.dtype | None) -> int:
+    return sum(x.size * (dtype or np.dtype(x.dtype)).itemsize for x in jax.tree.leaves(declared))
+
+
+def _last(to: str, found: _Source, model_name: str | None) -> tuple[str, bytes]:
+    """The file that is written last: circuit-tracer's config."""
+    declared = [one.declared for one in found.ones.values()]
+    if to != "circuit-tracer":
+        return "", b""
+    sites = {(one.input_site, one.output_site) for one in declared}
+    if len(sites) > 1:
+        raise SourceError(
+            f"These transcoders read and write different sites ({sorted(sites)}), and a set of "
+            "circuit-tracer has one input and one output. Convert them apart, with layers=."
+        )
+    pair = sites.pop()
+    hooks = [_HOOKS.get(site, BY_NAME[site].tl) for site in pair]
+    if not all(hooks):
+        raise SourceError(
+            f"circuit-tracer has no hook for {pair[not hooks[1]]}, which these transcoders "
+            f"{'write' if hooks[0] else 'read'}; it knows {', '.join(_known())}."
+        )
+    scope = re.search(r"gemma-scope-(2b|9b|27b)-", found.name)
+    if model_name is None and scope:
+        model_name = f"google/gemma-2-{scope[1]}"
+    told = {"model_name": model_name, "model_kind": "transcoder_set"}
+    told |= {"feature_input_hook": hooks[0], "feature_output_hook": hooks[1]}
+    lines = (f'{key}: "{value}"\n' for key, value in told.items() if value is not None)
+    return "config.yaml", "".join(lines).encode()
+
+
+def _known() -> list[str]:
+    """The sites of a layer that circuit-tracer has a hook for."""
+    layered = (site for site in BY_NAME.values() if site.per_layer and site.token_axes)
+    return [site.name for site in layered if site.tl or site.name in _HOOKS]
+
+
+def check_model_name(name: str | None) -> str | None:
+    """A model's name as it goes into circuit-tracer's config. Raises SourceError for no name."""
+    if name is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise SourceError(f"model_name is {name!r}, expected one such as google/gemma-2-2b.")
+    return name
+
+
+def check_dtype(dtype: Any, to: str) -> np.dtype | None:
+    """The dtype to convert to, None to keep what is stored. Raises WeightsError for none."""
+    found = None if dtype is None else arrays.check_dtype(dtype)
+    if to == "npz" and found not in (None, np.float32):
+        raise WeightsError(f"A params.npz is float32, so it cannot be written as {found.name}.")
+    return found

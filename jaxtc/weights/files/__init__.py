@@ -1,0 +1,1 @@
+"""File formats: safetensors, npz, and what is in them."""

@@ -1,0 +1,136 @@
+"""A model's folder in Hugging Face's layout: one safetensors file, or shards and their index."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from jaxtc.errors import SourceError, WeightsError, some
+from jaxtc.weights.files import local
+from jaxtc.weights.files.safetensors import Entry, SafetensorsFile
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+class Checkpoint:
+    """The open safetensors files of one model.
+
+    Attributes:
+        folder: where they are.
+        files: the file that holds each tensor, by tensor name.
+    """
+
+    def __init__(self, folder: Path, files: dict[str, SafetensorsFile]):
+        self.folder, self.files = folder, files
+
+    def entry(self, name: str) -> Entry:
+        """What the header of its file says of a tensor."""
+        return self.files[name].entries[name]
+
+
+@contextlib.contextmanager
+def open_checkpoint(folder: Path) -> Iterator[Checkpoint]:
+    """The checkpoint in ``folder``, its files closed at the end.
+
+    Raises:
+        SourceError: no checkpoint there.
+        WeightsError: an unsound file or index, a missing shard.
+    """
+    with contextlib.ExitStack() as stack:
+        if local.has(folder, SINGLE):
+            file = stack.enter_context(SafetensorsFile(folder / SINGLE))
+            yield Checkpoint(folder, dict.fromkeys(file.entries, file))
+            return
+        if not local.has(folder, INDEX):
+            raise SourceError(_no_weights(folder))
+        shards = read_index(folder / INDEX)
+        names = sorted(set(shards.values()))
+        missing = [name for name in names if not local.has(folder, name)]
+        if missing:
+            raise WeightsError(
+                f"{folder} lacks {some(missing)} of the {len(names)} files that {INDEX} names. "
+                "Download or copy them too."
+            )
+        for name in names:
+            _check_inside(folder, name)
+        opened = {name: stack.enter_context(SafetensorsFile(folder / name)) for name in names}
+        yield Checkpoint(folder, _merge(folder, shards, opened))
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The ``weight_map`` of an index: the file name of each tensor.
+
+    Raises:
+        WeightsError: not an index, or it names files outside its folder.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise WeightsError(f"{path} cannot be read as an index of shards: {error}.") from error
+    shards = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(shards, dict) or not shards:
+        raise WeightsError(f"{path} has no weight_map, which says where each tensor is.")
+    outside = sorted({repr(name) for name in shards.values() if not _is_plain(name)})
+    if outside:
+        raise WeightsError(
+            f"{path} points to {some(outside)}; an index may only name .safetensors files in its "
+            "own folder. Do not use this checkpoint unless you know where it comes from."
+        )
+    return shards
+
+
+def _is_plain(name: object) -> bool:
+    """Whether this names a safetensors file right in the index's folder."""
+    if not isinstance(name, str) or not name.endswith(".safetensors") or "\0" in name:
+        return False
+    return PurePosixPath(name).name == name == PureWindowsPath(name).name
+
+
+def _check_inside(folder: Path, name: str) -> None:
+    """Refuse a shard that is a link out of the folder, except into the hub cache's own blobs."""
+    root = folder.resolve()
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.parent / "blobs")
+    target = (folder / name).resolve()
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise WeightsError(
+            f"{folder / name} is a link to {target}, outside its folder, and is not followed. "
+            "Copy the file here, or give the folder that holds the files themselves."
+        )
+
+
+def _merge(
+    folder: Path, shards: dict[str, str], opened: dict[str, SafetensorsFile]
+) -> dict[str, SafetensorsFile]:
+    problems, files = [], {}
+    for tensor, name in shards.items():
+        if tensor not in opened[name].entries:
+            problems.append(f"{tensor} is not in {name}, where the index says it is")
+    for name, file in opened.items():
+        for tensor in file.entries:
+            if tensor in files:
+                problems.append(f"{tensor} is in {files[tensor].path.name} and again in {name}")
+            elif tensor not in shards:
+                problems.append(f"{tensor} is in {name} but not in the index")
+            files[tensor] = file
+    if problems:
+        raise WeightsError(
+            f"The files in {folder} do not agree with {INDEX}: {some(problems, 20)}. They may come "
+            "from two different checkpoints; fetch them again."
+        )
+    return files
+
+
+def _no_weights(folder: Path) -> str:
+    others = sorted(
+        path.name
+        for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.ckpt")
+        for path in folder.glob(pattern)
+    )
+    found = f"; what it has is {some(others)}" if others else ""
+    return (
+        f"{folder} has neither {SINGLE} nor {INDEX}{found}. jaxtc reads Hugging Face checkpoints "
+        "in safetensors format; save_pretrained of transformers writes one."
+    )

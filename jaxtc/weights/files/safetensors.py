@@ -1,0 +1,235 @@
+"""Reading a safetensors file: every claim of its header is checked before anything is allocated.
+
+The format: 8 bytes, the header's length as a little-endian integer; the header, a JSON object
+that gives each tensor's dtype, shape and the range of its bytes; the bytes.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from jaxtc.errors import WeightsError
+from jaxtc.weights.files import local
+from jaxtc.weights.files.arrays import read_array
+from jaxtc.weights.files.shards import Box, Parts, read_parts, read_shards
+
+MAX_HEADER_BYTES = 100_000_000
+
+_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16,
+    "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
+    "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+}  # fmt: skip
+
+# NumPy's own limit.
+_MOST_AXES = 64
+
+# The dtypes that weights are read from.
+FLOATS = {
+    "BF16": np.dtype(jnp.bfloat16),
+    "F16": np.dtype("<f2"),
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What the header says of one tensor: dtype name, shape, and bytes ``start`` to ``stop``."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class SafetensorsFile:
+    """An open safetensors file, to be closed or used in a ``with`` statement.
+
+    Attributes:
+        path: of the file.
+        entries: what the header says, by tensor name.
+        metadata: the header's free text, by key.
+
+    Raises:
+        WeightsError: the file is truncated, or its header is not sound.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file = local.open_plain(path)
+        try:
+            self.metadata: dict[str, str] = {}
+            self._data_start, self.entries = self._read_header()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> "SafetensorsFile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; tensors already read stay."""
+        self._file.close()
+
+    def read(self, name: str, dtype: np.dtype) -> tuple[np.ndarray, str]:
+        """One tensor whose dtype is in :data:`FLOATS`, cast to ``dtype``.
+
+        Returns:
+            (the array, what is wrong with its values or an empty string).
+
+        Raises:
+            WeightsError: the file ended or failed while it was read.
+        """
+        entry = self.entries[name]
+        self._file.seek(self._data_start + entry.start)
+        return read_array(self._fill, FLOATS[entry.dtype], entry.shape, dtype)
+
+    def read_shards(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        sharding: NamedSharding,
+        *,
+        transposed: bool = False,
+    ) -> tuple[jax.Array, str]:
+        """One tensor as :meth:`read` gives it, but of ``shape``, and spread over devices.
+
+        Only the bytes of this process's shards are read, each once. ``transposed``: the file has
+        the axes in the other order.
+        """
+        entry, start = self.entries[name], self._data_start + self.entries[name].start
+        stored = FLOATS[entry.dtype]
+        return read_shards(
+            self._fill_at, start, stored, shape, dtype, sharding, transposed=transposed
+        )
+
+    def read_parts(
+        self, name: str, shape: tuple[int, ...], dtype: np.dtype, boxes: Sequence[Box]
+    ) -> Parts:
+        """Some boxes of a tensor, of another shape perhaps, cast to ``dtype``."""
+        entry = self.entries[name]
+        start, stored = self._data_start + entry.start, FLOATS[entry.dtype]
+        return read_parts(self._fill_at, start, stored, shape, dtype, boxes)
+
+    def chunks(self, name: str, count: int, part: int = 0, parts: int = 1) -> Iterator[np.ndarray]:
+        """The elements of one tensor in C order, ``count`` at a time, in their stored dtype.
+
+        With ``parts``, only every so many chunks, beginning with number ``part``.
+        """
+        entry = self.entries[name]
+        stored = FLOATS[entry.dtype]
+        step = count * stored.itemsize
+        for start in range(entry.start + part * step, entry.stop, parts * step):
+            size = min(step, entry.stop - start)
+            chunk = np.empty(size // stored.itemsize, stored)
+            self._file.seek(self._data_start + start)
+            self._fill(memoryview(chunk.view(np.uint8)))
+            yield chunk
+
+    def _fill(self, view: memoryview) -> None:
+        while view:
+            try:
+                count = self._file.readinto(view)
+            except OSError as error:
+                raise WeightsError(f"{self.path} cannot be read: {error.strerror}.") from error
+            if not count:
+                raise self._unsound("it ended while it was being read")
+            view = view[count:]
+
+    def _fill_at(self, offset: int, view: memoryview) -> None:
+        while view:
+            try:
+                count = os.preadv(self._file.fileno(), [view], offset)
+            except OSError as error:
+                raise WeightsError(f"{self.path} cannot be read: {error.strerror}.") from error
+            if not count:
+                raise self._unsound("it ended while it was being read")
+            view, offset = view[count:], offset + count
+
+    def _unsound(self, problem: str) -> WeightsError:
+        return WeightsError(
+            f"{self.path} is not a sound safetensors file: {problem}. Most likely a download or "
+            "copy was cut short or damaged; fetch the file again."
+        )
+
+    def _read_header(self) -> tuple[int, dict[str, Entry]]:
+        size = os.fstat(self._file.fileno()).st_size
+        if size < 8:
+            raise self._unsound(f"it has {size} bytes, not even the 8 of the header's length")
+        prefix = bytearray(8)
+        self._fill(memoryview(prefix))
+        length = int.from_bytes(prefix, "little")
+        if length > MAX_HEADER_BYTES:
+            raise self._unsound(
+                f"its first 8 bytes claim a header of {length} bytes (at most {MAX_HEADER_BYTES})"
+            )
+        if 8 + length > size:
+            raise self._unsound(f"its header should take {length} bytes, the file has {size - 8}")
+        header = bytearray(length)
+        self._fill(memoryview(header))
+        try:
+            raw = json.loads(header.decode("utf-8"), object_pairs_hook=self._unique)
+        except WeightsError:
+            raise
+        # ValueError: also integers too long to convert; RecursionError: brackets nested too deep.
+        except (ValueError, RecursionError) as error:
+            raise self._unsound(f"its header is not JSON ({error})") from error
+        if not isinstance(raw, dict):
+            raise self._unsound("its header is not a JSON object")
+        self.metadata = raw.pop("__metadata__", {})
+        texts = isinstance(self.metadata, dict) and self.metadata.values()
+        if texts is False or not all(isinstance(text, str) for text in texts):
+            raise self._unsound("its __metadata__ is not an object of texts")
+        entries = {name: self._entry(name, claim) for name, claim in raw.items()}
+        self._check_ranges(entries, size - 8 - length)
+        return 8 + length, entries
+
+    def _unique(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise self._unsound(f"its header names {twice!r} twice")
+        return found
+
+    def _entry(self, name: str, claim: Any) -> Entry:
+        def whole(values: Any) -> bool:
+            return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
+
+        if not isinstance(claim, dict) or set(claim) != {"dtype", "shape", "data_offsets"}:
+            raise self._unsound(f"the entry of {name!r} is not dtype, shape and data_offsets")
+        dtype, shape, offsets = claim["dtype"], claim["shape"], claim["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in _BITS:
+            raise self._unsound(f"{name!r} has the unknown dtype {dtype!r}")
+        if not whole(shape) or len(shape) > _MOST_AXES or not whole(offsets) or len(offsets) != 2:
+            raise self._unsound(f"{name!r} has shape {shape!r} and data_offsets {offsets!r}")
+        start, stop = offsets
+        if (stop - start) * 8 != math.prod(shape) * _BITS[dtype]:
+            raise self._unsound(
+                f"{name!r} is {dtype} {shape}, which does not fill its {stop - start} bytes"
+            )
+        return Entry(dtype, tuple(shape), start, stop)
+
+    def _check_ranges(self, entries: dict[str, Entry], size: int) -> None:
+        end = 0
+        for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+            if entry.start != end:
+                fault = "overlap with another tensor" if entry.start < end else "leave a gap before"
+                raise self._unsound(f"the bytes of {name!r} {fault} (at {entry.start})")
+            end = entry.stop
+        if end != size:
+            raise self._unsound(f"its tensors take {end} bytes, the file holds {size} of them")

@@ -1,0 +1,228 @@
+"""Filling arrays that are spread over devices: each process holds, and reads, its own parts only.
+
+An array's part on a device is a box: a range along each axis. What is read comes in blocks of whole
+ranges of the first axis; each block is cast and checked once, and copied to the boxes it touches.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from jaxtc.weights.files.arrays import CHUNK_BYTES, all_finite, cast, empty
+
+# (start, stop) along each axis.
+Box = tuple[tuple[int, int], ...]
+
+# Fills a buffer with the bytes of the file from an offset on.
+ReadAt = Callable[[int, memoryview], None]
+
+# Boxes that lie interleaved in the file are read together, so that it is read in long runs, while
+# all of them take no more than this; otherwise one after another.
+TOGETHER_BYTES = 256 << 20
+
+
+def boxes_of(shape: Sequence[int], sharding: NamedSharding) -> dict[Box, list[jax.Device]]:
+    """The boxes of this process's devices; several devices may hold the same one."""
+    found: dict[Box, list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(tuple(shape)).items():
+        box = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+        found.setdefault(box, []).append(device)
+    return dict(sorted(found.items()))
+
+
+class Parts:
+    """Host arrays for some boxes of an array, to be filled block by block.
+
+    Args:
+        boxes: which.
+        dtype: of the arrays.
+    """
+
+    def __init__(self, boxes: Iterable[Box], dtype: np.dtype):
+        self.arrays = {box: empty(tuple(b - a for a, b in box), dtype) for box in boxes}
+        self.dtype, self.finite, self.kept = dtype, True, True
+
+    def take(self, block: np.ndarray, corner: Sequence[int]) -> None:
+        """Copy a block, whose first element is at ``corner``, to the boxes that it touches."""
+        self.finite &= all_finite(block)
+        for box, array in self.arrays.items():
+            theirs, ours = [], []
+            for at, size, (start, stop) in zip(corner, block.shape, box, strict=True):
+                low, high = max(at, start), min(at + size, stop)
+                theirs.append(slice(low - at, max(high, low) - at))
+                ours.append(slice(low - start, max(high, low) - start))
+            source, target = block[tuple(theirs)], array[tuple(ours)]
+            if not source.size:
+                continue
+            cast(source, target)
+            if source.dtype != target.dtype:
+                self.kept &= all_finite(target)
+
+    def transposed(self) -> "Parts":
+        """The same parts of the array with its axes in the other order; these are given up."""
+        twin = Parts((), self.dtype)
+        twin.finite, twin.kept = self.finite, self.kept
+        while self.arrays:
+            box, array = self.arrays.popitem()
+            twin.arrays[box[::-1]] = turned = empty(array.shape[::-1], self.dtype)
+            np.copyto(turned, array.T)
+        return twin
+
+    def problem(self) -> str:
+        """What is wrong with the values so far, or an empty string."""
+        if not self.finite:
+            return "holds NaN or infinity"
+        return "" if self.kept else f"holds values too large for {self.dtype.name}"
+
+
+def read_shards(
+    read_at: ReadAt,
+    start: int,
+    stored: np.dtype,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    sharding: NamedSharding,
+    *,
+    transposed: bool = False,
+) -> tuple[jax.Array, str]:
+    """An array from a file that holds it in C order; only this process's bytes are read, each once.
+
+    Args:
+        read_at: see :data:`ReadAt`.
+        start: where the array's first byte is.
+        stored: dtype in the file.
+        shape: of the array.
+        dtype: of the array.
+        sharding: of the array.
+        transposed: the file has its axes in the other order.
+
+    Returns:
+        (the array, what is wrong with the values read here or an empty string).
+    """
+    boxes = boxes_of(shape, sharding)
+    placed, problems = [], []
+    for group in _groups(list(boxes), dtype):
+        if transposed:
+            turned = [box[::-1] for box in group]
+            parts = read_parts(read_at, start, stored, shape[::-1], dtype, turned).transposed()
+        else:
+            parts = read_parts(read_at, start, stored, shape, dtype, group)
+        problems.append(parts.problem())
+        placed += place(parts, boxes)
+    array = jax.make_array_from_single_device_arrays(shape, sharding, placed)
+    return array, next(filter(None, problems), "")
+
+
+def read_parts(
+    read_at: ReadAt,
+    start: int,
+    stored: np.dtype,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    boxes: Sequence[Box],
+) -> Parts:
+    """Some boxes of an array, on the host; arguments as of :func:`read_shards`."""
+    parts = Parts(boxes, dtype)
+    for block, corner in _blocks(read_at, start, stored, shape, hull(boxes)):
+        parts.take(block, corner)
+    return parts
+
+
+def stream_shards(
+    read_into: Callable[[memoryview], None],
+    stored: np.dtype,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    sharding: NamedSharding,
+    *,
+    transposed: bool = False,
+) -> tuple[jax.Array, str]:
+    """An array from a stream, which every process reads whole, keeping its own parts only.
+
+    Args:
+        read_into: fills the bytes it is given from the stream, in order.
+        stored: dtype in the stream.
+        shape: of the array.
+        dtype: of the array.
+        sharding: of the array.
+        transposed: the stream has its axes in the other order.
+
+    Returns:
+        (the array, what is wrong with its values or an empty string).
+    """
+    boxes = boxes_of(shape, sharding)
+    order = shape[::-1] if transposed else shape
+    parts = Parts([box[::-1] for box in boxes] if transposed else boxes, dtype)
+    for low, high in _rows(order, stored):
+        block = np.empty((high - low, *order[1:]), stored)
+        read_into(memoryview(block.reshape(-1).view(np.uint8)))
+        parts.take(block, (low, *(0 for _ in order[1:])))
+    parts = parts.transposed() if transposed else parts
+    array = jax.make_array_from_single_device_arrays(shape, sharding, place(parts, boxes))
+    return array, parts.problem()
+
+
+def place(parts: Parts, boxes: dict[Box, list[jax.Device]]) -> list[jax.Array]:
+    """Each part on its devices, and no longer in ``parts``."""
+    found = []
+    while parts.arrays:
+        box, array = parts.arrays.popitem()
+        # Waiting keeps one host copy at a time where the devices have memory of their own.
+        found += jax.block_until_ready([jax.device_put(array, device) for device in boxes[box]])
+    return found
+
+
+def hull(boxes: Sequence[Box]) -> Box:
+    """The smallest box around several."""
+    axes = zip(*boxes, strict=True)
+    return tuple((min(a for a, _ in axis), max(b for _, b in axis)) for axis in axes)
+
+
+def _groups(boxes: list[Box], dtype: np.dtype) -> list[list[Box]]:
+    """Boxes to be read together: all of one array, if they fill their hull and are not too much."""
+
+    def volume(box: Box) -> int:
+        return math.prod(b - a for a, b in box)
+
+    whole = volume(hull(boxes))
+    if whole == sum(map(volume, boxes)) and whole * dtype.itemsize <= TOGETHER_BYTES:
+        return [boxes]
+    return [[box] for box in boxes]
+
+
+def _rows(shape: Sequence[int], stored: np.dtype) -> Iterator[tuple[int, int]]:
+    """Ranges of the first axis that take about :data:`CHUNK_BYTES` each."""
+    row = math.prod(shape[1:]) * stored.itemsize
+    step = max(1, CHUNK_BYTES // max(row, 1))
+    for low in range(0, shape[0] if row else 0, step):
+        yield low, min(low + step, shape[0])
+
+
+def _blocks(
+    read_at: ReadAt, start: int, stored: np.dtype, shape: tuple[int, ...], box: Box
+) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
+    """(block, its corner) for the parts of a box, read in the longest runs that hold nothing else.
+
+    The first axis is cut into ranges; in each, what is left of the others is one block.
+    """
+    sizes = [b - a for a, b in box]
+    # Behind this axis all are whole, so a run is a range along it.
+    last = max([axis for axis, size in enumerate(sizes) if size != shape[axis]], default=0)
+    steps = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    first = box[0][0]
+    for low, high in _rows(sizes, stored):
+        block = np.empty((high - low, *sizes[1:]), stored)
+        ranges = [(first + low, first + high), *box[1:]]
+        leading = [range(*ranges[axis]) for axis in range(last)]
+        view = memoryview(block.reshape(-1).view(np.uint8))
+        run = (ranges[last][1] - ranges[last][0]) * steps[last] * stored.itemsize
+        for index, place in enumerate(itertools.product(*leading)):
+            element = sum(
+                i * step for i, step in zip((*place, ranges[last][0]), steps, strict=False)
+            )
+            read_at(start + element * stored.itemsize, view[index * run : (index + 1) * run])
+        yield block, tuple(a for a, _ in ranges)

@@ -1,0 +1,179 @@
+"""Files from the Hugging Face hub: only those that are needed, and errors that say what to do."""
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from huggingface_hub import (
+    _CACHED_NO_EXIST,
+    hf_hub_download,
+    list_repo_files,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from jaxtc.errors import SourceError
+from jaxtc.model.config import Gemma2Config
+from jaxtc.weights.files.model import INDEX, SINGLE, read_index
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def split_id(source: str) -> tuple[str, str] | None:
+    """``owner/name/some/path`` as (``owner/name``, ``some/path``); None when it is no hub id."""
+    parts = source.strip("/").split("/")
+    repo, rest = "/".join(parts[:2]), parts[2:]
+    if source.startswith("/") or not _REPO.fullmatch(repo) or ".." in source or "" in rest:
+        return None
+    return repo, "/".join(rest)
+
+
+def download(repo: str, file: str, revision: str | None = None) -> Path:
+    """The local copy of one file, fetched when the cache lacks it.
+
+    Raises:
+        SourceError: no access, no such repository, revision or file, or no network.
+    """
+    with _explained(repo, file, revision):
+        return Path(hf_hub_download(repo, file, revision=revision))
+
+
+def download_if_there(repo: str, file: str, revision: str | None = None) -> Path | None:
+    """As :func:`download`, None when the repository has no such file."""
+    if revision and _COMMIT.fullmatch(revision):
+        # What the cache knows of a commit stays true, also when the hub cannot be reached.
+        known = try_to_load_from_cache(repo, file, revision=revision)
+        if known is not None:
+            return None if known is _CACHED_NO_EXIST else Path(known)
+    try:
+        return download(repo, file, revision)
+    except SourceError as error:
+        if isinstance(error.__cause__, RemoteEntryNotFoundError):
+            return None
+        raise
+
+
+def list_files(repo: str, revision: str | None = None) -> list[str]:
+    """The paths of all files of a repository. Raises SourceError as :func:`download`."""
+    with _explained(repo, "", revision):
+        return list_repo_files(repo, revision=revision)
+
+
+def download_model(repo: str, revision: str | None = None) -> Path:
+    """The local folder with a model's config and weights; nothing else is fetched.
+
+    Raises:
+        SourceError: as :func:`download`.
+        ConfigError: not a Gemma-2; found before the weights are fetched.
+        WeightsError: an unsound index of shards.
+    """
+    config = download(repo, "config.json", revision)
+    Gemma2Config.from_file(config)
+    commit = _pin(config, revision)
+    index = download_if_there(repo, INDEX, commit)
+    # Only the shards that the index names: some repositories hold the weights a second time.
+    names = [SINGLE] if index is None else sorted(set(read_index(index).values()))
+    for name in names:
+        download(repo, name, commit)
+    return config.parent
+
+
+def download_tokenizer(repo: str, revision: str | None = None) -> Path:
+    """The local folder with a tokenizer's files. Raises SourceError as :func:`download`."""
+    config = download(repo, "tokenizer_config.json", revision)
+    for name in (*TOKENIZER_FILES, "config.json"):
+        download_if_there(repo, name, _pin(config, revision))
+    return config.parent
+
+
+def _pin(file: Path, revision: str | None) -> str | None:
+    """The commit that ``file`` of the cache belongs to, so that the next ones come from it too."""
+    commit = file.parent.name
+    return commit if _COMMIT.fullmatch(commit) else revision
+
+
+@contextlib.contextmanager
+def _explained(repo: str, file: str, revision: str | None) -> Iterator[None]:
+    # HTTPError covers what the HTTP client itself raises; OSError a full disk.
+    faults = (HTTPError, EntryNotFoundError, OfflineModeIsEnabled, HFValidationError, OSError)
+    try:
+        yield
+    except faults as error:
+        raise SourceError(_explain(error, repo, file, revision)) from error
+
+
+def _explain(error: Exception, repo: str, file: str, revision: str | None) -> str:
+    what = (f"{repo}/{file}" if file else repo) + (f" at revision {revision!r}" if revision else "")
+    status = _status(error)
+    if isinstance(error, HFValidationError):
+        return f"{repo!r} is not a hub id: {_first_line(error)}"
+    if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
+        return (
+            f"The Hugging Face hub has no repository {repo!r} that you may see. Check the "
+            "spelling (owner/name); if it is private or gated, log in with `hf auth login` or set "
+            "HF_TOKEN. A local folder must exist to be taken as one."
+        )
+    if isinstance(error, GatedRepoError) or status in (401, 403):
+        return _gated(repo)
+    if isinstance(error, RevisionNotFoundError):
+        return (
+            f"{repo} on the Hugging Face hub has no revision {revision!r}; give a branch, a tag "
+            "or a commit hash of it."
+        )
+    if isinstance(error, RemoteEntryNotFoundError):
+        return (
+            f"The Hugging Face hub has no file {what}; see "
+            f"https://huggingface.co/{repo}/tree/{revision or 'main'}."
+        )
+    if status is not None:
+        return f"The Hugging Face hub answered {what} with status {status}. Try again later."
+    if isinstance(error, HTTPError | EntryNotFoundError | OfflineModeIsEnabled):
+        return (
+            f"{what} is not in the local cache, and the Hugging Face hub cannot be reached. Check "
+            "the network (and that HF_HUB_OFFLINE is not set), give a local folder instead, or use "
+            "the source 'embedded', which needs no network."
+        )
+    return f"{what} could not be fetched: {_first_line(error)} Is there room on the disk?"
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status behind an error; the hub wraps some answers into "not in the cache"."""
+    while error is not None:
+        if isinstance(error, HfHubHTTPError) and error.response is not None:
+            return error.response.status_code
+        error = error.__cause__
+    return None
+
+
+def _gated(repo: str) -> str:
+    return (
+        f"{repo} is gated: its files are given only to people who accepted its licence. Accept it "
+        f"at https://huggingface.co/{repo}, then log in with `hf auth login` (or set HF_TOKEN to a "
+        "token of that account, with read access to gated repositories) and try again."
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines: Sequence[str] = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".") + "."

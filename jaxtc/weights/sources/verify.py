@@ -1,0 +1,88 @@
+"""Comparing files with the hashes that the Hugging Face hub itself gave for them.
+
+The hub's client keeps them: in its cache a file is a link to ``blobs/HASH``, beside a folder that
+was downloaded (``hf download --local-dir``) they are in ``.cache/huggingface``. Large files go by
+their SHA-256, small ones by git's SHA-1 of a blob.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from jaxtc.errors import WeightsError, some
+from jaxtc.weights.files import local
+from jaxtc.weights.files.model import INDEX, SINGLE, read_index
+
+_HASH = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
+_READ_BYTES = 8 << 20
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of a model in Hugging Face's format that are read: its config and its weights.
+
+    Raises:
+        WeightsError: an unsound index of shards.
+    """
+    names = ["config.json", SINGLE]
+    if not local.has(folder, SINGLE) and local.has(folder, INDEX):
+        names = ["config.json", INDEX, *sorted(set(read_index(folder / INDEX).values()))]
+    return [folder / name for name in names if local.has(folder, name)]
+
+
+def verify_files(files: Iterable[Path]) -> None:
+    """Hash files as the hub does and compare.
+
+    Raises:
+        WeightsError: a file is not what the hub has, or nothing here says what that is.
+    """
+    files = list(files)
+    expected = {file: hub_hash(file) for file in files}
+    unknown = [file.name for file, digest in expected.items() if digest is None]
+    if unknown:
+        raise WeightsError(
+            f"{files[0].parent} cannot be verified: nothing says what the hub's hashes of "
+            f"{some(unknown)} are. They are known of a hub id's files in the hub's own cache, and "
+            "of a folder that `hf download --local-dir` made; for other folders leave verify out."
+        )
+    wrong = [file for file, digest in expected.items() if _hash(file, len(digest)) != digest]
+    if wrong:
+        raise WeightsError(
+            f"{some([file.name for file in wrong])} in {wrong[0].parent} "
+            f"{'is' if len(wrong) == 1 else 'are'} not what the Hugging Face hub has "
+            f"({wrong[0].name} should hash to {expected[wrong[0]][:12]}…): damaged or changed "
+            f"since. Remove {wrong[0].resolve()} and fetch it again."
+        )
+
+
+def hub_hash(file: Path) -> str | None:
+    """The hash by which the hub knows a file, None when nothing here tells."""
+    blob = file.resolve()
+    if blob.parent.name == "blobs" and _HASH.fullmatch(blob.name):
+        return blob.name
+    for folder in file.absolute().parents:
+        kept = folder / ".cache/huggingface/download"
+        if not kept.is_dir():
+            continue
+        relative = file.absolute().relative_to(folder).as_posix()
+        try:
+            lines = (kept / f"{relative}.metadata").read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError):
+            return None
+        return lines[1] if len(lines) > 1 and _HASH.fullmatch(lines[1]) else None
+    return None
+
+
+def _hash(file: Path, digits: int) -> str:
+    try:
+        with file.open("rb") as stream:
+            if digits == 64:
+                return hashlib.file_digest(stream, "sha256").hexdigest()
+            # git's hash of a blob begins with its size; not for security, but it is the hub's name.
+            size = file.stat().st_size
+            digest = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
+            while piece := stream.read(_READ_BYTES):
+                digest.update(piece)
+            return digest.hexdigest()
+    except OSError as error:
+        raise WeightsError(f"{file} cannot be read: {error.strerror}.") from error

@@ -1,0 +1,180 @@
+"""Conversions killed at random moments, for test_convert_killed.
+
+    python -m tests.weights.killed_conversions FOLDER KILLS SEED
+
+Each conversion runs in a fork of this process, which has imported everything already. Half of the
+kills come before some call that changes the file system (a count drawn from all of them), half
+after some time. A conversion is killed up to three times, then left alone; its files must be those
+of one that nobody disturbed, and what was finished before a kill must not have been written again.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+import jaxtc
+from jaxtc.weights.conversion.convert import convert
+from tests.support.weights_files import params, write_tier
+
+CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
+
+
+def sources(folder: Path) -> dict[str, tuple[Path, dict]]:
+    """What is converted, by a name: the source and how. Made by other processes than the killed."""
+    config = jaxtc.Gemma2Config(
+        vocab_size=5000, hidden_size=64, intermediate_size=512, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, sliding_window=4,
+    )  # fmt: skip
+    made = folder / "made"
+    if not made.exists():
+        run(lambda: _make(made, config))
+    return {
+        "model to orbax": (made / "hf", {}),
+        "model to safetensors": (made / "tree", {"to": "safetensors", "max_shard_size": 400_000}),
+        "transcoders to orbax": (made / "scope", {"to": "orbax"}),
+        "transcoders to npz": (made / "scopetree", {"to": "npz"}),
+    }
+
+
+def _make(made: Path, config: jaxtc.Gemma2Config) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    rng = np.random.default_rng(0)
+    model = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.bfloat16),
+        jaxtc.Gemma2.abstract(config),
+    )
+    jaxtc.save_model(model, made / "hf", max_shard_size=300_000)
+    convert(made / "hf", made / "tree")
+    for layer in range(3):
+        write_tier(made / "scope", f"layer_{layer}/width_1k/average_l0_9", params(64, 1024))
+    convert(made / "scope", made / "scopetree")
+
+
+def run(action) -> int:
+    """``action`` in a fork; the status it ended with."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            action()
+            code = 0
+        except BaseException as error:  # nothing may escape into the parent's code
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(code)
+    return os.waitpid(child, 0)[1]
+
+
+def conversion(source: Path, out: Path, options: dict, *, count=None, seconds=None, told=None):
+    """A conversion that kills itself before its ``count``-th change, or after ``seconds``.
+
+    The changes are counted from its first one below ``out``'s folder; ``told`` is a file that gets
+    how many there were and how long they took.
+    """
+
+    def action() -> None:
+        seen, began = 0, None
+
+        def watch(event: str, arguments: tuple) -> None:
+            nonlocal seen, began
+            opens = event == "open" and isinstance(arguments[1], str) and arguments[1] != "r"
+            written = opens and "b" in arguments[1] + "b" and set(arguments[1]) & set("wa+")
+            if not (event in CHANGES or written):
+                return
+            if str(out) not in str(arguments[0]):
+                return
+            if began is None:
+                began = time.monotonic()
+                if seconds is not None:
+                    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+                    signal.setitimer(signal.ITIMER_REAL, seconds)
+            seen += 1
+            if seen == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(watch)
+        convert(source, out, **options)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if told:
+            Path(told).write_text(json.dumps([seen, time.monotonic() - began]))
+
+    return action
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files below a folder."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def finished(partial: Path) -> dict[str, tuple[int, int]]:
+    """The files that are done, by name: inode and time of change."""
+    found = {}
+    for log in partial.glob("done.*.jsonl"):
+        for line in log.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):
+                name = json.loads(line)[0]
+                seen = (partial / "files" / name).stat()
+                found[name] = seen.st_ino, seen.st_mtime_ns
+    return found
+
+
+def main(folder: Path, kills: int, seed: int) -> None:
+    """Kill until there were enough; print what was seen as JSON."""
+    warnings.filterwarnings("ignore", message=".*fork.*")
+    rng = random.Random(seed)
+    cases, reference, sizes = sources(folder), {}, {}
+    for name, (source, options) in cases.items():
+        out, told = folder / f"reference {name}", folder / "told"
+        assert run(conversion(source, out, options, told=told)) == 0
+        reference[name], sizes[name] = contents(out), json.loads(told.read_text())
+    seen = {"kills": 0, "kept": 0, "whole": 0, "before": 0, "runs": 0}
+    while seen["kills"] < kills:
+        name = rng.choice(list(cases))
+        (source, options), (changes, seconds) = cases[name], sizes[name]
+        out = folder / "out"
+        partial = folder / "out.partial"
+        kept: dict[str, tuple[int, int]] = {}
+        for _ in range(rng.randint(1, 3)):
+            when = {"count": rng.randint(1, changes)}
+            if rng.random() < 0.5:
+                when = {"seconds": max(rng.random() * seconds, 1e-4)}
+            status = run(conversion(source, out, options, **when))
+            if os.WIFSIGNALED(status):
+                seen["kills"] += 1
+            else:
+                assert os.WEXITSTATUS(status) == 0, (name, when, status)
+            if out.exists():
+                seen["whole"] += 1
+                break
+            seen["before"] += not (partial / "files").exists()
+            kept |= finished(partial) if partial.exists() else {}
+        if not out.exists() or partial.exists() and any(partial.iterdir()):
+            assert run(conversion(source, out, options)) == 0, name
+        assert contents(out) == reference[name], name
+        for file, (inode, changed) in kept.items():
+            now = (out / file).stat()
+            assert (now.st_ino, now.st_mtime_ns) == (inode, changed), (name, file)
+        seen["kept"] += len(kept)
+        seen["runs"] += 1
+        if partial.exists():
+            partial.rmdir()
+        shutil.rmtree(out)
+    print(json.dumps(seen | {"changes": {name: size[0] for name, size in sizes.items()}}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

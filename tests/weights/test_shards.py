@@ -1,0 +1,97 @@
+"""Parts of arrays read from a file: the right ones, and no other byte."""
+
+import numpy as np
+import pytest
+
+from jaxtc.weights.files import shards
+from jaxtc.weights.files.shards import Parts, hull, read_parts
+
+DTYPES = (np.dtype(np.float32), np.dtype(np.float16))
+
+
+class File:
+    """Bytes that count how often each of them was read."""
+
+    def __init__(self, array: np.ndarray, start: int):
+        self.raw = np.frombuffer(bytes(start) + array.tobytes(), np.uint8)
+        self.reads = np.zeros(len(self.raw), int)
+        self.calls = 0
+
+    def read_at(self, offset: int, view: memoryview) -> None:
+        view[:] = self.raw[offset : offset + len(view)].data
+        self.reads[offset : offset + len(view)] += 1
+        self.calls += 1
+
+
+def random_boxes(rng: np.random.Generator, shape: tuple[int, ...]) -> list[shards.Box]:
+    """Some boxes of a grid that divides the array, as devices of one process hold them."""
+    parts = [int(rng.choice([n for n in range(1, size + 1) if size % n == 0])) for size in shape]
+    grid = [
+        tuple(
+            (size // n * at, size // n * (at + 1))
+            for size, n, at in zip(shape, parts, index, strict=True)
+        )
+        for index in np.ndindex(*parts)
+    ]
+    chosen = rng.permutation(len(grid))[: rng.integers(1, len(grid) + 1)]
+    return [grid[i] for i in sorted(chosen)]
+
+
+def cut(array: np.ndarray, box: shards.Box) -> np.ndarray:
+    return array[tuple(slice(*bounds) for bounds in box)]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_any_boxes_of_any_array(seed, monkeypatch):
+    rng = np.random.default_rng(seed)
+    shape = tuple(rng.choice([1, 2, 6, 12], size=rng.integers(1, 4)).tolist())
+    stored, dtype = DTYPES[seed % 2], DTYPES[seed // 2 % 2]
+    array = rng.normal(size=shape).astype(stored)
+    # Also blocks of a single row, and boxes read one after another.
+    monkeypatch.setattr(shards, "CHUNK_BYTES", int(rng.choice([1, 64, 1 << 20])))
+    monkeypatch.setattr(shards, "TOGETHER_BYTES", int(rng.choice([0, 1 << 20])))
+    file, boxes = File(array, start=24), random_boxes(rng, shape)
+    for group in shards._groups(boxes, dtype):
+        parts = read_parts(file.read_at, 24, stored, shape, dtype, group)
+        assert list(parts.arrays) == group and not parts.problem()
+        for box, found in parts.arrays.items():
+            assert found.dtype == dtype
+            assert np.array_equal(found, cut(array, box).astype(dtype))
+    wanted = np.zeros(shape, bool)
+    for box in boxes:
+        cut(wanted, box)[...] = True
+    assert np.array_equal(file.reads[24:], np.repeat(wanted.reshape(-1), stored.itemsize))
+    assert not file.reads[:24].any()
+
+
+def test_whole_rows_are_read_in_one_piece():
+    array = np.arange(4096, dtype=np.float32).reshape(64, 64)
+    file = File(array, start=0)
+    read_parts(file.read_at, 0, array.dtype, array.shape, array.dtype, [((8, 16), (0, 64))])
+    assert file.calls == 1
+    halves = [((0, 64), (0, 32)), ((0, 64), (32, 64))]
+    assert shards._groups(halves, array.dtype) == [halves]
+    read_parts(file.read_at, 0, array.dtype, array.shape, array.dtype, halves)
+    assert file.calls == 2  # interleaved boxes: one run all the same
+
+
+def test_what_is_wrong_with_the_values_is_told():
+    for value, dtype, told in ((np.nan, "f4", "NaN"), (1e30, "f2", "too large for float16")):
+        parts = Parts([((0, 2),)], np.dtype(dtype))
+        parts.take(np.array([1.0, value], np.float32), (0,))
+        assert told in parts.problem()
+    parts = Parts([((0, 2),)], np.dtype(np.float32))
+    parts.take(np.array([np.inf], np.float32), (1,))
+    assert "infinity" in parts.problem()
+
+
+def test_the_other_order_of_axes():
+    array = np.arange(24, dtype=np.float32).reshape(4, 6)
+    parts = Parts([((0, 2), (0, 6)), ((2, 4), (0, 6))], array.dtype)
+    parts.take(array, (0, 0))
+    turned = parts.transposed()
+    assert not parts.arrays
+    for box, found in turned.arrays.items():
+        assert found.flags.c_contiguous
+        assert np.array_equal(found, cut(array.T, box))
+    assert hull(list(turned.arrays)) == ((0, 6), (0, 4))
