@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.captures.activations import Activations
-from jaxtc.captures.request import Captures, understand
+from jaxtc.captures.request import Captures, check_per_token, understand
 from jaxtc.edits.base import Edit
 from jaxtc.edits.check import check_edits, of_phase
 from jaxtc.errors import InputError, JaxtcError
@@ -129,7 +129,7 @@ def generate(
         raise InputError("generate loops in Python and cannot run inside jit, vmap or grad.")
     stops = _stops(stop, config)
     asked = understand(capture, layers)
-    recording.check_per_token(asked)
+    check_per_token(asked)
     prompts = prepare(tokens, config, lengths, extra=max_new_tokens)
     # The last new token is never fed back, so an edit at its position would not fire.
     checked, _ = check_edits(edits, config, (layers, len(ORDER)), prompts, max_new_tokens - 1)
