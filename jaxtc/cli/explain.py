@@ -13,8 +13,9 @@ from jaxtc.errors import JaxtcError
 from jaxtc.explore.explain import explain
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.files.layout import GEMMA_SCOPE_2B
-from jaxtc.weights.load_model import EMBEDDED, load_model, load_tokenizer
+from jaxtc.weights.load_model import load_model, load_tokenizer
 from jaxtc.weights.load_transcoder import available_layers, load_transcoder
+from jaxtc.weights.sources.resolve import EMBEDDED
 
 # Of the embedded model: its last, where the tokens a feature promotes say most about it. Of Gemma
 # Scope: the tutorial's.
