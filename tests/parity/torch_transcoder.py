@@ -15,7 +15,14 @@ from transformers import Gemma2ForCausalLM
 
 from jaxtc.parity.torch_side import JumpReLU
 
-__all__ = ["JumpReLU", "imitate", "save_random", "spliced"]
+__all__ = ["ACTIVATE", "JumpReLU", "imitate", "save_random", "spliced"]
+
+
+# By name: pre-activations and what else the activation has, to activations.
+ACTIVATE = {
+    "jumprelu": lambda z, threshold: torch.where(z > threshold, z.relu(), 0),
+    "relu": lambda z: z.relu(),
+}
 
 
 def save_random(path: Path, d: int, features: int, seed: int) -> Path:

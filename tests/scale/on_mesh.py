@@ -103,6 +103,27 @@ def test_a_transcoder_by_itself(mesh, on):
 
 
 @pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("activation", ["relu"])
+def test_other_activations(mesh, activation):
+    alone = lab.transcoder(activation=activation)
+    model, many = shard(lab.model(), mesh), shard(alone, mesh)
+    x = np.random.default_rng(2).normal(size=(4, 6, 24)).astype(np.float32)
+    expected, found = lab.dictionary(alone, x), lab.dictionary(many, x)
+    lab.check_same(found, lab.numbers(expected))
+    assert np.array_equal(found["encode"] > 0, expected["encode"] > 0)
+    edits = [jaxtc.Splice, lambda t: jaxtc.SetFeature(t, [3, 400], 2.0)]
+    runs = [
+        jaxtc.run(
+            model, lab.ROWS, edits=[edit(t) for edit in edits],
+            capture=["mlp_out", Features(transcoder=t, capacity=lab.FEATURES // 2)],
+        )
+        for model, t in ((lab.model(), alone), (model, many))
+    ]  # fmt: skip
+    told = [{"logits": r.logits} | {k: r.activations[k] for k in r.activations} for r in runs]
+    lab.check_same(told[1], lab.numbers(told[0]))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
 def test_top_k_breaks_ties_as_one_device_does(mesh):
     # Whole numbers from 0 to 3: nearly all of them are tied; NaN and signed zeros among them.
     x = np.random.default_rng(3).integers(0, 4, (8, 5, 64)).astype(np.float32)
