@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.errors import JaxtcError, did_you_mean
+from jaxtc.helpers import is_whole
 from jaxtc.model.parameters import Init, zeros
-from jaxtc.sharding.placement import Placement
+from jaxtc.sharding.placement import Placement, top_k
 
-__all__ = ["ACTIVATIONS", "Activation", "JumpReLU", "Parameter", "ReLU", "activation_of"]
+__all__ = ["ACTIVATIONS", "Activation", "JumpReLU", "Parameter", "ReLU", "TopK", "activation_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +117,44 @@ class ReLU(Activation):
     def as_threshold(self, parameters):
         """0."""
         return np.float32(0)
+
+
+@_register
+class TopK(Activation):
+    """The k largest pre-activations of a token, those of them above 0; else 0 (arXiv 2406.04093).
+
+    Of equal pre-activations the one with the lower id comes first. NaN counts as largest.
+    """
+
+    k: int
+
+    name = "topk"
+    per_feature = False
+
+    def __post_init__(self):
+        if not is_whole(self.k, 1):
+            raise JaxtcError(f"k is {self.k!r}, expected a whole number from 1.")
+        object.__setattr__(self, "k", int(self.k))  # JSON has no integers of NumPy
+
+    def __call__(self, z, parameters, placement):
+        """As the class says."""
+        ids = _top_k(jax.lax.stop_gradient(z), self.k, placement, feature_axes(z.ndim))[1]
+        kept = jnp.put_along_axis(jnp.zeros(z.shape, bool), ids, True, axis=-1, inplace=False)
+        return jnp.where((kept & (z > 0)) | jnp.isnan(z), z, 0)
+
+    def check(self, features):
+        """Refuse more than there are."""
+        if self.k > features:
+            raise JaxtcError(f"k is {self.k}, but the transcoder has {features} features.")
+
+
+# Sharded arrays outside a trace need a compiled program.
+_top_k = jax.jit(top_k, static_argnums=(1, 2, 3))
+
+
+def feature_axes(ndim: int) -> tuple[str, ...]:
+    """Logical axes of (..., M)."""
+    return ("batch", *["tokens"] * (ndim - 2), "features")[-ndim:]
 
 
 def activation_of(given: "str | Activation | Mapping[str, Any]") -> Activation:

@@ -24,7 +24,12 @@ from jaxtc.sharding.mesh import mesh_of, put
 from jaxtc.sharding.placement import Placement, mix_rows, placement_of, top_k
 from jaxtc.sharding.processes import whole
 from jaxtc.tap.sites import parse
-from jaxtc.transcoders.activations import Activation, activation_of, parameter_names
+from jaxtc.transcoders.activations import (
+    Activation,
+    activation_of,
+    feature_axes,
+    parameter_names,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -46,8 +51,7 @@ class SparseFeatures:
 
 def _sparse(a: jax.Array, capacity: int, placement: Placement | None) -> SparseFeatures:
     """Of dense activations (..., M)."""
-    rows = ["batch", *["tokens"] * (a.ndim - 2)] if a.ndim > 1 else []
-    values, ids = top_k(a, capacity, placement, [*rows, "features"])
+    values, ids = top_k(a, capacity, placement, feature_axes(a.ndim))
     count = (a != 0).sum(-1, dtype=jnp.int32)
     values = jnp.where((count > capacity)[..., None], jnp.nan, values)
     return SparseFeatures(values, ids, count)

@@ -9,7 +9,7 @@ from flax import nnx
 
 import jaxtc
 from jaxtc import SetFeature, Splice
-from jaxtc.transcoders.activations import ACTIVATIONS
+from jaxtc.transcoders.activations import ACTIVATIONS, TopK
 from tests.parity import oracles
 from tests.parity.figures import note
 from tests.parity.reference import relative
@@ -17,7 +17,7 @@ from tests.parity.torch_transcoder import ACTIVATE, spliced
 
 TOLERANCE = 1e-5
 LAYER, M, D = 2, 96, oracles.SHAPES["9b"]["hidden_size"]
-SETTINGS = {}
+SETTINGS = {"topk": TopK(11)}
 each = pytest.mark.parametrize("name", ACTIVATIONS)
 
 

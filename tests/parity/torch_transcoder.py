@@ -18,10 +18,16 @@ from jaxtc.parity.torch_side import JumpReLU
 __all__ = ["ACTIVATE", "JumpReLU", "imitate", "save_random", "spliced"]
 
 
+def _top_k(z: torch.Tensor, k: int) -> torch.Tensor:
+    kept = z.topk(k, dim=-1)
+    return torch.zeros_like(z).scatter(-1, kept.indices, kept.values.relu())
+
+
 # By name: pre-activations and what else the activation has, to activations.
 ACTIVATE = {
     "jumprelu": lambda z, threshold: torch.where(z > threshold, z.relu(), 0),
     "relu": lambda z: z.relu(),
+    "topk": _top_k,
 }
 
 

@@ -20,6 +20,7 @@ from jaxtc.programs.run import Call, _run
 from jaxtc.sharding.mesh import make_mesh, shard
 from jaxtc.sharding.placement import Placement, mix_rows, placement_of, top_k
 from jaxtc.sharding.rules import RULES, ShardingError, partition, variables
+from jaxtc.transcoders.activations import TopK as Top
 from jaxtc.weights.checkpoints import tree as orbax_tree
 from tests.scale import lab
 
@@ -103,7 +104,7 @@ def test_a_transcoder_by_itself(mesh, on):
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("activation", ["relu"])
+@pytest.mark.parametrize("activation", [Top(33)], ids=str)  # 33 halves a pair of ties
 def test_other_activations(mesh, activation):
     alone = lab.transcoder(activation=activation)
     model, many = shard(lab.model(), mesh), shard(alone, mesh)
@@ -180,6 +181,10 @@ def test_no_weight_is_ever_gathered(on, monkeypatch):
             patched.setattr(program, "_jitted", _Told(program._jitted, texts))
         jaxtc.generate(model, lab.ROWS, 3, edits=[jaxtc.Splice(transcoder)], stop=())
     assert len(texts) == 4
+    top = shard(lab.transcoder(activation=Top(33)), "data=2,model=4")
+    call = Call.of(lab.CONFIG, prompts, asked, lab.edits(top), "last", place)
+    texts["top of a run"] = _run.lower(*call.on_mesh(leaves)).compile().as_text()
+    texts["top"] = sparse.lower(top, x).compile().as_text()
     for name, text in texts.items():
         assert _gathered(text), name  # the few best of each part, at least
         assert not {lab.FEATURES, lab.CONFIG.vocab_size} & _gathered(text), name

@@ -12,7 +12,7 @@ import jaxtc
 from jaxtc import ClampFeature, ScaleFeature, SetFeature, Splice, Transcoder
 from jaxtc.captures.reducers import Features
 from jaxtc.errors import CapacityError, JaxtcError, SourceError
-from jaxtc.transcoders.activations import ACTIVATIONS, activation_of
+from jaxtc.transcoders.activations import ACTIVATIONS, TopK, activation_of
 from jaxtc.weights.files.transcoder import BY_FORMAT
 from tests.support.batch import D, real, run
 
@@ -21,10 +21,18 @@ X = np.random.default_rng(0).standard_normal((3, 7, D)).astype(np.float32)
 READS, WRITES = f"layers.{LAYER}.mlp_in_normed", f"layers.{LAYER}.mlp_out"
 
 
+def highest(z, k):
+    order = np.argsort(-z, axis=-1, kind="stable")  # of equals, the first
+    kept = np.zeros(z.shape, bool)
+    np.put_along_axis(kept, order[..., :k], True, axis=-1)
+    return np.where(kept & (z > 0), z, 0)
+
+
 # By name: the activation, and its values from pre-activations and the transcoder, in NumPy.
 CASES = {
     "jumprelu": ("jumprelu", lambda z, t: z * ((z > np.asarray(t.threshold[...])) & (z > 0))),
     "relu": ("relu", lambda z, t: np.maximum(z, 0)),
+    "topk": (TopK(9), lambda z, t: highest(z, 9)),
 }
 
 
@@ -184,12 +192,40 @@ def test_files_compute_the_same_or_are_refused(name, format, tmp_path):
     np.testing.assert_array_equal(jaxtc.load_transcoder(file, **sites).encode(X), t.encode(X))
 
 
+# TopK
+
+
+def test_of_equal_pre_activations_the_lower_ids_are_kept():
+    t = Transcoder(1, 6, activation=TopK(3), rngs=nnx.Rngs(0))
+    t.W_enc[...] = jnp.array([[1.0, 2.0, 1.0, 1.0, -1.0, 1.0]])
+    np.testing.assert_array_equal(t.encode(jnp.array([[1.0], [-1.0]])),
+                                  [[1, 2, 1, 0, 0, 0], [0, 0, 0, 0, 1, 0]])  # fmt: skip
+
+
+def test_in_bfloat16_exactly_k_are_kept():
+    """A program may hold unrounded pre-activations, in which other features would be tied."""
+    t = made("topk", dtype=jnp.bfloat16)
+    found = jax.jit(t.encode)(X)
+    assert found.dtype == jnp.bfloat16 and ((found > 0).sum(-1) == 9).all()
+
+
+def test_nan_takes_a_place():
+    t = Transcoder(1, 4, activation=TopK(2), rngs=nnx.Rngs(0))
+    t.W_enc[...] = jnp.array([[3.0, jnp.nan, 2.0, 1.0]])
+    np.testing.assert_array_equal(t.encode(jnp.array([1.0])), [3, np.nan, 0, 0])
+
+
 @pytest.mark.parametrize(
     ("activation", "message"),
     [
-        ("rellu", "no activation 'rellu', only jumprelu, relu.* Did you mean 'relu'"),
+        ("topkk", "no activation 'topkk', only jumprelu, relu, topk.* Did you mean 'topk'"),
         (None, "no activation None"),
+        ("topk", "'topk' takes k, got none; give TopK.k=..."),
         ({"name": "relu", "k": 3}, "'relu' takes no settings, got k"),
+        ({"name": "topk", "k": 0}, "k is 0, expected a whole number from 1"),
+        ({"name": "topk", "k": 2.5}, "k is 2.5, expected a whole number"),
+        (lambda: TopK(True), "k is True, expected a whole number"),
+        (lambda: TopK(51), "k is 51, but the transcoder has 50 features"),
     ],
 )
 def test_refused(activation, message):
