@@ -233,5 +233,5 @@ def _declared(
     shapes = opened.shapes
     return Transcoder.abstract(
         *shapes["W_enc"], shapes["W_dec"][1], dtype=dtype, layer=found.layer, source=name,
-        relu="threshold" not in shapes, skip="W_skip" in shapes, **sites,
+        activation=opened.activation, skip="W_skip" in shapes, **sites,
     )  # fmt: skip
