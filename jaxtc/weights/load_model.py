@@ -78,7 +78,9 @@ def load_model(
         with open_checkpoint(folder) as checkpoint:
             check_tensors(checkpoint, config)
             values = _read(checkpoint, parameter_names(config), dtype, places, progress)
-        return _assemble(config, dtype, values)
+        declared = Gemma2.abstract(config, dtype)
+        leaves = [values[name] for name, _ in variables(declared)]
+        return jax.tree.unflatten(jax.tree.structure(declared), leaves)
 
 
 def _places(config: Gemma2Config, mesh: Mesh, rules: Rules) -> dict[str, NamedSharding]:
@@ -132,12 +134,9 @@ def _read(
     total = sum(map(size, names))
     for name in sorted(names, key=size, reverse=True):
         file = checkpoint.files[name.hf]
-        if places is None:
-            array, problem = file.read(name.hf, dtype)
-            values[name.ours] = arrays.to_jax(array.reshape(name.shape))
-        else:
-            place = places[name.ours]
-            values[name.ours], problem = file.read_shards(name.hf, name.shape, dtype, place)
+        place = places and places[name.ours]
+        array, problem = file.read(name.hf, dtype, place, shape=name.shape)
+        values[name.ours] = arrays.to_jax(array) if place is None else array
         if problem:
             problems.append(f"{name.hf} {problem}")
         done += size(name)
@@ -149,20 +148,3 @@ def _read(
             "the model computed would be wrong; fetch the checkpoint again."
         )
     return values
-
-
-def _assemble(config: Gemma2Config, dtype: np.dtype, values: dict[str, jax.Array]) -> Gemma2:
-    """The model around these parameters; each must be there, with the shape the model declares."""
-    shapes, structure = jax.tree_util.tree_flatten_with_path(Gemma2.abstract(config, dtype))
-    leaves = []
-    for path, declared in shapes:
-        value = values.pop(parameter_path(path))
-        assert value.shape == declared.shape and value.dtype == declared.dtype, path
-        leaves.append(value)
-    assert not values, sorted(values)
-    return jax.tree.unflatten(structure, leaves)
-
-
-def parameter_path(path: tuple) -> str:
-    """A leaf's path in the model's tree as our name for the parameter, ``layers.3.attn.q``."""
-    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")

@@ -15,10 +15,10 @@ import numpy as np
 from jaxtc.errors import SourceError, some
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.sharding.processes import check_here
+from jaxtc.sharding.rules import variables
 from jaxtc.weights.files import local
 from jaxtc.weights.files.model import INDEX, SINGLE
-from jaxtc.weights.files.write_safetensors import header, pieces
-from jaxtc.weights.load_model import parameter_path
+from jaxtc.weights.files.safetensors import header, pieces
 from jaxtc.weights.names import Name, parameter_names
 
 # What may be in a folder that is replaced.
@@ -102,8 +102,7 @@ def _replace(folder: Path, partial: Path) -> None:
 
 
 def _write(model: Gemma2, folder: Path, tokenizer: Any, max_shard_size: int) -> None:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(model)
-    values = {parameter_path(path): leaf for path, leaf in leaves}
+    values = dict(zip((name for name, _ in variables(model)), jax.tree.leaves(model), strict=True))
     names = parameter_names(model.config)
     assert sorted(values) == sorted(name.ours for name in names)
 

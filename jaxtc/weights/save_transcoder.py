@@ -8,8 +8,7 @@ from jaxtc.errors import SiteError, SourceError
 from jaxtc.sharding.processes import check_here
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.files import local
-from jaxtc.weights.files.transcoder import BY_FORMAT, Format, by_name, told_sites
-from jaxtc.weights.files.write_transcoder import write_transcoder
+from jaxtc.weights.files.transcoder import BY_FORMAT, Format, by_name, told_sites, write_transcoder
 
 
 def save_transcoder(

@@ -76,10 +76,10 @@ def torch_twin(model):
 
 def by_path(model) -> dict[str, jax.Array]:
     """The model's arrays by our name for the parameter."""
-    from jaxtc.weights.load_model import parameter_path
+    from jaxtc.sharding.rules import variables
 
-    leaves, _ = jax.tree_util.tree_flatten_with_path(model)
-    return {parameter_path(path): leaf for path, leaf in leaves}
+    names = (name for name, _ in variables(model))
+    return dict(zip(names, jax.tree.leaves(model), strict=True))
 
 
 def shorten(model, layers: int):

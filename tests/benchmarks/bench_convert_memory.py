@@ -23,6 +23,7 @@ import numpy as np
 
 from jaxtc.model.config import Gemma2Config
 from jaxtc.weights.files.model import open_checkpoint
+from jaxtc.weights.files.safetensors import FLOATS
 from jaxtc.weights.names import EMBEDDING
 from tests.benchmarks.bench_parity_memory import held
 
@@ -51,17 +52,13 @@ def size_of(folder: Path) -> int:
 
 def compare(one: Path, other: Path) -> int:
     """How many tensors two models have, each the same in both; the bits are compared."""
-    count = 8 << 20
     with open_checkpoint(one) as first, open_checkpoint(other) as second:
         assert sorted(first.files) == sorted(second.files)
         for name in first.files:
-            pairs = zip(
-                first.files[name].chunks(name, count),
-                second.files[name].chunks(name, count),
-                strict=True,
-            )
-            for a, b in pairs:
-                assert np.array_equal(a.view(np.uint8), b.view(np.uint8)), name
+            dtype = FLOATS[first.entry(name).dtype]
+            assert dtype == FLOATS[second.entry(name).dtype], name
+            a, b = (each.files[name].read(name, dtype)[0] for each in (first, second))
+            assert np.array_equal(a.view(np.uint8), b.view(np.uint8)), name
         return len(first.files)
 
 

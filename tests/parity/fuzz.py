@@ -18,8 +18,8 @@ from transformers import Gemma2ForCausalLM
 import jaxtc
 from jaxtc.model.config import FULL, SLIDING, Gemma2Config
 from jaxtc.parity.compare import masked
+from jaxtc.sharding.rules import variables
 from jaxtc.tap.sites import Address
-from jaxtc.weights.load_model import parameter_path
 from jaxtc.weights.names import parameter_names
 from tests.parity import oracles, reference
 
@@ -124,12 +124,11 @@ def weights(model: Gemma2ForCausalLM, config: Gemma2Config) -> Weights:
 
 def our_model(config: Gemma2Config, values: Weights) -> jaxtc.Gemma2:
     """Our model around these parameters, in float32."""
-    shapes, structure = jax.tree_util.tree_flatten_with_path(jaxtc.Gemma2.abstract(config))
-    paths = [parameter_path(path) for path, _ in shapes]
-    assert sorted(paths) == sorted(values)
-    for path, (_, declared) in zip(paths, shapes, strict=True):
-        assert values[path].shape == declared.shape, path
-    return jax.tree.unflatten(structure, [jnp.asarray(values[path]) for path in paths])
+    model = jaxtc.Gemma2.abstract(config)
+    shapes = {name: param.shape for name, param in variables(model)}
+    assert shapes == {name: value.shape for name, value in values.items()}
+    leaves = [jnp.asarray(values[name]) for name in shapes]
+    return jax.tree.unflatten(jax.tree.structure(model), leaves)
 
 
 def activations(model: jaxtc.Gemma2, case: Case) -> dict[Address, list[np.ndarray]]:

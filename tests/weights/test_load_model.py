@@ -15,7 +15,7 @@ import transformers
 
 import jaxtc
 from jaxtc.errors import ConfigError, JaxtcError, SourceError, WeightsError
-from jaxtc.weights import load_model as load
+from jaxtc.sharding.rules import variables
 from jaxtc.weights.names import parameter_names
 from jaxtc.weights.sources import resolve
 from tests.support.weights_files import CONFIG, random_model, same
@@ -77,13 +77,11 @@ def test_transformers_reads_what_we_write(tmp_path, dtype, shard):
     assert theirs.dtype == getattr(torch, dtype)
     state = {k: v.float().numpy() for k, v in theirs.state_dict().items()}
     state.pop("lm_head.weight")
-    leaves = {
-        load.parameter_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)
-    }
+    leaves = dict(variables(model))
     names = parameter_names(CONFIG)
     assert {name.hf for name in names} == set(state)
     for name in names:
-        ours = np.asarray(leaves[name.ours], np.float32).reshape(name.hf_shape)
+        ours = np.asarray(leaves[name.ours][...], np.float32).reshape(name.hf_shape)
         assert np.array_equal(ours, state[name.hf]), name
     config = jaxtc.Gemma2Config.from_dict(theirs.config.to_dict())
     assert config == CONFIG
@@ -100,8 +98,8 @@ def test_we_read_what_transformers_writes(model, folder, tmp_path, shard):
 @pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("wanted", ["float16", "bfloat16", "float32"])
 def test_casts_are_those_of_numpy(folder, monkeypatch, stored, wanted):
-    # Chunks of 7 elements, so that most tensors end in the middle of one.
-    monkeypatch.setattr("jaxtc.weights.files.arrays.CHUNK_BYTES", 7 * np.dtype(stored).itemsize)
+    # 7 elements or a row, so that tensors are read in many chunks.
+    monkeypatch.setattr("jaxtc.weights.files.shards.CHUNK_BYTES", 7 * np.dtype(stored).itemsize)
     values = {k: v.astype(stored) for k, v in tensors(folder).items()}
     rewrite(folder, values)
     loaded = jaxtc.load_model(folder, dtype=wanted)
@@ -292,7 +290,7 @@ def test_config_of_another_size_is_a_mismatch_not_a_guess(folder):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_values_that_are_not_finite(folder, monkeypatch, bad, stored):
-    monkeypatch.setattr("jaxtc.weights.files.arrays.CHUNK_BYTES", 40)
+    monkeypatch.setattr("jaxtc.weights.files.shards.CHUNK_BYTES", 40)
     values = {k: v.astype(stored) for k, v in tensors(folder).items()}
     names = ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"]
     for name, place in zip(names, (0, -1), strict=True):  # in the first chunk, in the last

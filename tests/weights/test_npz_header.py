@@ -16,7 +16,7 @@ from tests.weights.hostile.mutate import MARKS
 @pytest.mark.parametrize("mark", sorted(set(MARKS)))
 def test_a_byte_of_an_npy_header_is_never_overlooked(tmp_path, replaced, mark):
     path = tmp_path / "params.npz"
-    write_params(path, params())
+    write_params(path, params().items())
     raw = path.read_bytes()
     place = raw.rindex(replaced, 0, raw.index(b"\n"))  # in the header of the first array
     damaged = raw[:place] + bytes([mark]) + raw[place + 1 :]

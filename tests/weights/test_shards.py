@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxtc.weights.files import shards
-from jaxtc.weights.files.shards import Parts, hull, read_parts
+from jaxtc.weights.files.shards import Parts, Raw, hull, read_parts
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float16))
 
@@ -51,8 +51,9 @@ def test_any_boxes_of_any_array(seed, monkeypatch):
     monkeypatch.setattr(shards, "CHUNK_BYTES", int(rng.choice([1, 64, 1 << 20])))
     monkeypatch.setattr(shards, "TOGETHER_BYTES", int(rng.choice([0, 1 << 20])))
     file, boxes = File(array, start=24), random_boxes(rng, shape)
+    raw = Raw(file.read_at, 24, stored, shape)
     for group in shards._groups(boxes, dtype):
-        parts = read_parts(file.read_at, 24, stored, shape, dtype, group)
+        parts = read_parts(raw, dtype, group)
         assert list(parts.arrays) == group and not parts.problem()
         for box, found in parts.arrays.items():
             assert found.dtype == dtype
@@ -67,11 +68,12 @@ def test_any_boxes_of_any_array(seed, monkeypatch):
 def test_whole_rows_are_read_in_one_piece():
     array = np.arange(4096, dtype=np.float32).reshape(64, 64)
     file = File(array, start=0)
-    read_parts(file.read_at, 0, array.dtype, array.shape, array.dtype, [((8, 16), (0, 64))])
+    raw = Raw(file.read_at, 0, array.dtype, array.shape)
+    read_parts(raw, array.dtype, [((8, 16), (0, 64))])
     assert file.calls == 1
     halves = [((0, 64), (0, 32)), ((0, 64), (32, 64))]
     assert shards._groups(halves, array.dtype) == [halves]
-    read_parts(file.read_at, 0, array.dtype, array.shape, array.dtype, halves)
+    read_parts(raw, array.dtype, halves)
     assert file.calls == 2  # interleaved boxes: one run all the same
 
 
@@ -95,3 +97,20 @@ def test_the_other_order_of_axes():
         assert found.flags.c_contiguous
         assert np.array_equal(found, cut(array.T, box))
     assert hull(list(turned.arrays)) == ((0, 6), (0, 4))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_stream_is_read_once_from_its_beginning(dtype, transposed, monkeypatch):
+    monkeypatch.setattr(shards, "CHUNK_BYTES", 40)
+    array, at = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32), 0
+
+    def read_at(_, view):
+        nonlocal at
+        view[:] = array.tobytes()[at : at + len(view)]
+        at += len(view)
+
+    raw = Raw(read_at, 0, array.dtype, array.shape, stream=True)
+    found, problem = shards.read(raw, dtype, transposed=transposed)
+    assert not problem and at == array.nbytes and found.dtype == dtype
+    assert np.array_equal(found, (array.T if transposed else array).astype(dtype))

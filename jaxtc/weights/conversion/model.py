@@ -15,8 +15,8 @@ from jaxtc.weights.checkpoints.manifest import MANIFEST, MODEL, Manifest
 from jaxtc.weights.checkpoints.tree import Region, Stored, encode, metadata, store
 from jaxtc.weights.conversion.source import ModelSource, open_model_source, with_dtype
 from jaxtc.weights.files.model import INDEX
+from jaxtc.weights.files.safetensors import pieces
 from jaxtc.weights.files.shards import Box
-from jaxtc.weights.files.write_safetensors import pieces
 from jaxtc.weights.load_model import Progress
 from jaxtc.weights.names import Name
 from jaxtc.weights.save_model import begin, index, size_of, split

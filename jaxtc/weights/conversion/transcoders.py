@@ -24,8 +24,13 @@ from jaxtc.weights.checkpoints.tree import Stored, encode, metadata, store
 from jaxtc.weights.conversion.source import state_of
 from jaxtc.weights.files import arrays
 from jaxtc.weights.files.layout import check_layer
-from jaxtc.weights.files.transcoder import BY_FORMAT, SITES, Format, open_transcoder
-from jaxtc.weights.files.write_transcoder import write_transcoder
+from jaxtc.weights.files.transcoder import (
+    BY_FORMAT,
+    SITES,
+    Format,
+    open_transcoder,
+    write_transcoder,
+)
 from jaxtc.weights.load_model import Progress
 from jaxtc.weights.load_transcoder import look_up
 from jaxtc.weights.save_transcoder import check_savable
@@ -201,7 +206,7 @@ def _of_converted(
 
 def _fetch(file: Path, declared: Transcoder, name: str) -> np.ndarray:
     with open_transcoder(file) as opened:
-        values, problem = opened.read_view(name, np.dtype(declared.W_enc.dtype))
+        values, problem = opened.read(name, np.dtype(declared.W_enc.dtype))
     return _sound(file, values, problem)
 
 

@@ -1,15 +1,10 @@
-"""Filling host arrays from files, chunk by chunk: cast and checked on the way, never held twice."""
-
-from collections.abc import Callable
+"""Host arrays and dtypes of weights: allocated, cast, checked, handed to jax."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.errors import WeightsError
-
-# How much of a tensor is in memory in its stored dtype while it is cast.
-CHUNK_BYTES = 8 << 20
 
 # What XLA's CPU client needs to use a host array in place.
 _ALIGNMENT = 64
@@ -50,41 +45,6 @@ def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     raw = np.empty(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
     return raw[start : start + size].view(dtype).reshape(shape)
-
-
-def read_array(
-    read_into: Callable[[memoryview], None],
-    stored: np.dtype,
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-) -> tuple[np.ndarray, str]:
-    """A new array read from a stream of its elements in C order.
-
-    Args:
-        read_into: fills the bytes it is given from the stream, in order.
-        stored: dtype in the stream.
-        shape: of the array.
-        dtype: of the array.
-
-    Returns:
-        (the array, what is wrong with its values or an empty string).
-    """
-    out = empty(shape, dtype)
-    flat = out.reshape(-1)
-    step = CHUNK_BYTES // stored.itemsize
-    chunk = None if stored == dtype else np.empty(min(step, flat.size), stored)
-    finite, kept = True, True
-    for start in range(0, flat.size, step):
-        part = flat[start : start + step]
-        source = part if chunk is None else chunk[: part.size]
-        read_into(memoryview(source.view(np.uint8)))
-        if chunk is not None:
-            cast(source, part)
-            kept &= all_finite(part)
-        finite &= all_finite(source)
-    if not finite:
-        return out, "holds NaN or infinity"
-    return out, "" if kept else f"holds values too large for {dtype.name}"
 
 
 def cast(source: np.ndarray, out: np.ndarray) -> None:

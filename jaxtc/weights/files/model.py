@@ -10,8 +10,9 @@ import numpy as np
 
 from jaxtc.errors import SourceError, WeightsError, some
 from jaxtc.model.config import Gemma2Config
-from jaxtc.weights.files import arrays, local
+from jaxtc.weights.files import local
 from jaxtc.weights.files.safetensors import FLOATS, Entry, SafetensorsFile
+from jaxtc.weights.files.shards import CHUNK_BYTES
 from jaxtc.weights.names import EMBEDDING, TIED, Name, is_buffer, parameter_names
 
 SINGLE = "model.safetensors"
@@ -182,11 +183,14 @@ def _untied(checkpoint: Checkpoint) -> list[str]:
     """
     if TIED not in checkpoint.files:
         return []
-    part = arrays.CHUNK_BYTES // 8, jax.process_index(), jax.process_count()
-    pair = (checkpoint.files[hf].chunks(hf, *part) for hf in (EMBEDDING, TIED))
-    if all(
-        np.array_equal(a.astype(np.float32), b.astype(np.float32))
-        for a, b in zip(*pair, strict=True)
-    ):
-        return []
-    return [f"{TIED} differs from {EMBEDDING}, to which the config ties it"]
+    vocab, width = checkpoint.entry(TIED).shape
+    step = max(1, CHUNK_BYTES // (8 * width))
+    for low in range(step * jax.process_index(), vocab, step * jax.process_count()):
+        box = (low, min(low + step, vocab)), (0, width)
+        ours, theirs = (
+            checkpoint.files[hf].read_parts(hf, (vocab, width), np.dtype(np.float32), [box])
+            for hf in (EMBEDDING, TIED)
+        )
+        if not np.array_equal(ours.arrays[box], theirs.arrays[box]):
+            return [f"{TIED} differs from {EMBEDDING}, to which the config ties it"]
+    return []

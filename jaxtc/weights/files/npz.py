@@ -7,12 +7,11 @@ the others and against the bytes that are there before anything large is allocat
 import dataclasses
 import math
 import os
-import secrets
 import tokenize
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -22,9 +21,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxtc.errors import WeightsError
-from jaxtc.weights.files import local
-from jaxtc.weights.files.arrays import read_array
-from jaxtc.weights.files.shards import stream_shards
+from jaxtc.weights.files import local, shards
+from jaxtc.weights.files.shards import Raw
 
 # What numpy's reader of headers lets through: they are Python literals, parsed as such.
 _HEADER_FAULTS = (
@@ -100,50 +98,35 @@ class NpzFile:
         self._archive.close()
         self._file.close()
 
-    def read(self, name: str, dtype: np.dtype) -> tuple[np.ndarray, str]:
-        """One array without a fault, cast to ``dtype``.
+    def read(
+        self,
+        name: str,
+        dtype: np.dtype,
+        sharding: NamedSharding | None = None,
+        *,
+        transposed: bool = False,
+    ) -> tuple[np.ndarray | jax.Array, str]:
+        """An array without a fault as :func:`~jaxtc.weights.files.shards.read` has it.
 
-        Returns:
-            (the array in C order, what is wrong with its values or an empty string).
+        A member of a zip is a stream: every process reads all of it, and keeps its own shards.
 
         Raises:
             WeightsError: the file ended or failed while it was read.
         """
         member = self.entries[name]
-        with self._content(member) as read_into:
-            shape = member.shape[::-1] if member.fortran else member.shape
-            array, problem = read_array(read_into, member.dtype, shape, dtype)
-        return (np.ascontiguousarray(array.T) if member.fortran else array), problem
-
-    def read_shards(
-        self, name: str, dtype: np.dtype, sharding: NamedSharding, *, transposed: bool = False
-    ) -> tuple[jax.Array, str]:
-        """One array as :meth:`read` gives it, or its transpose, spread over devices.
-
-        A member of a zip is a stream: every process reads all of it, and keeps its own shards.
-        """
-        member = self.entries[name]
-        shape = member.shape[::-1] if transposed else member.shape
-        with self._content(member) as read_into:
-            return stream_shards(
-                read_into, member.dtype, shape, dtype, sharding,
-                transposed=member.fortran != transposed,
-            )  # fmt: skip
-
-    @contextmanager
-    def _content(self, member: Member) -> Iterator[Callable[[memoryview], None]]:
-        """What fills buffers with the bytes behind a member's header, in order."""
+        shape = member.shape[::-1] if member.fortran else member.shape
         with self._open(member.info) as stream:
             _header(stream)
 
-            def read_into(view: memoryview) -> None:
+            def read_at(_: int, view: memoryview) -> None:
                 while view:
                     count = stream.readinto(view)
                     if not count:
                         raise EOFError("it ended early")
                     view = view[count:]
 
-            yield read_into
+            raw = Raw(read_at, 0, member.dtype, shape, stream=True)
+            return shards.read(raw, dtype, sharding, transposed=member.fortran != transposed)
 
     def _damaged(self, problem: str) -> WeightsError:
         return WeightsError(
@@ -206,22 +189,14 @@ class NpzFile:
         return found
 
 
-def write_params(
-    path: Path, arrays: Mapping[str, np.ndarray] | Iterable[tuple[str, np.ndarray]]
-) -> None:
+def write_params(path: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
     """Write ``params.npz``; whole or not at all. Each array is written when its turn comes."""
-    pairs = arrays.items() if isinstance(arrays, Mapping) else arrays
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.npz")
-    try:
-        with zipfile.ZipFile(partial, "w") as archive:
-            for key, array in pairs:
-                # A ZipInfo of its own has a fixed date, so equal arrays give equal files.
-                with archive.open(zipfile.ZipInfo(key + ".npy"), "w", force_zip64=True) as stream:
-                    np.lib.format.write_array(stream, array, allow_pickle=False)
-                del array  # before the next one is made
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with local.replacing(path) as partial, zipfile.ZipFile(partial, "w") as archive:
+        for key, array in arrays:
+            # A ZipInfo of its own has a fixed date, so equal arrays give equal files.
+            with archive.open(zipfile.ZipInfo(key + ".npy"), "w", force_zip64=True) as stream:
+                np.lib.format.write_array(stream, array, allow_pickle=False)
+            del array  # before the next one is made
 
 
 def _sentence(error: Exception) -> str:

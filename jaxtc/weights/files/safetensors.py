@@ -1,4 +1,4 @@
-"""Reading a safetensors file: every claim of its header is checked before anything is allocated.
+"""Safetensors files: every claim of a header is checked before anything is allocated.
 
 The format: 8 bytes, the header's length as a little-endian integer; the header, a JSON object
 that gives each tensor's dtype, shape and the range of its bytes; the bytes.
@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxtc.errors import WeightsError
-from jaxtc.weights.files import local
-from jaxtc.weights.files.arrays import read_array
-from jaxtc.weights.files.shards import Box, Parts, read_parts, read_shards
+from jaxtc.weights.files import local, shards
+from jaxtc.weights.files.shards import Box, Parts, Raw
 
 MAX_HEADER_BYTES = 100_000_000
 
@@ -33,6 +32,8 @@ _BITS = {
 # NumPy's own limit.
 _MOST_AXES = 64
 
+_PIECE_BYTES = 8 << 20
+
 # The dtypes that weights are read from.
 FLOATS = {
     "BF16": np.dtype(jnp.bfloat16),
@@ -40,6 +41,7 @@ FLOATS = {
     "F32": np.dtype("<f4"),
     "F64": np.dtype("<f8"),
 }
+_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Entry:
 
 
 class SafetensorsFile:
-    """An open safetensors file, to be closed or used in a ``with`` statement.
+    """An open safetensors file, to be used in a ``with`` statement.
 
     Attributes:
         path: of the file.
@@ -78,79 +80,37 @@ class SafetensorsFile:
         return self
 
     def __exit__(self, *_) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file; tensors already read stay."""
         self._file.close()
 
-    def read(self, name: str, dtype: np.dtype) -> tuple[np.ndarray, str]:
-        """One tensor whose dtype is in :data:`FLOATS`, cast to ``dtype``.
+    def raw(self, name: str, shape: tuple[int, ...] | None = None) -> Raw:
+        """A tensor whose dtype is in :data:`FLOATS`, perhaps with its axes split or merged."""
+        entry = self.entries[name]
+        start = self._data_start + entry.start
+        return Raw(self._read_at, start, FLOATS[entry.dtype], shape or entry.shape)
 
-        Returns:
-            (the array, what is wrong with its values or an empty string).
+    def read(
+        self,
+        name: str,
+        dtype: np.dtype,
+        sharding: NamedSharding | None = None,
+        *,
+        shape: tuple[int, ...] | None = None,
+        transposed: bool = False,
+    ) -> tuple[np.ndarray | jax.Array, str]:
+        """A tensor as :func:`~jaxtc.weights.files.shards.read` has it.
 
         Raises:
             WeightsError: the file ended or failed while it was read.
         """
-        entry = self.entries[name]
-        self._file.seek(self._data_start + entry.start)
-        return read_array(self._fill, FLOATS[entry.dtype], entry.shape, dtype)
-
-    def read_shards(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        dtype: np.dtype,
-        sharding: NamedSharding,
-        *,
-        transposed: bool = False,
-    ) -> tuple[jax.Array, str]:
-        """One tensor as :meth:`read` gives it, but of ``shape``, and spread over devices.
-
-        Only the bytes of this process's shards are read, each once. ``transposed``: the file has
-        the axes in the other order.
-        """
-        entry, start = self.entries[name], self._data_start + self.entries[name].start
-        stored = FLOATS[entry.dtype]
-        return read_shards(
-            self._fill_at, start, stored, shape, dtype, sharding, transposed=transposed
-        )
+        return shards.read(self.raw(name, shape), dtype, sharding, transposed=transposed)
 
     def read_parts(
         self, name: str, shape: tuple[int, ...], dtype: np.dtype, boxes: Sequence[Box]
     ) -> Parts:
-        """Some boxes of a tensor, of another shape perhaps, cast to ``dtype``."""
-        entry = self.entries[name]
-        start, stored = self._data_start + entry.start, FLOATS[entry.dtype]
-        return read_parts(self._fill_at, start, stored, shape, dtype, boxes)
+        """Some boxes of a tensor that has this shape. Raises WeightsError as :meth:`read`."""
+        return shards.read_parts(self.raw(name, shape), dtype, boxes)
 
-    def chunks(self, name: str, count: int, part: int = 0, parts: int = 1) -> Iterator[np.ndarray]:
-        """The elements of one tensor in C order, ``count`` at a time, in their stored dtype.
-
-        With ``parts``, only every so many chunks, beginning with number ``part``.
-        """
-        entry = self.entries[name]
-        stored = FLOATS[entry.dtype]
-        step = count * stored.itemsize
-        for start in range(entry.start + part * step, entry.stop, parts * step):
-            size = min(step, entry.stop - start)
-            chunk = np.empty(size // stored.itemsize, stored)
-            self._file.seek(self._data_start + start)
-            self._fill(memoryview(chunk.view(np.uint8)))
-            yield chunk
-
-    def _fill(self, view: memoryview) -> None:
-        while view:
-            try:
-                count = self._file.readinto(view)
-            except OSError as error:
-                raise WeightsError(f"{self.path} cannot be read: {error.strerror}.") from error
-            if not count:
-                raise self._unsound("it ended while it was being read")
-            view = view[count:]
-
-    def _fill_at(self, offset: int, view: memoryview) -> None:
+    def _read_at(self, offset: int, view: memoryview) -> None:
         while view:
             try:
                 count = os.preadv(self._file.fileno(), [view], offset)
@@ -171,7 +131,7 @@ class SafetensorsFile:
         if size < 8:
             raise self._unsound(f"it has {size} bytes, not even the 8 of the header's length")
         prefix = bytearray(8)
-        self._fill(memoryview(prefix))
+        self._read_at(0, memoryview(prefix))
         length = int.from_bytes(prefix, "little")
         if length > MAX_HEADER_BYTES:
             raise self._unsound(
@@ -180,7 +140,7 @@ class SafetensorsFile:
         if 8 + length > size:
             raise self._unsound(f"its header should take {length} bytes, the file has {size - 8}")
         header = bytearray(length)
-        self._fill(memoryview(header))
+        self._read_at(8, memoryview(header))
         try:
             raw = json.loads(header.decode("utf-8"), object_pairs_hook=self._unique)
         except WeightsError:
@@ -233,3 +193,46 @@ class SafetensorsFile:
             end = entry.stop
         if end != size:
             raise self._unsound(f"its tensors take {end} bytes, the file holds {size} of them")
+
+
+def header(
+    tensors: Iterable[tuple[str, np.dtype, Sequence[int]]], metadata: Mapping[str, str]
+) -> bytes:
+    """The beginning of a file, up to the bytes of its first tensor.
+
+    Args:
+        tensors: (name, dtype, shape) of each, in the order of their bytes.
+        metadata: free text; transformers insists on ``format``.
+    """
+    found, end = {"__metadata__": dict(metadata)}, 0
+    for name, dtype, shape in tensors:
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        found[name] = {
+            "dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end],
+        }  # fmt: skip
+    encoded = json.dumps(found, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
+def pieces(array: np.ndarray) -> Iterator[memoryview]:
+    """The bytes of an array in C order, however it lies in memory; few are copied at once."""
+    step = max(1, _PIECE_BYTES * len(array) // max(array.nbytes, 1)) if array.ndim else 1
+    rows = np.atleast_1d(array)
+    for start in range(0, len(rows), step):
+        part = np.ascontiguousarray(rows[start : start + step])
+        yield memoryview(part.reshape(-1).view(np.uint8))
+
+
+def write_tensors(
+    path: Path,
+    tensors: Sequence[tuple[str, np.dtype, Sequence[int]]],
+    arrays: Iterable[tuple[str, np.ndarray]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a file, whole or not at all; each array is asked for when its turn comes."""
+    with local.replacing(path) as partial, partial.open("wb") as file:
+        file.write(header(tensors, metadata))
+        for _, array in arrays:
+            file.writelines(pieces(array))
+            del array  # before the next one is made

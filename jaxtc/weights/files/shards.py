@@ -4,6 +4,7 @@ An array's part on a device is a box: a range along each axis. What is read come
 ranges of the first axis; each block is cast and checked once, and copied to the boxes it touches.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,13 +13,13 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jaxtc.weights.files.arrays import CHUNK_BYTES, all_finite, cast, empty
+from jaxtc.weights.files.arrays import all_finite, cast, empty
 
 # (start, stop) along each axis.
 Box = tuple[tuple[int, int], ...]
 
-# Fills a buffer with the bytes of the file from an offset on.
-ReadAt = Callable[[int, memoryview], None]
+# How much of an array is in memory in its stored dtype while it is cast.
+CHUNK_BYTES = 8 << 20
 
 # Boxes that lie interleaved in the file are read together, so that it is read in long runs, while
 # all of them take no more than this; otherwise one after another.
@@ -32,6 +33,31 @@ def boxes_of(shape: Sequence[int], sharding: NamedSharding) -> dict[Box, list[ja
         box = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
         found.setdefault(box, []).append(device)
     return dict(sorted(found.items()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Raw:
+    """An array in a file: its elements in C order.
+
+    Attributes:
+        read_at: (offset, buffer) fills the buffer with the file's bytes from the offset on.
+        start: the offset of the first byte.
+        dtype: in the file.
+        shape: in the file.
+        stream: whether it can only be read from the first byte to the last, once; offsets are then
+            not looked at.
+    """
+
+    read_at: Callable[[int, memoryview], None]
+    start: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    stream: bool = False
+
+    @property
+    def whole(self) -> Box:
+        """The box of all of it."""
+        return tuple((0, size) for size in self.shape)
 
 
 class Parts:
@@ -79,91 +105,52 @@ class Parts:
         return "" if self.kept else f"holds values too large for {self.dtype.name}"
 
 
-def read_shards(
-    read_at: ReadAt,
-    start: int,
-    stored: np.dtype,
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-    sharding: NamedSharding,
-    *,
-    transposed: bool = False,
-) -> tuple[jax.Array, str]:
-    """An array from a file that holds it in C order; only this process's bytes are read, each once.
+def read(
+    raw: Raw, dtype: np.dtype, sharding: NamedSharding | None = None, *, transposed: bool = False
+) -> tuple[np.ndarray | jax.Array, str]:
+    """An array from a file, on the host, or spread over devices when there is a sharding.
+
+    Of a sharded array only the bytes of this process's shards are read, each once; a stream is read
+    whole by every process.
 
     Args:
-        read_at: see :data:`ReadAt`.
-        start: where the array's first byte is.
-        stored: dtype in the file.
-        shape: of the array.
-        dtype: of the array.
-        sharding: of the array.
-        transposed: the file has its axes in the other order.
+        raw: the array in the file.
+        dtype: to cast to.
+        sharding: of the array, after it was transposed.
+        transposed: whether to reverse its axes; on the host that is a view.
 
     Returns:
         (the array, what is wrong with the values read here or an empty string).
     """
+    if not raw.shape:
+        array, problem = read(dataclasses.replace(raw, shape=(1,)), dtype)
+        return array.reshape(()), problem
+    if sharding is None:
+        parts = read_parts(raw, dtype, [raw.whole])
+        array = parts.arrays[raw.whole]
+        return array.T if transposed else array, parts.problem()
+    shape = raw.shape[::-1] if transposed else raw.shape
     boxes = boxes_of(shape, sharding)
     placed, problems = [], []
-    for group in _groups(list(boxes), dtype):
-        if transposed:
-            turned = [box[::-1] for box in group]
-            parts = read_parts(read_at, start, stored, shape[::-1], dtype, turned).transposed()
-        else:
-            parts = read_parts(read_at, start, stored, shape, dtype, group)
+    for group in [list(boxes)] if raw.stream else _groups(list(boxes), dtype):
+        parts = read_parts(raw, dtype, [box[::-1] for box in group] if transposed else group)
         problems.append(parts.problem())
-        placed += place(parts, boxes)
+        placed += place(parts.transposed() if transposed else parts, boxes)
     array = jax.make_array_from_single_device_arrays(shape, sharding, placed)
     return array, next(filter(None, problems), "")
 
 
-def read_parts(
-    read_at: ReadAt,
-    start: int,
-    stored: np.dtype,
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-    boxes: Sequence[Box],
-) -> Parts:
-    """Some boxes of an array, on the host; arguments as of :func:`read_shards`."""
+def read_parts(raw: Raw, dtype: np.dtype, boxes: Sequence[Box]) -> Parts:
+    """Some boxes of an array, on the host, cast to ``dtype``."""
     parts = Parts(boxes, dtype)
-    for block, corner in _blocks(read_at, start, stored, shape, hull(boxes)):
-        parts.take(block, corner)
+    box = raw.whole if raw.stream else hull(boxes)
+    in_place = len(boxes) == 1 and box in parts.arrays and raw.dtype == dtype
+    for block, corner in _blocks(raw, box, parts.arrays[box] if in_place else None):
+        if in_place:
+            parts.finite &= all_finite(block)
+        else:
+            parts.take(block, corner)
     return parts
-
-
-def stream_shards(
-    read_into: Callable[[memoryview], None],
-    stored: np.dtype,
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-    sharding: NamedSharding,
-    *,
-    transposed: bool = False,
-) -> tuple[jax.Array, str]:
-    """An array from a stream, which every process reads whole, keeping its own parts only.
-
-    Args:
-        read_into: fills the bytes it is given from the stream, in order.
-        stored: dtype in the stream.
-        shape: of the array.
-        dtype: of the array.
-        sharding: of the array.
-        transposed: the stream has its axes in the other order.
-
-    Returns:
-        (the array, what is wrong with its values or an empty string).
-    """
-    boxes = boxes_of(shape, sharding)
-    order = shape[::-1] if transposed else shape
-    parts = Parts([box[::-1] for box in boxes] if transposed else boxes, dtype)
-    for low, high in _rows(order, stored):
-        block = np.empty((high - low, *order[1:]), stored)
-        read_into(memoryview(block.reshape(-1).view(np.uint8)))
-        parts.take(block, (low, *(0 for _ in order[1:])))
-    parts = parts.transposed() if transposed else parts
-    array = jax.make_array_from_single_device_arrays(shape, sharding, place(parts, boxes))
-    return array, parts.problem()
 
 
 def place(parts: Parts, boxes: dict[Box, list[jax.Device]]) -> list[jax.Array]:
@@ -203,26 +190,28 @@ def _rows(shape: Sequence[int], stored: np.dtype) -> Iterator[tuple[int, int]]:
 
 
 def _blocks(
-    read_at: ReadAt, start: int, stored: np.dtype, shape: tuple[int, ...], box: Box
+    raw: Raw, box: Box, into: np.ndarray | None
 ) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
     """(block, its corner) for the parts of a box, read in the longest runs that hold nothing else.
 
-    The first axis is cut into ranges; in each, what is left of the others is one block.
+    The first axis is cut into ranges; in each, what is left of the others is one block. With
+    ``into``, an array for the box, blocks are ranges of it.
     """
+    shape, size = raw.shape, raw.dtype.itemsize
     sizes = [b - a for a, b in box]
     # Behind this axis all are whole, so a run is a range along it.
-    last = max([axis for axis, size in enumerate(sizes) if size != shape[axis]], default=0)
+    last = max([axis for axis, n in enumerate(sizes) if n != shape[axis]], default=0)
     steps = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     first = box[0][0]
-    for low, high in _rows(sizes, stored):
-        block = np.empty((high - low, *sizes[1:]), stored)
+    for low, high in _rows(sizes, raw.dtype):
+        block = np.empty((high - low, *sizes[1:]), raw.dtype) if into is None else into[low:high]
         ranges = [(first + low, first + high), *box[1:]]
         leading = [range(*ranges[axis]) for axis in range(last)]
         view = memoryview(block.reshape(-1).view(np.uint8))
-        run = (ranges[last][1] - ranges[last][0]) * steps[last] * stored.itemsize
+        run = (ranges[last][1] - ranges[last][0]) * steps[last] * size
         for index, place in enumerate(itertools.product(*leading)):
             element = sum(
                 i * step for i, step in zip((*place, ranges[last][0]), steps, strict=False)
             )
-            read_at(start + element * stored.itemsize, view[index * run : (index + 1) * run])
+            raw.read_at(raw.start + element * size, view[index * run : (index + 1) * run])
         yield block, tuple(a for a, _ in ranges)

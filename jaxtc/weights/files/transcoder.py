@@ -6,7 +6,7 @@ Axis letters: I width of what is read, O width of what is written, M features.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -24,9 +24,10 @@ from jaxtc.transcoders.activations import (
     optional_in,
     parameter_names,
 )
+from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.files.layout import sae_site
-from jaxtc.weights.files.npz import NpzFile
-from jaxtc.weights.files.safetensors import FLOATS, SafetensorsFile
+from jaxtc.weights.files.npz import NpzFile, write_params
+from jaxtc.weights.files.safetensors import FLOATS, SafetensorsFile, write_tensors
 
 # Our parameters and their axes.
 AXES: Mapping[str, str] = MappingProxyType({
@@ -136,47 +137,25 @@ class TranscoderFile:
         stored = (self._file.entries[self.format.keys[name][0]].dtype for name in self.shapes)
         return functools.reduce(jnp.promote_types, (FLOATS.get(one, one) for one in stored))
 
-    def read(self, name: str, dtype: np.dtype) -> tuple[np.ndarray, str]:
-        """One of our parameters, in our orientation and in C order, cast to ``dtype``.
+    def read(
+        self, name: str, dtype: np.dtype, sharding: NamedSharding | None = None
+    ) -> tuple[np.ndarray | jax.Array, str]:
+        """One of our parameters, in our orientation, cast to ``dtype``.
 
         Returns:
-            (the array, what is wrong with its values or an empty string).
+            (the array, on the host perhaps a transposed view; what is wrong with the values read
+            here, or an empty string).
 
         Raises:
             WeightsError: the file ended or failed while it was read.
         """
-        array, problem = self.read_view(name, dtype)
-        return np.ascontiguousarray(array), problem
-
-    def read_view(self, name: str, dtype: np.dtype) -> tuple[np.ndarray, str]:
-        """As :meth:`read`, in the file's order in memory: a transpose is a view of it, no copy."""
         key, axes = self.format.keys[name]
-        array, problem = self._file.read(key, dtype)
-        array = array if axes == AXES[name] else array.T
-        return array, self._told(name, problem or self._negative(name, array))
-
-    def read_shards(
-        self, name: str, dtype: np.dtype, sharding: NamedSharding
-    ) -> tuple[jax.Array, str]:
-        """As :meth:`read`, spread over devices; what is wrong is told of this process's shards."""
-        key, axes = self.format.keys[name]
-        turned = {"transposed": axes != AXES[name]}
-        if isinstance(self._file, NpzFile):
-            array, problem = self._file.read_shards(key, dtype, sharding, **turned)
-        else:
-            shape = self.shapes[name]
-            array, problem = self._file.read_shards(key, shape, dtype, sharding, **turned)
-        for shard in array.addressable_shards:
-            problem = problem or self._negative(name, shard.data)
-        return array, self._told(name, problem)
-
-    def _negative(self, name: str, array: np.ndarray | jax.Array) -> str:
-        if name == "threshold" and not self.format.negative and (array < 0).any():
-            return "is below 0, where this format lets negative features through"
-        return ""
-
-    def _told(self, name: str, problem: str) -> str:
-        return f"{self.format.keys[name][0]} {problem}" if problem else ""
+        array, problem = self._file.read(key, dtype, sharding, transposed=axes != AXES[name])
+        if not problem and name == "threshold" and not self.format.negative:
+            parts = [array] if sharding is None else [x.data for x in array.addressable_shards]
+            if any((part < 0).any() for part in parts):
+                problem = "is below 0, where this format lets negative features through"
+        return array, f"{key} {problem}" if problem else ""
 
 
 @contextlib.contextmanager
@@ -215,10 +194,7 @@ def read_all(
     """
     found, problems = {}, []
     for name in file.shapes:
-        if places is None:
-            found[name], problem = file.read(name, dtype)
-        else:
-            found[name], problem = file.read_shards(name, dtype, places[name])
+        found[name], problem = file.read(name, dtype, places and places[name])
         problems += [problem] if problem else []
     if problems:
         raise WeightsError(
@@ -349,3 +325,56 @@ def by_name(name: str | None, path: Path) -> Format:
             f"{path} cannot be of the format {name!r}, whose files end in {found.suffix}."
         )
     return found
+
+
+def write_transcoder(
+    format: Format, path: Path, declared: Transcoder, fetch: Callable[[str], np.ndarray]
+) -> None:
+    """Write the file, whole or not at all; one parameter is in memory at a time.
+
+    A safetensors file has the transcoder's dtype and says its layer and its sites; an npz is
+    float32.
+
+    Args:
+        format: one that has all of the transcoder's parameters.
+        path: the file.
+        declared: the transcoder, with or without its values.
+        fetch: a parameter's values by its name.
+    """
+    npz = format.suffix == ".npz"
+    activation = declared.activation
+    converted = format.name not in activation.files
+    names = [
+        name
+        for name in format.keys
+        if getattr(declared, name) is not None or (converted and name == "threshold")
+    ]
+
+    def arrays() -> Iterator[tuple[str, np.ndarray]]:
+        for name in names:
+            key, axes = format.keys[name]
+            if converted and name == "threshold":
+                own = {parameter: fetch(parameter) for parameter in activation.parameters}
+                value = np.broadcast_to(activation.as_threshold(own), declared.features)
+                value = value.astype(declared.W_enc.dtype)
+            else:
+                value = fetch(name)
+            if name == "threshold" and not format.negative:
+                value = np.maximum(value, 0)  # which has no effect on what it computes
+            value = value if axes == AXES[name] else value.T
+            # NumPy would write a transposed view in the order that it has in memory.
+            yield key, np.ascontiguousarray(value, np.float32) if npz else value
+            del value  # before the next one is fetched
+
+    if npz:
+        return write_params(path, arrays())
+    tensors = []
+    for name in names:
+        (key, axes), param = format.keys[name], getattr(declared, name)
+        shape = (declared.features,) if axes == "M" else param.shape
+        shape = shape if axes == AXES[name] else shape[::-1]
+        tensors.append((key, np.dtype(declared.W_enc.dtype), shape))
+    told = {"format": "pt", "input_site": declared.input_site}
+    told |= {"output_site": declared.output_site, "variant": declared.variant}
+    told |= {} if declared.layer is None else {"layer": str(declared.layer)}
+    write_tensors(path, tensors, arrays(), told)
