@@ -17,14 +17,9 @@ from jaxtc.tap.sites import BY_NAME
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.checkpoints.read import load_converted_transcoder, open_transcoders
 from jaxtc.weights.files import arrays
+from jaxtc.weights.files.formats import SITES, sites_of
 from jaxtc.weights.files.layout import sae_site
-from jaxtc.weights.files.transcoder import (
-    SITES,
-    TranscoderFile,
-    open_transcoder,
-    read_all,
-    told_sites,
-)
+from jaxtc.weights.files.transcoder import TranscoderFile, open_transcoder, read_all
 from jaxtc.weights.sources.resolve import CONVERTED, EMBEDDED, TRANSCODERS, Source, resolve
 
 
@@ -44,10 +39,10 @@ def load_transcoder(
 ) -> Transcoder:
     """One transcoder, or one sparse autoencoder, on one device or spread over a mesh of them.
 
-    What it reads and writes is told by, in this order: the two arguments; the file (those that
+    What it reads and writes is said by, in this order: the two arguments; the file (those that
     jaxtc writes as safetensors); the name of its repository or folder (Gemma Scope's
     autoencoders: ``gemma-scope-2b-pt-res`` ``resid_post``, ``-mlp`` ``mlp_out``, ``-att``
-    ``attn_heads``); the format, see :mod:`jaxtc.weights.files.transcoder`.
+    ``attn_heads``); the format, see :mod:`jaxtc.weights.files.formats`.
 
     Args:
         source: a hub id, with a path or without
@@ -70,7 +65,7 @@ def load_transcoder(
     Raises:
         SourceError: nothing there, no access to it, or more than one candidate (they are listed).
         ShardingError: no such mesh, or features that do not divide over it.
-        SiteError: no such site, or one that is no layer's; a file of which nothing tells the sites.
+        SiteError: no such site, or not a layer's; a file of which nothing says the sites.
         WeightsError: a damaged file; arrays missing, extra, misshapen, or not finite.
     """
     dtype = arrays.check_dtype(dtype)
@@ -125,16 +120,7 @@ def load_transcoders(
     """A transcoder for each of several layers, by layer, as :func:`load_transcoder` picks them.
 
     Args:
-        source: as there, without a path.
-        layers: which, or ``"all"`` that the source has.
-        width: of each, as there.
-        l0: of each, as there.
-        dtype: of their parameters.
-        input_site: the site they read.
-        output_site: the site they imitate.
-        revision: of a hub id: a branch, tag or commit.
-        mesh: as there.
-        rules: as there.
+        layers: which, or ``"all"`` that the source has; the other arguments are as there.
 
     Raises:
         SourceError, SiteError, ShardingError, WeightsError: as :func:`load_transcoder`.
@@ -143,18 +129,14 @@ def load_transcoders(
     mesh = None if mesh is None else make_mesh(mesh)
     given = _sites(input_site, output_site)
     places = mesh and functools.partial(shardings, mesh=mesh, rules=rules)
-    found = resolve(source, TRANSCODERS, revision=revision)
-    if isinstance(layers, str):
-        if layers != "all":
-            raise SourceError(f"layers is {layers!r}, expected 'all' or whole numbers.")
-        layers = found.layers()
+    if layers != "all" and isinstance(layers, str):
+        raise SourceError(f"layers is {layers!r}, expected 'all' or whole numbers.")
     if not isinstance(layers, Iterable):
         raise SourceError(f"layers is {layers!r}, expected 'all' or several, such as [{layers}].")
-    loaded = {}
-    for layer in layers:
-        with agreed(mesh, "load the transcoder"):
-            loaded[layer] = _load(found.one(layer, width, l0), dtype, given, places)
-    return loaded
+    with agreed(mesh, "load the transcoders"):
+        found = resolve(source, TRANSCODERS, revision=revision)
+        which = found.layers() if isinstance(layers, str) else layers
+        return {n: _load(found.one(n, width, l0), dtype, given, places) for n in which}
 
 
 def available_layers(source: str | Path = EMBEDDED, revision: str | None = None) -> list[int]:
@@ -181,9 +163,9 @@ def _check_site(name: str) -> None:
         raise SiteError(f"There is no site called {name!r}.{did_you_mean(name, BY_NAME)}")
     if not site.per_layer or not site.token_axes:
         raise SiteError(
-            f"{name!r} [{site.axes}] is no vector that each token has at each layer, which is what "
-            "transcoders and autoencoders read and write; mlp_in_normed, mlp_out and resid_post "
-            "are."
+            f"{name!r} [{site.axes}] is not a vector for each token and layer, which is what "
+            "transcoders and autoencoders read and write, such as mlp_in_normed, mlp_out and "
+            "resid_post."
         )
 
 
@@ -218,12 +200,12 @@ def _declared(
             f"{name} is an autoencoder of the token embedding, which the model has once; jaxtc "
             "reads those of layers (layer_N)."
         )
-    sites = told_sites(file.absolute().parts, opened.format.sites) | opened.sites
+    sites = sites_of(file.absolute().parts, opened.format.sites) | opened.sites
     sites |= {key: site for key, site in given.items() if site}
     missing = [key for key in SITES if key not in sites]
     if missing:
         raise SiteError(
-            f"Nothing tells which sites {name} reads and writes: files of the format "
+            f"Nothing says which sites {name} reads and writes: files of the format "
             f"{opened.format.name!r} do not. Give {' and '.join(missing)}; transcoders of "
             "Gemma Scope have input_site='mlp_in_normed' (before the norm's gain) and "
             "output_site='mlp_out', many others input_site='mlp_in'."

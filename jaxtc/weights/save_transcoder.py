@@ -1,4 +1,4 @@
-"""Writing transcoders in the formats of :mod:`jaxtc.weights.files.transcoder`."""
+"""Writing transcoders in the formats of :mod:`jaxtc.weights.files.formats`."""
 
 from pathlib import Path
 
@@ -8,7 +8,8 @@ from jaxtc.errors import SiteError, SourceError
 from jaxtc.sharding.processes import check_here
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.files import local
-from jaxtc.weights.files.transcoder import BY_FORMAT, Format, by_name, told_sites, write_transcoder
+from jaxtc.weights.files.formats import BY_FORMAT, Format, by_name, sites_of
+from jaxtc.weights.files.transcoder import write_transcoder
 
 
 def save_transcoder(
@@ -18,7 +19,7 @@ def save_transcoder(
     format: str | None = None,
     without_sites: bool = False,
 ) -> Path:
-    """Write a transcoder in one of the formats of :data:`jaxtc.weights.files.transcoder.FORMATS`.
+    """Write a transcoder in one of the formats of :data:`jaxtc.weights.files.formats.FORMATS`.
 
     The file is written whole or not at all. Those in safetensors say which sites the transcoder
     reads and writes. ``params.npz`` has no place for that (nor for the layer, which the folder
@@ -83,12 +84,12 @@ def check_savable(
             "reads it."
         )
     own = {"input_site": transcoder.input_site, "output_site": transcoder.output_site}
-    told = told_sites(file.absolute().parts, made.sites)
-    if made.suffix == ".npz" and own != told and not without_sites:
+    usual = sites_of(file.absolute().parts, made.sites)
+    if made.suffix == ".npz" and own != usual and not without_sites:
         given = ", ".join(f"{key}={value!r}" for key, value in own.items())
         raise SiteError(
             f"params.npz has no place for this transcoder's sites ({given}); loaded again it would "
-            f"be taken for {told['input_site']} to {told['output_site']}. Save it as safetensors "
+            f"be taken for {usual['input_site']} to {usual['output_site']}. Save it as safetensors "
             f"(format='circuit-tracer'); or with without_sites=True, and give {given} to "
             "load_transcoder."
         )

@@ -13,7 +13,7 @@ from jaxtc import ClampFeature, ScaleFeature, SetFeature, Splice, Transcoder
 from jaxtc.captures.reducers import Features
 from jaxtc.errors import CapacityError, JaxtcError, SourceError
 from jaxtc.transcoders.activations import ACTIVATIONS, TopK, activation_of
-from jaxtc.weights.files.transcoder import BY_FORMAT
+from jaxtc.weights.files.formats import BY_FORMAT
 from tests.support.batch import D, real, run
 
 M, LAYER = 50, 1

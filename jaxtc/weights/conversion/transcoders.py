@@ -23,14 +23,9 @@ from jaxtc.weights.checkpoints.save import describe
 from jaxtc.weights.checkpoints.tree import Stored, encode, metadata, store
 from jaxtc.weights.conversion.source import state_of
 from jaxtc.weights.files import arrays
+from jaxtc.weights.files.formats import BY_FORMAT, SITES, Format
 from jaxtc.weights.files.layout import check_layer
-from jaxtc.weights.files.transcoder import (
-    BY_FORMAT,
-    SITES,
-    Format,
-    open_transcoder,
-    write_transcoder,
-)
+from jaxtc.weights.files.transcoder import open_transcoder, write_transcoder
 from jaxtc.weights.load_model import Progress
 from jaxtc.weights.load_transcoder import look_up
 from jaxtc.weights.save_transcoder import check_savable

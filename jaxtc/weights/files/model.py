@@ -11,7 +11,7 @@ import numpy as np
 from jaxtc.errors import SourceError, WeightsError, some
 from jaxtc.model.config import Gemma2Config
 from jaxtc.weights.files import local
-from jaxtc.weights.files.safetensors import FLOATS, Entry, SafetensorsFile
+from jaxtc.weights.files.safetensors import Entry, SafetensorsFile
 from jaxtc.weights.files.shards import CHUNK_BYTES
 from jaxtc.weights.names import EMBEDDING, TIED, Name, is_buffer, parameter_names
 
@@ -171,8 +171,8 @@ def _account(checkpoint: Checkpoint, names: list[Name]) -> list[str]:
         if entry.shape != name.hf_shape:
             axes = name.hf_axes.replace(" ", ", ")
             problems.append(f"{hf} has shape {entry.shape}, not {name.hf_shape} ({axes})")
-        if entry.dtype not in FLOATS:
-            problems.append(f"{hf} has dtype {entry.dtype}, not one of {', '.join(FLOATS)}")
+        if entry.fault:
+            problems.append(f"{hf} {entry.fault}")
     return problems
 
 

@@ -53,6 +53,13 @@ class Entry:
     start: int
     stop: int
 
+    @property
+    def fault(self) -> str:
+        """Why it cannot be read as weights, or empty."""
+        if self.dtype in FLOATS:
+            return ""
+        return f"has dtype {self.dtype}, not one of {', '.join(FLOATS)}"
+
 
 class SafetensorsFile:
     """An open safetensors file, to be used in a ``with`` statement.

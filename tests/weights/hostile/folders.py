@@ -1,7 +1,6 @@
 """Folders: shards and their index, a config, a converted checkpoint with its manifest."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -14,29 +13,15 @@ import jaxtc
 from jaxtc.weights.files.model import open_checkpoint
 from jaxtc.weights.files.safetensors import FLOATS
 from tests.weights.hostile.mutate import ODD, dump, mutate_bytes, mutate_json, pick, whole
-from tests.weights.hostile.tensors import CONFIG, FLOAT32, MESHES, same
+from tests.weights.hostile.tensors import CONFIG, FLOAT32, MESHES, put, same
 
 INDEX = "model.safetensors.index.json"
 OUTSIDE = (
-    "../other.safetensors",
-    "/etc/passwd",
-    "/dev/zero",
-    "..",
-    ".",
-    "",
-    "a/b.safetensors",
-    "..\\other.safetensors",
-    "C:\\x.safetensors",
-    "C:x.safetensors",
-    "x.safetensors\x00.bin",
-    "x" * 300 + ".safetensors",
-    "~/x.safetensors",
-    "//host/x.safetensors",
-    "config.json",
-    "\ud800.safetensors",
-    "./model-00001-of-00003.safetensors",
-    "con.safetensors",
-)
+    "../other.safetensors", "/etc/passwd", "/dev/zero", "..", ".", "", "a/b.safetensors",
+    "..\\other.safetensors", "C:\\x.safetensors", "C:x.safetensors", "x.safetensors\x00.bin",
+    "x" * 300 + ".safetensors", "~/x.safetensors", "//host/x.safetensors", "config.json",
+    "\ud800.safetensors", "./model-00001-of-00003.safetensors", "con.safetensors",
+)  # fmt: skip
 
 
 def model() -> jaxtc.Gemma2:
@@ -52,23 +37,6 @@ def leaves(module) -> dict[str, np.ndarray]:
     """Every parameter of a module, by its path."""
     pairs, _ = jax.tree_util.tree_flatten_with_path(module)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in pairs}
-
-
-def put(path: Path, what: str, outside: Path) -> None:
-    """Something that is no file of this folder in the place of one."""
-    path.unlink(missing_ok=True)
-    if what == "fifo":
-        os.mkfifo(path)
-    elif what == "folder":
-        path.mkdir()
-    elif what != "missing":
-        targets = {
-            "loop": path.name,
-            "device": "/dev/zero",
-            "outside": str(outside),
-            "dangling": "x",
-        }
-        path.symlink_to(targets[what])
 
 
 class Folder:
@@ -122,21 +90,9 @@ class Index(Folder):
         names = [name for name in self.honest if name.endswith(".safetensors")]
         shards, shard = raw["weight_map"], pick(rng, names)
         tensor = pick(rng, list(shards))
-        self.kind = pick(
-            rng,
-            [
-                "outside",
-                "swap",
-                "json",
-                "text",
-                "bytes",
-                "whole",
-                "shard",
-                "place",
-                "tensors",
-                "odd",
-            ],
-        )
+        self.kind = pick(rng, [
+            "outside", "swap", "json", "text", "bytes", "whole", "shard", "place", "tensors", "odd",
+        ])  # fmt: skip
         content = None
         if self.kind == "outside":
             many = [tensor] if rng.random() < 0.5 else [t for t in shards if shards[t] == shard]
@@ -210,29 +166,10 @@ class Config(Folder):
         content = None
         if self.kind == "size":
             key = pick(rng, [key for key, value in raw.items() if type(value) in (int, float)])
-            raw[key] = pick(
-                rng,
-                [
-                    0,
-                    1,
-                    2,
-                    3,
-                    7,
-                    64,
-                    raw[key] * 2,
-                    10**4,
-                    10**5,
-                    2**31,
-                    2**63,
-                    10**30,
-                    -1,
-                    1.5,
-                    float(raw[key]),
-                    str(raw[key]),
-                    1e300,
-                    True,
-                ],
-            )
+            raw[key] = pick(rng, [
+                0, 1, 2, 3, 7, 64, raw[key] * 2, 10**4, 10**5, 2**31, 2**63, 10**30, -1, 1.5,
+                float(raw[key]), str(raw[key]), 1e300, True,
+            ])  # fmt: skip
         elif self.kind == "field":
             raw = mutate_json(raw, rng, [*raw, "sliding_attention", "full_attention"])
         elif self.kind == "text":

@@ -12,7 +12,7 @@ import numpy as np
 import jaxtc
 from jaxtc.weights.files.transcoder import open_transcoder, read_all
 from tests.weights.hostile.mutate import mutate_bytes, pick, whole
-from tests.weights.hostile.tensors import FLOAT32, MESHES, same
+from tests.weights.hostile.tensors import FLOAT32, MESHES, OneFile, put, same
 
 SHAPES = {"W_enc": (5, 7), "W_dec": (7, 3), "b_enc": (7,), "b_dec": (3,), "threshold": (7,)}
 CENTRAL, LOCAL = b"PK\x01\x02", b"PK\x03\x04"
@@ -61,37 +61,14 @@ def odd_array(key: str, array: np.ndarray, rng: np.random.Generator) -> bytes:
         text = f"{{'descr': '|O', 'fortran_order': False, 'shape': {array.shape!r}, }}"
         return header(text) + pickle.dumps([Bomb()] * array.size)
     kinds = [
-        ">f4",
-        "f8",
-        ">f8",
-        "f2",
-        "i4",
-        "u1",
-        "?",
-        "c8",
-        "c16",
-        "f4,f4",
-        "(2,)f4",
-        "U4",
-        "S4",
-        "M8[s]",
-        "m8[s]",
-        "V4",
-        "g",
-    ]
+        ">f4", "f8", ">f8", "f2", "i4", "u1", "?", "c8", "c16", "f4,f4", "(2,)f4", "U4", "S4",
+        "M8[s]", "m8[s]", "V4", "g",
+    ]  # fmt: skip
     shapes = [
-        array.T,
-        array[None],
-        array[..., None],
-        array.ravel(),
-        array[:0],
-        array[:1],
-        array * 2,
-        np.asfortranarray(array),
-        np.float32(1),
-        np.repeat(array, 2, 0),
+        array.T, array[None], array[..., None], array.ravel(), array[:0], array[:1], array * 2,
+        np.asfortranarray(array), np.float32(1), np.repeat(array, 2, 0),
         np.where(rng.random(array.shape) < 0.1, np.nan, array),
-    ]
+    ]  # fmt: skip
     if rng.random() < 0.6:
         try:
             return npy(array.astype(pick(rng, kinds)))
@@ -102,31 +79,11 @@ def odd_array(key: str, array: np.ndarray, rng: np.random.Generator) -> bytes:
 
 def lying_header(array: np.ndarray, rng: np.random.Generator) -> bytes:
     """The honest bytes of an array behind a header that says something else."""
-    shape = pick(
-        rng,
-        [
-            array.shape,
-            array.shape[::-1],
-            (10**9, 10**9),
-            (2**63, 2),
-            (2**64,),
-            (-5, -7),
-            (0,),
-            (),
-            (array.size,),
-            (1, array.size),
-            (array.size, 1),
-            (True, array.size),
-            (5.0, 7.0),
-            "x",
-            None,
-            [5, 7],
-            (2**32, 2**32),
-            (10**300, 10**300),
-            (1,) * 70 + array.shape,
-            ((5, 7),),
-        ],
-    )
+    shape = pick(rng, [
+        array.shape, array.shape[::-1], (10**9, 10**9), (2**63, 2), (2**64,), (-5, -7), (0,), (),
+        (array.size,), (1, array.size), (array.size, 1), (True, array.size), (5.0, 7.0), "x", None,
+        [5, 7], (2**32, 2**32), (10**300, 10**300), (1,) * 70 + array.shape, ((5, 7),),
+    ])  # fmt: skip
     descr = pick(
         rng,
         ["'<f4'"] * 6
@@ -148,28 +105,13 @@ def lying_header(array: np.ndarray, rng: np.random.Generator) -> bytes:
     )
     order = pick(rng, ["False"] * 4 + ["True", "0", "'no'", "None"])
     body = f"'descr': {descr}, 'fortran_order': {order}, 'shape': {shape!r}, "
-    text = pick(
-        rng,
-        [
-            *["{" + body + "}"] * 6,
-            "{" + body,
-            body,
-            "{" + body + "'more': 1}",
-            "(" * 1000 + ")" * 1000,
-            "{" + body + "}" + " " * 20_000,
-            "-" * 9000 + "1",
-            "[" * 9000,
-            "__import__('os')._exit(66)",
-            "{" + body + "'descr': '<f4'}",
-            "'" * 3 + body,
-            "{" + body.replace("'", '"') + "}",
-            "\\" * 9,
-            "{'a': " * 300,
-            "\x00" * 64,
-            "{" + body + "} # x",
-            "{" + body.replace(", ", ",\n ") + "}",
-        ],
-    )
+    text = pick(rng, [
+        *["{" + body + "}"] * 6, "{" + body, body, "{" + body + "'more': 1}",
+        "(" * 1000 + ")" * 1000, "{" + body + "}" + " " * 20_000, "-" * 9000 + "1", "[" * 9000,
+        "__import__('os')._exit(66)", "{" + body + "'descr': '<f4'}", "'" * 3 + body,
+        "{" + body.replace("'", '"') + "}", "\\" * 9, "{'a': " * 300, "\x00" * 64,
+        "{" + body + "} # x", "{" + body.replace(", ", ",\n ") + "}",
+    ])  # fmt: skip
     version = pick(rng, [b"\x01\x00"] * 6 + [b"\x02\x00", b"\x03\x00", b"\x00\x00", b"\xff\xff"])
     length = pick(rng, [None] * 6 + [0, 1, 10, 65535, 2**32 - 1])
     return header(text, version, length) + array.tobytes()
@@ -183,46 +125,18 @@ def zip_lie(members: list[tuple[str, bytes]], rng: np.random.Generator) -> bytes
     starts = [i for i in range(len(packed) - 4) if packed[i : i + 4] == mark]
     # Offset and size of: version, flags, method, date, CRC, sizes, lengths, offset.
     places = {
-        "version": (6, 2),
-        "flags": (8, 2),
-        "method": (10, 2),
-        "time": (12, 4),
-        "crc": (16, 4),
-        "packed": (20, 4),
-        "size": (24, 4),
-        "name": (28, 2),
-        "extra": (30, 2),
-        "comment": (32, 2),
-        "disk": (34, 2),
-        "offset": (42, 4),
-    }
+        "version": (6, 2), "flags": (8, 2), "method": (10, 2), "time": (12, 4), "crc": (16, 4),
+        "packed": (20, 4), "size": (24, 4), "name": (28, 2), "extra": (30, 2), "comment": (32, 2),
+        "disk": (34, 2), "offset": (42, 4),
+    }  # fmt: skip
     place, size = pick(rng, list(places.values()))
     place -= 0 if central else 2
     start = pick(rng, starts) + place
     old = int.from_bytes(packed[start : start + size], "little")
-    new = pick(
-        rng,
-        [
-            0,
-            1,
-            8,
-            12,
-            14,
-            93,
-            99,
-            old + 1,
-            old - 1,
-            old ^ 1,
-            old * 2,
-            2 ** (8 * size) - 1,
-            2 ** (8 * size - 1),
-            old + 64,
-            0x41,
-            0x2000,
-            0x0800,
-            int(rng.integers(2**16)),
-        ],
-    )
+    new = pick(rng, [
+        0, 1, 8, 12, 14, 93, 99, old + 1, old - 1, old ^ 1, old * 2, 2 ** (8 * size) - 1,
+        2 ** (8 * size - 1), old + 64, 0x41, 0x2000, 0x0800, int(rng.integers(2**16)),
+    ])  # fmt: skip
     packed[start : start + size] = (new % 2 ** (8 * size)).to_bytes(size, "little")
     return bytes(packed)
 
@@ -244,21 +158,16 @@ def zip64_lie(members: list[tuple[str, bytes]], rng: np.random.Generator) -> byt
     return bytes(packed)
 
 
-class Npz:
+class Npz(OneFile):
     """One file of Gemma Scope's format."""
 
     def __init__(self, folder: Path):
         place = folder / "layer_2/width_7/average_l0_1"
         place.mkdir(parents=True)
-        self.path, self.kind = place / "params.npz", ""
         self.members = [(f"{key}.npy", npy(array)) for key, array in arrays().items()]
-        self.raw = bytes(zipped(self.members))
+        (place / "params.npz").write_bytes(zipped(self.members))
+        super().__init__(place / "params.npz")
         self._bomb = b""
-
-    def restore(self) -> None:
-        """The honest file."""
-        self.path.unlink(missing_ok=True)
-        self.path.write_bytes(self.raw)
 
     def bomb(self) -> bytes:
         """Some hundred kilobytes that would unpack to 200 MB of zeros, made once."""
@@ -271,22 +180,10 @@ class Npz:
     def mutate(self, rng: np.random.Generator) -> str:
         """Put a mutant in its place."""
         self.restore()
-        self.kind = pick(
-            rng,
-            [
-                "array",
-                "header",
-                "zip",
-                "zip",
-                "zip64",
-                "members",
-                "bytes",
-                "bytes",
-                "deflated",
-                "whole",
-                "special",
-            ],
-        )
+        self.kind = pick(rng, [
+            "array", "header", "zip", "zip", "zip64", "members", "bytes", "bytes", "deflated",
+            "whole", "special",
+        ])  # fmt: skip
         members = list(self.members)
         index = int(rng.integers(len(members)))
         name = members[index][0]
@@ -300,23 +197,15 @@ class Npz:
             members[index] = (name, lying_header(array, rng))
             content = zipped(members, method)
         elif self.kind == "members":
-            members = pick(
-                rng,
-                [
-                    members[:index] + members[index + 1 :],
-                    [*members, ("../x.npy", members[0][1])],
-                    [*members, ("/etc/x", b"x")],
-                    [*members, ("scale.npy", members[0][1])],
-                    [*members, ("folder/", b"")],
-                    members[::-1],
-                    [],
-                    [(n.removesuffix(".npy"), c) for n, c in members],
-                    [(n.upper(), c) for n, c in members],
-                    [(n + "\x00", c) for n, c in members],
-                    [*members[:index], (name, b""), *members[index + 1 :]],
-                    [*members, *((f"{i}.npy", b"") for i in range(500))],
-                ],
-            )
+            members = pick(rng, [
+                members[:index] + members[index + 1 :], [*members, ("../x.npy", members[0][1])],
+                [*members, ("/etc/x", b"x")], [*members, ("scale.npy", members[0][1])],
+                [*members, ("folder/", b"")], members[::-1], [],
+                [(n.removesuffix(".npy"), c) for n, c in members],
+                [(n.upper(), c) for n, c in members], [(n + "\x00", c) for n, c in members],
+                [*members[:index], (name, b""), *members[index + 1 :]],
+                [*members, *((f"{i}.npy", b"") for i in range(500))],
+            ])  # fmt: skip
             content = zipped(
                 members, pick(rng, [method, method, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
             )
@@ -338,32 +227,15 @@ class Npz:
         elif rng.random() < 0.15:
             self.kind, content = "bomb", self.bomb()
         elif rng.random() < 0.3:
-            self.path.unlink()
-            pick(
-                rng,
-                [
-                    lambda: os.mkfifo(self.path),
-                    lambda: self.path.symlink_to("/dev/zero"),
-                    lambda: self.path.symlink_to(self.path.name),
-                ],
-            )()
+            put(self.path, pick(rng, ["fifo", "device", "loop"]))
             return self.kind
         else:
-            content = pick(
-                rng,
-                [
-                    b"\x00" * 99 + self.raw,
-                    self.raw + b"PK\x05\x06" + bytes(18),
-                    self.raw + b"\x00" * 99,
-                    self.raw + self.raw,
-                ],
-            )
+            content = pick(rng, [
+                b"\x00" * 99 + self.raw, self.raw + b"PK\x05\x06" + bytes(18),
+                self.raw + b"\x00" * 99, self.raw + self.raw,
+            ])  # fmt: skip
         self.path.write_bytes(content)
         return self.kind
-
-    def warranted(self) -> int:
-        """Bytes on the disk."""
-        return self.path.stat().st_size if self.path.is_file() else 0
 
     def load(self, deep: int) -> dict[str, np.ndarray]:
         """The five parameters."""

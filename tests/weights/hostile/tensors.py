@@ -119,7 +119,37 @@ def file_mutant(raw: bytes, rng: np.random.Generator) -> tuple[str, bytes]:
     return "values", join(raw[8 : len(raw) - len(data)], values.tobytes())
 
 
-class Tensors:
+def put(path: Path, what: str, outside: Path | None = None) -> None:
+    """Something that is not a plain file in the place of one."""
+    path.unlink(missing_ok=True)
+    if what == "fifo":
+        os.mkfifo(path)
+    elif what == "folder":
+        path.mkdir()
+    elif what != "missing":
+        targets = {"loop": path.name, "device": "/dev/zero", "outside": outside, "dangling": "x"}
+        path.symlink_to(targets[what])
+
+
+class OneFile:
+    """An honest file, put back before each mutant of it."""
+
+    kind = ""
+
+    def __init__(self, path: Path):
+        self.path, self.raw = path, path.read_bytes()
+
+    def restore(self) -> None:
+        """The honest file."""
+        self.path.unlink(missing_ok=True)
+        self.path.write_bytes(self.raw)
+
+    def warranted(self) -> int:
+        """Bytes on the disk."""
+        return self.path.stat().st_size if self.path.is_file() else 0
+
+
+class Tensors(OneFile):
     """A model's folder with one safetensors file."""
 
     def __init__(self, folder: Path):
@@ -128,32 +158,19 @@ class Tensors:
         for _, param in nnx.iter_graph(model):
             if isinstance(param, nnx.Param):
                 param[...] = rng.standard_normal(param.shape).astype(np.float32)
-        self.folder, self.kind = jaxtc.save_model(model, folder / "model"), ""
-        self.path = self.folder / "model.safetensors"
-        self.raw = self.path.read_bytes()
-
-    def restore(self) -> None:
-        """The honest file."""
-        if self.path.is_symlink() or not self.path.is_file():
-            self.path.unlink(missing_ok=True)
-        self.path.write_bytes(self.raw)
+        self.folder = jaxtc.save_model(model, folder / "model")
+        super().__init__(self.folder / "model.safetensors")
 
     def mutate(self, rng: np.random.Generator) -> str:
         """Put a mutant in its place."""
         self.restore()
         if rng.random() < 0.01:
             self.kind = "special"
-            self.path.unlink()
-            pick(rng, [lambda: os.mkfifo(self.path), lambda: self.path.symlink_to("/dev/zero"),
-                       lambda: self.path.symlink_to(self.path.name), lambda: None])()  # fmt: skip
+            put(self.path, pick(rng, ["fifo", "device", "loop", "missing"]))
             return self.kind
         self.kind, content = file_mutant(self.raw, rng)
         self.path.write_bytes(content)
         return self.kind
-
-    def warranted(self) -> int:
-        """Bytes on the disk."""
-        return self.path.stat().st_size if self.path.is_file() else 0
 
     def load(self, deep: int) -> dict[str, np.ndarray]:
         """Every tensor that jaxtc can read, as float32; the model's own when ``deep``."""
@@ -194,13 +211,12 @@ class Transcoders(Tensors):
     def __init__(self, folder: Path):
         made = jaxtc.Transcoder(5, 7, 3, skip=True, layer=2, rngs=nnx.Rngs(0))
         made.b_enc[...] = np.random.default_rng(0).standard_normal(7)
-        self.files, self.kind = {}, ""
+        self.files = {}
         for format in ("circuit-tracer", "gemma-scope-2"):
             path = folder / format / "layer_2.safetensors"
             jaxtc.save_transcoder(made, path, format=format)
             self.files[path] = path.read_bytes()
-        self.path = path
-        self.raw = self.files[path]
+        OneFile.__init__(self, path)
 
     def mutate(self, rng: np.random.Generator) -> str:
         """Of either file."""

@@ -1,0 +1,199 @@
+"""The file formats of transcoders: one table of keys and orientations, read both ways.
+
+Axis letters: I width of what is read, O width of what is written, M features.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TypeAlias
+
+from jaxtc.errors import SourceError, did_you_mean
+from jaxtc.transcoders.activations import keys_in, optional_in, parameter_names
+from jaxtc.weights.files.layout import sae_site
+
+# Our parameters and their axes.
+AXES: Mapping[str, str] = MappingProxyType({
+    "W_enc": "I M", "W_dec": "M O", "b_enc": "M", "b_dec": "O",
+    **{name: "M" for name in parameter_names()}, "W_skip": "O I",
+})  # fmt: skip
+
+# What transcoders read and write; a safetensors header may say it.
+SITES = ("input_site", "output_site")
+
+# What a file says of its arrays, by key: (shape, why it cannot be read or "").
+Claims: TypeAlias = Mapping[str, tuple[tuple[int, ...], str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How one kind of file spells a transcoder.
+
+    Attributes:
+        name: what ``save_transcoder(format=...)`` calls it.
+        suffix: of its files.
+        keys: (their key, their order of axes) of each of our parameters that it has.
+        sites: (read, written) by such files where nothing says otherwise; None when that differs
+            from release to release.
+        negative: whether thresholds below 0 mean what they do here.
+    """
+
+    name: str
+    suffix: str
+    keys: Mapping[str, tuple[str, str]]
+    sites: tuple[str, str] | None
+    negative: bool = True
+
+    @property
+    def optional(self) -> frozenset[str]:
+        """Our parameters that a file may lack."""
+        return optional_in(self.name) | {"W_skip"}
+
+    def describe(self) -> str:
+        """Its arrays, for messages."""
+        parts = [
+            f"{key} {_letters(axes)}" + (" if any" if ours in self.optional else "")
+            for ours, (key, axes) in self.keys.items()
+        ]
+        return ", ".join(parts)
+
+
+def _letters(axes: str) -> str:
+    """As messages have them: both widths are D to a reader."""
+    return f"({axes})".replace(" ", ", ").replace("I", "D").replace("O", "D")
+
+
+def _activations(format: str) -> dict[str, tuple[str, str]]:
+    """The parameters of its activations."""
+    return {name: (key, AXES[name]) for name, key in keys_in(format).items()}
+
+
+FORMATS = (
+    Format(
+        "gemma-scope", ".npz",
+        {"W_enc": ("W_enc", "I M"), "W_dec": ("W_dec", "M O"), "b_enc": ("b_enc", "M"),
+         "b_dec": ("b_dec", "O"), **_activations("gemma-scope")},
+        ("mlp_in_normed", "mlp_out"),
+    ),
+    # Its JumpReLU is z * (z > threshold), so below a negative threshold z < 0 would pass.
+    Format(
+        "circuit-tracer", ".safetensors",
+        {"W_enc": ("W_enc", "M I"), "W_dec": ("W_dec", "M O"), "b_enc": ("b_enc", "M"),
+         "b_dec": ("b_dec", "O"), **_activations("circuit-tracer"), "W_skip": ("W_skip", "O I")},
+        None, negative=False,
+    ),
+    Format(
+        "gemma-scope-2", ".safetensors",
+        {"W_enc": ("w_enc", "I M"), "W_dec": ("w_dec", "M O"), "b_enc": ("b_enc", "M"),
+         "b_dec": ("b_dec", "O"), **_activations("gemma-scope-2"),
+         "W_skip": ("affine_skip_connection", "I O")},
+        ("mlp_in", "mlp_out"),
+    ),
+)  # fmt: skip
+
+BY_FORMAT = {format.name: format for format in FORMATS}
+SUFFIXES = tuple(sorted({format.suffix for format in FORMATS}))
+
+
+def by_name(name: str | None, path: Path) -> Format:
+    """The format that is meant by its name or, without one, by a file's suffix.
+
+    Raises:
+        SourceError: no such format, or a file whose suffix belongs to another.
+    """
+    if name is None:
+        return next((f for f in FORMATS if f.suffix == path.suffix), FORMATS[0])
+    if name not in BY_FORMAT:
+        raise SourceError(
+            f"There is no format called {name!r}; transcoders are written as "
+            f"{', '.join(map(repr, BY_FORMAT))}.{did_you_mean(str(name), BY_FORMAT)}"
+        )
+    found = BY_FORMAT[name]
+    if path.suffix in SUFFIXES and path.suffix != found.suffix:
+        raise SourceError(
+            f"{path} cannot be of the format {name!r}, whose files end in {found.suffix}."
+        )
+    return found
+
+
+def sites_of(parts: Iterable[str], usual: tuple[str, str] | None) -> dict[str, str]:
+    """The sites that folders' names say, or a format's usual ones; empty without either."""
+    site = sae_site(parts)
+    pair = (site, site) if site else usual
+    return dict(zip(SITES, pair, strict=True)) if pair else {}
+
+
+def format_of(path: Path, claims: Claims) -> Format:
+    """The format with this suffix that has most of these keys."""
+    suffix = path.suffix if path.suffix in SUFFIXES else ".npz"
+
+    def known(format: Format) -> int:
+        return sum(key in claims for key, _ in format.keys.values())
+
+    return max((f for f in FORMATS if f.suffix == suffix), key=known)
+
+
+def account(format: Format, claims: Claims) -> tuple[list[str], dict[str, tuple[int, ...]]]:
+    """(everything that keeps these arrays from being a transcoder, shapes of our parameters)."""
+    ours = {key: name for name, (key, _) in format.keys.items()}
+    problems = [
+        f"{key} is missing"
+        for key, name in ours.items()
+        if key not in claims and name not in format.optional
+    ]
+    skips = {spelled.keys["W_skip"][0] for spelled in FORMATS if "W_skip" in spelled.keys}
+    both = skips <= set(claims)
+    if both:
+        problems.append(
+            f"{' and '.join(sorted(skips))} are two spellings of a skip connection, one the "
+            "transpose of the other; keep the one that is meant"
+        )
+    problems += [
+        f"{key} is not part of a transcoder"
+        for key in claims
+        if key not in ours and not (both and key in skips)
+    ]
+    problems += [f"{key} {fault}" for key, (_, fault) in claims.items() if key in ours and fault]
+    given = {key: shape for key, (shape, fault) in claims.items() if key in ours and not fault}
+    problems += _misshapen(format, {ours[key]: shape for key, shape in given.items()})
+    if problems:
+        return problems, {}
+    return [], {
+        name: given[key] if axes == AXES[name] else given[key][::-1]
+        for name, (key, axes) in format.keys.items()
+        if key in given
+    }
+
+
+def _misshapen(format: Format, given: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What is wrong with these shapes, by our names but in the file's order of axes."""
+
+    def says(name: str) -> str:
+        key, axes = format.keys[name]
+        return f"{key} has shape {given[name]}, not {_letters(axes)}"
+
+    if "W_enc" not in given:
+        return []
+    if len(given["W_enc"]) != 2 or 0 in given["W_enc"]:
+        return [says("W_enc")]
+    sizes = dict(zip(format.keys["W_enc"][1].split(), given["W_enc"], strict=True))
+    decoder, bias = given.get("W_dec", ()), given.get("b_dec", ())
+    if len(decoder) == 3:
+        return [says("W_dec") + ": jaxtc does not read cross-layer transcoders"]
+    sizes["O"] = sizes["I"]
+    if len(decoder) == 2 and decoder[0] == sizes["M"] and bias == decoder[1:] and decoder[1]:
+        sizes["O"] = decoder[1]  # a transcoder between two widths: both arrays that say so agree
+    expected = {
+        name: tuple(sizes[letter] for letter in format.keys[name][1].split()) for name in given
+    }
+    sizes_from = f"({format.keys['W_enc'][0]} says D={sizes['I']}, M={sizes['M']})"
+    problems = [
+        f"{format.keys[name][0]} has shape {given[name]}, not {expected[name]} {sizes_from}"
+        for name in given
+        if given[name] != expected[name]
+    ]
+    if problems and given.get("b_enc") == (sizes["I"],) != (sizes["M"],):
+        key, axes = format.keys["W_enc"]
+        problems.append(f"{key} may be transposed: this format keeps it as {_letters(axes)}")
+    return problems
