@@ -1,0 +1,109 @@
+"""What a source is and where it lies: every kind of source through the one place that looks."""
+
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxtc
+from jaxtc.errors import SourceError
+from jaxtc.weights.files.layout import GEMMA_SCOPE_2B
+from jaxtc.weights.sources import hub
+from jaxtc.weights.sources.resolve import EMBEDDED_DATA, resolve
+from tests.support.weights_files import params, random_model, write_tier
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """A folder of each kind; the hub has a config.json in repositories called gemma only."""
+    jaxtc.save_model(random_model(), tmp_path / "model")
+    write_tier(tmp_path / "scope", "layer_3/width_1k/average_l0_9")
+    np.savez(tmp_path / "one.npz", **params())
+    made = jaxtc.Transcoder(2, 3, layer=1, rngs=nnx.Rngs(0))
+    jaxtc.save_checkpoint({1: made}, tmp_path / "tree")
+    has = lambda repo, file, revision: tmp_path if "gemma-2" in repo else None  # noqa: E731
+    monkeypatch.setattr(hub, "download_if_there", has)
+    monkeypatch.setattr(hub, "hf_hub_download", None)  # nothing else is asked of the hub
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+TIER = "layer_20/width_16k/average_l0_11"
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "expected"),
+    [
+        ("embedded", {}, ("model", "folder", EMBEDDED_DATA / "model")),
+        ("embedded", {"default": "transcoders"},
+         ("transcoders", "folder", EMBEDDED_DATA / "transcoders")),
+        ("embedded", {"kind": "tokenizer"}, ("tokenizer", "folder", EMBEDDED_DATA / "model")),
+        ("model", {}, ("model", "folder", "model")),
+        ("model", {"kind": "transcoders"}, ("transcoders", "folder", "model")),
+        ("scope", {}, ("transcoders", "folder", "scope")),
+        ("one.npz", {}, ("transcoders", "file", "one.npz")),
+        ("tree", {}, ("transcoders", "converted", "tree")),
+        ("google/gemma-2-2b", {}, ("model", "hub", None)),
+        ("google/gemma-2-2b", {"kind": "config"}, ("config", "released", None)),
+        ("2B", {"kind": "config"}, ("config", "released", None)),
+        (GEMMA_SCOPE_2B, {}, ("transcoders", "hub", None)),
+        (f"{GEMMA_SCOPE_2B}/{TIER}", {}, ("transcoders", "hub", None)),
+    ],
+)  # fmt: skip
+def test_what_and_where(places, source, options, expected):
+    found = resolve(source, **options)
+    kind, format, path = expected
+    assert (found.name, found.kind, found.format) == (source, kind, format)
+    assert found.path == path or found.path.absolute() == places / path
+    if format == "hub":
+        assert f"{found.repo}/{found.inside}".rstrip("/") == source
+
+
+def test_one_of_the_hub(places, monkeypatch):
+    asked = []
+
+    def download_if_there(repo, file, revision):
+        asked.append((repo, file, revision))
+        return places / "one.npz"
+
+    monkeypatch.setattr(hub, "download_if_there", download_if_there)
+    found = resolve(GEMMA_SCOPE_2B, "transcoders", revision="v1").one(20)
+    assert asked == [(GEMMA_SCOPE_2B, f"{TIER}/params.npz", "v1")]
+    assert (found.name, found.layer, found.file) == (
+        f"{GEMMA_SCOPE_2B}/{TIER}", 20, places / "one.npz",
+    )  # fmt: skip
+
+
+def test_a_folder_is_listed_once(places, monkeypatch):
+    found = resolve("scope", "transcoders")
+    assert found.layers() == [3]
+    (places / "scope").rename(places / "moved")
+    assert found.layers() == [3]
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("nothing", {}, "no folder nothing, and it is not a hub id"),
+        ("nothing", {"default": "transcoders"}, "no file or folder nothing"),
+        ("2c", {"kind": "config"}, "nor one of 2b, 9b, 27b. Did you mean '2b'"),
+        ("one.npz", {"kind": "model"}, "is a file; give the folder"),
+        ("one.npz", {"path": "layer_1"}, "is a file, so there is no 'layer_1' in it"),
+        ("scope", {"kind": "model"}, "has no config.json"),
+        ("scope", {"revision": "main"}, "applies to hub ids only, and 'scope' is not one"),
+        ("embedded", {"revision": "main"}, "applies to hub ids only, and 'embedded' is not one"),
+        ("google/gemma-2-2b/x", {"kind": "tokenizer"}, "has two parts, such as 'google/gemma-2-2b"),
+    ],
+)
+def test_what_is_refused(places, source, options, message):
+    with pytest.raises(SourceError, match=message):
+        resolve(source, **options)
+
+
+def test_a_converted_checkpoint_has_no_files(places):
+    found = resolve("tree", "transcoders")
+    assert found.layers() == [1] and found.one(1).path.name == "tree"
+    with pytest.raises(SourceError, match="no file for each transcoder"):
+        _ = found.file
+    for options in ({"width": "16k"}, {"l0": 11}):
+        with pytest.raises(SourceError, match="give layer only, not path, width or l0"):
+            found.one(1, **options)
