@@ -57,6 +57,12 @@ def _paragraph(message: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message without its full stop, or its type."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(". ")
+
+
 def nearest(given: str, valid: Iterable[str], count: int = 3) -> list[str]:
     """The ``count`` strings of ``valid`` closest in spelling to ``given``."""
     return difflib.get_close_matches(given, list(valid), n=count, cutoff=0.4)

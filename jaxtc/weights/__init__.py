@@ -1,6 +1,6 @@
-"""Where arrays come from and go to: safetensors and npz files, local folders, the Hugging Face hub.
+"""Where arrays come from and go to.
 
-``load``, ``save``, ``save_checkpoint`` and ``convert`` are the entry points; ``names`` is the one
+``sources`` finds what a source string means; ``files`` reads and writes safetensors and npz;
+``checkpoints`` are orbax's; ``conversion`` goes from one format to another; ``names`` is the one
 table that ties the parameters of :class:`jaxtc.Gemma2` to the tensors of its published checkpoints.
-``manifest`` and ``orbax_tree`` are the format of converted checkpoints, ``job`` writes them.
 """

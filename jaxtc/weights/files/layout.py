@@ -1,9 +1,11 @@
-"""Where transcoders lie in a release: the layouts of folders, their defaults, what names tell."""
+"""Where transcoders lie in a release: the layouts of folders, their defaults, what names say."""
 
 import dataclasses
+import operator
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from jaxtc.errors import SourceError, did_you_mean, some
 
@@ -37,7 +39,7 @@ _LAYOUTS = tuple(
 _PARAMS = (PARAMS, "params.safetensors")
 _FILES = (*_PARAMS, "layer_*.safetensors")
 
-# Sparse autoencoders of the same release and in the same format, told by the name of their
+# Sparse autoencoders of the same release and in the same format, recognised by the name of their
 # repository; a local copy may have that name, and the hub's cache has owner and name.
 _SAE = re.compile(r"(models--.+--)?gemma-scope-(?!.*transcoder).*-(?P<kind>res|mlp|att)(-.*)?")
 SAE_SITES = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_heads"}
@@ -73,13 +75,8 @@ def default_path(layer: int) -> str:
     return f"layer_{layer}/width_{DEFAULT_WIDTH}/average_l0_{DEFAULT_L0[layer]}/{PARAMS}"
 
 
-def is_tier(path: str) -> bool:
-    """Whether a path follows a layout from a layer to the file."""
-    return any(layout.fullmatch(path) for layout in _LAYOUTS)
-
-
 def is_file(path: str) -> bool:
-    """Whether a path is that of a transcoder's file, told by its ending."""
+    """Whether a path ends like that of a transcoder's file."""
     return path.endswith((".npz", ".safetensors"))
 
 
@@ -89,7 +86,7 @@ def files_of(path: str) -> list[str]:
 
 
 def place_of(path: str) -> str:
-    """``path`` without its file, unless the file's own name tells it from its neighbours."""
+    """``path`` without its file, unless the file's own name is what names it (``layer_3``)."""
     whole = PurePosixPath(path)
     if not is_file(path) or (whole.suffix == ".safetensors" and whole.stem != "params"):
         return path
@@ -97,7 +94,7 @@ def place_of(path: str) -> str:
 
 
 def sae_site(parts: Iterable[str]) -> str | None:
-    """The site of a Gemma Scope autoencoder, as the last folder with such a name tells it."""
+    """The site of a Gemma Scope autoencoder, by the last folder with such a name."""
     found = [match["kind"] for match in map(_SAE.fullmatch, parts) if match]
     return SAE_SITES[found[-1]] if found else None
 
@@ -126,40 +123,44 @@ def tiers_in(folder: Path) -> list[Tier]:
     return tiers_of(paths, folder.absolute().as_posix())
 
 
-@dataclasses.dataclass(frozen=True)
-class Wish:
-    """Which transcoder of a source is meant, as far as that was said.
+class Wish(NamedTuple):
+    """Which transcoder of a source is meant ("16k", "71"); None where that was not said."""
 
-    Attributes:
-        layer: or None for any.
-        width: such as "16k", or None for the usual one.
-        l0: such as "71", or None for the usual one.
-    """
-
-    layer: int | None = None
-    width: str | None = None
-    l0: str | None = None
+    layer: int | None
+    width: str | None
+    l0: str | None
 
     @property
-    def usual(self) -> bool:
-        """Whether nothing but the layer was said."""
-        return self.width is None and self.l0 is None
+    def is_default(self) -> bool:
+        """Whether the default transcoder of a layer of GEMMA_SCOPE_2B is meant."""
+        return self.layer is not None and self.width in (None, DEFAULT_WIDTH) and self.l0 is None
 
-    @property
-    def scope(self) -> bool:
-        """Whether the usual transcoder of each layer of GEMMA_SCOPE_2B fulfils it."""
-        return self.width in (None, DEFAULT_WIDTH) and self.l0 is None
+
+def wish_of(layer: int | None, width: str | None, l0: int | str | None) -> Wish:
+    """What was asked for, the layer as an index from 0. Raises SourceError for no such index."""
+    try:
+        number = None if layer is None else operator.index(layer)
+    except TypeError:
+        number = -1
+    if number is not None and number < 0:
+        place = f" A place below the source is given as path={layer!r}."
+        raise SourceError(
+            f"layer is {layer!r}, expected a whole number from 0."
+            + (place if isinstance(layer, str) else "")
+        )
+    width = None if width is None else str(width).removeprefix("width_")
+    return Wish(number, width, None if l0 is None else str(l0).removeprefix("average_l0_"))
 
 
 def choose(tiers: list[Tier], below: str, wish: Wish, source: str, *, usual: bool = True) -> Tier:
-    """The one that is meant.
+    """The one that is meant, below a folder of the layout (or an empty string).
 
     Args:
         tiers: to choose from.
-        below: a folder of the layout to stay in, or empty.
+        below: the folder.
         wish: which of them.
         source: for messages.
-        usual: whether one of each layer is the usual one, as it is of transcoders.
+        usual: whether each layer has a default, as it has in releases of transcoders.
 
     Raises:
         SourceError: none is, or several could be; they are listed.
@@ -202,11 +203,7 @@ def choose(tiers: list[Tier], below: str, wish: Wish, source: str, *, usual: boo
 
 
 def check_layer(layer: int, layers: Iterable[int], source: str) -> None:
-    """Refuse a layer that is not among those there.
-
-    Raises:
-        SourceError: it is not.
-    """
+    """Raise SourceError for a layer that is not among these."""
     layers = sorted(layers)
     if layer not in layers:
         raise SourceError(

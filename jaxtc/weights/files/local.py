@@ -15,7 +15,7 @@ def expand(source: str | Path) -> Path:
     """``source`` as a path, ``~`` at its start replaced by the home folder.
 
     Raises:
-        SourceError: nobody's home folder.
+        SourceError: no such home folder.
     """
     with _explained(source):
         return Path(source).expanduser()
@@ -37,14 +37,14 @@ def find(source: str | Path) -> Path | None:
 
 
 def open_plain(path: Path) -> BinaryIO:
-    """A file opened for reading, without a buffer; what is no plain file is not waited for.
+    """A regular file opened for reading, unbuffered; anything else is refused without waiting.
 
     Raises:
         WeightsError: it cannot be opened, or is a folder, a pipe or a device.
     """
 
     def opener(name: str, flags: int) -> int:
-        # A pipe would wait for somebody to write.
+        # Opening a pipe would wait for a writer.
         return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
 
     try:
@@ -53,7 +53,7 @@ def open_plain(path: Path) -> BinaryIO:
         raise WeightsError(f"{path} cannot be opened: {error.strerror}.") from error
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise WeightsError(f"{path} is no plain file but a pipe or a device, and is not read.")
+        raise WeightsError(f"{path} is a pipe or a device, not a regular file, and is not read.")
     return file
 
 

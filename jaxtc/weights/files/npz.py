@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jaxtc.errors import WeightsError
+from jaxtc.errors import WeightsError, first_line
 from jaxtc.weights.files import local, shards
 from jaxtc.weights.files.shards import Raw
 
@@ -88,7 +88,7 @@ class NpzFile:
         except BaseException as error:
             self._file.close()
             if isinstance(error, _ZIP_FAULTS) and not isinstance(error, WeightsError):
-                raise self._damaged(_sentence(error)) from error
+                raise self._damaged(first_line(error)) from error
             raise
 
     def __enter__(self) -> "NpzFile":
@@ -143,7 +143,7 @@ class NpzFile:
         except WeightsError:
             raise
         except _ZIP_FAULTS as error:
-            raise self._damaged(f"{info.filename}: {_sentence(error)}") from error
+            raise self._damaged(f"{info.filename}: {first_line(error)}") from error
 
     def _check_size(self, info: zipfile.ZipInfo) -> None:
         """Refuse a member whose claimed size its stored bytes cannot yield."""
@@ -173,7 +173,7 @@ class NpzFile:
                 try:
                     shape, fortran, dtype = _header(stream)
                 except _HEADER_FAULTS as error:
-                    raise self._damaged(f"{info.filename}: {_sentence(error)}") from error
+                    raise self._damaged(f"{info.filename}: {first_line(error)}") from error
                 size = stream.tell() + math.prod(shape) * dtype.itemsize
             fault = ""
             if dtype.hasobject:
@@ -197,11 +197,6 @@ def write_params(path: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
             with archive.open(zipfile.ZipInfo(key + ".npy"), "w", force_zip64=True) as stream:
                 np.lib.format.write_array(stream, array, allow_pickle=False)
             del array  # before the next one is made
-
-
-def _sentence(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(". ")
 
 
 def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import (
@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from jaxtc.errors import SourceError
+from jaxtc.errors import SourceError, first_line
 from jaxtc.model.config import Gemma2Config
 from jaxtc.weights.files.model import INDEX, SINGLE, read_index
 
@@ -132,7 +132,7 @@ def _explain(error: Exception, repo: str, file: str, revision: str | None) -> st
     what = (f"{repo}/{file}" if file else repo) + (f" at revision {revision!r}" if revision else "")
     status = _status(error)
     if isinstance(error, HFValidationError):
-        return f"{repo!r} is not a hub id: {_first_line(error)}"
+        return f"{repo!r} is not a hub id: {first_line(error)}."
     if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
         return (
             f"The Hugging Face hub has no repository {repo!r} that you may see. Check the "
@@ -159,7 +159,7 @@ def _explain(error: Exception, repo: str, file: str, revision: str | None) -> st
             "the network (and that HF_HUB_OFFLINE is not set), give a local folder instead, or use "
             "the source 'embedded', which needs no network."
         )
-    return f"{what} could not be fetched: {_first_line(error)} Is there room on the disk?"
+    return f"{what} could not be fetched: {first_line(error)}. Is there room on the disk?"
 
 
 def _status(error: BaseException | None) -> int | None:
@@ -177,8 +177,3 @@ def _gated(repo: str) -> str:
         f"at https://huggingface.co/{repo}, then log in with `hf auth login` (or set HF_TOKEN to a "
         "token of that account, with read access to gated repositories) and try again."
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines: Sequence[str] = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".") + "."

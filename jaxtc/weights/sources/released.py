@@ -1,4 +1,4 @@
-"""The config of a source without its weights; of the released models it is known by heart."""
+"""The config of a source without its weights; those of the released models are here."""
 
 from pathlib import Path
 

@@ -6,7 +6,6 @@ or file; a checkpoint that ``jaxtc convert`` made; or ``"embedded"``.
 
 import dataclasses
 import functools
-import operator
 import os
 from importlib import resources
 from pathlib import Path, PurePosixPath
@@ -26,12 +25,12 @@ from jaxtc.weights.files.layout import (
     default_path,
     files_of,
     is_file,
-    is_tier,
     layer_of,
     place_of,
     sae_site,
     tiers_in,
     tiers_of,
+    wish_of,
 )
 from jaxtc.weights.sources import hub
 
@@ -72,7 +71,7 @@ class Source:
         inside: which transcoder below the folder or repository, "" when that is not said.
         repo: the repository on the hub.
         revision: its branch, tag or commit.
-        layer: of one transcoder, where anything tells.
+        layer: of one transcoder, where it is known.
         size: "2b", "9b" or "27b" of a released model.
     """
 
@@ -115,7 +114,7 @@ class Source:
         """The layers that there are transcoders for.
 
         Raises:
-            SourceError: there are none, or nothing tells the layer of a single file.
+            SourceError: there are none, or a file that no ``layer_N`` folder is around.
         """
         if self.format == CONVERTED:
             return sorted(open_transcoders(self.path).manifest.transcoders)
@@ -142,9 +141,9 @@ class Source:
         Raises:
             SourceError: there is none, no access to it, or more than one candidate (all listed).
         """
-        wish = _wish(layer, width, l0)
+        wish = wish_of(layer, width, l0)
         if self.format == CONVERTED:
-            if self.inside or not wish.usual:
+            if self.inside or width is not None or l0 is not None:
                 raise SourceError(
                     f"{self.name} is a converted checkpoint with one transcoder a layer: give "
                     "layer only, not path, width or l0."
@@ -160,7 +159,7 @@ class Source:
     def _find(self, wish: Wish) -> tuple[Path, str]:
         """The local file of the transcoder that is meant, and the name it goes by."""
         root, inside = self.repo or self.name, self.inside.strip("/")
-        if self.repo == GEMMA_SCOPE_2B and not inside and wish.layer is not None and wish.scope:
+        if self.repo == GEMMA_SCOPE_2B and not inside and wish.is_default:
             check_layer(wish.layer, range(len(DEFAULT_L0)), root)
             inside = default_path(wish.layer)
         for place in files_of(inside):
@@ -180,7 +179,7 @@ class Source:
             return self.path / place if listed or local.has(self.path, place) else None
         if listed:
             return hub.download(self.repo, place, self.revision)
-        return hub.download_if_there(self.repo, place, self.revision) if is_tier(place) else None
+        return hub.download_if_there(self.repo, place, self.revision) if tiers_of([place]) else None
 
 
 def resolve(
@@ -284,19 +283,3 @@ def _nothing(name: str, kind: str) -> str:
             f"one of {', '.join(SIZES)}.{did_you_mean(name.lower(), _NAMES)}"
         )
     return f"There is no folder {name}, and it is not a hub id such as google/gemma-2-2b."
-
-
-def _wish(layer: int | None, width: str | None, l0: int | str | None) -> Wish:
-    """What was asked for, the layer as an index from 0."""
-    try:
-        number = None if layer is None else operator.index(layer)
-    except TypeError:
-        number = -1
-    if number is not None and number < 0:
-        place = f" A place below the source is given as path={layer!r}."
-        raise SourceError(
-            f"layer is {layer!r}, expected a whole number from 0."
-            + (place if isinstance(layer, str) else "")
-        )
-    width = None if width is None else str(width).removeprefix("width_")
-    return Wish(number, width, None if l0 is None else str(l0).removeprefix("average_l0_"))

@@ -56,7 +56,7 @@ def verify_files(files: Iterable[Path]) -> None:
 
 
 def hub_hash(file: Path) -> str | None:
-    """The hash by which the hub knows a file, None when nothing here tells."""
+    """The hash by which the hub knows a file, None when it is not known here."""
     blob = file.resolve()
     if blob.parent.name == "blobs" and _HASH.fullmatch(blob.name):
         return blob.name
