@@ -22,7 +22,8 @@ from jaxtc.experiments.gradients import gradients
 from jaxtc.experiments.sweep import sweep
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import prepare
-from jaxtc.programs.run import RunResult, run
+from jaxtc.programs.call import RunResult
+from jaxtc.programs.run import run
 from jaxtc.tap.context import PerLayer
 from jaxtc.tap.sites import BY_NAME, parse
 
