@@ -58,15 +58,7 @@ def frozen_pytree(*static: str) -> Callable[[type], type]:
 
 def gigabytes(count: int) -> str:
     """Bytes as makers of accelerators and disks count them: ``15.2 GB`` are 15.2 · 10⁹."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= size * 0.9995:
             return f"{count / size:.{0 if count >= 99.95 * size else 1}f} {unit}"
     return f"{count} B"
-
-
-def pretty(count: int) -> str:
-    """Bytes for people: ``1.5 GiB``."""
-    if count < 1024:
-        return f"{count} B"
-    power = min((count.bit_length() - 1) // 10, 4)
-    return f"{count / 1024**power:.1f} {' KMGT'[power]}iB"

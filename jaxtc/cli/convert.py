@@ -37,46 +37,31 @@ def command(
         typer.Option(
             metavar="model|transcoders",
             help="What to convert, where the source has both, as 'embedded'.",
-            show_default=False,
         ),
     ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="float32, bfloat16 or float16; by default what is stored stays as it is.",
-            show_default=False,
+            help="float32, bfloat16 or float16; by default what is stored stays as it is."
         ),
     ] = None,
     revision: Annotated[
-        str | None,
-        typer.Option(help="Of a hub id: a branch, tag or commit.", show_default=False),
+        str | None, typer.Option(help="Of a hub id: a branch, tag or commit.")
     ] = None,
     layers: Annotated[
         str, typer.Option(metavar="all|0,5,10-12", help="Which layers' transcoders.")
     ] = "all",
     width: Annotated[
-        str | None,
-        typer.Option(help="Which of a layer's transcoders, such as 65k.", show_default=False),
+        str | None, typer.Option(help="Which of a layer's transcoders, such as 65k.")
     ] = None,
-    l0: Annotated[
-        str | None,
-        typer.Option("--l0", help="Which, by its average L0.", show_default=False),
-    ] = None,
+    l0: Annotated[str | None, typer.Option("--l0", help="Which, by its average L0.")] = None,
     input_site: Annotated[
         str | None,
-        typer.Option(
-            metavar="SITE",
-            help="What the transcoders read, where nothing tells.",
-            show_default=False,
-        ),
+        typer.Option(metavar="SITE", help="What the transcoders read, where nothing tells."),
     ] = None,
     output_site: Annotated[
         str | None,
-        typer.Option(
-            metavar="SITE",
-            help="What the transcoders imitate, where nothing tells.",
-            show_default=False,
-        ),
+        typer.Option(metavar="SITE", help="What the transcoders imitate, where nothing tells."),
     ] = None,
     without_sites: Annotated[
         bool,
@@ -84,10 +69,7 @@ def command(
     ] = False,
     model_name: Annotated[
         str | None,
-        typer.Option(
-            help="For circuit-tracer's config.yaml, such as google/gemma-2-2b.",
-            show_default=False,
-        ),
+        typer.Option(help="For circuit-tracer's config.yaml, such as google/gemma-2-2b."),
     ] = None,
     max_shard_size: Annotated[
         float, typer.Option(metavar="GB", help="Most of a model in one safetensors file.")

@@ -5,14 +5,13 @@ The training libraries are imported inside the commands, so that ``--help`` answ
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from jaxtc.cli.options import STDOUT, OnlyJson, write_json
 from jaxtc.embedded import DATA
 from jaxtc.embedded.settings import ModelRecipe, Recipe
 from jaxtc.training.transcoders import TranscoderRecipe
@@ -118,7 +117,7 @@ def report(
     ] = None,
     text: Text = None,
     seed: Seed = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")] = False,
+    as_json: OnlyJson = False,
 ) -> None:
     """Measure a trained folder: accuracy on facts, loss, and each transcoder, clean and spliced.
 
@@ -132,6 +131,6 @@ def report(
     with Console(stderr=True).status("Measuring"):
         found = measure(folder or DATA, source)
     if as_json:
-        sys.stdout.write(json.dumps(found.to_dict(), indent=2) + "\n")
+        write_json(STDOUT, found.to_dict())
     else:
         Console().print(found)

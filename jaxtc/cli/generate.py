@@ -1,14 +1,15 @@
 """``jaxtc generate``: continues a text, token by token as they come; features may steer it."""
 
-import json
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 
 from jaxtc.cli.explain import find_transcoders, own_transcoders
+from jaxtc.cli.options import STDOUT, Dtype, Model, OnlyJson, write_json
 from jaxtc.cli.runtime import Progress, working
 from jaxtc.edits.base import Edit
 from jaxtc.edits.features import SetFeature
@@ -21,22 +22,44 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
 def command(
-    prompt: str,
-    *,
-    model: str,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int,
-    stop: str | None,
-    steer: Sequence[str],
-    layer: int | None,
-    transcoder: str | None,
-    dtype: str | None,
-    as_json: bool,
+    prompt: Annotated[str, typer.Argument(help="The text to continue; <bos> is added.")],
+    model: Model = "embedded",
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the continuation.")] = 40,
+    temperature: Annotated[
+        float,
+        typer.Option(help="0 takes the likeliest token; 1 draws from the model's distribution."),
+    ] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw among the K likeliest only.")] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Draw among the fewest likeliest of this probability together only."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same text.")] = 0,
+    stop: Annotated[str | None, typer.Option(help="End before this text, if it comes up.")] = None,
+    steer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FEATURE=VALUE",
+            help="Set a transcoder's feature to this activation on every token but <bos>. "
+            "Several: give it again.",
+        ),
+    ] = None,
+    layer: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Whose MLP's features --steer names, from 0; by default as for `jaxtc explain`.",
+        ),
+    ] = None,
+    transcoder: Annotated[
+        str | None, typer.Option(help="Where --steer's features are, as for `jaxtc explain`.")
+    ] = None,
+    dtype: Dtype = None,
+    as_json: OnlyJson = False,
 ) -> None:
-    """Continue ``prompt``; the options are those of the command line."""
+    """Continue a text, token by token as they come; steer it by transcoder features."""
+    steer = steer or []
     features = dict(map(_feature, steer))
     _check(prompt, stop, len(steer), features, layer, transcoder)
     if temperature == 0 and (top_k is not None or top_p is not None):
@@ -80,19 +103,19 @@ def command(
         waiting.stop()
     write(text.rest() + "\n")
     if as_json:
-        told = {
+        value = {
             "prompt": prompt,
             "continuation": text.shown,
             "ids": found.prompts[0],
             "new_ids": found.tokens[0],
-            "steered": [{"feature": f, "value": value} for f, value in features.items()],
+            "steered": [{"feature": f, "value": x} for f, x in features.items()],
             "layer": edits[0].layer if edits else None,
             "temperature": temperature,
             "top_k": top_k,
             "top_p": top_p,
             "seed": seed,
         }
-        sys.stdout.write(json.dumps(told, ensure_ascii=False, indent=2) + "\n")
+        write_json(STDOUT, value)
 
 
 class Increments:

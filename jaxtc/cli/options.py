@@ -1,5 +1,6 @@
 """Options that several commands have, and what they share in reading them."""
 
+import functools
 import json
 import re
 import sys
@@ -22,16 +23,12 @@ Dtype = Annotated[
     str | None,
     typer.Option(
         help="Of the model's weights: float32, bfloat16 or float16. float32 on a CPU and "
-        "bfloat16 on accelerators by default.",
-        show_default=False,
+        "bfloat16 on accelerators by default."
     ),
 ]
 OnlyJson = Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")]
 JsonFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--json", metavar="FILE", help="Write every figure; - for stdout.", show_default=False
-    ),
+    Path | None, typer.Option("--json", metavar="FILE", help="Write every figure; - for stdout.")
 ]
 STDOUT = Path("-")
 
@@ -66,7 +63,7 @@ def check_place(option: str, path: Path) -> None:
         raise SourceError(f"{option} {path}: there is no folder {path.parent}; make it first.")
 
 
-def write_json(path: Path | None, value: dict[str, Any]) -> None:
+def write_json(path: Path | None, value: Any) -> None:
     """What ``--json`` asked for: to a file, to stdout, or nothing.
 
     Raises:
@@ -74,9 +71,13 @@ def write_json(path: Path | None, value: dict[str, Any]) -> None:
     """
     if path is None:
         return
-    stdout = path == STDOUT
-    text = json.dumps(value, ensure_ascii=stdout, indent=2, allow_nan=False) + "\n"
-    if stdout:
-        sys.stdout.write(text)
-    else:
+    dumps = functools.partial(json.dumps, value, indent=2, allow_nan=False)
+    text = dumps(ensure_ascii=False) + "\n"
+    if path != STDOUT:
         write_whole(path, text)
+        return
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = dumps() + "\n"
+    sys.stdout.write(text)

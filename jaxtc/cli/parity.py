@@ -7,12 +7,14 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table, box
 from rich.text import Text
 
-from jaxtc.cli.options import STDOUT, check_place, parse_layers, write_json
+from jaxtc.cli.options import STDOUT, JsonFile, check_place, parse_layers, write_json
 from jaxtc.cli.runtime import working
 from jaxtc.errors import InputError
 from jaxtc.parity.certificate import Certificate, Figures, SiteRow
@@ -24,19 +26,55 @@ SHOWN = 12
 
 
 def command(
-    model: str,
-    *,
-    transcoder: str | None,
-    transcoder_layer: int | None,
-    prompts: Path | None,
-    dtype: str,
-    layers: str | None,
-    truth: bool,
-    new_tokens: int,
-    report: Path | None,
-    json_file: Path | None,
-) -> bool:
-    """Compare, draw and write; whether it passed. The options are those of the command line."""
+    model: Annotated[
+        str, typer.Argument(help="'embedded', a hub id such as google/gemma-2-2b, or a folder.")
+    ] = "embedded",
+    transcoder: Annotated[
+        str | None,
+        typer.Option(
+            help="Compare this transcoder's features too: 'embedded', a hub id with or without a "
+            "path, a folder or a params.npz."
+        ),
+    ] = None,
+    transcoder_layer: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=0, help="Whose MLP it imitates, where its source does not say."
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A text file, one prompt a line; a few built-in sentences by default.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of both models' weights: float32 or bfloat16.")
+    ] = "float32",
+    layers: Annotated[
+        str | None,
+        typer.Option(metavar="0,5,10-12", help="Whose sites to compare; all by default."),
+    ] = None,
+    truth: Annotated[
+        bool,
+        typer.Option(
+            "--truth", help="Also run PyTorch in float64, to see which of the two is nearer."
+        ),
+    ] = False,
+    new_tokens: Annotated[
+        int, typer.Option(min=0, help="Greedy tokens to compare after each prompt.")
+    ] = 16,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write an HTML report.")
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Certify that JAX and PyTorch agree on your weights and prompts; exit code 1 if they do not.
+
+    Runs transformers' Gemma-2 in PyTorch and ours on the same tokens, one after the other, and
+    compares every site of every layer. PyTorch comes with jaxtc's extra "parity".
+    """
     chosen = None if layers is None else parse_layers(layers)
     for option, path in (("--report", report), ("--json", json_file)):
         if path is not None:
@@ -69,7 +107,7 @@ def command(
             write_report(held, report)
     finally:
         draw(Console(stderr=json_file == STDOUT), found)
-    return found.passed
+    raise typer.Exit(0 if found.passed else 1)
 
 
 @contextlib.contextmanager

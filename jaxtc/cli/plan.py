@@ -32,8 +32,7 @@ def command(
     length: Annotated[
         int | None,
         typer.Option(
-            help="Tokens of the longest prompt; 1024 by default, or what the context holds.",
-            show_default=False,
+            help="Tokens of the longest prompt; 1024 by default, or what the context holds."
         ),
     ] = None,
     new_tokens: Annotated[
@@ -45,7 +44,6 @@ def command(
             metavar="SITE[@POSITION]",
             help="Activations to keep, such as layers.20.mlp_out, or resid_post for every layer; "
             "resid_post@-1 keeps the last token's only. Several: give it again.",
-            show_default=False,
         ),
     ] = None,
     logits: Annotated[
@@ -53,12 +51,10 @@ def command(
         typer.Option(
             metavar="all|last|none",
             help="Which are given back; all by default, none by a generation.",
-            show_default=False,
         ),
     ] = None,
     transcoders: Annotated[
-        str,
-        typer.Option(metavar="all|none|0,5,10-12", help="Layers with a transcoder in memory."),
+        str, typer.Option(metavar="all|none|0,5,10-12", help="Layers with a transcoder in memory.")
     ] = "none",
     width: Annotated[
         str, typer.Option(help="Features of each transcoder: 16k, 65k, 1m or a number.")
@@ -74,7 +70,6 @@ def command(
             metavar="AXIS",
             help="Hold this logical axis whole on every device, such as vocab. Several: give it "
             "again.",
-            show_default=False,
         ),
     ] = None,
     json_file: JsonFile = None,

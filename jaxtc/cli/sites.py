@@ -1,25 +1,30 @@
 """``jaxtc sites``: the table of sites, with the shapes of a model."""
 
-import json
-import sys
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table, box
 from rich.text import Text
 
+from jaxtc.cli.options import STDOUT, OnlyJson, write_json
 from jaxtc.model.config import Gemma2Config
 from jaxtc.tap.sites import SITES, Site
 from jaxtc.weights.sources.released import load_config
 
 
-def command(model: str, *, as_json: bool) -> None:
-    """Print the table for ``model``, reading nothing but its ``config.json``."""
+def command(
+    model: Annotated[
+        str, typer.Option(help="Whose shapes to show; only its config.json is read.")
+    ] = "embedded",
+    as_json: OnlyJson = False,
+) -> None:
+    """List every site that can be captured or edited, with its shape and its names elsewhere."""
     config = load_config(model)
     if as_json:
-        rows = [_row(site, config) for site in SITES]
-        sys.stdout.write(json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
-        return
-    _draw(Console(), config, model)
+        write_json(STDOUT, [_row(site, config) for site in SITES])
+    else:
+        _draw(Console(), config, model)
 
 
 def _shape(site: Site, config: Gemma2Config) -> list[str | int]:
