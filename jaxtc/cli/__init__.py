@@ -8,7 +8,6 @@ Errors of the user's are one paragraph on stderr and exit code 2; Ctrl-C is 130.
 
 import sys
 from collections.abc import Sequence
-from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -16,6 +15,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from jaxtc.cli import convert, explain, generate, parity, plan, sites
+from jaxtc.cli.options import option
 from jaxtc.errors import JaxtcError
 from jaxtc.helpers import JAXTC_VERSION
 
@@ -58,12 +58,9 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
-        ),
-    ] = False,
+    version: option(
+        bool, "Show the version and exit.", "--version", callback=_show_version, is_eager=True
+    ) = False,
 ) -> None:
     pass
 

@@ -3,15 +3,13 @@
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated
 
-import typer
 from rich.console import Console, Group
 from rich.padding import Padding
 from rich.table import Table, box
 from rich.text import Text
 
-from jaxtc.cli.options import STDOUT, Dtype, Model, OnlyJson, write_json
+from jaxtc.cli.options import STDOUT, Dtype, Model, OnlyJson, argument, option, write_json
 from jaxtc.cli.runtime import Progress, working
 from jaxtc.errors import JaxtcError
 from jaxtc.explore.explain import explain
@@ -31,35 +29,29 @@ GEMMA_SCOPE_LAYER = 20
 
 
 def command(
-    prompt: Annotated[str, typer.Argument(help="The text to explain; <bos> is added.")],
+    prompt: argument(str, "The text to explain; <bos> is added."),
     model: Model = "embedded",
-    transcoder: Annotated[
+    transcoder: option(
         str | None,
-        typer.Option(
-            help="'embedded', a hub id with or without a path (google/gemma-scope-2b-pt-transcoders"
-            "/layer_20/width_16k/average_l0_11), a folder or a params.npz. The model's own, if "
-            "it has some."
-        ),
-    ] = None,
-    layer: Annotated[
+        "'embedded', a hub id with or without a path (google/gemma-scope-2b-pt-transcoders"
+        "/layer_20/width_16k/average_l0_11), a folder or a params.npz. The model's own, if "
+        "it has some.",
+    ) = None,
+    layer: option(
         str | None,
-        typer.Option(
-            metavar="N|all",
-            help="Which layer's MLP, from 0; 'all' for a row per layer. "
-            "By default 3, the last, for the embedded model and 20, the Gemma Scope "
-            "tutorial's, for google/gemma-2-2b.",
-        ),
-    ] = None,
-    input_site: Annotated[
+        "Which layer's MLP, from 0; 'all' for a row per layer. "
+        "By default 3, the last, for the embedded model and 20, the Gemma Scope "
+        "tutorial's, for google/gemma-2-2b.",
+        metavar="N|all",
+    ) = None,
+    input_site: option(
         str | None,
-        typer.Option(
-            metavar="SITE",
-            help="Feed the transcoder another site than the one it was trained on; mlp_in is what "
-            "the Gemma Scope tutorial feeds.",
-        ),
-    ] = None,
-    top_features: Annotated[int, typer.Option(help="Strongest features shown per token.")] = 3,
-    max_new_tokens: Annotated[int, typer.Option(help="Length of the continuation.")] = 2,
+        "Feed the transcoder another site than the one it was trained on; mlp_in is what "
+        "the Gemma Scope tutorial feeds.",
+        metavar="SITE",
+    ) = None,
+    top_features: option(int, "Strongest features shown per token.") = 3,
+    max_new_tokens: option(int, "Length of the continuation.") = 2,
     dtype: Dtype = None,
     as_json: OnlyJson = False,
 ) -> None:
@@ -179,7 +171,7 @@ def _features(token: TokenReport, room: int) -> Text:
 
 
 def _no_feature(token: TokenReport) -> Text:
-    """What stands for features: nothing where there are some that nobody asked to see."""
+    """What stands for features: nothing where there are active ones that were not asked for."""
     return Text("" if token.l0 else "none active", FAINT)
 
 

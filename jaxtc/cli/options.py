@@ -16,20 +16,25 @@ from jaxtc.weights.files import local
 # No model has as many layers.
 _MOST = 10_000
 
-Model = Annotated[
-    str, typer.Option(help="'embedded', a hub id such as google/gemma-2-2b, or a folder.")
-]
-Dtype = Annotated[
+
+def option(kind: Any, text: str, *names: str, **settings: Any) -> Any:
+    """The annotation of a command's parameter that is an option; ``text`` is its help."""
+    return Annotated[kind, typer.Option(*names, help=text, **settings)]
+
+
+def argument(kind: Any, text: str, **settings: Any) -> Any:
+    """The same of one that is given by its place."""
+    return Annotated[kind, typer.Argument(help=text, **settings)]
+
+
+Model = option(str, "'embedded', a hub id such as google/gemma-2-2b, or a folder.")
+Dtype = option(
     str | None,
-    typer.Option(
-        help="Of the model's weights: float32, bfloat16 or float16. float32 on a CPU and "
-        "bfloat16 on accelerators by default."
-    ),
-]
-OnlyJson = Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")]
-JsonFile = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Write every figure; - for stdout.")
-]
+    "Of the model's weights: float32, bfloat16 or float16. float32 on a CPU and "
+    "bfloat16 on accelerators by default.",
+)
+OnlyJson = option(bool, "Only JSON on stdout.", "--json")
+JsonFile = option(Path | None, "Write every figure; - for stdout.", "--json", metavar="FILE")
 STDOUT = Path("-")
 
 

@@ -1,22 +1,17 @@
 """``jaxtc sites``: the table of sites, with the shapes of a model."""
 
-from typing import Annotated
-
-import typer
 from rich.console import Console
 from rich.table import Table, box
 from rich.text import Text
 
-from jaxtc.cli.options import STDOUT, OnlyJson, write_json
+from jaxtc.cli.options import STDOUT, OnlyJson, option, write_json
 from jaxtc.model.config import Gemma2Config
 from jaxtc.tap.sites import SITES, Site
 from jaxtc.weights.sources.released import load_config
 
 
 def command(
-    model: Annotated[
-        str, typer.Option(help="Whose shapes to show; only its config.json is read.")
-    ] = "embedded",
+    model: option(str, "Whose shapes to show; only its config.json is read.") = "embedded",
     as_json: OnlyJson = False,
 ) -> None:
     """List every site that can be captured or edited, with its shape and its names elsewhere."""

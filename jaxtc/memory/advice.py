@@ -1,6 +1,6 @@
 """Whether a plan fits an accelerator, and which option would make it fit.
 
-Every suggestion is a plan of its own, computed anew; only those that fit are shown.
+Every suggestion is planned again in full; only those that fit are shown.
 """
 
 import collections
@@ -34,7 +34,7 @@ class Accelerator:
         name: as people call it.
         memory: bytes, as its maker counts them (10⁹ to a GB; 2³⁰ would be up to 7% more).
         usable: the fraction of it that a plan may fill.
-        raised: the fraction that JAX can be told to take; ``usable`` where nothing is to be told.
+        raised: the fraction that JAX can be configured to take, otherwise ``usable``.
     """
 
     name: str
@@ -137,7 +137,7 @@ def suggest(
     Args:
         asked: what does not fit.
         kinds: each kind of change at each strength, the smallest first; the last is more devices.
-        device: that it shall fit.
+        device: to fit.
     """
     found = []
     raised = int(device.memory * device.raised)

@@ -14,7 +14,7 @@ from jaxtc.captures.request import Captures, check_per_token, understand
 from jaxtc.edits.base import Edit
 from jaxtc.edits.check import check_edits, of_phase
 from jaxtc.errors import InputError, JaxtcError
-from jaxtc.helpers import is_whole
+from jaxtc.helpers import is_whole, whole_number
 from jaxtc.interchange import plain
 from jaxtc.memory.needs import check_run
 from jaxtc.model.config import Gemma2Config
@@ -85,7 +85,7 @@ def generate(
     stream: Stream | None = None,
     mesh: MeshLike | None = None,
 ) -> Generation:
-    """Continue each prompt, token by token: with the likeliest, or with one that is drawn.
+    """Continue each prompt, token by token, greedily or by sampling.
 
     Two programs serve all calls of a batch size and a bucket of lengths: one for the prompts, one
     for a step. Other edits of the same kinds, temperatures, k, p, seeds and stop tokens run the
@@ -101,9 +101,9 @@ def generate(
             a new token.
         capture: as for :func:`jaxtc.run`, reducers of each token among it; kept over the prompt
             and the new tokens.
-        temperature: divides the logits; 0 takes the likeliest token, whatever the rest says.
-        top_k: draw among the k likeliest tokens only.
-        top_p: draw among the fewest likeliest tokens of this probability together only. Applied
+        temperature: divides the logits; 0 takes the argmax, whatever the other options.
+        top_k: sample among the k most likely tokens only.
+        top_p: sample among the fewest tokens whose probabilities sum to this only. Applied
             after ``temperature`` and ``top_k``.
         seed: a whole number or a jax key. The same one gives the same tokens; each row and each
             position has its own random numbers, whatever the other rows are.
@@ -163,11 +163,11 @@ def generate(
         if ahead and not last:
             ids, *state = advance(step, ids, state)
         found = _read(known)
-        told = [int(i) if on else None for i, on in zip(found, running, strict=True)]
-        for row, i in zip(new, told, strict=True):
+        shown = [int(i) if on else None for i, on in zip(found, running, strict=True)]
+        for row, i in zip(new, shown, strict=True):
             row.extend([] if i is None else [i])
         running &= ~np.isin(found, stops)
-        ended = stream is not None and stream(step, told) is True
+        ended = stream is not None and stream(step, shown) is True
         if ended or not running.any():
             break
         if not ahead and not last:
@@ -186,19 +186,14 @@ def generate(
 
 def _sampling(max_new_tokens, temperature, top_k, top_p, seed) -> tuple:
     """(key, temperature, top_k, top_p) as programs take them; raises InputError for bad options."""
-    if not is_whole(max_new_tokens, 1):
-        raise InputError(
-            f"max_new_tokens is {max_new_tokens!r}, expected a whole number of at least 1."
-        )
+    whole_number("max_new_tokens", max_new_tokens, 1)
     if not _real(temperature) or not 0 <= temperature < np.inf:
         raise InputError(
             f"temperature is {temperature!r}, expected a number of at least 0: 0 takes the "
-            "likeliest token, 1 draws from the model's own distribution."
+            "argmax, 1 samples from the model's own distribution."
         )
-    if top_k is not None and not is_whole(top_k, 1):
-        raise InputError(
-            f"top_k is {top_k!r}, expected a whole number of at least 1, or None for all tokens."
-        )
+    if top_k is not None:
+        whole_number("top_k", top_k, 1, ", or None for all tokens")
     if top_p is not None and (not _real(top_p) or not 0 < top_p <= 1):
         raise InputError(
             f"top_p is {top_p!r}, expected a probability above 0 and up to 1, or None for all "

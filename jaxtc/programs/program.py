@@ -1,7 +1,7 @@
 """Compiled programs that report when they are compiled, how long it took, and why.
 
 jax reports each compile to listeners (``jax.monitoring``) in the thread that compiles, by the name
-of the function. Its count of cached signatures is no measure: it grows when the same program is
+of the function. Its count of cached signatures will not do: it grows when the same program is
 given a NumPy array after a JAX one, and does not when it is compiled under ``vmap`` or ``grad``.
 """
 

@@ -1,7 +1,7 @@
 """Captures over a generation: arrays as long as the cache, in which every pass writes its part.
 
 The prompts' pass makes them, each step writes its one token in place (they are donated, as the
-cache is), so that nothing is gathered from step to step and the memory is that of the result.
+cache is), so that nothing is concatenated and the memory is that of the result.
 """
 
 import functools
