@@ -1,7 +1,6 @@
 """Estimates against what runs really return; the machine's free memory against files made up."""
 
 import dataclasses
-import time
 
 import jax
 import jax.numpy as jnp
@@ -223,14 +222,6 @@ def test_devices_of_one_cpu_share_its_memory(monkeypatch):
 def test_small_needs_do_not_look_at_the_machine(monkeypatch):
     monkeypatch.setattr(memory, "available", lambda device: pytest.fail("looked"))
     check_fits(64 * 2**20 - 1, "this run")
-    best = min(_seconds(lambda: check_fits(10**6, "this run")) for _ in range(20))
-    assert best < 20e-6
-
-
-def _seconds(function):
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def test_accelerators():
