@@ -16,7 +16,7 @@ from jaxtc.errors import EditError
 from jaxtc.tap.context import Context, own
 from jaxtc.tap.positions import is_traced, one_array
 from jaxtc.tap.sites import BY_NAME, parse
-from jaxtc.transcoders.transcoder import Transcoder, jumprelu
+from jaxtc.transcoders.transcoder import Transcoder
 
 __all__ = ["ClampFeature", "ScaleFeature", "SetFeature", "Splice"]
 
@@ -152,7 +152,8 @@ class Splice(TranscoderEdit):
 
     def new(self, x: jax.Array, context: Context) -> jax.Array:
         """The transcoder's output on its input site, in the dtype of ``x``."""
-        made = self._here(context)(self._read(context)).reshape(x.shape).astype(x.dtype)
+        made = self._here(context)(self._read(context), placement=context.placement)
+        made = made.reshape(x.shape).astype(x.dtype)
         if self.error:
             # Zero is added, so that the value is the MLP's to the last bit.
             return jax.lax.stop_gradient(x) + (made - jax.lax.stop_gradient(made))
@@ -219,15 +220,9 @@ class FeatureEdit(TranscoderEdit):
         made = self._here(context)
         ids = jnp.atleast_1d(jnp.asarray(self.feature))
         # A traced id that does not exist gives NaN.
-        ids = jnp.where(ids < 0, made.features, ids)
-        pick = lambda array, axis: jnp.take(  # noqa: E731
-            array[...], ids, axis=axis, mode="fill", fill_value=jnp.nan
-        )
-        source = self._read(context).astype(made.W_enc.dtype)
-        z = jnp.matmul(source, pick(made.W_enc, 1), precision="highest") + pick(made.b_enc, 0)
-        a = jumprelu(z, None if made.threshold is None else pick(made.threshold, 0))
+        a = made.encode_features(self._read(context), ids, placement=context.placement)
         changed = self.changed(a, context.layer) - a
-        delta = jnp.matmul(changed, pick(made.W_dec, 0), precision="highest")
+        delta = jnp.matmul(changed, made.decoder_rows(ids), precision="highest")
         return (x.astype(jnp.float32) + delta.reshape(x.shape)).astype(x.dtype)
 
 

@@ -1,13 +1,15 @@
 """The transcoder: a wide sparse layer that imitates an MLP through nameable features.
 
-Its variants: with a skip connection, with ReLU in place of JumpReLU, and sparse autoencoders, which
-imitate what they read. Axis letters: ... leading axes (usually B T), D hidden (of what is read or
-of what is written), M features, C capacity of the sparse path.
+Its variants: with a skip connection, with one of several activations
+(:mod:`jaxtc.transcoders.activations`), and sparse autoencoders, which imitate what they read. Axis
+letters: ... leading axes (usually B T), D hidden (of what is read or of what is written), M
+features, K of them asked for, C capacity of the sparse path.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,12 @@ from jaxtc.sharding.mesh import mesh_of, put
 from jaxtc.sharding.placement import Placement, mix_rows, placement_of, top_k
 from jaxtc.sharding.processes import whole
 from jaxtc.tap.sites import parse
+from jaxtc.transcoders.activations import (
+    Activation,
+    activation_of,
+    feature_axes,
+    parameter_names,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -41,22 +49,9 @@ class SparseFeatures:
     count: jax.Array
 
 
-def jumprelu(z: jax.Array, threshold: jax.Array | None) -> jax.Array:
-    """``z`` where it is above the threshold (strictly) and above 0, and 0 elsewhere.
-
-    Args:
-        z: (..., M) pre-activations.
-        threshold: (M,); None makes it a ReLU.
-    """
-    # Said the other way round, so that NaN stays NaN.
-    off = z <= 0 if threshold is None else (z <= threshold) | (z <= 0)
-    return jnp.where(off, 0, z)
-
-
 def _sparse(a: jax.Array, capacity: int, placement: Placement | None) -> SparseFeatures:
     """Of dense activations (..., M)."""
-    rows = ["batch", *["tokens"] * (a.ndim - 2)] if a.ndim > 1 else []
-    values, ids = top_k(a, capacity, placement, [*rows, "features"])
+    values, ids = top_k(a, capacity, placement, feature_axes(a.ndim))
     count = (a != 0).sum(-1, dtype=jnp.int32)
     values = jnp.where((count > capacity)[..., None], jnp.nan, values)
     return SparseFeatures(values, ids, count)
@@ -67,19 +62,21 @@ _mixed_on_mesh = functools.partial(jax.jit, static_argnums=(3, 4))(mix_rows)
 
 
 class Transcoder(nnx.Module):
-    """``a = JumpReLU(x W_enc + b_enc)``, ``y = a W_dec + b_dec`` (arXiv 2408.05147, §2-3).
+    """``a = activation(x W_enc + b_enc)``, ``y = a W_dec + b_dec`` (arXiv 2408.05147, §2-3).
 
-    JumpReLU keeps ``z`` where ``z > threshold`` (strictly) and ``z > 0``, and is 0 elsewhere;
-    without a threshold it is a ReLU. The decoder's bias is not subtracted from the input. With a
-    skip connection, ``y = a W_dec + b_dec + x W_skipᵀ`` (arXiv 2501.18823): calling the transcoder
-    always includes it, and :meth:`decode` cannot leave it out by accident.
+    The decoder's bias is not subtracted from the input. With a skip connection,
+    ``y = a W_dec + b_dec + x W_skipᵀ`` (arXiv 2501.18823): calling the transcoder always includes
+    it, and :meth:`decode` cannot leave it out by accident.
 
     A sparse autoencoder is a transcoder whose two sites are one; of attention (``attn_heads``) it
     reads the heads joined, D = N·H (:meth:`jaxtc.tap.sites.Site.join`).
 
     Attributes:
         W_enc: (D, M), b_enc: (M,), W_dec: (M, D), b_dec: (D,).
-        threshold: (M,), or None: ReLU.
+        activation: static; JumpReLU unless another is named, see
+            :mod:`jaxtc.transcoders.activations`.
+        threshold: (M,) of JumpReLU; None for an activation without one. So are the parameters of
+            any other activation.
         W_skip: (D, D), [out, in], or None.
         layer: layer of the model it explains, or None when unknown.
         input_site: the site it reads; Gemma Scope's read x/rms *before* the norm's gain.
@@ -93,7 +90,7 @@ class Transcoder(nnx.Module):
         features: int,
         d_out: int | None = None,
         *,
-        relu: bool = False,
+        activation: str | Activation | Mapping[str, Any] = "jumprelu",
         skip: bool = False,
         layer: int | None = None,
         input_site: str = "mlp_in_normed",
@@ -111,7 +108,12 @@ class Transcoder(nnx.Module):
         self.b_enc = param((features,), ("features",), zeros)
         self.W_dec = param((features, d_out), ("features", "embed"), he_uniform)
         self.b_dec = param((d_out,), ("embed",), zeros)
-        self.threshold = None if relu else param((features,), ("features",), zeros)
+        self.activation = activation_of(activation)
+        self.activation.check(features)
+        for name in parameter_names():
+            one = self.activation.parameters.get(name)
+            made = one and param((features,) * len(one.axes), one.axes, one.init)
+            setattr(self, name, made)
         self.W_skip = param((d_out, d_in), ("embed", "embed"), zeros) if skip else None
         self.layer, self.source = layer, source
         self.input_site, self.output_site = parse(input_site)[0], parse(output_site)[0]
@@ -133,24 +135,64 @@ class Transcoder(nnx.Module):
 
     @property
     def variant(self) -> str:
-        """What it is in a few words: "transcoder" or "sae", "+skip", "+relu"."""
+        """What it is in a few words: "transcoder" or "sae", "+skip", "+relu" or the like."""
         kind = "sae" if self.input_site == self.output_site else "transcoder"
         skip = "" if self.W_skip is None else "+skip"
-        return kind + skip + ("" if self.threshold is not None else "+relu")
+        name = self.activation.name
+        return kind + skip + ("" if name == "jumprelu" else f"+{name}")
+
+    def facts(self) -> dict[str, Any]:
+        """All but the arrays and their dtype, as JSON: ``Transcoder.abstract(**t.facts())``."""
+        found = {name: getattr(self, name) for name in ("d_in", "features", "d_out")}
+        found |= {"activation": self.activation.facts(), "skip": self.W_skip is not None}
+        names = ("layer", "input_site", "output_site", "source")
+        return found | {name: getattr(self, name) for name in names}
 
     def pre_activations(self, x: jax.Array) -> jax.Array:
         """``x W_enc + b_enc``: (..., D) to (..., M), in the transcoder's dtype."""
         x = self._input(x)
         return jnp.matmul(x, self.W_enc[...], precision="highest") + self.b_enc[...]
 
-    def encode(self, x: jax.Array) -> jax.Array:
+    def encode(self, x: jax.Array, *, placement: Placement | None = None) -> jax.Array:
         """Feature activations: (..., D) to (..., M), 0 where a feature is not active.
+
+        Args:
+            x: (..., D).
+            placement: as :meth:`encode_sparse` takes it; only activations that compare features
+                with each other need it.
 
         Raises:
             JaxtcError: the last axis of ``x`` is not D.
         """
-        threshold = None if self.threshold is None else self.threshold[...]
-        return jumprelu(self.pre_activations(x), threshold)
+        own = {name: getattr(self, name)[...] for name in self.activation.parameters}
+        return self.activation(self.pre_activations(x), own, self._placement() or placement)
+
+    def encode_features(
+        self, x: jax.Array, ids: jax.Array, *, placement: Placement | None = None
+    ) -> jax.Array:
+        """As :meth:`encode`, of some features only: (..., D) to (..., K).
+
+        Where an activation allows it, only their pre-activations are computed.
+
+        Args:
+            x: (..., D).
+            ids: (K,) whole numbers; a feature that does not exist is NaN.
+            placement: as there.
+        """
+        if not self.activation.per_feature:
+            return self._pick(self.encode(x, placement=placement), ids, -1)
+        z = jnp.matmul(self._input(x), self._pick(self.W_enc[...], ids, 1), precision="highest")
+        own = {name: getattr(self, name)[...] for name in self.activation.parameters}
+        own = {name: self._pick(one, ids, 0) if one.ndim else one for name, one in own.items()}
+        return self.activation(z + self._pick(self.b_enc[...], ids, 0), own, placement)
+
+    def decoder_rows(self, ids: jax.Array) -> jax.Array:
+        """``W_dec[ids]``: (K,) to (K, D), NaN for a feature that does not exist."""
+        return self._pick(self.W_dec[...], ids, 0)
+
+    def _pick(self, array: jax.Array, ids: jax.Array, axis: int) -> jax.Array:
+        ids = jnp.where(ids < 0, self.features, ids)
+        return jnp.take(array, ids, axis=axis, mode="fill", fill_value=jnp.nan)
 
     def decode(self, a: jax.Array, x: jax.Array | None = None) -> jax.Array:
         """``a W_dec + b_dec``, and the skip connection's part: (..., M) to (..., D).
@@ -165,9 +207,9 @@ class Transcoder(nnx.Module):
         y = jnp.matmul(plain(a), self.W_dec[...], precision="highest") + self.b_dec[...]
         return self._skipped(y, x)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *, placement: Placement | None = None) -> jax.Array:
         """(..., D) to (..., D): the imitation of the MLP's output, skip connection included."""
-        return self.decode(self.encode(x), x)
+        return self.decode(self.encode(x, placement=placement), x)
 
     def encode_sparse(
         self, x: jax.Array, capacity: int, *, placement: Placement | None = None
@@ -190,7 +232,7 @@ class Transcoder(nnx.Module):
             )
         here = self._placement()
         sparse = _sparse if here is None else _sparse_on_mesh
-        found = sparse(self.encode(x), capacity, placement if here is None else here)
+        found = sparse(self.encode(x, placement=placement), capacity, here or placement)
         if not isinstance(found.count, jax.core.Tracer):
             most = int(np.max(whole(found.count), initial=0))
             if most > capacity:

@@ -268,5 +268,5 @@ def _declared(
     shapes = opened.shapes
     return Transcoder.abstract(
         *shapes["W_enc"], shapes["W_dec"][1], dtype=dtype, layer=layer, source=name,
-        relu="threshold" not in shapes, skip="W_skip" in shapes, **sites,
+        activation=opened.activation, skip="W_skip" in shapes, **sites,
     )  # fmt: skip

@@ -75,6 +75,14 @@ def check_savable(
             f"The format {made.name!r} has no skip connection, and this transcoder has one. Give "
             f"format={others[0]!r} (a .safetensors file)."
         )
+    activation = transcoder.activation
+    if made.name not in activation.files and activation.as_threshold is None:
+        raise SourceError(
+            f"The format {made.name!r} has no activation {activation.name!r}, so other programs "
+            "would compute something else from the file. Keep the transcoder in a checkpoint, "
+            f"save_checkpoint({{{transcoder.layer or 0}: transcoder}}, folder); load_transcoder "
+            "reads it."
+        )
     own = {"input_site": transcoder.input_site, "output_site": transcoder.output_site}
     told = told_sites(file.absolute().parts, made.sites)
     if made.suffix == ".npz" and own != told and not without_sites:

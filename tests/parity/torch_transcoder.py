@@ -15,7 +15,20 @@ from transformers import Gemma2ForCausalLM
 
 from jaxtc.parity.torch_side import JumpReLU
 
-__all__ = ["JumpReLU", "imitate", "save_random", "spliced"]
+__all__ = ["ACTIVATE", "JumpReLU", "imitate", "save_random", "spliced"]
+
+
+def _top_k(z: torch.Tensor, k: int) -> torch.Tensor:
+    kept = z.topk(k, dim=-1)
+    return torch.zeros_like(z).scatter(-1, kept.indices, kept.values.relu())
+
+
+# By name: pre-activations and what else the activation has, to activations.
+ACTIVATE = {
+    "jumprelu": lambda z, threshold: torch.where(z > threshold, z.relu(), 0),
+    "relu": lambda z: z.relu(),
+    "topk": _top_k,
+}
 
 
 def save_random(path: Path, d: int, features: int, seed: int) -> Path:

@@ -44,10 +44,12 @@ def model() -> jaxtc.Gemma2:
 
 
 @functools.cache
-def transcoder(layer: int = 1) -> jaxtc.Transcoder:
+def transcoder(layer: int = 1, activation="jumprelu") -> jaxtc.Transcoder:
     """With ties: its features come in pairs that are always equal, one in each half."""
-    made = _random(jaxtc.Transcoder.abstract(24, FEATURES, layer=layer, source="lab"), 7 + layer)
-    for name, axis in (("W_enc", 1), ("b_enc", 0), ("threshold", 0)):
+    made = jaxtc.Transcoder.abstract(24, FEATURES, activation=activation, layer=layer, source="lab")
+    made = _random(made, 7 + layer)
+    own = [name for name, one in made.activation.parameters.items() if one.axes]
+    for name, axis in (("W_enc", 1), ("b_enc", 0), *((name, 0) for name in own)):
         value = np.array(getattr(made, name)[...])
         half = np.split(value, 2, axis=axis)[0]
         getattr(made, name)[...] = jnp.asarray(np.concatenate([half, half], axis=axis))

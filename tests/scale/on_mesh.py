@@ -21,6 +21,7 @@ from jaxtc.programs.run import _run
 from jaxtc.sharding.mesh import make_mesh, shard
 from jaxtc.sharding.placement import Placement, mix_rows, placement_of, top_k
 from jaxtc.sharding.rules import RULES, ShardingError, partition, variables
+from jaxtc.transcoders.activations import TopK as Top
 from jaxtc.weights.checkpoints import tree as orbax_tree
 from tests.scale import lab
 
@@ -104,6 +105,27 @@ def test_a_transcoder_by_itself(mesh, on):
 
 
 @pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("activation", [Top(33)], ids=str)  # 33 halves a pair of ties
+def test_other_activations(mesh, activation):
+    alone = lab.transcoder(activation=activation)
+    model, many = shard(lab.model(), mesh), shard(alone, mesh)
+    x = np.random.default_rng(2).normal(size=(4, 6, 24)).astype(np.float32)
+    expected, found = lab.dictionary(alone, x), lab.dictionary(many, x)
+    lab.check_same(found, lab.numbers(expected))
+    assert np.array_equal(found["encode"] > 0, expected["encode"] > 0)
+    edits = [jaxtc.Splice, lambda t: jaxtc.SetFeature(t, [3, 400], 2.0)]
+    runs = [
+        jaxtc.run(
+            model, lab.ROWS, edits=[edit(t) for edit in edits],
+            capture=["mlp_out", Features(transcoder=t, capacity=lab.FEATURES // 2)],
+        )
+        for model, t in ((lab.model(), alone), (model, many))
+    ]  # fmt: skip
+    told = [{"logits": r.logits} | {k: r.activations[k] for k in r.activations} for r in runs]
+    lab.check_same(told[1], lab.numbers(told[0]))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
 def test_top_k_breaks_ties_as_one_device_does(mesh):
     # Whole numbers from 0 to 3: nearly all of them are tied; NaN and signed zeros among them.
     x = np.random.default_rng(3).integers(0, 4, (8, 5, 64)).astype(np.float32)
@@ -160,6 +182,10 @@ def test_no_weight_is_ever_gathered(on, monkeypatch):
             patched.setattr(program, "_jitted", _Told(program._jitted, texts))
         jaxtc.generate(model, lab.ROWS, 3, edits=[jaxtc.Splice(transcoder)], stop=())
     assert len(texts) == 4
+    top = shard(lab.transcoder(activation=Top(33)), "data=2,model=4")
+    call = Call.of(lab.CONFIG, prompts, asked, lab.edits(top), "last", place)
+    texts["top of a run"] = _run.lower(*call.on_mesh(leaves)).compile().as_text()
+    texts["top"] = sparse.lower(top, x).compile().as_text()
     for name, text in texts.items():
         assert _gathered(text), name  # the few best of each part, at least
         assert not {lab.FEATURES, lab.CONFIG.vocab_size} & _gathered(text), name

@@ -65,13 +65,13 @@ def test_the_skip_connection_is_never_dropped():
 
 
 def test_relu():
-    relu, jump = made(relu=True), made()
+    relu, jump = made(activation="relu"), made()
     jump.threshold[...] = jnp.zeros(50)
     np.testing.assert_array_equal(relu.encode(X), jump.encode(X))
     np.testing.assert_array_equal(relu.encode(X), np.maximum(relu.pre_activations(X), 0))
     assert relu.threshold is None and relu.variant == "transcoder+relu"
     assert np.isnan(relu.encode(jnp.full((1, D), jnp.nan))).all()
-    abstract = Transcoder.abstract(4, 9, 6, relu=True, skip=True)
+    abstract = Transcoder.abstract(4, 9, 6, activation="relu", skip=True)
     assert sorted(x.shape for x in jax.tree.leaves(abstract)) == [
         (4, 9),
         (6,),

@@ -213,9 +213,11 @@ def variant(dtype: str, **options) -> jaxtc.Transcoder:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("relu", [False, True])
-def test_variants_keep_their_sites_and_their_bits(tmp_path, dtype, relu):
-    given = variant(dtype, relu=relu, skip=True, input_site="mlp_in", output_site="mlp_out")
+@pytest.mark.parametrize("activation", ["jumprelu", "relu"])
+def test_variants_keep_their_sites_and_their_bits(tmp_path, dtype, activation):
+    given = variant(
+        dtype, activation=activation, skip=True, input_site="mlp_in", output_site="mlp_out"
+    )
     tree = jaxtc.save_checkpoint({3: given}, tmp_path / "tree")
     assert same(jaxtc.load_transcoder(tree, dtype=dtype), given)
     out = convert(tree, tmp_path / "out", to="circuit-tracer")

@@ -212,7 +212,7 @@ def test_what_an_npz_cannot_hold(tmp_path):
     with pytest.raises(SourceError, match="cannot be of the format 'gemma-scope'"):
         jaxtc.save_transcoder(made, tmp_path / "x.safetensors", format="gemma-scope")
     assert not list(tmp_path.iterdir())
-    relu = jaxtc.Transcoder(D, M, relu=True, rngs=nnx.Rngs(1))
+    relu = jaxtc.Transcoder(D, M, activation="relu", rngs=nnx.Rngs(1))
     loaded = jaxtc.load_transcoder(jaxtc.save_transcoder(relu, tmp_path))
     x = draw(9, D)
     np.testing.assert_array_equal(loaded.encode(x), relu.encode(x))

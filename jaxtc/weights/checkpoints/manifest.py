@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxtc.errors import WeightsError, some
+from jaxtc.errors import JaxtcError, WeightsError, some
 from jaxtc.helpers import JAXTC_VERSION, is_whole
+from jaxtc.transcoders.activations import activation_of
 from jaxtc.weights.checkpoints.job import Record
 from jaxtc.weights.checkpoints.tree import ZARR_DTYPES, Stored
 from jaxtc.weights.files import local
@@ -203,6 +204,10 @@ def _transcoder(layer: str, claim: Any) -> tuple[int, dict[str, Any]]:
     for key in ("input_site", "output_site", "source"):
         if not isinstance(claim.get(key), str):
             raise _Unsound(f"the transcoder of layer {layer} does not say its {key}")
+    try:
+        activation_of(claim.get("activation"))
+    except JaxtcError as error:
+        raise _Unsound(f"the transcoder of layer {layer}: {error}") from error
     return int(layer), claim
 
 

@@ -161,7 +161,7 @@ class Converted:
             features,
             d_out,
             dtype=functools.reduce(jnp.promote_types, dtypes) if dtype is None else dtype,
-            relu="threshold" not in stored,
+            activation=told["activation"],
             skip="W_skip" in stored,
             layer=layer,
             input_site=sites.get("input_site") or told["input_site"],

@@ -87,7 +87,8 @@ def save_checkpoint(
 def describe(transcoder: Transcoder) -> dict[str, Any]:
     """What a manifest says of a transcoder beside its arrays."""
     names = ("input_site", "output_site", "source", "variant")
-    return {name: getattr(transcoder, name) for name in names}
+    found = {name: getattr(transcoder, name) for name in names}
+    return found | {"activation": transcoder.activation.facts()}
 
 
 def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:

@@ -17,13 +17,21 @@ from jax.sharding import NamedSharding
 
 from jaxtc.errors import SourceError, WeightsError, did_you_mean, some
 from jaxtc.tap.sites import BY_NAME
+from jaxtc.transcoders.activations import (
+    Activation,
+    activation_in,
+    keys_in,
+    optional_in,
+    parameter_names,
+)
 from jaxtc.weights.files.layout import sae_site
 from jaxtc.weights.files.npz import NpzFile
 from jaxtc.weights.files.safetensors import FLOATS, SafetensorsFile
 
 # Our parameters and their axes.
 AXES: Mapping[str, str] = MappingProxyType({
-    "W_enc": "I M", "W_dec": "M O", "b_enc": "M", "b_dec": "O", "threshold": "M", "W_skip": "O I",
+    "W_enc": "I M", "W_dec": "M O", "b_enc": "M", "b_dec": "O",
+    **{name: "M" for name in parameter_names()}, "W_skip": "O I",
 })  # fmt: skip
 
 # What the free text of a safetensors header may say of a transcoder.
@@ -38,7 +46,6 @@ class Format:
         name: what ``save_transcoder(format=...)`` calls it.
         suffix: of its files.
         keys: (their key, their order of axes) of each of our parameters that it has.
-        optional: our parameters that a file may lack.
         sites: (read, written) by such files where nothing says otherwise; None when that differs
             from release to release.
         negative: whether thresholds below 0 mean what they do here.
@@ -47,9 +54,13 @@ class Format:
     name: str
     suffix: str
     keys: Mapping[str, tuple[str, str]]
-    optional: frozenset[str]
     sites: tuple[str, str] | None
     negative: bool = True
+
+    @property
+    def optional(self) -> frozenset[str]:
+        """Our parameters that a file may lack."""
+        return optional_in(self.name) | {"W_skip"}
 
     def describe(self) -> str:
         """Its arrays, for messages."""
@@ -65,27 +76,31 @@ def _letters(axes: str) -> str:
     return f"({axes})".replace(" ", ", ").replace("I", "D").replace("O", "D")
 
 
+def _activations(format: str) -> dict[str, tuple[str, str]]:
+    """The parameters of its activations."""
+    return {name: (key, AXES[name]) for name, key in keys_in(format).items()}
+
+
 FORMATS = (
     Format(
         "gemma-scope", ".npz",
         {"W_enc": ("W_enc", "I M"), "W_dec": ("W_dec", "M O"), "b_enc": ("b_enc", "M"),
-         "b_dec": ("b_dec", "O"), "threshold": ("threshold", "M")},
-        frozenset(), ("mlp_in_normed", "mlp_out"),
+         "b_dec": ("b_dec", "O"), **_activations("gemma-scope")},
+        ("mlp_in_normed", "mlp_out"),
     ),
     # Its JumpReLU is z * (z > threshold), so below a negative threshold z < 0 would pass.
     Format(
         "circuit-tracer", ".safetensors",
         {"W_enc": ("W_enc", "M I"), "W_dec": ("W_dec", "M O"), "b_enc": ("b_enc", "M"),
-         "b_dec": ("b_dec", "O"), "threshold": ("activation_function.threshold", "M"),
-         "W_skip": ("W_skip", "O I")},
-        frozenset({"threshold", "W_skip"}), None, negative=False,
+         "b_dec": ("b_dec", "O"), **_activations("circuit-tracer"), "W_skip": ("W_skip", "O I")},
+        None, negative=False,
     ),
     Format(
         "gemma-scope-2", ".safetensors",
         {"W_enc": ("w_enc", "I M"), "W_dec": ("w_dec", "M O"), "b_enc": ("b_enc", "M"),
-         "b_dec": ("b_dec", "O"), "threshold": ("threshold", "M"),
+         "b_dec": ("b_dec", "O"), **_activations("gemma-scope-2"),
          "W_skip": ("affine_skip_connection", "I O")},
-        frozenset({"threshold", "W_skip"}), ("mlp_in", "mlp_out"),
+        ("mlp_in", "mlp_out"),
     ),
 )  # fmt: skip
 
@@ -109,6 +124,11 @@ class TranscoderFile:
     shapes: Mapping[str, tuple[int, ...]]
     sites: Mapping[str, str]
     _file: NpzFile | SafetensorsFile
+
+    @property
+    def activation(self) -> Activation | None:
+        """Told by which parameters it has."""
+        return activation_in(self.format.name, self.shapes.keys() & parameter_names())
 
     @property
     def dtype(self) -> np.dtype:

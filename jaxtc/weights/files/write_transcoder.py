@@ -28,14 +28,21 @@ def write_transcoder(
         fetch: a parameter's values by its name.
     """
     npz = format.suffix == ".npz"
-    # In an npz a ReLU is a JumpReLU whose threshold is 0.
-    names = [n for n in format.keys if n not in format.optional or getattr(declared, n) is not None]
+    activation = declared.activation
+    converted = format.name not in activation.files
+    names = [
+        name
+        for name in format.keys
+        if getattr(declared, name) is not None or (converted and name == "threshold")
+    ]
 
     def arrays() -> Iterator[tuple[str, np.ndarray]]:
         for name in names:
             key, axes = format.keys[name]
-            if getattr(declared, name) is None:
-                value = np.zeros(declared.features, np.float32)
+            if converted and name == "threshold":
+                own = {parameter: fetch(parameter) for parameter in activation.parameters}
+                value = np.broadcast_to(activation.as_threshold(own), declared.features)
+                value = value.astype(declared.W_enc.dtype)
             else:
                 value = fetch(name)
             if name == "threshold" and not format.negative:
@@ -50,8 +57,9 @@ def write_transcoder(
     tensors = []
     for name in names:
         (key, axes), param = format.keys[name], getattr(declared, name)
-        shape = param.shape if axes == AXES[name] else param.shape[::-1]
-        tensors.append((key, np.dtype(param.dtype), shape))
+        shape = (declared.features,) if axes == "M" else param.shape
+        shape = shape if axes == AXES[name] else shape[::-1]
+        tensors.append((key, np.dtype(declared.W_enc.dtype), shape))
     told = {"format": "pt", "input_site": declared.input_site}
     told |= {"output_site": declared.output_site, "variant": declared.variant}
     told |= {} if declared.layer is None else {"layer": str(declared.layer)}

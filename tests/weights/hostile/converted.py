@@ -181,7 +181,7 @@ class ConvertedTranscoders(ConvertedFolder):
         options = {"input_site": "mlp_in", "rngs": nnx.Rngs(0)}
         for made in (
             jaxtc.Transcoder(5, 7, 3, layer=0, skip=True, **options),
-            jaxtc.Transcoder(5, 6, layer=3, relu=True, **options),
+            jaxtc.Transcoder(5, 6, layer=3, activation="relu", **options),
         ):
             jaxtc.save_transcoder(made, folder / "files", format="circuit-tracer")
         return convert(folder / "files", folder / "made", "orbax")

@@ -1,0 +1,209 @@
+"""What turns a transcoder's pre-activations into its features' activations, one class each.
+
+A new activation is one class here and nothing else: the module, ``Transcoder.abstract``, file
+formats, converted checkpoints and feature edits read it. Axis letters: ... leading axes, M features
+(or those of them that are asked for).
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtc.errors import JaxtcError, did_you_mean
+from jaxtc.helpers import is_whole
+from jaxtc.model.parameters import Init, zeros
+from jaxtc.sharding.placement import Placement, top_k
+
+__all__ = ["ACTIVATIONS", "Activation", "JumpReLU", "Parameter", "ReLU", "TopK", "activation_of"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """A parameter of an activation.
+
+    Attributes:
+        axes: ``("features",)``, (M,); or ``()``, one number for all features.
+        init: as :func:`jaxtc.model.parameters.declare` takes it.
+    """
+
+    axes: tuple[str, ...] = ("features",)
+    init: Init = zeros
+
+
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """The declaration of an activation; hashable, so part of compile keys.
+
+    Fields of a subclass are its settings: static, kept as JSON. Class attributes:
+        name: what ``Transcoder(activation=name)`` calls it.
+        parameters: its arrays by name, attributes of the transcoder.
+        files: the file formats that have it and how they spell each parameter. At most one
+            activation of a format has a given set of parameters: that is how files are told apart.
+        per_feature: whether a feature's activation depends on its own pre-activation only.
+        as_threshold: {parameter: array} -> thresholds, (M,) or (), of the JumpReLU that computes
+            the same, for formats that lack this activation; None where there is none.
+    """
+
+    name: ClassVar[str]
+    parameters: ClassVar[Mapping[str, Parameter]] = MappingProxyType({})
+    files: ClassVar[Mapping[str, Mapping[str, str]]] = MappingProxyType({})
+    per_feature: ClassVar[bool] = True
+    as_threshold: ClassVar[Callable[..., np.ndarray] | None] = None
+
+    def __call__(
+        self, z: jax.Array, parameters: Mapping[str, jax.Array], placement: Placement | None
+    ) -> jax.Array:
+        """Activations (..., M) of pre-activations (..., M); NaN stays NaN.
+
+        Args:
+            z: pre-activations.
+            parameters: by name, of the same features.
+            placement: where the features lie, None on a single device.
+        """
+        raise NotImplementedError
+
+    def check(self, features: int) -> None:
+        """Refuse settings that do not suit M features. Raises JaxtcError."""
+
+    def facts(self) -> dict[str, Any]:
+        """Name and settings, as JSON; :func:`activation_of` takes them back."""
+        return {"name": self.name, **dataclasses.asdict(self)}
+
+
+#: By name.
+ACTIVATIONS: dict[str, type[Activation]] = {}
+
+
+def _register(kind: type[Activation]) -> type[Activation]:
+    kind = dataclasses.dataclass(frozen=True)(kind)
+    ACTIVATIONS[kind.name] = kind
+    return kind
+
+
+@_register
+class JumpReLU(Activation):
+    """``z`` where ``z > threshold`` (strictly) and ``z > 0``, else 0 (arXiv 2407.14435)."""
+
+    name = "jumprelu"
+    parameters = MappingProxyType({"threshold": Parameter()})
+    files = MappingProxyType({
+        "gemma-scope": {"threshold": "threshold"},
+        "circuit-tracer": {"threshold": "activation_function.threshold"},
+        "gemma-scope-2": {"threshold": "threshold"},
+    })  # fmt: skip
+
+    def __call__(self, z, parameters, placement):
+        """As the class says."""
+        # Comparisons with NaN are false, so "off" rather than "on" keeps it.
+        return jnp.where((z <= parameters["threshold"]) | (z <= 0), 0, z)
+
+
+@_register
+class ReLU(Activation):
+    """``z`` where ``z > 0``, else 0."""
+
+    name = "relu"
+    files = MappingProxyType({"circuit-tracer": {}, "gemma-scope-2": {}})
+
+    def __call__(self, z, parameters, placement):
+        """As the class says."""
+        return jnp.where(z <= 0, 0, z)
+
+    def as_threshold(self, parameters):
+        """0."""
+        return np.float32(0)
+
+
+@_register
+class TopK(Activation):
+    """The k largest pre-activations of a token, those of them above 0; else 0 (arXiv 2406.04093).
+
+    Of equal pre-activations the one with the lower id comes first. NaN counts as largest.
+    """
+
+    k: int
+
+    name = "topk"
+    per_feature = False
+
+    def __post_init__(self):
+        if not is_whole(self.k, 1):
+            raise JaxtcError(f"k is {self.k!r}, expected a whole number from 1.")
+        object.__setattr__(self, "k", int(self.k))  # JSON has no integers of NumPy
+
+    def __call__(self, z, parameters, placement):
+        """As the class says."""
+        ids = _top_k(jax.lax.stop_gradient(z), self.k, placement, feature_axes(z.ndim))[1]
+        kept = jnp.put_along_axis(jnp.zeros(z.shape, bool), ids, True, axis=-1, inplace=False)
+        return jnp.where((kept & (z > 0)) | jnp.isnan(z), z, 0)
+
+    def check(self, features):
+        """Refuse more than there are."""
+        if self.k > features:
+            raise JaxtcError(f"k is {self.k}, but the transcoder has {features} features.")
+
+
+# Sharded arrays outside a trace need a compiled program.
+_top_k = jax.jit(top_k, static_argnums=(1, 2, 3))
+
+
+def feature_axes(ndim: int) -> tuple[str, ...]:
+    """Logical axes of (..., M)."""
+    return ("batch", *["tokens"] * (ndim - 2), "features")[-ndim:]
+
+
+def activation_of(given: "str | Activation | Mapping[str, Any]") -> Activation:
+    """An activation from its name, from its :meth:`Activation.facts`, or itself.
+
+    Raises:
+        JaxtcError: no such activation, or settings that are not exactly its own.
+    """
+    if isinstance(given, Activation):
+        return given
+    told = dict(given) if isinstance(given, Mapping) else {"name": given}
+    name = told.pop("name", None)
+    kind = ACTIVATIONS.get(name) if isinstance(name, str) else None
+    if kind is None:
+        raise JaxtcError(
+            f"There is no activation {name!r}, only {', '.join(ACTIVATIONS)}."
+            f"{did_you_mean(str(name), ACTIVATIONS)}"
+        )
+    settings = [field.name for field in dataclasses.fields(kind)]
+    if sorted(map(str, told)) != sorted(settings):
+        raise JaxtcError(
+            f"The activation {name!r} takes {', '.join(settings) or 'no settings'}, got "
+            f"{', '.join(map(str, told)) or 'none'}; give {kind.__name__}"
+            f"({', '.join(f'{s}=...' for s in settings)}) of jaxtc.transcoders.activations."
+        )
+    return kind(**told)
+
+
+def parameter_names() -> list[str]:
+    """The parameters of all activations; a transcoder has each, None where it is not its own's."""
+    return sorted({name for kind in ACTIVATIONS.values() for name in kind.parameters})
+
+
+def keys_in(format: str) -> dict[str, str]:
+    """How a file format spells the parameters of all its activations: parameter to key."""
+    return {name: key for kind in _of(format) for name, key in kind.files[format].items()}
+
+
+def optional_in(format: str) -> frozenset[str]:
+    """The parameters of :func:`keys_in` that not every activation of the format has."""
+    return frozenset(keys_in(format)).difference(
+        frozenset.intersection(*(frozenset(kind.parameters) for kind in _of(format)))
+    )
+
+
+def activation_in(format: str, names: Collection[str]) -> Activation | None:
+    """The activation of a file of this format that has these of :func:`keys_in`, None if none."""
+    return next((kind() for kind in _of(format) if set(kind.parameters) == set(names)), None)
+
+
+def _of(format: str) -> list[type[Activation]]:
+    return [kind for kind in ACTIVATIONS.values() if format in kind.files]
