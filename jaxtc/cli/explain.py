@@ -17,8 +17,9 @@ from jaxtc.explore.explanation import ActiveFeature, Explanation, LayerReport, T
 from jaxtc.explore.neuronpedia import feature_url
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.files.layout import GEMMA_SCOPE_2B
-from jaxtc.weights.load_model import EMBEDDED, load_model, load_tokenizer
+from jaxtc.weights.load_model import load_model, load_tokenizer
 from jaxtc.weights.load_transcoder import available_layers, load_transcoder
+from jaxtc.weights.sources.resolve import EMBEDDED
 
 FEATURE, PIECE, FAINT = "cyan", "green", "dim"
 EDGES = 2  # columns that a table takes beside its cells and the two between them

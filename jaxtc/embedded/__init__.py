@@ -6,8 +6,7 @@ file; ``jaxtc embedded train`` makes such a folder and ``jaxtc embedded report``
 
 from pathlib import Path
 
-#: Folder of the shipped model and transcoders.
-DATA = Path(__file__).parent / "data"
+from jaxtc.weights.sources.resolve import EMBEDDED_DATA as DATA
 
 
 def model_folder(root: Path = DATA) -> Path:

@@ -30,8 +30,9 @@ from jaxtc.programs.generate import generate
 from jaxtc.tap.sites import check_layer
 from jaxtc.weights.files.layout import sae_site
 from jaxtc.weights.files.transcoder import open_transcoder
-from jaxtc.weights.load_model import EMBEDDED, load_model, load_tokenizer, model_folder
-from jaxtc.weights.load_transcoder import available_layers, load_transcoder, transcoder_file
+from jaxtc.weights.load_model import load_model, load_tokenizer
+from jaxtc.weights.load_transcoder import load_transcoder
+from jaxtc.weights.sources.resolve import EMBEDDED, MODEL, TRANSCODERS, resolve
 
 DTYPES = ("float32", "bfloat16")
 Loader = Callable[..., Gemma2]
@@ -82,7 +83,7 @@ def certify(
         raise InputError(f"dtype is {dtype!r}, expected {' or '.join(map(repr, DTYPES))}.")
     whole_number("new_tokens", new_tokens)
     say(f"Looking for {model}")
-    folder = model_folder(model)
+    folder = resolve(model, MODEL).fetch()
     config = Gemma2Config.from_file(folder / "config.json")
     count = config.num_hidden_layers
     chosen = _layers(layers, count)
@@ -200,9 +201,10 @@ def _transcoder(
         if layer is not None:
             raise InputError("A transcoder's layer was given, but no transcoder; name one too.")
         return None, None
+    found = resolve(source, TRANSCODERS)
     if layer is None:
         try:
-            there = available_layers(source)
+            there = found.layers()
         except SourceError as error:
             raise SourceError(
                 f"{error} (--transcoder-layer, transcoder_layer=, says which layer's MLP a "
@@ -215,7 +217,7 @@ def _transcoder(
             )
         [layer] = there
     layer = check_layer(layer, config.num_hidden_layers, "the transcoder")
-    file = transcoder_file(source, layer)
+    file = found.one(layer).file
     with open_transcoder(file) as opened:
         sae = sae_site(file.absolute().parts)
         if sae or opened.format.name != "gemma-scope":

@@ -13,7 +13,7 @@ from jaxtc.errors import InputError, SourceError
 from jaxtc.helpers import write_whole
 from jaxtc.parity.certificate import KINDS, Certificate, Figures, SiteRow
 from jaxtc.parity.texts import EMBEDDED_TEXTS, TEXTS
-from jaxtc.weights.load_model import EMBEDDED
+from jaxtc.weights.sources.resolve import EMBEDDED
 
 # Colours of an error from 1e-8 or less to 1 or more, two steps a decade.
 LEAST, STEPS = -8, 17

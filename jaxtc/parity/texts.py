@@ -10,7 +10,7 @@ from jaxtc.errors import InputError, SourceError
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.prompts import prepare
 from jaxtc.weights.files import local
-from jaxtc.weights.load_model import EMBEDDED
+from jaxtc.weights.sources.resolve import EMBEDDED
 
 # Of different lengths, and of different kinds of text; the last is about 100 tokens.
 TEXTS = (

@@ -16,8 +16,8 @@ from jaxtc.sharding.rules import RULES, Rules, shardings, variables
 from jaxtc.tap.sites import BY_NAME
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.checkpoints.read import load_converted_transcoder, open_transcoders
-from jaxtc.weights.files import arrays, local
-from jaxtc.weights.files.layout import DEFAULT_L0, GEMMA_SCOPE_2B, SHAPE, sae_site, tiers_in
+from jaxtc.weights.files import arrays
+from jaxtc.weights.files.layout import sae_site
 from jaxtc.weights.files.transcoder import (
     SITES,
     TranscoderFile,
@@ -25,16 +25,7 @@ from jaxtc.weights.files.transcoder import (
     read_all,
     told_sites,
 )
-from jaxtc.weights.load_model import EMBEDDED, embedded_data, no_revision
-from jaxtc.weights.sources.transcoder import (
-    converted_folder,
-    find_file,
-    find_layer,
-    layer_of_file,
-    listed,
-    split,
-    wish_of,
-)
+from jaxtc.weights.sources.resolve import CONVERTED, EMBEDDED, TRANSCODERS, Source, resolve
 
 
 def load_transcoder(
@@ -84,56 +75,38 @@ def load_transcoder(
     """
     dtype = arrays.check_dtype(dtype)
     mesh = None if mesh is None else make_mesh(mesh)
-    given = {"input_site": input_site, "output_site": output_site}
-    for site in filter(None, given.values()):
-        _check_site(site)
-    wish = wish_of(layer, width, l0)
+    given = _sites(input_site, output_site)
     with agreed(mesh, "load the transcoder"):
         places = mesh and functools.partial(shardings, mesh=mesh, rules=rules)
-        folder = converted_folder(source, revision)
-        if folder is not None:
-            if path or not wish.usual:
-                raise SourceError(
-                    f"{source} is a converted checkpoint with one transcoder a layer: give layer "
-                    "only, not path, width or l0."
-                )
-            checkpoint = open_transcoders(folder)
-            return load_converted_transcoder(checkpoint, wish.layer, dtype, places, given)
-        file, name, number = find_layer(source, wish, path, revision)
-        return _read(file, dtype, name, number, given, places)
+        found = resolve(source, TRANSCODERS, revision=revision, path=path)
+        return _load(found.one(layer, width, l0), dtype, given, places)
 
 
 def look_up(
-    source: str | Path,
-    layer: int | None = None,
-    *,
-    width: str | None = None,
-    l0: int | str | None = None,
+    found: Source,
     dtype: jnp.dtype | None = None,
+    *,
     input_site: str | None = None,
     output_site: str | None = None,
-    revision: str | None = None,
-) -> tuple[Path, np.dtype, Transcoder]:
+) -> tuple[np.dtype, Transcoder]:
     """What :func:`load_transcoder` would load, of which only the file's headers are read.
 
+    Args:
+        found: the source of one transcoder.
+        dtype: of the parameters; by default the widest dtype in the file.
+        input_site: as there.
+        output_site: as there.
+
     Returns:
-        (the local file, the widest dtype in it, the transcoder without its values, in that dtype
-        or the one that was asked for).
+        (the widest dtype in the file, the transcoder without its values).
 
     Raises:
         SourceError, SiteError, WeightsError: as there.
     """
     given = {"input_site": input_site, "output_site": output_site}
-    file, name, number = find_layer(source, wish_of(layer, width, l0), None, revision)
-    with open_transcoder(file) as opened:
+    with open_transcoder(found.file) as opened:
         stored = opened.dtype
-        declared = _declared(opened, stored if dtype is None else dtype, name, number, given)
-        return file, stored, declared
-
-
-def transcoder_file(source: str | Path, layer: int | None = None) -> Path:
-    """The local file that :func:`load_transcoder` would read. Raises SourceError so."""
-    return find_file(source, wish_of(layer, None, None), None, None)[0]
+        return stored, _declared(opened, stored if dtype is None else dtype, found, given)
 
 
 def load_transcoders(
@@ -166,44 +139,39 @@ def load_transcoders(
     Raises:
         SourceError, SiteError, ShardingError, WeightsError: as :func:`load_transcoder`.
     """
+    dtype = arrays.check_dtype(dtype)
+    mesh = None if mesh is None else make_mesh(mesh)
+    given = _sites(input_site, output_site)
+    places = mesh and functools.partial(shardings, mesh=mesh, rules=rules)
+    found = resolve(source, TRANSCODERS, revision=revision)
     if isinstance(layers, str):
         if layers != "all":
             raise SourceError(f"layers is {layers!r}, expected 'all' or whole numbers.")
-        layers = available_layers(source, revision)
+        layers = found.layers()
     if not isinstance(layers, Iterable):
         raise SourceError(f"layers is {layers!r}, expected 'all' or several, such as [{layers}].")
-    options = {"width": width, "l0": l0, "dtype": dtype, "revision": revision}
-    options |= {"input_site": input_site, "output_site": output_site}
-    options |= {"mesh": None if mesh is None else make_mesh(mesh), "rules": rules}
-    return {layer: load_transcoder(source, layer, **options) for layer in layers}
+    loaded = {}
+    for layer in layers:
+        with agreed(mesh, "load the transcoder"):
+            loaded[layer] = _load(found.one(layer, width, l0), dtype, given, places)
+    return loaded
 
 
 def available_layers(source: str | Path = EMBEDDED, revision: str | None = None) -> list[int]:
-    """The layers that a folder, a file, a hub repository or the embedded data has transcoders for.
+    """The layers that a source has transcoders for.
 
     Raises:
         SourceError: as :func:`load_transcoder`, or a file that no ``layer_N`` folder is around.
     """
-    found = local.find(source)
-    if source == GEMMA_SCOPE_2B:
-        return list(range(len(DEFAULT_L0)))
-    converted = converted_folder(source, revision)
-    if converted is not None:
-        return sorted(open_transcoders(converted).manifest.transcoders)
-    if source == EMBEDDED:
-        tiers = tiers_in(embedded_data("transcoders", revision))
-    elif found is not None:
-        no_revision(source, revision)
-        if not found.is_dir():
-            return [layer_of_file(found)]
-        tiers = tiers_in(found)
-    else:
-        repo, inside = split(source)
-        tiers = [t for t in listed(repo, revision) if t.is_below(inside)]
-    layers = sorted({tier.layer for tier in tiers})
-    if not layers:
-        raise SourceError(f"{source} holds no transcoders; expected {SHAPE} in it.")
-    return layers
+    return resolve(source, TRANSCODERS, revision=revision).layers()
+
+
+def _sites(input_site: str | None, output_site: str | None) -> dict[str, str | None]:
+    """What the caller says of the sites."""
+    given = {"input_site": input_site, "output_site": output_site}
+    for site in filter(None, given.values()):
+        _check_site(site)
+    return given
 
 
 def _check_site(name: str) -> None:
@@ -219,17 +187,18 @@ def _check_site(name: str) -> None:
         )
 
 
-def _read(
-    file: Path,
+def _load(
+    found: Source,
     dtype: np.dtype,
-    name: str,
-    layer: int | None,
     given: dict[str, str | None],
     places: Callable[[Transcoder], list[NamedSharding]] | None,
 ) -> Transcoder:
-    """The transcoder in a file; ``places`` says where its parameters go."""
-    with open_transcoder(file) as opened:
-        abstract = _declared(opened, dtype, name, layer, given)
+    """One transcoder; ``places`` says where its parameters go."""
+    if found.format == CONVERTED:
+        checkpoint = open_transcoders(found.path)
+        return load_converted_transcoder(checkpoint, found.layer, dtype, places, given)
+    with open_transcoder(found.file) as opened:
+        abstract = _declared(opened, dtype, found, given)
         names = [key for key, _ in variables(abstract)]
         where = None if places is None else dict(zip(names, places(abstract), strict=True))
         params = read_all(opened, dtype, where)
@@ -240,14 +209,10 @@ def _read(
 
 
 def _declared(
-    opened: TranscoderFile,
-    dtype: np.dtype,
-    name: str,
-    layer: int | None,
-    given: dict[str, str | None],
+    opened: TranscoderFile, dtype: np.dtype, found: Source, given: dict[str, str | None]
 ) -> Transcoder:
     """The transcoder in an open file, without its values."""
-    file = opened.path
+    file, name = opened.path, found.name
     if sae_site(file.absolute().parts) and "embedding" in file.absolute().parts:
         raise SourceError(
             f"{name} is an autoencoder of the token embedding, which the model has once; jaxtc "
@@ -267,6 +232,6 @@ def _declared(
         _check_site(site)
     shapes = opened.shapes
     return Transcoder.abstract(
-        *shapes["W_enc"], shapes["W_dec"][1], dtype=dtype, layer=layer, source=name,
+        *shapes["W_enc"], shapes["W_dec"][1], dtype=dtype, layer=found.layer, source=name,
         activation=opened.activation, skip="W_skip" in shapes, **sites,
     )  # fmt: skip

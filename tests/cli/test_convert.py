@@ -12,7 +12,7 @@ import pytest
 import jaxtc
 from jaxtc.cli import main
 from jaxtc.weights.conversion import model as convert_model
-from jaxtc.weights.load_model import EMBEDDED_DATA
+from jaxtc.weights.sources.resolve import EMBEDDED_DATA
 from tests.support.weights_files import params, random_model, same, write_tier
 from tests.weights.killed_conversions import contents
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, Gemma2ForCausalLM
 from transformers import Gemma2Config as TorchConfig
 
 from jaxtc.embedded.corpus import default_corpus
-from jaxtc.weights.load_model import embedded_data
+from jaxtc.weights.sources.resolve import EMBEDDED_DATA
 
 COMMON = {"num_hidden_layers": 4, "sliding_window": 7, "max_position_embeddings": 512}
 SHAPES = {
@@ -89,7 +89,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Gemma2ForCausalLM:
 
 def embedded() -> Oracle:
     """The model that ships in the package, on sentences of its own world."""
-    folder = embedded_data("model")
+    folder = EMBEDDED_DATA / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = [tokenizer(text).input_ids for text in SENTENCES]
     texts = default_corpus().documents(stream=99, batch=0, count=32, held_out=True)

@@ -24,7 +24,7 @@ from jaxtc.parity import Certificate, certify, job, torch_side
 from jaxtc.parity.texts import EMBEDDED_TEXTS
 from jaxtc.parity.tolerances import tolerances
 from jaxtc.tap.sites import SITES
-from jaxtc.weights.load_model import embedded_data
+from jaxtc.weights.sources.resolve import EMBEDDED_DATA
 from tests.parity import oracles
 from tests.parity.wrong import CODE, CONSTANTS, changed, scaled_twice
 
@@ -259,7 +259,7 @@ def test_a_transcoder_of_a_random_model(make_oracle, transcoder_file):
 def worded(tmp_path_factory):
     """A perturbed model that has a tokenizer, as the command needs one."""
     folder = tmp_path_factory.mktemp("worded")
-    embedded = embedded_data("model")
+    embedded = EMBEDDED_DATA / "model"
     vocab = json.loads((embedded / "config.json").read_text())["vocab_size"]
     oracles.perturbed("9b", vocab_size=vocab, num_hidden_layers=2).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):

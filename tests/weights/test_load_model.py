@@ -17,6 +17,7 @@ import jaxtc
 from jaxtc.errors import ConfigError, JaxtcError, SourceError, WeightsError
 from jaxtc.weights import load_model as load
 from jaxtc.weights.names import parameter_names
+from jaxtc.weights.sources import resolve
 from tests.support.weights_files import CONFIG, random_model, same
 
 SMALL_SHARDS = 6000  # bytes: several files, of one tensor and of many
@@ -176,7 +177,7 @@ def test_revision_of_a_folder(folder):
 
 @pytest.mark.parametrize("kind", ["model", "transcoders"])
 def test_embedded_that_is_not_there_says_how_to_make_it(monkeypatch, tmp_path, kind):
-    monkeypatch.setattr(load, "EMBEDDED_DATA", tmp_path)
+    monkeypatch.setattr(resolve, "EMBEDDED_DATA", tmp_path)
     call = {"model": jaxtc.load_model, "transcoders": jaxtc.load_transcoders}[kind]
     with pytest.raises(SourceError, match="jaxtc embedded train"):
         call("embedded")

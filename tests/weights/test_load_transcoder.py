@@ -13,9 +13,9 @@ from flax import nnx
 
 import jaxtc
 from jaxtc.errors import SiteError, SourceError, WeightsError
-from jaxtc.weights import load_model as load
 from jaxtc.weights.files import layout
 from jaxtc.weights.load_transcoder import available_layers
+from jaxtc.weights.sources import resolve
 from tests.support.weights_files import params, same, write_tier
 
 KEYS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
@@ -324,7 +324,7 @@ def test_folder_without_transcoders(tmp_path):
 
 def test_embedded_is_a_folder_of_that_layout(scope, monkeypatch, tmp_path):
     scope.rename(tmp_path / "transcoders")
-    monkeypatch.setattr(load, "EMBEDDED_DATA", tmp_path)
+    monkeypatch.setattr(resolve, "EMBEDDED_DATA", tmp_path)
     loaded = jaxtc.load_transcoder(layer=1)
     assert loaded.source == "embedded/layer_1/width_1k/average_l0_7" and loaded.b_dec[0] == 1
     assert list(jaxtc.load_transcoders()) == [0, 1, 20]

@@ -11,13 +11,11 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from jaxtc.errors import SourceError, did_you_mean
-from jaxtc.weights.checkpoints.manifest import MODEL, TRANSCODERS, read_manifest
-from jaxtc.weights.checkpoints.read import is_converted
 from jaxtc.weights.conversion.model import convert_model
 from jaxtc.weights.conversion.transcoders import check_dtype, check_model_name, convert_transcoders
-from jaxtc.weights.files import arrays, local
-from jaxtc.weights.load_model import EMBEDDED, Progress
-from jaxtc.weights.sources import hub
+from jaxtc.weights.files import arrays
+from jaxtc.weights.load_model import Progress
+from jaxtc.weights.sources.resolve import MODEL, TRANSCODERS, resolve
 
 TARGETS = {
     "orbax": (MODEL, TRANSCODERS),
@@ -85,7 +83,8 @@ def convert(
         )
     if kind not in (None, MODEL, TRANSCODERS):
         raise SourceError(f"kind is {kind!r}, expected {MODEL!r} or {TRANSCODERS!r}.")
-    kind = kind or _kind(source, to, revision)
+    found = resolve(source, kind, revision=revision, default=TARGETS[to][0])
+    kind = found.kind
     if kind not in TARGETS[to]:
         fitting = [name for name, kinds in TARGETS.items() if kind in kinds]
         raise SourceError(
@@ -95,7 +94,7 @@ def convert(
     options = {"width": width, "l0": l0, "input_site": input_site, "output_site": output_site}
     if kind == TRANSCODERS:
         return convert_transcoders(
-            source, out, to, layers=layers, dtype=check_dtype(dtype, to), revision=revision,
+            found, out, to, layers=layers, dtype=check_dtype(dtype, to),
             without_sites=without_sites, model_name=check_model_name(model_name), verify=verify,
             progress=progress, **{key: value for key, value in options.items() if value},
         )  # fmt: skip
@@ -107,22 +106,6 @@ def convert(
     if max_shard_size < 1:
         raise SourceError(f"max_shard_size is {max_shard_size} bytes, expected at least 1.")
     return convert_model(
-        source, out, to, dtype=None if dtype is None else arrays.check_dtype(dtype),
-        revision=revision, verify=verify, max_shard_size=max_shard_size, progress=progress,
+        found, out, to, dtype=None if dtype is None else arrays.check_dtype(dtype),
+        verify=verify, max_shard_size=max_shard_size, progress=progress,
     )  # fmt: skip
-
-
-def _kind(source: str | Path, to: str, revision: str | None) -> str:
-    """What a source holds."""
-    if source == EMBEDDED:
-        return TARGETS[to][0]
-    found = local.find(source)
-    if found is not None:
-        if found.is_dir() and is_converted(found):
-            return read_manifest(found).kind
-        return MODEL if found.is_dir() and local.has(found, "config.json") else TRANSCODERS
-    repo = hub.split_id(source) if isinstance(source, str) else None
-    if repo is None or repo[1]:
-        return TRANSCODERS if repo else TARGETS[to][0]
-    known = hub.download_if_there(repo[0], "config.json", revision)
-    return TRANSCODERS if known is None else MODEL

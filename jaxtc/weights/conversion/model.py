@@ -20,28 +20,28 @@ from jaxtc.weights.files.write_safetensors import pieces
 from jaxtc.weights.load_model import Progress
 from jaxtc.weights.names import Name
 from jaxtc.weights.save_model import begin, index, size_of, split
+from jaxtc.weights.sources.resolve import Source
 
 # A tensor whose chunks are no rows is read whole to be written as rows, unless it is above this.
 _WHOLE_BYTES = 256 << 20
 
 
 def convert_model(
-    source: str | Path,
+    source: Source,
     out: str | Path,
     to: str,
     *,
     dtype: np.dtype | None = None,
-    revision: str | None = None,
     verify: bool = False,
     max_shard_size: int = 5 * 10**9,
     progress: Progress | None = None,
 ) -> Path:
     """See :func:`jaxtc.convert`; ``to`` is ``"orbax"`` or ``"safetensors"``."""
-    with open_model_source(source, revision, verify=verify) as model:
+    with open_model_source(source, verify=verify) as model:
         dtypes = {ours: dtype or stored for ours, stored in model.dtypes.items()}
         config_json, config = with_dtype(model.config_json, dtype)
         what = {
-            "source": model.origin or str(source),
+            "source": model.origin or source.name,
             "to": to,
             "dtype": dtype.name if dtype else None,
             "revision": model.revision,

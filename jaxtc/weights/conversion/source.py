@@ -16,15 +16,15 @@ import numpy as np
 
 from jaxtc.errors import ConfigError
 from jaxtc.model.config import Gemma2Config
-from jaxtc.weights.checkpoints.read import Converted, is_converted, open_model
+from jaxtc.weights.checkpoints.read import Converted, open_model
 from jaxtc.weights.checkpoints.tree import TREE
 from jaxtc.weights.files import local
-from jaxtc.weights.files.model import open_checkpoint
+from jaxtc.weights.files.model import check_tensors, open_checkpoint
 from jaxtc.weights.files.safetensors import FLOATS
 from jaxtc.weights.files.shards import Box, Parts
-from jaxtc.weights.load_model import EMBEDDED, check_tensors, model_folder
 from jaxtc.weights.names import Name, parameter_names
 from jaxtc.weights.sources import hub
+from jaxtc.weights.sources.resolve import CONVERTED, Source
 from jaxtc.weights.sources.verify import model_files, verify_files
 
 # What is taken along as it is, beside the weights and config.json.
@@ -59,24 +59,23 @@ class ModelSource:
 
 
 @contextlib.contextmanager
-def open_model_source(
-    source: str | Path, revision: str | None = None, *, verify: bool = False
-) -> Iterator[ModelSource]:
+def open_model_source(source: Source, *, verify: bool = False) -> Iterator[ModelSource]:
     """A model whose tensors are those of its config; none is read yet.
 
     Args:
-        source: as of :func:`jaxtc.load_model`.
-        revision: of a hub id.
+        source: of a model.
         verify: hash all files first.
 
     Raises:
         SourceError, ConfigError, WeightsError: as :func:`jaxtc.load_model`.
     """
-    folder = model_folder(source, revision)
-    if is_converted(folder):
+    folder = source.fetch()
+    if source.format == CONVERTED:
         yield _from_converted(open_model(folder), verify)
         return
-    _fetch_kept(source, folder)
+    if source.repo:  # have the tokenizer in the cache beside the weights
+        for name in _KEPT:
+            hub.download_if_there(source.repo, name, folder.name)
     kept = [folder / name for name in _KEPT if local.has(folder, name)]
     files = model_files(folder)
     if verify:
@@ -101,14 +100,6 @@ def open_model_source(
             state_of(files),
             parts,
         )
-
-
-def _fetch_kept(source: str | Path, folder: Path) -> None:
-    """Have a hub repository's tokenizer in the cache beside its weights."""
-    repo = hub.split_id(source) if isinstance(source, str) and source != EMBEDDED else None
-    if repo and local.find(source) is None:
-        for name in _KEPT:
-            hub.download_if_there(repo[0], name, folder.name)
 
 
 def _from_converted(checkpoint: Converted, verify: bool) -> ModelSource:

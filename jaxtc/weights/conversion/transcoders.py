@@ -18,17 +18,18 @@ from jaxtc.tap.sites import BY_NAME
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.checkpoints.job import Job, room_for
 from jaxtc.weights.checkpoints.manifest import MANIFEST, TRANSCODERS, Manifest
-from jaxtc.weights.checkpoints.read import Converted, is_converted, open_transcoders
+from jaxtc.weights.checkpoints.read import Converted, open_transcoders
 from jaxtc.weights.checkpoints.save import describe
 from jaxtc.weights.checkpoints.tree import Stored, encode, metadata, store
 from jaxtc.weights.conversion.source import state_of
-from jaxtc.weights.files import arrays, local
+from jaxtc.weights.files import arrays
 from jaxtc.weights.files.layout import check_layer
-from jaxtc.weights.files.transcoder import BY_FORMAT, Format, open_transcoder
+from jaxtc.weights.files.transcoder import BY_FORMAT, SITES, Format, open_transcoder
 from jaxtc.weights.files.write_transcoder import write_transcoder
 from jaxtc.weights.load_model import Progress
-from jaxtc.weights.load_transcoder import available_layers, look_up
+from jaxtc.weights.load_transcoder import look_up
 from jaxtc.weights.save_transcoder import check_savable
+from jaxtc.weights.sources.resolve import CONVERTED, Source
 from jaxtc.weights.sources.verify import verify_files
 
 FORMATS = {"npz": "gemma-scope", "circuit-tracer": "circuit-tracer"}
@@ -61,13 +62,12 @@ class _Source:
 
 
 def convert_transcoders(
-    source: str | Path,
+    source: Source,
     out: str | Path,
     to: str,
     *,
     layers: str | Iterable[int] = "all",
     dtype: np.dtype | None = None,
-    revision: str | None = None,
     verify: bool = False,
     without_sites: bool = False,
     model_name: str | None = None,
@@ -81,7 +81,7 @@ def convert_transcoders(
             raise SourceError("layers is empty, so there is nothing to convert.")
     elif layers != "all":
         raise SourceError(f"layers is {layers!r}, expected 'all' or whole numbers.")
-    found = _open(source, layers, dtype, revision, verify, options)
+    found = _open(source, layers, dtype, verify, options)
     what = {
         "source": found.name,
         "to": to,
@@ -152,23 +152,24 @@ def _arrays(layer: int, declared: Transcoder) -> dict[str, Stored]:
 
 
 def _open(
-    source: str | Path,
+    source: Source,
     layers: str | Iterable[int],
     dtype: np.dtype | None,
-    revision: str | None,
     verify: bool,
-    options: dict[str, Any],
+    options: Mapping[str, Any],
 ) -> _Source:
     """The transcoders that are meant, each looked at but not read."""
-    folder = local.find(source)
-    if folder is not None and is_converted(folder):
-        return _of_converted(open_transcoders(folder), layers, dtype, verify)
-    wanted = available_layers(source, revision) if isinstance(layers, str) else layers
+    if source.format == CONVERTED:
+        return _of_converted(open_transcoders(source.path), layers, dtype, verify)
+    tier = [options.get(key) for key in ("width", "l0")]
+    sites = {key: options[key] for key in SITES if key in options}
+    wanted = source.layers() if isinstance(layers, str) else layers
     files, ones = {}, {}
     for layer in wanted:
-        file, stored, declared = look_up(source, layer, dtype=dtype, revision=revision, **options)
+        found = source.one(layer, *tier)
+        stored, declared = look_up(found, dtype, **sites)
         layer = operator.index(layer)  # JSON knows no integers of NumPy
-        files[layer] = file
+        files[layer] = found.file
         if stored == np.float64 and dtype is None:
             raise WeightsError(
                 f"{files[layer]} holds float64, which loses nothing that matters as float32: say "
@@ -179,7 +180,7 @@ def _open(
         verify_files(files.values())
     parts = next(iter(files.values())).parts
     commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
-    return _Source(ones, str(source), commit, state_of(list(files.values())))
+    return _Source(ones, source.name, commit, state_of(list(files.values())))
 
 
 def _of_converted(

@@ -34,7 +34,8 @@ _LAYOUTS = tuple(
         r"layer_(?P<layer>\d+)_width_(?P<width>[^/_]+)_l0_(?P<l0>[^/]+)/params\.safetensors",
     )
 )
-_FILES = (PARAMS, "layer_*.safetensors", "params.safetensors")
+_PARAMS = (PARAMS, "params.safetensors")
+_FILES = (*_PARAMS, "layer_*.safetensors")
 
 # Sparse autoencoders of the same release and in the same format, told by the name of their
 # repository; a local copy may have that name, and the hub's cache has owner and name.
@@ -80,6 +81,11 @@ def is_tier(path: str) -> bool:
 def is_file(path: str) -> bool:
     """Whether a path is that of a transcoder's file, told by its ending."""
     return path.endswith((".npz", ".safetensors"))
+
+
+def files_of(path: str) -> list[str]:
+    """The files that a path below a source may mean."""
+    return [path] if is_file(path) else [f"{path}/{name}".lstrip("/") for name in _PARAMS]
 
 
 def place_of(path: str) -> str:
@@ -138,6 +144,11 @@ class Wish:
     def usual(self) -> bool:
         """Whether nothing but the layer was said."""
         return self.width is None and self.l0 is None
+
+    @property
+    def scope(self) -> bool:
+        """Whether the usual transcoder of each layer of GEMMA_SCOPE_2B fulfils it."""
+        return self.width in (None, DEFAULT_WIDTH) and self.l0 is None
 
 
 def choose(tiers: list[Tier], below: str, wish: Wish, source: str, *, usual: bool = True) -> Tier:

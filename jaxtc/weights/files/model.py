@@ -5,9 +5,14 @@ import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+import jax
+import numpy as np
+
 from jaxtc.errors import SourceError, WeightsError, some
-from jaxtc.weights.files import local
-from jaxtc.weights.files.safetensors import Entry, SafetensorsFile
+from jaxtc.model.config import Gemma2Config
+from jaxtc.weights.files import arrays, local
+from jaxtc.weights.files.safetensors import FLOATS, Entry, SafetensorsFile
+from jaxtc.weights.names import EMBEDDING, TIED, Name, is_buffer, parameter_names
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -134,3 +139,54 @@ def _no_weights(folder: Path) -> str:
         f"{folder} has neither {SINGLE} nor {INDEX}{found}. jaxtc reads Hugging Face checkpoints "
         "in safetensors format; save_pretrained of transformers writes one."
     )
+
+
+def check_tensors(checkpoint: Checkpoint, config: Gemma2Config) -> None:
+    """Refuse a checkpoint whose tensors are not exactly a model's parameters.
+
+    Raises:
+        WeightsError: they are not; everything that is wrong is named.
+    """
+    problems = _account(checkpoint, parameter_names(config)) or _untied(checkpoint)
+    if problems:
+        raise WeightsError(
+            f"The tensors in {checkpoint.folder} are not those of the Gemma-2 in its config.json: "
+            f"{some(problems, 20)}. Weights and config must come from the same checkpoint."
+        )
+
+
+def _account(checkpoint: Checkpoint, names: list[Name]) -> list[str]:
+    """Everything that keeps the tensors from being the parameters, from the headers alone."""
+    expected = {name.hf: name for name in names}
+    problems = [f"{hf} is missing" for hf in expected if hf not in checkpoint.files]
+    for hf in checkpoint.files:
+        entry, name = checkpoint.entry(hf), expected.get(hf)
+        if hf == TIED:
+            name = expected[EMBEDDING]
+        elif name is None:
+            if not is_buffer(hf):
+                problems.append(f"{hf} is not a tensor of this model")
+            continue
+        if entry.shape != name.hf_shape:
+            axes = name.hf_axes.replace(" ", ", ")
+            problems.append(f"{hf} has shape {entry.shape}, not {name.hf_shape} ({axes})")
+        if entry.dtype not in FLOATS:
+            problems.append(f"{hf} has dtype {entry.dtype}, not one of {', '.join(FLOATS)}")
+    return problems
+
+
+def _untied(checkpoint: Checkpoint) -> list[str]:
+    """A problem when a stored output matrix is not the embedding that the config says it is.
+
+    Each of several processes compares its part of the two.
+    """
+    if TIED not in checkpoint.files:
+        return []
+    part = arrays.CHUNK_BYTES // 8, jax.process_index(), jax.process_count()
+    pair = (checkpoint.files[hf].chunks(hf, *part) for hf in (EMBEDDING, TIED))
+    if all(
+        np.array_equal(a.astype(np.float32), b.astype(np.float32))
+        for a, b in zip(*pair, strict=True)
+    ):
+        return []
+    return [f"{TIED} differs from {EMBEDDING}, to which the config ties it"]

@@ -2,11 +2,8 @@
 
 from pathlib import Path
 
-from jaxtc.errors import SourceError, did_you_mean
 from jaxtc.model.config import Gemma2Config
-from jaxtc.weights.files import local
-from jaxtc.weights.load_model import EMBEDDED, model_folder
-from jaxtc.weights.sources import hub
+from jaxtc.weights.sources.resolve import CONFIG, EMBEDDED, resolve
 
 # What the config.json of the released checkpoints say; everything else in them is the default of
 # Gemma2Config. Base and instruction-tuned models share sizes.
@@ -25,12 +22,6 @@ RELEASED: dict[str, Gemma2Config] = {
     ),
 }  # fmt: skip
 
-_NAMES = {
-    name: size
-    for size in RELEASED
-    for name in (size, f"gemma-2-{size}", f"google/gemma-2-{size}", f"google/gemma-2-{size}-it")
-}
-
 
 def load_config(source: str | Path = EMBEDDED, *, revision: str | None = None) -> Gemma2Config:
     """The config of a model; nothing is fetched but its ``config.json``.
@@ -46,16 +37,7 @@ def load_config(source: str | Path = EMBEDDED, *, revision: str | None = None) -
         SourceError: nothing there, or no access to it.
         ConfigError: not a Gemma-2.
     """
-    there = source != EMBEDDED and local.find(source) is not None
-    name = str(source).lower()
-    if name in _NAMES and revision is None and not there:
-        return RELEASED[_NAMES[name]]
-    repo = hub.split_id(source) if isinstance(source, str) else None
-    if source != EMBEDDED and repo and not repo[1] and not there:
-        return Gemma2Config.from_file(hub.download(repo[0], "config.json", revision))
-    if source != EMBEDDED and not repo and not there:
-        raise SourceError(
-            f"There is no folder {source}, and it is neither a hub id such as google/gemma-2-2b "
-            f"nor one of {', '.join(RELEASED)}.{did_you_mean(name, _NAMES)}"
-        )
-    return Gemma2Config.from_file(model_folder(source, revision) / "config.json")
+    found = resolve(source, CONFIG, revision=revision)
+    if found.size:
+        return RELEASED[found.size]
+    return Gemma2Config.from_file(found.fetch() / "config.json")

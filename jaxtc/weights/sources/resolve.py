@@ -1,0 +1,302 @@
+"""What a source is and where it lies: the one place that looks, for every loader and command.
+
+A source is a hub id (``google/gemma-2-2b``), perhaps with a path in the repository; a local folder
+or file; a checkpoint that ``jaxtc convert`` made; or ``"embedded"``.
+"""
+
+import dataclasses
+import functools
+import operator
+import os
+from importlib import resources
+from pathlib import Path, PurePosixPath
+
+from jaxtc.errors import SourceError, did_you_mean
+from jaxtc.weights.checkpoints.manifest import read_manifest
+from jaxtc.weights.checkpoints.read import is_converted, open_transcoders
+from jaxtc.weights.files import local
+from jaxtc.weights.files.layout import (
+    DEFAULT_L0,
+    GEMMA_SCOPE_2B,
+    SHAPE,
+    Tier,
+    Wish,
+    check_layer,
+    choose,
+    default_path,
+    files_of,
+    is_file,
+    is_tier,
+    layer_of,
+    place_of,
+    sae_site,
+    tiers_in,
+    tiers_of,
+)
+from jaxtc.weights.sources import hub
+
+EMBEDDED = "embedded"
+#: Folder of the shipped model and transcoders.
+EMBEDDED_DATA = Path(str(resources.files("jaxtc"))) / "embedded" / "data"
+
+# What is wanted of a source. A model's tokenizer and its config may be fetched without its weights.
+MODEL, TOKENIZER, CONFIG, TRANSCODERS = "model", "tokenizer", "config", "transcoders"
+
+# How it is kept.
+HUB, FOLDER, FILE, CONVERTED, RELEASED = "hub", "folder", "file", "converted", "released"
+
+# The released models whose configs are known, and the names that they go by.
+SIZES = ("2b", "9b", "27b")
+_NAMES = {
+    name: size
+    for size in SIZES
+    for name in (size, f"gemma-2-{size}", f"google/gemma-2-{size}", f"google/gemma-2-{size}-it")
+}
+_DOWNLOADS = {
+    MODEL: hub.download_model,
+    TOKENIZER: hub.download_tokenizer,
+    CONFIG: hub.download_config,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What a source is and where it lies; nothing of it is read.
+
+    Attributes:
+        name: as it was given; of one transcoder, the name that it goes by.
+        kind: "model", "tokenizer", "config" or "transcoders".
+        format: "hub" (a repository), "folder" (Hugging Face's layout, or a release's of
+            transcoders), "file", "converted", or "released" (a model whose config is known).
+        path: the folder or file on this machine; None while it is on the hub only.
+        inside: which transcoder below the folder or repository, "" when that is not said.
+        repo: the repository on the hub.
+        revision: its branch, tag or commit.
+        layer: of one transcoder, where anything tells.
+        size: "2b", "9b" or "27b" of a released model.
+    """
+
+    name: str
+    kind: str
+    format: str
+    path: Path | None = None
+    inside: str = ""
+    repo: str | None = None
+    revision: str | None = None
+    layer: int | None = None
+    size: str | None = None
+
+    def fetch(self) -> Path:
+        """The folder or file on this machine, downloaded first when it is on the hub.
+
+        Raises:
+            SourceError, ConfigError, WeightsError: as :func:`jaxtc.weights.sources.hub.download`.
+        """
+        return self.path or _DOWNLOADS[self.kind](self.repo, self.revision)
+
+    @property
+    def file(self) -> Path:
+        """The file of one transcoder. Raises SourceError for a converted checkpoint."""
+        if self.format == CONVERTED:
+            raise SourceError(
+                f"{self.path} is a converted checkpoint, which has no file for each transcoder. "
+                "Convert it with `jaxtc convert --to npz` first."
+            )
+        return self.path
+
+    @functools.cached_property
+    def tiers(self) -> list[Tier]:
+        """All transcoders of a folder or a repository, listed once."""
+        if self.format == HUB:
+            return tiers_of(hub.list_files(self.repo, self.revision))
+        return tiers_in(self.path)
+
+    def layers(self) -> list[int]:
+        """The layers that there are transcoders for.
+
+        Raises:
+            SourceError: there are none, or nothing tells the layer of a single file.
+        """
+        if self.format == CONVERTED:
+            return sorted(open_transcoders(self.path).manifest.transcoders)
+        if self.format == FILE:
+            named = layer_of(self.path.absolute().as_posix())
+            if named is None:
+                raise SourceError(
+                    f"{self.path} is one transcoder, and no folder around it (layer_N) says of "
+                    "which layer; say which layer, as a number."
+                )
+            return [named]
+        if self.repo == GEMMA_SCOPE_2B and not self.inside:
+            return list(range(len(DEFAULT_L0)))
+        layers = sorted({tier.layer for tier in self.tiers if tier.is_below(self.inside)})
+        if not layers:
+            raise SourceError(f"{self.name} holds no transcoders; expected {SHAPE} in it.")
+        return layers
+
+    def one(
+        self, layer: int | None = None, width: str | None = None, l0: int | str | None = None
+    ) -> "Source":
+        """The one transcoder that is meant; its file is fetched when it is on the hub.
+
+        Raises:
+            SourceError: there is none, no access to it, or more than one candidate (all listed).
+        """
+        wish = _wish(layer, width, l0)
+        if self.format == CONVERTED:
+            if self.inside or not wish.usual:
+                raise SourceError(
+                    f"{self.name} is a converted checkpoint with one transcoder a layer: give "
+                    "layer only, not path, width or l0."
+                )
+            return dataclasses.replace(self, layer=wish.layer)
+        file, name = (self.path, self.name) if self.format == FILE else self._find(wish)
+        named = layer_of(file.absolute().as_posix())
+        if None not in (named, wish.layer) and named != wish.layer:
+            raise SourceError(f"layer={wish.layer} was asked for, but {name} is of layer {named}.")
+        layer = wish.layer if named is None else named
+        return dataclasses.replace(self, name=name, format=FILE, path=file, layer=layer)
+
+    def _find(self, wish: Wish) -> tuple[Path, str]:
+        """The local file of the transcoder that is meant, and the name it goes by."""
+        root, inside = self.repo or self.name, self.inside.strip("/")
+        if self.repo == GEMMA_SCOPE_2B and not inside and wish.layer is not None and wish.scope:
+            check_layer(wish.layer, range(len(DEFAULT_L0)), root)
+            inside = default_path(wish.layer)
+        for place in files_of(inside):
+            file = self._get(place, listed=False)
+            if file is not None:
+                break
+        else:
+            parts = self.repo.split("/") if self.repo else self.path.absolute().parts
+            usual = sae_site(parts) is None
+            place = choose(self.tiers, place_of(inside), wish, root, usual=usual).path
+            file = self._get(place, listed=True)
+        return file, "/".join(filter(None, (root.rstrip("/"), place_of(place))))
+
+    def _get(self, place: str, listed: bool) -> Path | None:
+        """The local copy of a file below the source, None when it has none of that name."""
+        if self.format == FOLDER:
+            return self.path / place if listed or local.has(self.path, place) else None
+        if listed:
+            return hub.download(self.repo, place, self.revision)
+        return hub.download_if_there(self.repo, place, self.revision) if is_tier(place) else None
+
+
+def resolve(
+    source: str | Path,
+    kind: str | None = None,
+    *,
+    revision: str | None = None,
+    path: str | None = None,
+    default: str = MODEL,
+) -> Source:
+    """What a source is and where it lies. Nothing is read, and no weights are fetched.
+
+    Args:
+        source: a hub id, with a path in the repository or without; a local folder or file; or
+            ``"embedded"``. Of a config also ``"2b"``, ``"9b"`` or ``"27b"``.
+        kind: what is wanted of it: "model", "tokenizer", "config" or "transcoders". By default
+            what it holds: a model if there is a ``config.json``, or transcoders.
+        revision: of a hub id: a branch, tag or commit.
+        path: of a transcoder below the source.
+        default: the kind of a source that holds both.
+
+    Raises:
+        SourceError: nothing there, no access to it, or not of this kind.
+    """
+    if path is not None and (os.path.isabs(path) or ".." in PurePosixPath(path).parts):
+        raise SourceError(f"path={path!r} leaves {source}; give a path below it.")
+    there = None if source == EMBEDDED else local.find(source)
+    if source == EMBEDDED:
+        found = _embedded(kind or default)
+    elif there is not None:
+        found = _local(str(source), there, kind)
+    else:
+        return _on_hub(source, kind, revision, path or "", default)
+    if revision is not None:
+        raise SourceError(
+            f"revision={revision!r} applies to hub ids only, and {found.name!r} is not one."
+        )
+    if path is not None and found.format == FILE:
+        raise SourceError(f"{source} is a file, so there is no {path!r} in it.")
+    return dataclasses.replace(found, inside=path or "")
+
+
+def _embedded(kind: str) -> Source:
+    part = TRANSCODERS if kind == TRANSCODERS else MODEL
+    folder = EMBEDDED_DATA / part
+    if not folder.is_dir():
+        raise SourceError(
+            f"This copy of jaxtc has no embedded {part} ({folder} does not exist). Make them with "
+            "`jaxtc embedded train`, or install a released jaxtc, which has them."
+        )
+    return Source(EMBEDDED, kind, FOLDER, folder)
+
+
+def _local(name: str, path: Path, kind: str | None) -> Source:
+    if not path.is_dir():
+        if kind not in (None, TRANSCODERS):
+            raise SourceError(f"{name} is a file; give the folder that holds config.json.")
+        return Source(name, TRANSCODERS, FILE, path)
+    if is_converted(path):
+        return Source(name, kind or read_manifest(path).kind, CONVERTED, path)
+    has_config = local.has(path, "config.json")
+    if kind in (MODEL, CONFIG) and not has_config:
+        raise SourceError(
+            f"{path} has no config.json, so it is not a model's folder in Hugging Face's format "
+            "(config.json beside model.safetensors)."
+        )
+    return Source(name, kind or (MODEL if has_config else TRANSCODERS), FOLDER, path)
+
+
+def _on_hub(
+    source: str | Path, kind: str | None, revision: str | None, path: str, default: str
+) -> Source:
+    name = str(source)
+    if kind == CONFIG and revision is None and name.lower() in _NAMES:
+        return Source(name, kind, RELEASED, size=_NAMES[name.lower()])
+    repo, inside = (hub.split_id(source) if isinstance(source, str) else None) or ("", "")
+    kind = kind or (default if not repo else TRANSCODERS if inside else None)
+    # Every hub id may look like a relative path; none of a repository's ends like a file of ours.
+    if not repo or (kind == TRANSCODERS and is_file(repo)):
+        raise SourceError(_nothing(name, kind))
+    if kind is None:
+        config = hub.download_if_there(repo, "config.json", revision)
+        kind = TRANSCODERS if config is None else MODEL
+    if inside and kind != TRANSCODERS:
+        raise SourceError(
+            f"{name!r} is neither a local folder nor a hub id: a model's id has two parts, such "
+            f"as {repo!r}."
+        )
+    inside = "/".join(filter(None, (inside, path)))
+    return Source(name, kind, HUB, inside=inside, repo=repo, revision=revision)
+
+
+def _nothing(name: str, kind: str) -> str:
+    if kind == TRANSCODERS:
+        return (
+            f"There is no file or folder {name}, and it is not a hub id such as {GEMMA_SCOPE_2B}."
+        )
+    if kind == CONFIG:
+        return (
+            f"There is no folder {name}, and it is neither a hub id such as google/gemma-2-2b nor "
+            f"one of {', '.join(SIZES)}.{did_you_mean(name.lower(), _NAMES)}"
+        )
+    return f"There is no folder {name}, and it is not a hub id such as google/gemma-2-2b."
+
+
+def _wish(layer: int | None, width: str | None, l0: int | str | None) -> Wish:
+    """What was asked for, the layer as an index from 0."""
+    try:
+        number = None if layer is None else operator.index(layer)
+    except TypeError:
+        number = -1
+    if number is not None and number < 0:
+        place = f" A place below the source is given as path={layer!r}."
+        raise SourceError(
+            f"layer is {layer!r}, expected a whole number from 0."
+            + (place if isinstance(layer, str) else "")
+        )
+    width = None if width is None else str(width).removeprefix("width_")
+    return Wish(number, width, None if l0 is None else str(l0).removeprefix("average_l0_"))
