@@ -121,12 +121,12 @@ def _backward(plan: _Plan, leaves, tokens, lengths, edits, of):
     """(score, activations by address, gradients by address)."""
     prompts = Prompts(tokens, lengths, None, plan.length)
     asked = understand(plan.addresses, plan.config.num_hidden_layers)
-    sizes = plan.config.sizes | {"B": len(tokens), "T": plan.length, "S": plan.length, "1": 1}
+    sizes = plan.config.sizes | {"B": len(tokens), "T": plan.length, "S": plan.length}
 
     def zeros(address: Address) -> jax.Array:
         site = BY_NAME[address.site]
         dtype = jnp.float32 if site.float32 else plan.dtype
-        return jnp.zeros([sizes[letter] for letter in site.axes.split()], dtype)
+        return jnp.zeros(site.shape(sizes), dtype)
 
     def score(probes):
         pushes = [Add(value, site=a.site, layer=a.layer) for a, value in probes.items()]

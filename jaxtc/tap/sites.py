@@ -42,15 +42,24 @@ class Site:
     unlike: tuple[tuple[str, str], ...] = ()
 
     @property
+    def letters(self) -> tuple[str, ...]:
+        """The axis letters one by one."""
+        return tuple(self.axes.split())
+
+    @property
+    def kind(self) -> str:
+        """ "pairs" (a number for each query and key), "scale" (1/rms of a norm) or "vector"."""
+        return {"S": "pairs", "1": "scale"}.get(self.letters[-1], "vector")
+
+    @property
     def sequence_axis(self) -> int:
-        """Which axis runs over the tokens whose edit is selected by ``position``."""
-        letters = self.axes.split()
-        return letters.index("T" if "T" in letters else "S")
+        """The axis over tokens, which an edit's ``position`` selects from."""
+        return self.letters.index("T" if "T" in self.letters else "S")
 
     @property
     def token_axes(self) -> tuple[str, ...]:
         """The axis letters of one token's value; empty where values belong to pairs of tokens."""
-        _, first, *rest = self.axes.split()
+        _, first, *rest = self.letters
         return tuple(rest) if first in "TS" else ()
 
     def width(self, sizes: Mapping[str, int]) -> int | None:
@@ -61,6 +70,14 @@ class Site:
         """
         letters = self.token_axes
         return math.prod(sizes.get(letter, 1) for letter in letters) if letters else None
+
+    def shape(self, sizes: Mapping[str, int | str]) -> tuple[int | str, ...]:
+        """The shape of its array; letters that ``sizes`` lacks stay letters.
+
+        Args:
+            sizes: of the axis letters: :attr:`jaxtc.Gemma2Config.sizes` with B, T and S.
+        """
+        return tuple(1 if letter == "1" else sizes.get(letter, letter) for letter in self.letters)
 
     def join(self, x: Any) -> Any:
         """A token's numbers in one axis: (..., N, H) to (..., N·H), the heads one after the other.
@@ -140,7 +157,7 @@ SITES: tuple[Site, ...] = (
 
 BY_NAME: dict[str, Site] = {site.name: site for site in SITES}
 ORDER: dict[str, int] = {site.name: index for index, site in enumerate(SITES)}
-NORM_SCALES: tuple[str, ...] = tuple(name for name in BY_NAME if name.endswith("_scale"))
+NORM_SCALES: tuple[str, ...] = tuple(site.name for site in SITES if site.kind == "scale")
 
 
 @dataclasses.dataclass(frozen=True, order=True)
