@@ -163,8 +163,8 @@ class MLP(nnx.Module):
     @jax.named_scope("mlp")
     def __call__(self, x, tap):
         """(B, T, D) to (B, T, D)."""
-        gate = linear(x, self.gate[...])  # (B, T, F)
-        up = linear(x, self.up[...])  # (B, T, F)
+        gate = tap("mlp_gate", linear(x, self.gate[...]))  # (B, T, F)
+        up = tap("mlp_up", linear(x, self.up[...]))  # (B, T, F)
         # Rounded once; in bfloat16 each of its steps would round.
         gate = jax.nn.gelu(gate.astype(jnp.float32), approximate=True).astype(x.dtype)
         act = tap("mlp_act", gate * up)
