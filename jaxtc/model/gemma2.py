@@ -127,8 +127,10 @@ class Attention(nnx.Module):
         config = self.config
         with jax.named_scope("qkv"):
             q, k, v = (linear(x, weight[...], out_axes=2) for weight in (self.q, self.k, self.v))
-            q = tap("q", rotate(q, positions, config.rope_theta))  # (B, T, N, H)
-            k = tap("k", rotate(k, positions, config.rope_theta))  # (B, T, K, H)
+            q = rotate(tap("q_unrotated", q), positions, config.rope_theta)
+            q = tap("q", q)  # (B, T, N, H)
+            k = rotate(tap("k_unrotated", k), positions, config.rope_theta)
+            k = tap("k", k)  # (B, T, K, H)
             v = tap("v", v)  # (B, T, K, H)
             if past is not None:
                 past = k, v = write(past[0], k, positions), write(past[1], v, positions)

@@ -119,9 +119,6 @@ def forward(
             save = functools.partial(hold, address.layer, site.name)
             handles.append(hook(model, site.aliases(address.layer)["hf"], save))
     for layer in {*layers, count - 1}:
-        for name in ("q_proj", "k_proj"):
-            where = f"model.layers.{layer}.self_attn.{name}.output"
-            handles.append(hook(model, where, functools.partial(hold, layer, name)))
         # After the hook of resid_post, which is this module's output too.
         end = f"model.layers.{layer}.output"
         handles.append(hook(model, end, lambda _, layer=layer: finish(layer)))
@@ -143,7 +140,7 @@ def derive(model: Gemma2ForCausalLM, layer: int, held: dict, positions, mask) ->
     for name, (site, source) in NORMS.items():
         held[site] = rate(block.get_submodule(name), held[source])
     held["mlp_in_normed"] = block.pre_feedforward_layernorm._norm(held["resid_mid"].float())
-    q, k = rotated(model, held.pop("q_proj"), held.pop("k_proj"), positions)
+    q, k = rotated(model, held["q_unrotated"], held["k_unrotated"], positions)
     held["q"], held["k"] = q.transpose(1, 2), k.transpose(1, 2)
     visible = seen(positions, mask, block.self_attn.sliding_window)[:, None]
     held["attn_scores"] = scores(block.self_attn, q, k).masked_fill(~visible, torch.nan)
