@@ -22,20 +22,15 @@ def command(
         _draw(Console(), config, model)
 
 
-def _shape(site: Site, config: Gemma2Config) -> list[str | int]:
-    """Sizes where the config fixes them, axis letters where the prompt does."""
-    sizes = {**config.sizes, "1": 1}
-    return [sizes.get(letter, letter) for letter in site.axes.split()]
-
-
 def _row(site: Site, config: Gemma2Config) -> dict:
     refused = dict(site.unlike)
     names = {"hf": site.hf, "tl": site.tl}
     return {
         "site": site.name,
         "address": f"layers.N.{site.name}" if site.per_layer else site.name,
-        "axes": site.axes.split(),
-        "shape": _shape(site, config),
+        "axes": site.letters,
+        # Sizes where the config fixes them, axis letters where the prompt does.
+        "shape": site.shape(config.sizes),
         "dtype": "float32" if site.float32 else "that of the weights",
         "meaning": site.meaning,
         "hf": site.aliases("N").get("hf"),
@@ -62,7 +57,7 @@ def _draw(console: Console, config: Gemma2Config, model: str) -> None:
             if own:
                 names.append(Text(site.aliases("l")[library], style))
         meaning = Text.assemble(site.meaning, "\n" if names else "", Text("  ").join(names), *notes)
-        shape = " ".join(map(str, _shape(site, config)))
+        shape = " ".join(map(str, site.shape(config.sizes)))
         table.add_row(site.name, site.axes, shape, meaning)
     console.print(table)
     console.print(

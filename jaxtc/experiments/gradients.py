@@ -110,12 +110,12 @@ def _backward(key: _Key, leaves, tokens, lengths, edits, of):
     """(score, activations by address, gradients by address)."""
     prompts = Prompts(tokens, lengths, None, key.length)
     asked = understand(key.addresses, key.config.num_hidden_layers)
-    sizes = key.config.sizes | {"B": len(tokens), "T": key.length, "S": key.length, "1": 1}
+    sizes = key.config.sizes | {"B": len(tokens), "T": key.length, "S": key.length}
 
     def zeros(address: Address) -> jax.Array:
         site = BY_NAME[address.site]
         dtype = jnp.float32 if site.float32 else key.dtype
-        return jnp.zeros([sizes[letter] for letter in site.axes.split()], dtype)
+        return jnp.zeros(site.shape(sizes), dtype)
 
     def score(probes):
         pushes = [Add(value, site=a.site, layer=a.layer) for a, value in probes.items()]
