@@ -1,4 +1,4 @@
-"""Small things that every package uses: whole numbers, byte counts, files, frozen pytrees."""
+"""Small things that every package uses: integers, byte counts, files, frozen pytrees."""
 
 import contextlib
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jaxtc.errors import SourceError
+from jaxtc.errors import InputError, SourceError
 
 try:
     JAXTC_VERSION = importlib.metadata.version("jaxtc")
@@ -20,12 +20,40 @@ except importlib.metadata.PackageNotFoundError:  # run from a checkout that is n
 
 
 def is_whole(value: Any, least: int = 0) -> bool:
-    """Whether this is a whole number of at least ``least``, of Python's or NumPy's; no bool is."""
+    """Whether this is an integer of Python's or NumPy's, no bool, and at least ``least``."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least
 
 
+def whole_number(name: str, value: Any, least: int = 0, otherwise: str = "") -> int:
+    """``value``, when it is a whole number of at least ``least``; ``otherwise`` what else may be.
+
+    Raises:
+        InputError: it is not.
+    """
+    if not is_whole(value, least):
+        raise InputError(
+            f"{name} is {value!r}, expected a whole number of at least {least}{otherwise}."
+        )
+    return int(value)
+
+
+def check_unicode(name: str, text: str) -> None:
+    """Refuse text with lone surrogates, which stand for bytes that were not UTF-8.
+
+    Raises:
+        InputError: there is one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{name} is not Unicode text: character {error.start} is {text[error.start]!a}, which "
+            "stands for a byte that is not UTF-8. Convert the text to UTF-8 first."
+        ) from error
+
+
 def write_whole(path: Path, text: str) -> None:
-    """Write a file beside its place and move it there when whole; what no UTF-8 has is escaped.
+    """Write a file under another name, then move it into place; lone surrogates are escaped.
 
     Raises:
         SourceError: it cannot be written.
@@ -58,15 +86,7 @@ def frozen_pytree(*static: str) -> Callable[[type], type]:
 
 def gigabytes(count: int) -> str:
     """Bytes as makers of accelerators and disks count them: ``15.2 GB`` are 15.2 · 10⁹."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= size * 0.9995:
             return f"{count / size:.{0 if count >= 99.95 * size else 1}f} {unit}"
     return f"{count} B"
-
-
-def pretty(count: int) -> str:
-    """Bytes for people: ``1.5 GiB``."""
-    if count < 1024:
-        return f"{count} B"
-    power = min((count.bit_length() - 1) // 10, 4)
-    return f"{count / 1024**power:.1f} {' KMGT'[power]}iB"

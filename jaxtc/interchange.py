@@ -31,7 +31,7 @@ def to_torch(tree: Any) -> Any:
     Args:
         tree: an array of any shape, or a pytree of them, such as ``result.activations`` (whose
             addresses and aliases work as before) or a whole
-            :class:`jaxtc.programs.run.RunResult`. Leaves that are no arrays stay.
+            :class:`jaxtc.programs.call.RunResult`. Leaves that are no arrays stay.
 
     Raises:
         InputError: torch is not installed; a traced array, a random key, or a dtype that torch

@@ -112,8 +112,7 @@ class Reducer:
 
     def last_axis(self, config: Gemma2Config, width: int) -> int:
         """The length of the site's last axis."""
-        letter = self.site.axes.split()[-1]
-        return {**config.sizes, "1": 1, "S": width}[letter]
+        return self.site.shape({**config.sizes, "S": width})[-1]
 
     def __str__(self):
         return f"{type(self).__name__}({self.address})"

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxtc.captures.base import Reducer, register_reducer
 from jaxtc.errors import CapacityError, InputError, SiteError
-from jaxtc.helpers import is_whole
+from jaxtc.helpers import is_whole, whole_number
 from jaxtc.sharding.placement import top_k
 from jaxtc.sharding.rules import logical
 from jaxtc.tap.context import Context
@@ -125,8 +125,8 @@ class Mean(Reducer):
             empty = np.flatnonzero(~found.on.any(-1))
             if empty.size:
                 raise InputError(
-                    f"{self}: the mask selects no token of prompt {empty[0]}, and the mean of "
-                    "nothing is no number. Leave that prompt out of the batch."
+                    f"{self}: the mask selects no token of prompt {empty[0]}, whose mean "
+                    "would be NaN. Leave that prompt out of the batch."
                 )
         return dataclasses.replace(checked, position=found)
 
@@ -201,8 +201,7 @@ class TopK(Reducer):
 
     def __post_init__(self):
         super().__post_init__()
-        if not is_whole(self.k, 1):
-            raise InputError(f"{self}: k is {self.k!r}, expected a whole number of at least 1.")
+        whole_number(f"{self}: k", self.k, 1)
 
     def checked(self, config, tokens, lengths, width):
         """As :meth:`Reducer.checked`. Raises InputError when k is more than the axis has."""

@@ -1,12 +1,11 @@
 """``jaxtc convert``: a checkpoint in another format."""
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from jaxtc.cli.options import parse_layers
+from jaxtc.cli.options import argument, option, parse_layers
 from jaxtc.cli.runtime import working
 from jaxtc.errors import InputError
 from jaxtc.helpers import gigabytes
@@ -16,90 +15,49 @@ from jaxtc.weights.conversion.convert import TARGETS, convert
 
 
 def command(
-    source: Annotated[
+    source: argument(
         str,
-        typer.Argument(
-            help="A model or transcoders: a hub id, a folder, a transcoder's file, a folder that "
-            "this command made, or 'embedded'."
-        ),
-    ],
-    out: Annotated[Path, typer.Argument(help="The folder to write, new or empty.")],
-    to: Annotated[
+        "A model or transcoders: a hub id, a folder, a transcoder's file, a folder that "
+        "this command made, or 'embedded'.",
+    ),
+    out: argument(Path, "The folder to write, new or empty."),
+    to: option(
         str,
-        typer.Option(
-            metavar="|".join(TARGETS),
-            help="orbax, for jaxtc and orbax; safetensors, a model for transformers; npz or "
-            "circuit-tracer, transcoders for Gemma Scope's readers or circuit-tracer.",
-        ),
-    ] = "orbax",
-    kind: Annotated[
+        "orbax, for jaxtc and orbax; safetensors, a model for transformers; npz or "
+        "circuit-tracer, transcoders for Gemma Scope's readers or circuit-tracer.",
+        metavar="|".join(TARGETS),
+    ) = "orbax",
+    kind: option(
         str | None,
-        typer.Option(
-            metavar="model|transcoders",
-            help="What to convert, where the source has both, as 'embedded'.",
-            show_default=False,
-        ),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="float32, bfloat16 or float16; by default what is stored stays as it is.",
-            show_default=False,
-        ),
-    ] = None,
-    revision: Annotated[
-        str | None,
-        typer.Option(help="Of a hub id: a branch, tag or commit.", show_default=False),
-    ] = None,
-    layers: Annotated[
-        str, typer.Option(metavar="all|0,5,10-12", help="Which layers' transcoders.")
-    ] = "all",
-    width: Annotated[
-        str | None,
-        typer.Option(help="Which of a layer's transcoders, such as 65k.", show_default=False),
-    ] = None,
-    l0: Annotated[
-        str | None,
-        typer.Option("--l0", help="Which, by its average L0.", show_default=False),
-    ] = None,
-    input_site: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SITE",
-            help="What the transcoders read, where nothing tells.",
-            show_default=False,
-        ),
-    ] = None,
-    output_site: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SITE",
-            help="What the transcoders imitate, where nothing tells.",
-            show_default=False,
-        ),
-    ] = None,
-    without_sites: Annotated[
+        "What to convert, where the source has both, as 'embedded'.",
+        metavar="model|transcoders",
+    ) = None,
+    dtype: option(
+        str | None, "float32, bfloat16 or float16; by default what is stored stays as it is."
+    ) = None,
+    revision: option(str | None, "Of a hub id: a branch, tag or commit.") = None,
+    layers: option(str, "Which layers' transcoders.", metavar="all|0,5,10-12") = "all",
+    width: option(str | None, "Which of a layer's transcoders, such as 65k.") = None,
+    l0: option(str | None, "Which, by its average L0.", "--l0") = None,
+    input_site: option(
+        str | None, "What the transcoders read, where their source does not say.", metavar="SITE"
+    ) = None,
+    output_site: option(
+        str | None, "What the transcoders imitate, where their source does not say.", metavar="SITE"
+    ) = None,
+    without_sites: option(
+        bool, "Write params.npz though it cannot hold the sites.", "--without-sites"
+    ) = False,
+    model_name: option(
+        str | None, "For circuit-tracer's config.yaml, such as google/gemma-2-2b."
+    ) = None,
+    max_shard_size: option(float, "Most of a model in one safetensors file.", metavar="GB") = 5,
+    verify: option(
         bool,
-        typer.Option("--without-sites", help="Write params.npz though it cannot hold the sites."),
-    ] = False,
-    model_name: Annotated[
-        str | None,
-        typer.Option(
-            help="For circuit-tracer's config.yaml, such as google/gemma-2-2b.",
-            show_default=False,
-        ),
-    ] = None,
-    max_shard_size: Annotated[
-        float, typer.Option(metavar="GB", help="Most of a model in one safetensors file.")
-    ] = 5,
-    verify: Annotated[
-        bool,
-        typer.Option(
-            "--verify",
-            help="First compare the files with the Hugging Face hub's hashes (or, of a converted "
-            "checkpoint, with its own).",
-        ),
-    ] = False,
+        "First compare the files with the Hugging Face hub's hashes (or, of a converted "
+        "checkpoint, with its own).",
+        "--verify",
+    ) = False,
 ) -> None:
     """Write a model or transcoders in another format.
 

@@ -5,14 +5,12 @@ The training libraries are imported inside the commands, so that ``--help`` answ
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
-from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from jaxtc.cli.options import STDOUT, OnlyJson, argument, option, write_json
 from jaxtc.embedded import DATA
 from jaxtc.embedded.settings import ModelRecipe, Recipe
 from jaxtc.training.transcoders import TranscoderRecipe
@@ -39,43 +37,36 @@ TRAIN_HELP = "\n\n".join(
     ]
 )
 
-Text = Annotated[
+Text = option(
     Path | None,
-    typer.Option(
-        metavar="FILE",
-        help="Your own text (UTF-8) in place of the generated corpus: documents separated by "
-        "empty lines, or one a line. One document in 20 is held out to test on.",
-    ),
-]
-Seed = Annotated[int, typer.Option(min=0, help="Of the text, the weights and the order.")]
-
-
-def _count(least: int, text: str):
-    """The type of an option that is a whole number of at least ``least``."""
-    return Annotated[int, typer.Option(min=least, help=text)]
+    "Your own text (UTF-8) in place of the generated corpus: documents separated by "
+    "empty lines, or one a line. One document in 20 is held out to test on.",
+    metavar="FILE",
+)
+Seed = option(int, "Of the text, the weights and the order.", min=0)
 
 
 @app.command(help=TRAIN_HELP)
 def train(
-    out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Where model/ and transcoders/ are written.")
-    ] = Path("jaxtc-embedded"),
+    out: option(Path, "Where model/ and transcoders/ are written.", metavar="DIR") = Path(
+        "jaxtc-embedded"
+    ),
     text: Text = None,
     seed: Seed = 0,
-    layers: _count(1, "Layers of the model.") = 4,
-    hidden: _count(8, "Hidden size D.") = 128,
-    mlp: _count(1, "MLP width F.") = 512,
-    heads: _count(1, "Query heads N; half as many key/value heads.") = 4,
-    window: _count(1, "Positions that a sliding layer sees.") = 4,
-    vocab: _count(300, "Tokens of a tokenizer trained on --text.") = DEFAULT.vocab_size,
-    length: _count(16, "Tokens in a packed row of training text.") = DEFAULT.length,
-    rows: _count(1, "Rows in a batch.") = DEFAULT.rows,
-    steps: _count(1, "Training steps of the model.") = DEFAULT.model.steps,
-    features: _count(1, "Features M of a transcoder.") = DEFAULT.transcoders.features,
-    l0: Annotated[
-        float, typer.Option(min=1, help="Active features a token to aim at.")
-    ] = DEFAULT.transcoders.target_l0,
-    transcoder_steps: _count(1, "Training steps of the transcoders.") = DEFAULT.transcoders.steps,
+    layers: option(int, "Layers of the model.", min=1) = 4,
+    hidden: option(int, "Hidden size D.", min=8) = 128,
+    mlp: option(int, "MLP width F.", min=1) = 512,
+    heads: option(int, "Query heads N; half as many key/value heads.", min=1) = 4,
+    window: option(int, "Positions that a sliding layer sees.", min=1) = 4,
+    vocab: option(int, "Tokens of a tokenizer trained on --text.", min=300) = DEFAULT.vocab_size,
+    length: option(int, "Tokens in a packed row of training text.", min=16) = DEFAULT.length,
+    rows: option(int, "Rows in a batch.", min=1) = DEFAULT.rows,
+    steps: option(int, "Training steps of the model.", min=1) = DEFAULT.model.steps,
+    features: option(int, "Features M of a transcoder.", min=1) = DEFAULT.transcoders.features,
+    l0: option(float, "Active features a token to aim at.", min=1) = DEFAULT.transcoders.target_l0,
+    transcoder_steps: option(
+        int, "Training steps of the transcoders.", min=1
+    ) = DEFAULT.transcoders.steps,
 ) -> None:
     """Train a model and its transcoders; see TRAIN_HELP."""
     from jaxtc.embedded import recipe as recipes
@@ -112,13 +103,12 @@ def train(
 
 @app.command()
 def report(
-    folder: Annotated[
-        Path | None,
-        typer.Argument(help="A folder that `jaxtc embedded train` made; the shipped one if none."),
-    ] = None,
+    folder: argument(
+        Path | None, "A folder that `jaxtc embedded train` made; the shipped one if none."
+    ) = None,
     text: Text = None,
     seed: Seed = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")] = False,
+    as_json: OnlyJson = False,
 ) -> None:
     """Measure a trained folder: accuracy on facts, loss, and each transcoder, clean and spliced.
 
@@ -132,6 +122,6 @@ def report(
     with Console(stderr=True).status("Measuring"):
         found = measure(folder or DATA, source)
     if as_json:
-        sys.stdout.write(json.dumps(found.to_dict(), indent=2) + "\n")
+        write_json(STDOUT, found.to_dict())
     else:
         Console().print(found)

@@ -1,22 +1,28 @@
-"""``jaxtc explain``: loads what is named, explains, and draws or prints JSON."""
+"""``jaxtc explain``: what features explain a prompt, as a table from 80 columns on or as JSON."""
 
-import json
+import math
 import re
-import sys
 from collections.abc import Iterator, Mapping
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.padding import Padding
+from rich.table import Table, box
+from rich.text import Text
 
-from jaxtc.cli.draw import draw
+from jaxtc.cli.options import STDOUT, Dtype, Model, OnlyJson, argument, option, write_json
 from jaxtc.cli.runtime import Progress, working
 from jaxtc.errors import JaxtcError
 from jaxtc.explore.explain import explain
+from jaxtc.explore.explanation import ActiveFeature, Explanation, LayerReport, TokenReport
+from jaxtc.explore.neuronpedia import feature_url
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.files.layout import GEMMA_SCOPE_2B
 from jaxtc.weights.load_model import load_model, load_tokenizer
 from jaxtc.weights.load_transcoder import available_layers, load_transcoder
 from jaxtc.weights.sources.resolve import EMBEDDED
 
+FEATURE, PIECE, FAINT = "cyan", "green", "dim"
+EDGES = 2  # columns that a table takes beside its cells and the two between them
 # Of the embedded model: its last, where the tokens a feature promotes say most about it. Of Gemma
 # Scope: the tutorial's.
 DEFAULT_LAYER = 3
@@ -24,18 +30,33 @@ GEMMA_SCOPE_LAYER = 20
 
 
 def command(
-    prompt: str,
-    *,
-    model: str,
-    transcoder: str | None,
-    layer: str | None,
-    input_site: str | None,
-    top_features: int,
-    max_new_tokens: int,
-    dtype: str | None,
-    as_json: bool,
+    prompt: argument(str, "The text to explain; <bos> is added."),
+    model: Model = "embedded",
+    transcoder: option(
+        str | None,
+        "'embedded', a hub id with or without a path (google/gemma-scope-2b-pt-transcoders"
+        "/layer_20/width_16k/average_l0_11), a folder or a params.npz. The model's own, if "
+        "it has some.",
+    ) = None,
+    layer: option(
+        str | None,
+        "Which layer's MLP, from 0; 'all' for a row per layer. "
+        "By default 3, the last, for the embedded model and 20, the Gemma Scope "
+        "tutorial's, for google/gemma-2-2b.",
+        metavar="N|all",
+    ) = None,
+    input_site: option(
+        str | None,
+        "Feed the transcoder another site than the one it was trained on; mlp_in is what "
+        "the Gemma Scope tutorial feeds.",
+        metavar="SITE",
+    ) = None,
+    top_features: option(int, "Strongest features shown per token.") = 3,
+    max_new_tokens: option(int, "Length of the continuation.") = 2,
+    dtype: Dtype = None,
+    as_json: OnlyJson = False,
 ) -> None:
-    """Explain ``prompt``; the options are those of the command line."""
+    """Show, token by token, which transcoder features explain what an MLP did with a prompt."""
     if layer is not None and layer != "all" and not re.fullmatch(r"\d+", layer, re.ASCII):
         raise JaxtcError(
             f"--layer is {layer!r}, expected the number of a layer, counted from 0, or 'all'."
@@ -58,9 +79,9 @@ def command(
             progress=progress,
         )
     if as_json:
-        sys.stdout.write(json.dumps(found.to_dict(), ensure_ascii=False, indent=2) + "\n")
-        return
-    draw(Console(), found, by_layer=layer == "all")
+        write_json(STDOUT, found.to_dict())
+    else:
+        draw(Console(), found, by_layer=layer == "all")
 
 
 def own_transcoders(model: str) -> str:
@@ -102,3 +123,154 @@ class _OnDemand(Mapping):
 
     def __len__(self) -> int:
         return len(self.layers)
+
+
+def draw(console: Console, found: Explanation, by_layer: bool = False) -> None:
+    """Print it: warnings, the table, what its numbers mean, and the continuation."""
+    for warning in found.warnings:
+        console.print(Text.assemble(("Note: ", "bold yellow"), warning))
+    if by_layer:
+        console.print(_all_layers(found, console.width))
+    else:
+        for report in found.layers:
+            console.print(_one_layer(report, console.width))
+    console.print(_continuation(found))
+
+
+def number(value: float, digits: int = 3) -> str:
+    """Fixed digits; a dash where the number is not defined."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else "–"
+
+
+def _piece(piece: str, style: str) -> Text:
+    """A piece of the vocabulary: a faint ▁ where a word begins, control characters spelled out."""
+    begins = piece.startswith("▁")
+    rest = piece.removeprefix("▁").replace("▁", " ")
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in rest)
+    return Text.assemble(("▁" if begins else "", FAINT), (plain, style))
+
+
+def _feature(feature: ActiveFeature, room: int) -> Text:
+    """A feature on one line of ``room`` columns: as many of the tokens it promotes as fit."""
+    line = Text.assemble((f"{feature.feature:>5}", FEATURE), f" {feature.activation:>6.2f} ")
+    if feature.url:
+        line.stylize(f"link {feature.url}", 0, 5)
+    for index, text in enumerate(feature.promotes):
+        piece = _piece(text, PIECE)
+        last = index == len(feature.promotes) - 1
+        if index and line.cell_len + piece.cell_len + (1 if last else 3) > room:
+            line.append(" …", FAINT)
+            break
+        line = Text.assemble(line, " ", piece, "" if last else " ")
+    line.truncate(room, overflow="ellipsis")
+    return line
+
+
+def _features(token: TokenReport, room: int) -> Text:
+    lines = [_feature(feature, room) for feature in token.features]
+    return Text("\n").join(lines) if lines else _no_feature(token)
+
+
+def _no_feature(token: TokenReport) -> Text:
+    """What stands for features: nothing where there are active ones that were not asked for."""
+    return Text("" if token.l0 else "none active", FAINT)
+
+
+def _cut(text: Text, room: int) -> Text:
+    text.truncate(room, overflow="ellipsis")
+    return text
+
+
+def _one_layer(report: LayerReport, columns: int) -> Group:
+    title = Text.assemble(
+        (f"Layer {report.layer}", "bold"),
+        f"  {report.input_site} → {report.width} features → {report.output_site}\n",
+        (report.transcoder, FAINT),
+    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    pieces = [
+        _cut(_piece(token.text, FAINT if token.masked else "bold"), 20) for token in report.tokens
+    ]
+    longest = max(piece.cell_len for piece in pieces)
+    headings = {"": len(str(len(pieces))), "token": max(longest, 5), "L0": 3, ">1": 3, "error": 5}
+    for heading, width in headings.items():
+        side = "left" if heading == "token" else "right"
+        table.add_column(heading, justify=side, min_width=width)
+    table.add_column("feature, activation, tokens it promotes", no_wrap=True)
+    room = max(columns - sum(headings.values()) - 2 * len(headings) - EDGES, 20)
+    for token in report.tokens:
+        table.add_row(
+            str(token.position),
+            pieces[token.position],
+            str(token.l0),
+            str(token.above_one),
+            number(token.relative_error, 2),
+            _features(token, room),
+            style=FAINT if token.masked else "",
+        )
+    return Group(title, table, _totals(report))
+
+
+def _totals(report: LayerReport) -> Group:
+    counted = [token for token in report.tokens if not token.masked]
+    figures = Table.grid(padding=(0, 2))
+    figures.add_column(no_wrap=True)
+    figures.add_column(justify="right", style="bold", no_wrap=True)
+    figures.add_column(style=FAINT)
+    figures.add_row(
+        "explained variance",
+        number(report.explained_variance),
+        f"1 − FVU (dataset mean), over these {len(counted)} tokens",
+    )
+    figures.add_row("mean L0", number(report.l0, 1), "active features a token (>1: above 1)")
+    figures.add_row("mean error", number(report.relative_error), "‖y − ŷ‖ / ‖y‖ of a token")
+    if math.isfinite(report.notebook_score):
+        figures.add_row(
+            "notebook score",
+            number(report.notebook_score),
+            "as in Gemma Scope's tutorial: from mlp_in, with <bos>",
+        )
+    return Group(figures, *_links(report))
+
+
+def _links(report: LayerReport) -> list[Text]:
+    url = feature_url(report.transcoder, "FEATURE")
+    return (
+        [Text.assemble("Neuronpedia has a page for each feature:\n", (url, FEATURE))] if url else []
+    )
+
+
+def _all_layers(found: Explanation, columns: int) -> Group:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    headings = {"layer": 5, "EV": 6, "L0": 5, "error": 5, "notebook": 8}
+    for name, width in headings.items():
+        table.add_column(name, justify="right", min_width=width)
+    room = max(columns - sum(headings.values()) - 2 * len(headings) - EDGES, 20)
+    last = Text.assemble("strongest at ", _piece(found.tokens[-1], "bold"), " and what it promotes")
+    table.add_column(_cut(last, room), no_wrap=True)
+    for report in found.layers:
+        strongest = report.tokens[-1].features[:1]
+        table.add_row(
+            Text(str(report.layer), "bold"),
+            number(report.explained_variance),
+            number(report.l0, 1),
+            number(report.relative_error),
+            number(report.notebook_score),
+            _feature(strongest[0], room) if strongest else _no_feature(report.tokens[-1]),
+        )
+    counted = sum(not token.masked for token in found.layers[0].tokens)
+    meaning = Text(
+        f"EV: explained variance, 1 − FVU (dataset mean), over these {counted} tokens. "
+        "L0: active features a token. error: mean ‖y − ŷ‖ / ‖y‖. All three without special tokens. "
+        "notebook: the Gemma Scope tutorial's score (reads mlp_in, keeps <bos>, one scalar "
+        "variance).",
+        FAINT,
+    )
+    return Group(table, meaning)
+
+
+def _continuation(found: Explanation) -> Padding:
+    if not found.continuation_ids:
+        return Padding("", 0)
+    new = found.continuation or "(the model ends the text here)"
+    return Padding(Text.assemble(found.prompt, (new, "bold green")), (1, 0, 0, 0))

@@ -1,6 +1,5 @@
 """``jaxtc generate``: continues a text, token by token as they come; features may steer it."""
 
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -9,10 +8,12 @@ from typing import Any
 from rich.console import Console
 
 from jaxtc.cli.explain import find_transcoders, own_transcoders
+from jaxtc.cli.options import STDOUT, Dtype, Model, OnlyJson, argument, option, write_json
 from jaxtc.cli.runtime import Progress, working
 from jaxtc.edits.base import Edit
 from jaxtc.edits.features import SetFeature
-from jaxtc.errors import InputError, JaxtcError
+from jaxtc.errors import JaxtcError
+from jaxtc.helpers import check_unicode
 from jaxtc.programs.generate import generate
 from jaxtc.weights.load_model import load_model, load_tokenizer
 
@@ -21,28 +22,42 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
 def command(
-    prompt: str,
-    *,
-    model: str,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int,
-    stop: str | None,
-    steer: Sequence[str],
-    layer: int | None,
-    transcoder: str | None,
-    dtype: str | None,
-    as_json: bool,
+    prompt: argument(str, "The text to continue; <bos> is added."),
+    model: Model = "embedded",
+    max_new_tokens: option(int, "Length of the continuation.") = 40,
+    temperature: option(
+        float, "0 takes the argmax; 1 samples from the model's distribution."
+    ) = 0.0,
+    top_k: option(int | None, "Sample among the K most likely tokens only.") = None,
+    top_p: option(
+        float | None, "Sample among the fewest tokens whose probabilities sum to this only."
+    ) = None,
+    seed: option(int, "The same seed gives the same text.") = 0,
+    stop: option(str | None, "End before this text, if it comes up.") = None,
+    steer: option(
+        list[str] | None,
+        "Set a transcoder's feature to this activation on every token but <bos>. "
+        "Several: give it again.",
+        metavar="FEATURE=VALUE",
+    ) = None,
+    layer: option(
+        int | None,
+        "Whose MLP's features --steer names, from 0; by default as for `jaxtc explain`.",
+        metavar="N",
+        min=0,
+    ) = None,
+    transcoder: option(str | None, "Where --steer's features are, as for `jaxtc explain`.") = None,
+    dtype: Dtype = None,
+    as_json: OnlyJson = False,
 ) -> None:
-    """Continue ``prompt``; the options are those of the command line."""
+    """Continue a text, token by token as they come; steer it by transcoder features."""
+    steer = steer or []
     features = dict(map(_feature, steer))
     _check(prompt, stop, len(steer), features, layer, transcoder)
     if temperature == 0 and (top_k is not None or top_p is not None):
         raise JaxtcError(
-            "--top-k and --top-p say what is drawn from, and without --temperature nothing is "
-            "drawn: the likeliest token is taken. --temperature 1 is the model's own distribution."
+            "--top-k and --top-p limit what is sampled, and without --temperature nothing is "
+            "sampled: the argmax is taken. --temperature 1 is the model's own distribution."
         )
     with working("Starting JAX") as progress:
         edits = _edits(features, layer, transcoder, model, progress)
@@ -80,19 +95,19 @@ def command(
         waiting.stop()
     write(text.rest() + "\n")
     if as_json:
-        told = {
+        value = {
             "prompt": prompt,
             "continuation": text.shown,
             "ids": found.prompts[0],
             "new_ids": found.tokens[0],
-            "steered": [{"feature": f, "value": value} for f, value in features.items()],
+            "steered": [{"feature": f, "value": x} for f, x in features.items()],
             "layer": edits[0].layer if edits else None,
             "temperature": temperature,
             "top_k": top_k,
             "top_p": top_p,
             "seed": seed,
         }
-        sys.stdout.write(json.dumps(told, ensure_ascii=False, indent=2) + "\n")
+        write_json(STDOUT, value)
 
 
 class Increments:
@@ -151,21 +166,15 @@ class Increments:
 
 
 def _check(prompt, stop, given: int, features: dict, layer, transcoder) -> None:
-    for name, text in (("The prompt", prompt), ("--stop", stop or "")):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"{name} is not Unicode text: character {error.start} is {text[error.start]!a}, "
-                "which stands for a byte that is not UTF-8. Convert the text to UTF-8 first."
-            ) from error
+    check_unicode("The prompt", prompt)
+    check_unicode("--stop", stop or "")
     if stop == "":
         raise JaxtcError("--stop is empty; every text contains that. Leave it out for no stop.")
     if len(features) < given:
         raise JaxtcError("--steer names a feature twice; give each of them one value.")
     if not features and (layer is not None or transcoder is not None):
         raise JaxtcError(
-            "--layer and --transcoder say whose features are steered, and none is: add "
+            "--layer and --transcoder say whose features are steered, but no feature is: add "
             "--steer FEATURE=VALUE, or leave them out."
         )
 

@@ -1,5 +1,6 @@
 """Options that several commands have, and what they share in reading them."""
 
+import functools
 import json
 import re
 import sys
@@ -15,24 +16,25 @@ from jaxtc.weights.files import local
 # No model has as many layers.
 _MOST = 10_000
 
-Model = Annotated[
-    str, typer.Option(help="'embedded', a hub id such as google/gemma-2-2b, or a folder.")
-]
-Dtype = Annotated[
+
+def option(kind: Any, text: str, *names: str, **settings: Any) -> Any:
+    """The annotation of a command's parameter that is an option; ``text`` is its help."""
+    return Annotated[kind, typer.Option(*names, help=text, **settings)]
+
+
+def argument(kind: Any, text: str, **settings: Any) -> Any:
+    """The same of one that is given by its place."""
+    return Annotated[kind, typer.Argument(help=text, **settings)]
+
+
+Model = option(str, "'embedded', a hub id such as google/gemma-2-2b, or a folder.")
+Dtype = option(
     str | None,
-    typer.Option(
-        help="Of the model's weights: float32, bfloat16 or float16. float32 on a CPU and "
-        "bfloat16 on accelerators by default.",
-        show_default=False,
-    ),
-]
-OnlyJson = Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")]
-JsonFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--json", metavar="FILE", help="Write every figure; - for stdout.", show_default=False
-    ),
-]
+    "Of the model's weights: float32, bfloat16 or float16. float32 on a CPU and "
+    "bfloat16 on accelerators by default.",
+)
+OnlyJson = option(bool, "Only JSON on stdout.", "--json")
+JsonFile = option(Path | None, "Write every figure; - for stdout.", "--json", metavar="FILE")
 STDOUT = Path("-")
 
 
@@ -66,7 +68,7 @@ def check_place(option: str, path: Path) -> None:
         raise SourceError(f"{option} {path}: there is no folder {path.parent}; make it first.")
 
 
-def write_json(path: Path | None, value: dict[str, Any]) -> None:
+def write_json(path: Path | None, value: Any) -> None:
     """What ``--json`` asked for: to a file, to stdout, or nothing.
 
     Raises:
@@ -74,9 +76,13 @@ def write_json(path: Path | None, value: dict[str, Any]) -> None:
     """
     if path is None:
         return
-    stdout = path == STDOUT
-    text = json.dumps(value, ensure_ascii=stdout, indent=2, allow_nan=False) + "\n"
-    if stdout:
-        sys.stdout.write(text)
-    else:
+    dumps = functools.partial(json.dumps, value, indent=2, allow_nan=False)
+    text = dumps(ensure_ascii=False) + "\n"
+    if path != STDOUT:
         write_whole(path, text)
+        return
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = dumps() + "\n"
+    sys.stdout.write(text)

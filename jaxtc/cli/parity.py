@@ -8,11 +8,20 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import typer
 from rich.console import Console
 from rich.table import Table, box
 from rich.text import Text
 
-from jaxtc.cli.options import STDOUT, check_place, parse_layers, write_json
+from jaxtc.cli.options import (
+    STDOUT,
+    JsonFile,
+    argument,
+    check_place,
+    option,
+    parse_layers,
+    write_json,
+)
 from jaxtc.cli.runtime import working
 from jaxtc.errors import InputError
 from jaxtc.parity.certificate import Certificate, Figures, SiteRow
@@ -24,23 +33,42 @@ SHOWN = 12
 
 
 def command(
-    model: str,
-    *,
-    transcoder: str | None,
-    transcoder_layer: int | None,
-    prompts: Path | None,
-    dtype: str,
-    layers: str | None,
-    truth: bool,
-    new_tokens: int,
-    report: Path | None,
-    json_file: Path | None,
-) -> bool:
-    """Compare, draw and write; whether it passed. The options are those of the command line."""
+    model: argument(
+        str, "'embedded', a hub id such as google/gemma-2-2b, or a folder."
+    ) = "embedded",
+    transcoder: option(
+        str | None,
+        "Compare this transcoder's features too: 'embedded', a hub id with or without a "
+        "path, a folder or a params.npz.",
+    ) = None,
+    transcoder_layer: option(
+        int | None, "Whose MLP it imitates, where its source does not say.", metavar="N", min=0
+    ) = None,
+    prompts: option(
+        Path | None,
+        "A text file, one prompt a line; a few built-in sentences by default.",
+        metavar="FILE",
+    ) = None,
+    dtype: option(str, "Of both models' weights: float32 or bfloat16.") = "float32",
+    layers: option(
+        str | None, "Whose sites to compare; all by default.", metavar="0,5,10-12"
+    ) = None,
+    truth: option(
+        bool, "Also run PyTorch in float64, to see which of the two is nearer.", "--truth"
+    ) = False,
+    new_tokens: option(int, "Greedy tokens to compare after each prompt.", min=0) = 16,
+    report: option(Path | None, "Write an HTML report.", metavar="FILE") = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Certify that JAX and PyTorch agree on your weights and prompts; exit code 1 if they do not.
+
+    Runs transformers' Gemma-2 in PyTorch and ours on the same tokens, one after the other, and
+    compares every site of every layer. PyTorch comes with jaxtc's extra "parity".
+    """
     chosen = None if layers is None else parse_layers(layers)
-    for option, path in (("--report", report), ("--json", json_file)):
+    for name, path in (("--report", report), ("--json", json_file)):
         if path is not None:
-            check_place(option, path)
+            check_place(name, path)
     if report and json_file and os.path.realpath(report) == os.path.realpath(json_file):
         raise InputError(f"--report and --json are both {report}; give each a file of its own.")
     if report and importlib.util.find_spec("jinja2") is None:
@@ -69,7 +97,7 @@ def command(
             write_report(held, report)
     finally:
         draw(Console(stderr=json_file == STDOUT), found)
-    return found.passed
+    raise typer.Exit(0 if found.passed else 1)
 
 
 @contextlib.contextmanager

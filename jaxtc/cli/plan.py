@@ -1,15 +1,21 @@
 """``jaxtc plan``: what each device will hold, and whether that fits."""
 
 import re
-from typing import Annotated
 
-import typer
 from rich.console import Console
 from rich.table import Table, box
 from rich.text import Text
 
 from jaxtc.captures.reducers import At
-from jaxtc.cli.options import STDOUT, JsonFile, check_place, parse_layers, write_json
+from jaxtc.cli.options import (
+    STDOUT,
+    JsonFile,
+    argument,
+    check_place,
+    option,
+    parse_layers,
+    write_json,
+)
 from jaxtc.errors import InputError
 from jaxtc.helpers import gigabytes
 from jaxtc.memory.plan import Plan, plan
@@ -18,65 +24,41 @@ from jaxtc.sharding.rules import RULES, ShardingError
 
 
 def command(
-    model: Annotated[
+    model: argument(
         str,
-        typer.Argument(
-            help="2b, 9b or 27b; a hub id or a folder, of which only config.json is read; or "
-            "'embedded'."
-        ),
-    ],
-    mesh: Annotated[
-        str, typer.Option(help="Devices along each axis of the mesh, such as data=2,model=4.")
-    ] = "data=1,model=1",
-    batch: Annotated[int, typer.Option(help="Prompts of a call.")] = 1,
-    length: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens of the longest prompt; 1024 by default, or what the context holds.",
-            show_default=False,
-        ),
-    ] = None,
-    new_tokens: Annotated[
-        int, typer.Option(help="Plan a generation of so many tokens, with its cache.")
-    ] = 0,
-    capture: Annotated[
+        "2b, 9b or 27b; a hub id or a folder, of which only config.json is read; or 'embedded'.",
+    ),
+    mesh: option(
+        str, "Devices along each axis of the mesh, such as data=2,model=4."
+    ) = "data=1,model=1",
+    batch: option(int, "Prompts of a call.") = 1,
+    length: option(
+        int | None, "Tokens of the longest prompt; 1024 by default, or what the context holds."
+    ) = None,
+    new_tokens: option(int, "Plan a generation of so many tokens, with its cache.") = 0,
+    capture: option(
         list[str] | None,
-        typer.Option(
-            metavar="SITE[@POSITION]",
-            help="Activations to keep, such as layers.20.mlp_out, or resid_post for every layer; "
-            "resid_post@-1 keeps the last token's only. Several: give it again.",
-            show_default=False,
-        ),
-    ] = None,
-    logits: Annotated[
+        "Activations to keep, such as layers.20.mlp_out, or resid_post for every layer; "
+        "resid_post@-1 keeps the last token's only. Several: give it again.",
+        metavar="SITE[@POSITION]",
+    ) = None,
+    logits: option(
         str | None,
-        typer.Option(
-            metavar="all|last|none",
-            help="Which are given back; all by default, none by a generation.",
-            show_default=False,
-        ),
-    ] = None,
-    transcoders: Annotated[
-        str,
-        typer.Option(metavar="all|none|0,5,10-12", help="Layers with a transcoder in memory."),
-    ] = "none",
-    width: Annotated[
-        str, typer.Option(help="Features of each transcoder: 16k, 65k, 1m or a number.")
-    ] = "16k",
-    dtype: Annotated[str, typer.Option(help="Of the weights.")] = "bfloat16",
-    transcoder_dtype: Annotated[str, typer.Option(help="Of the transcoders.")] = "float32",
-    skip: Annotated[
-        bool, typer.Option("--skip", help="The transcoders have a skip connection.")
-    ] = False,
-    replicate: Annotated[
+        "Which are given back; all by default, none by a generation.",
+        metavar="all|last|none",
+    ) = None,
+    transcoders: option(
+        str, "Layers with a transcoder in memory.", metavar="all|none|0,5,10-12"
+    ) = "none",
+    width: option(str, "Features of each transcoder: 16k, 65k, 1m or a number.") = "16k",
+    dtype: option(str, "Of the weights.") = "bfloat16",
+    transcoder_dtype: option(str, "Of the transcoders.") = "float32",
+    skip: option(bool, "The transcoders have a skip connection.", "--skip") = False,
+    replicate: option(
         list[str] | None,
-        typer.Option(
-            metavar="AXIS",
-            help="Hold this logical axis whole on every device, such as vocab. Several: give it "
-            "again.",
-            show_default=False,
-        ),
-    ] = None,
+        "Hold this logical axis whole on every device, such as vocab. Several: give it again.",
+        metavar="AXIS",
+    ) = None,
     json_file: JsonFile = None,
 ) -> None:
     """Show what each device of a mesh will hold, whether it fits, and what would make it fit.
@@ -117,8 +99,8 @@ def _capture(text: str) -> str | At:
         return text
     if not re.fullmatch(r"-?\d{1,9}", position):
         raise InputError(
-            f"--capture {text}: {position!r} is no position; expected a whole number, such as -1 "
-            "for each prompt's last token."
+            f"--capture {text}: {position!r} is not a position; expected a whole number, such as "
+            "-1 for each prompt's last token."
         )
     return At(site, int(position))
 

@@ -67,7 +67,7 @@ def quiet() -> None:
 
 
 def use_compilation_cache(console: Console) -> None:
-    """Keep compiled programs between runs, unless the user has said where (or that none is kept).
+    """Keep compiled programs between runs, unless the user has said where, or not to.
 
     A cached program is code that will be run, so the folder is the user's own, with mode 0700.
     """
@@ -102,7 +102,7 @@ def make_private(folder: Path) -> str | None:
                 return f"{place} is a link"
             if seen.st_uid not in (os.getuid(), 0) or (place == folder and not _mine(seen)):
                 return f"{place} belongs to another user"
-            # In a sticky folder such as /tmp nobody can replace what is another's.
+            # In a sticky folder such as /tmp only its owner can replace a file.
             if seen.st_mode & 0o022 and (place == folder or not seen.st_mode & stat.S_ISVTX):
                 return f"others can write to {place}"
         if stat.S_IMODE(folder.lstat().st_mode) != 0o700:

@@ -1,31 +1,25 @@
 """``jaxtc sites``: the table of sites, with the shapes of a model."""
 
-import json
-import sys
-
 from rich.console import Console
 from rich.table import Table, box
 from rich.text import Text
 
+from jaxtc.cli.options import STDOUT, OnlyJson, option, write_json
 from jaxtc.model.config import Gemma2Config
 from jaxtc.tap.sites import SITES, Site
 from jaxtc.weights.sources.released import load_config
 
 
-def command(model: str, *, as_json: bool) -> None:
-    """Print the table for ``model``, reading nothing but its ``config.json``."""
+def command(
+    model: option(str, "Whose shapes to show; only its config.json is read.") = "embedded",
+    as_json: OnlyJson = False,
+) -> None:
+    """List every site that can be captured or edited, with its shape and its names elsewhere."""
     config = load_config(model)
     if as_json:
-        rows = [_row(site, config) for site in SITES]
-        sys.stdout.write(json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
-        return
-    _draw(Console(), config, model)
-
-
-def _shape(site: Site, config: Gemma2Config) -> list[str | int]:
-    """Sizes where the config fixes them, axis letters where the prompt does."""
-    sizes = {**config.sizes, "1": 1}
-    return [sizes.get(letter, letter) for letter in site.axes.split()]
+        write_json(STDOUT, [_row(site, config) for site in SITES])
+    else:
+        _draw(Console(), config, model)
 
 
 def _row(site: Site, config: Gemma2Config) -> dict:
@@ -34,8 +28,9 @@ def _row(site: Site, config: Gemma2Config) -> dict:
     return {
         "site": site.name,
         "address": f"layers.N.{site.name}" if site.per_layer else site.name,
-        "axes": site.axes.split(),
-        "shape": _shape(site, config),
+        "axes": site.letters,
+        # Sizes where the config fixes them, axis letters where the prompt does.
+        "shape": site.shape(config.sizes),
         "dtype": "float32" if site.float32 else "that of the weights",
         "meaning": site.meaning,
         "hf": site.aliases("N").get("hf"),
@@ -62,7 +57,7 @@ def _draw(console: Console, config: Gemma2Config, model: str) -> None:
             if own:
                 names.append(Text(site.aliases("l")[library], style))
         meaning = Text.assemble(site.meaning, "\n" if names else "", Text("  ").join(names), *notes)
-        shape = " ".join(map(str, _shape(site, config)))
+        shape = " ".join(map(str, site.shape(config.sizes)))
         table.add_row(site.name, site.axes, shape, meaning)
     console.print(table)
     console.print(

@@ -15,14 +15,14 @@ from jaxtc.captures.request import understand
 from jaxtc.edits.base import Edit
 from jaxtc.edits.values import Add
 from jaxtc.errors import InputError
-from jaxtc.experiments.scores import as_pytree, facts_of
+from jaxtc.experiments.scores import as_pytree
 from jaxtc.memory.needs import check_fits, estimate
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import Prompts, prepare
+from jaxtc.programs.call import Call, RunResult, forward
 from jaxtc.programs.leaves import parameters, placed
-from jaxtc.programs.program import Fact, Program, description
-from jaxtc.programs.run import Call, RunResult, forward
+from jaxtc.programs.program import Program
 from jaxtc.sharding.placement import Placement
 from jaxtc.tap.sites import BY_NAME, Address
 
@@ -88,16 +88,14 @@ def gradients(
     place, rows = placed(model, leaves), (prompts.tokens, prompts.lengths)
     if place is not None:
         rows, (edits, of) = map(place.put_rows, rows), place.put_whole((edits, of))
-    plan = _Plan(config, asked.addresses, prompts.length, str(model.dtype), logits, place)
-    score, kept, slopes = _program(
-        plan, leaves, *rows, edits, of, describe=lambda: _facts(plan, leaves, prompts, edits, of)
-    )
+    key = _Key(config, asked.addresses, prompts.length, str(model.dtype), logits, place)
+    score, kept, slopes = _program(key, leaves, *rows, edits, of)
     layers = config.num_hidden_layers
     return Gradients(score, Activations(kept, layers), Activations(slopes, layers))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class _Key:
     """The static half of a call."""
 
     config: Gemma2Config
@@ -108,34 +106,25 @@ class _Plan:
     placement: Placement | None
 
 
-def _facts(plan: _Plan, leaves, prompts: Prompts, edits, of) -> list[Fact]:
-    known = description(
-        plan.config, leaves, batch=len(prompts.tokens), padded=prompts.tokens.shape[1],
-        captures=plan.addresses, edits=edits, logits=plan.logits, prompt_length=plan.length,
-        placement=plan.placement,
-    )  # fmt: skip
-    return [*known, *facts_of(of)]
-
-
-def _backward(plan: _Plan, leaves, tokens, lengths, edits, of):
+def _backward(key: _Key, leaves, tokens, lengths, edits, of):
     """(score, activations by address, gradients by address)."""
-    prompts = Prompts(tokens, lengths, None, plan.length)
-    asked = understand(plan.addresses, plan.config.num_hidden_layers)
-    sizes = plan.config.sizes | {"B": len(tokens), "T": plan.length, "S": plan.length, "1": 1}
+    prompts = Prompts(tokens, lengths, None, key.length)
+    asked = understand(key.addresses, key.config.num_hidden_layers)
+    sizes = key.config.sizes | {"B": len(tokens), "T": key.length, "S": key.length}
 
     def zeros(address: Address) -> jax.Array:
         site = BY_NAME[address.site]
-        dtype = jnp.float32 if site.float32 else plan.dtype
-        return jnp.zeros([sizes[letter] for letter in site.axes.split()], dtype)
+        dtype = jnp.float32 if site.float32 else key.dtype
+        return jnp.zeros(site.shape(sizes), dtype)
 
     def score(probes):
         pushes = [Add(value, site=a.site, layer=a.layer) for a, value in probes.items()]
-        call = Call.of(plan.config, prompts, asked, [*edits, *pushes], plan.logits, plan.placement)
+        call = Call.of(key.config, prompts, asked, [*edits, *pushes], key.logits, key.placement)
         result = call.result(forward(*call.arguments(leaves)))
         found = _checked(of(result), len(tokens))
-        return found.sum(), (found, dict(zip(plan.addresses, _arrays(result, plan), strict=True)))
+        return found.sum(), (found, dict(zip(key.addresses, _arrays(result, key), strict=True)))
 
-    probes = {address: zeros(address) for address in plan.addresses}
+    probes = {address: zeros(address) for address in key.addresses}
     slopes, (found, kept) = jax.grad(score, has_aux=True)(probes)
     return found, kept, slopes
 
@@ -152,8 +141,8 @@ def _checked(score: Any, batch: int) -> jax.Array:
     )
 
 
-def _arrays(result: RunResult, plan: _Plan) -> list[jax.Array]:
-    return [result.activations[str(address)] for address in plan.addresses]
+def _arrays(result: RunResult, key: _Key) -> list[jax.Array]:
+    return [result.activations[str(address)] for address in key.addresses]
 
 
 _program = Program("gradients", _backward, static_argnums=0)

@@ -22,9 +22,10 @@ from jaxtc.experiments.gradients import gradients
 from jaxtc.experiments.sweep import sweep
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import prepare
-from jaxtc.programs.run import RunResult, run
+from jaxtc.programs.call import RunResult
+from jaxtc.programs.run import run
 from jaxtc.tap.context import PerLayer
-from jaxtc.tap.sites import BY_NAME, parse
+from jaxtc.tap.sites import BY_NAME, SITES, parse
 
 Score = Callable[[RunResult], jax.Array]
 
@@ -165,10 +166,10 @@ def _site(name: str) -> str:
 
 
 def _heads(site: str, config: Any) -> int:
-    letter = BY_NAME[site].axes.split()[2]
-    if letter not in "NK":
-        raise SiteError(f"{site!r} has no heads; q, k, v and attn_heads do.")
-    return config.sizes[letter]
+    if BY_NAME[site].letters[2] not in "NK":
+        *some, last = (s.name for s in SITES if s.sequence_axis == 1 and s.letters[2] in "NK")
+        raise SiteError(f"{site!r} has no heads; {', '.join(some)} and {last} do.")
+    return BY_NAME[site].shape(config.sizes)[2]
 
 
 def _lengths(model: Gemma2, clean: Any, corrupted: Any) -> int:

@@ -1,6 +1,6 @@
 """Numbers to explain: what of a run's logits an experiment looks at.
 
-Each is a pytree that is called with a :class:`jaxtc.programs.run.RunResult`, for
+Each is a pytree that is called with a :class:`jaxtc.programs.call.RunResult`, for
 ``sweep(..., of=...)`` and the patching functions; its token ids are data, so another answer
 runs the same program. Any function of a result will do in their place. B batch, V vocabulary.
 """
@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from jaxtc.errors import InputError
 from jaxtc.interchange import plain_fields
 from jaxtc.model.prompts import last_tokens
-from jaxtc.programs.program import Fact
-from jaxtc.programs.run import RunResult
+from jaxtc.programs.call import RunResult
 
 __all__ = ["LogProbability", "Logit", "LogitDifference"]
 
@@ -30,19 +29,6 @@ def as_pytree(of: Callable) -> Callable:
     if not callable(of):
         raise InputError(f"of is {of!r}, expected a function of a run's result.")
     return jax.tree_util.Partial(of) if jax.tree_util.all_leaves([of]) else of
-
-
-def facts_of(of: Callable) -> list[Fact]:
-    """What a program depends on in :func:`as_pytree` of a function."""
-    arrays = [f"{jax.typeof(x).dtype}{list(jax.typeof(x).shape)}" for x in jax.tree.leaves(of)]
-    plain = of.func if isinstance(of, jax.tree_util.Partial) else None
-    name = getattr(plain, "__name__", None) or type(of if plain is None else plain).__name__
-    once = f"`of` is another function, {name}: define it once outside the loop"
-    return [
-        # By id, as jax does: compiled programs keep their functions alive, this need not.
-        Fact("of", type(of) if plain is None else id(plain), "function", once, was=False),
-        Fact("the arrays of `of` are", ", ".join(arrays), "options"),
-    ]
 
 
 def _last(result: RunResult) -> jax.Array:

@@ -17,19 +17,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtc.captures.request import Asked, Captures, understand
+from jaxtc.captures.request import Captures, understand
 from jaxtc.edits.base import Edit
 from jaxtc.edits.check import check_edits
 from jaxtc.errors import InputError
 from jaxtc.experiments.axes import Over, at_place, axes_of, check_axes, named, overs_of, prepared
-from jaxtc.experiments.scores import as_pytree, facts_of
+from jaxtc.experiments.scores import as_pytree
 from jaxtc.helpers import is_whole
 from jaxtc.memory.needs import check_fits
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import Prompts, prepare
+from jaxtc.programs.call import Call, RunResult, forward
 from jaxtc.programs.leaves import parameters, placed
-from jaxtc.programs.program import Fact, Program, description
-from jaxtc.programs.run import Call, RunResult, forward, run
+from jaxtc.programs.program import Program
+from jaxtc.programs.run import run
 from jaxtc.sharding.mesh import MeshLike
 from jaxtc.sharding.placement import Placement
 from jaxtc.sharding.rules import DATA
@@ -114,7 +115,7 @@ def sweep(
     of = as_pytree(of)
     prompts = prepare(tokens, config, lengths)
     asked = understand(capture, layers)
-    reach = Call.of(config, prompts, asked, (), logits).plan.reach
+    reach = Call.of(config, prompts, asked, (), logits).key.reach
     edits = [named(edit) for edit in edits]
     axes = axes_of(edits)
     for edit in edits:
@@ -135,7 +136,6 @@ def sweep(
     order = np.argsort(first, kind="stable")
     plan = _Plan(config, tuple(axes), logits, prompts.length, place)
     tokens, ends, found = prompts.tokens, prompts.lengths, []
-    facts = functools.partial(_facts, plan, leaves, prompts, asked, edits, of, chunk)
     if place is not None:
         given = tokens, ends, asked, edits, of, resume
         tokens, ends, asked, edits, of, resume = place.put_whole(given)
@@ -146,9 +146,7 @@ def sweep(
         these = places[ids]
         if place is not None:
             begin, these = place.put_whole(begin), own.put_rows(these)
-        kept = _swept(
-            plan, leaves, tokens, ends, asked, edits, of, resume, begin, these, describe=facts
-        )
+        kept = _swept(plan, leaves, tokens, ends, asked, edits, of, resume, begin, these)
         if not found:
             _check_results(kept, len(order) / chunk)
         found.append(kept)
@@ -195,17 +193,6 @@ def _variants(plan: _Plan, leaves, tokens, lengths, asked, edits, of, resume, be
 
 
 _swept = Program("sweep", _variants, static_argnums=0)
-
-
-def _facts(plan: _Plan, leaves, prompts: Prompts, asked: Asked, edits, of, chunk) -> list[Fact]:
-    return [
-        *description(
-            plan.config, leaves, batch=len(prompts.tokens), padded=prompts.tokens.shape[1],
-            captures=asked.addresses, edits=edits, reducers=asked.reducers, logits=plan.logits,
-            prompt_length=plan.length, axes=plan.axes, chunk=chunk, placement=plan.placement,
-        ),
-        *facts_of(of),
-    ]  # fmt: skip
 
 
 def _check_results(kept: Any, chunks: float) -> None:

@@ -16,6 +16,7 @@ from jaxtc.captures.activations import Activations
 from jaxtc.errors import InputError, JaxtcError, SiteError, some
 from jaxtc.explore.explanation import ActiveFeature, Explanation, LayerReport, TokenReport
 from jaxtc.explore.neuronpedia import feature_url
+from jaxtc.helpers import check_unicode, whole_number
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import bucket, prepare
 from jaxtc.programs.generate import generate
@@ -81,17 +82,10 @@ def explain(
             "The prompt is empty. Give some text, for example "
             "'The capital of the state containing Dallas is'."
         )
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"The prompt is not Unicode text: character {error.start} is {prompt[error.start]!a}, "
-            "which stands for a byte that is not UTF-8. Convert the text to UTF-8 first."
-        ) from error
+    check_unicode("The prompt", prompt)
     counts = {"top_features": top_features, "promoted": promoted, "max_new_tokens": max_new_tokens}
     for name, count in counts.items():
-        if not isinstance(count, int) or count < 0:
-            raise InputError(f"{name} is {count!r}, expected a whole number of at least 0.")
+        whole_number(name, count)
     by_layer = _by_layer(transcoders, config.num_hidden_layers)
     told, warnings = _tokenize(tokenizer, prompt, config.bos_token_id)
     prepare(told.ids, config, extra=max_new_tokens)  # refuses a long prompt before any long work

@@ -1,14 +1,15 @@
 """Whether a plan fits an accelerator, and which option would make it fit.
 
-Every suggestion is a plan of its own, computed anew; only those that fit are shown.
+Every suggestion is planned again in full; only those that fit are shown.
 """
 
+import collections
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
+from typing import Any
 
 from jaxtc.captures.reducers import At
 from jaxtc.captures.request import understand
@@ -33,7 +34,7 @@ class Accelerator:
         name: as people call it.
         memory: bytes, as its maker counts them (10⁹ to a GB; 2³⁰ would be up to 7% more).
         usable: the fraction of it that a plan may fill.
-        raised: the fraction that JAX can be told to take; ``usable`` where nothing is to be told.
+        raised: the fraction that JAX can be configured to take, otherwise ``usable``.
     """
 
     name: str
@@ -101,12 +102,11 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """One option, at one strength: the request with it, its spelling and its meaning."""
+    """One option, at one strength: the fields of the request it changes, spelling and meaning."""
 
-    change: Callable[[Request], Request]
+    changes: dict[str, Any]
     option: str
     meaning: str
-    is_mesh: bool = False
 
 
 def judge(asked: Request) -> tuple[Verdict, ...]:
@@ -137,7 +137,7 @@ def suggest(
     Args:
         asked: what does not fit.
         kinds: each kind of change at each strength, the smallest first; the last is more devices.
-        device: that it shall fit.
+        device: to fit.
     """
     found = []
     raised = int(device.memory * device.raised)
@@ -167,14 +167,15 @@ def _mildest(asked: Request, group: Sequence[list[_Step]], usable: int) -> Sugge
 
     def taken(levels: Sequence[int]) -> Suggestion | None:
         steps = [steps[level] for steps, level in zip(group, levels, strict=True)]
-        needed = _needed(functools.reduce(lambda changed, step: step.change(changed), steps, asked))
+        changes = {name: value for step in steps for name, value in step.changes.items()}
+        needed = _needed(dataclasses.replace(asked, **changes))
         if needed is None or needed > usable:
             return None
         option = " ".join(step.option for step in steps)
         return Suggestion(option, "; ".join(step.meaning for step in steps), needed)
 
     # All but meshes, of which each is another trade, only ever take less from step to step.
-    ends = [range(len(s)) if s[0].is_mesh else [len(s) - 1] for s in group]
+    ends = [range(len(s)) if "mesh" in s[0].changes else [len(s) - 1] for s in group]
     if not any(map(taken, itertools.product(*ends))):
         return None
     every = itertools.product(*(range(len(steps)) for steps in group))
@@ -191,31 +192,48 @@ def _needed(asked: Request) -> int | None:
 
 
 def _kinds(asked: Request) -> Iterator[list[_Step]]:
-    """Each kind of change at each strength, the mildest first."""
-    meshes = sorted(_meshes(asked), key=lambda mesh: (math.prod(mesh), mesh))
-    same = [mesh for mesh in meshes if math.prod(mesh) == asked.devices]
-    more = [mesh for mesh in meshes if math.prod(mesh) > asked.devices]
-    yield [_mesh(mesh, "the same devices") for mesh in same]
-    yield [_batch(size) for size in _halves(asked.batch)]
+    """Each kind of change at each strength, the mildest first; the last is more devices."""
+
+    def meshes(wanted: Callable[[int], bool], meaning: str) -> list[_Step]:
+        found = sorted(_meshes(asked), key=lambda mesh: (math.prod(mesh), mesh))
+        sizes = [{DATA: data, MODEL: model} for data, model in found if wanted(data * model)]
+        return [
+            _Step(
+                {"mesh": tuple(mesh.items())},
+                f"--mesh {show(mesh)}",
+                meaning.format(math.prod(mesh.values())),
+            )
+            for mesh in sizes
+        ]
+
+    yield meshes(lambda count: count == asked.devices, "the same devices")
+    fewer = "fewer prompts a call, in more calls"
+    yield [_Step({"batch": size}, f"--batch {size}", fewer) for size in _halves(asked.batch)]
     if asked.logits == "all":
         meaning = "keeps the logits of each prompt's last token only"
-        yield [_Step(lambda r: dataclasses.replace(r, logits="last"), "--logits last", meaning)]
+        yield [_Step({"logits": "last"}, "--logits last", meaning)]
     if asked.asked.addresses and not asked.new_tokens:
         yield [_last_tokens(asked)]
-    if asked.transcoders and asked.transcoder_dtype == "float32":
-        meaning = "transcoders with 8 bits of mantissa in place of 24"
-        option = "--transcoder-dtype bfloat16"
-        change = lambda r: dataclasses.replace(r, transcoder_dtype="bfloat16")  # noqa: E731
-        yield [_Step(change, option, meaning)]
-    if asked.dtype == "float32":
-        meaning = "weights as they were released"
-        change = lambda r: dataclasses.replace(r, dtype="bfloat16")  # noqa: E731
-        yield [_Step(change, "--dtype bfloat16", meaning)]
+    for field, option, held, meaning in (
+        ("transcoder_dtype", "--transcoder-dtype", asked.transcoders,
+         "transcoders with 8 bits of mantissa in place of 24"),
+        ("dtype", "--dtype", True, "weights as they were released"),
+    ):  # fmt: skip
+        if held and getattr(asked, field) == "float32":
+            yield [_Step({field: "bfloat16"}, f"{option} bfloat16", meaning)]
     layers = asked.transcoders
     # One by one in every model that there is.
     step = -(-len(layers) // _MOST_STEPS) or 1
-    yield [_layers(layers[:count]) for count in range(len(layers) - 1, 0, -step)]
-    yield [_mesh(mesh, f"{math.prod(mesh)} devices in place of {asked.devices}") for mesh in more]
+    yield [
+        _Step(
+            {"transcoders": layers[:count]},
+            f"--transcoders {_spelled(layers[:count])}",
+            f"{count} transcoders at a time",
+        )
+        for count in range(len(layers) - 1, 0, -step)
+    ]
+    more = f"{{}} devices in place of {asked.devices}"
+    yield meshes(lambda count: count > asked.devices, more)
 
 
 def _meshes(asked: Request) -> Iterator[tuple[int, int]]:
@@ -241,61 +259,27 @@ def divisors(asked: Request) -> list[int]:
     return found
 
 
-def _mesh(mesh: tuple[int, int], meaning: str) -> _Step:
-    sizes = {DATA: mesh[0], MODEL: mesh[1]}
-    changed = tuple(sizes.items())
-    change = lambda r: dataclasses.replace(r, mesh=changed)  # noqa: E731
-    return _Step(change, f"--mesh {show(sizes)}", meaning, is_mesh=True)
-
-
 def _halves(count: int) -> Iterator[int]:
     while count > 1:
         count = (count + 1) // 2
         yield count
 
 
-def _batch(size: int) -> _Step:
-    return _Step(
-        lambda r: dataclasses.replace(r, batch=size),
-        f"--batch {size}",
-        "fewer prompts a call, in more calls",
-    )
-
-
-def _layers(layers: tuple[int, ...]) -> _Step:
-    spelled = ",".join(
-        f"{first}-{last}" if last > first else str(first) for first, last in _ranges(layers)
-    )
-    return _Step(
-        lambda r: dataclasses.replace(r, transcoders=layers),
-        f"--transcoders {spelled}",
-        f"{len(layers)} transcoders at a time",
-    )
-
-
-def _ranges(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Runs of following numbers as (first, last)."""
-    runs = itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
-    for _, run in runs:
-        held = [number for _, number in run]
-        yield held[0], held[-1]
+def _spelled(layers: Sequence[int]) -> str:
+    """``0-3,7`` of 0, 1, 2, 3, 7."""
+    runs = itertools.groupby(enumerate(layers), key=lambda pair: pair[1] - pair[0])
+    found = [[layer for _, layer in run] for _, run in runs]
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in found)
 
 
 def _last_tokens(asked: Request) -> _Step:
     """Every whole capture reduced to the last token's."""
     given, layers = asked.asked, asked.config.num_hidden_layers
-    by_site: dict[str, int] = {}
-    for address in given.addresses:
-        by_site[address.site] = by_site.get(address.site, 0) + 1
-    names = []
-    for address in given.addresses:
-        if by_site[address.site] == layers:
-            names += [address.site] if address.layer in (0, None) else []
-        else:
-            names.append(str(address))
+    count = collections.Counter(address.site for address in given.addresses)
+    # A site at every layer is spelled without one.
+    names = [a.site if count[a.site] == layers else str(a) for a in given.addresses]
+    names = list(dict.fromkeys(names))
     reducers = (*(At(name, -1) for name in names), *given.reducers)
     reduced = understand({str(i): r for i, r in enumerate(reducers)}, layers)
     option = " ".join(f"--capture {name}@-1" for name in names)
-    return _Step(
-        lambda r: dataclasses.replace(r, asked=reduced), option, "keeps the last token's only"
-    )
+    return _Step({"asked": reduced}, option, "keeps the last token's only")

@@ -11,7 +11,7 @@ _PROC, _CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def available(device: jax.Device | None = None) -> int | None:
-    """Bytes that can still be allocated, or None where nothing tells.
+    """Bytes that can still be allocated, or None where that is unknown.
 
     On an accelerator, what its allocator may still take. On the CPU, what the machine has free or
     can free, within the limits of the control groups (containers, batch systems) of this process.

@@ -1,31 +1,25 @@
-"""How much memory a run's captures need, told before running, and whether that much is there.
-
-Axis letters: B batch, T tokens, W tokens with the padding up to a bucket, N heads, F MLP width, V
-vocabulary, M transcoder features.
-"""
+"""What a run needs, estimated before it runs, and whether that much memory is available."""
 
 import dataclasses
 import functools
-import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxtc.captures.base import Reducer
 from jaxtc.captures.reducers import Features
-from jaxtc.captures.request import Asked, Captures, understand
+from jaxtc.captures.request import Captures, understand
 from jaxtc.edits.features import Splice
 from jaxtc.errors import CapacityError, InputError
-from jaxtc.helpers import is_whole, pretty
+from jaxtc.helpers import gigabytes, is_whole
+from jaxtc.memory.account import Size, bytes_of, parts_of
 from jaxtc.memory.available import available
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import bucket, prepare
-from jaxtc.tap.context import Context
-from jaxtc.tap.sites import BY_NAME, ORDER, Address, parse
+from jaxtc.tap.sites import ORDER, Address
 
 # Needs below this are not worth a look at the machine.
 _SMALL = 64 * 2**20
@@ -56,13 +50,13 @@ def check_fits(bytes_needed: int, what: str, devices: Collection[jax.Device] | N
     if bytes_needed <= free * count:
         return
     place = "this machine" if cpu else f"{mine[0].platform} {mine[0].id}"
+    needed, there = gigabytes(-(-bytes_needed // count)), gigabytes(free)
     raise CapacityError(
-        f"{what} needs at least {pretty(-(-bytes_needed // count))} of memory, and {pretty(free)} "
-        f"are available on {place}. Keep less: a reducer "
-        "(capture=jaxtc.reducers.At('resid_post', -1) keeps the last token only), logits='last' or "
-        "None in place of 'all', fewer layers ('layers.20.mlp_out' in place of 'mlp_out'), or "
-        "fewer or shorter prompts a call. print(jaxtc.estimate(...)) shows what each part "
-        "takes."
+        f"{what} needs at least {needed} of memory, and {there} are available on {place}. Keep "
+        "less: a reducer (capture=jaxtc.reducers.At('resid_post', -1) keeps the last token only), "
+        "logits='last' or None in place of 'all', fewer layers ('layers.20.mlp_out' in place of "
+        "'mlp_out'), or fewer or shorter prompts a call. print(jaxtc.estimate(...)) shows what "
+        "each part takes."
     )
 
 
@@ -90,7 +84,7 @@ class Estimate:
     @property
     def activations(self) -> dict[str, int]:
         """Bytes by key of ``result.activations``."""
-        return {name: _bytes(kept) for name, kept in self.shapes.items()}
+        return {name: bytes_of(kept) for name, kept in self.shapes.items()}
 
     @property
     def kept(self) -> int:
@@ -108,7 +102,7 @@ class Estimate:
         rows += [("kept", "", self.kept), ("needed to run, at least", "", self.needed)]
         rows += [("weights (besides)", "", self.weights)]
         width, shape = (max(len(row[i]) for row in rows) for i in (0, 1))
-        return "\n".join(f"{n:<{width}}  {s:<{shape}}  {pretty(b):>9}" for n, s, b in rows)
+        return "\n".join(f"{n:<{width}}  {s:<{shape}}  {gigabytes(b):>9}" for n, s, b in rows)
 
 
 def estimate(
@@ -136,30 +130,24 @@ def estimate(
         SiteError: an address that names nothing here.
     """
     config = model if isinstance(model, Gemma2Config) else model.config
-    dtype = jnp.dtype(jnp.float32 if model is config else model.dtype)
     if logits not in ("all", "last", None):
         raise InputError(f"logits is {logits!r}, expected 'all', 'last' or None.")
     asked = understand(capture, config.num_hidden_layers)
+    by_site = sorted(asked.addresses, key=lambda address: ORDER[address.site])
+    asked = dataclasses.replace(asked, addresses=tuple(by_site))
+    model = _abstract(config) if model is config else model
     if isinstance(tokens, tuple):
         batch, length = _shape(tokens)
-        ids = jax.ShapeDtypeStruct((batch, bucket(length)), jnp.int32)
-        ends = jax.ShapeDtypeStruct((batch,), jnp.int32)
-        # Traced: positions are not looked up in prompts that nobody knows.
-        trace = jax.eval_shape
+        size = Size(config, model.dtype, batch, length, bucket(length))
+        reducers = size.checked(asked)
     else:
         prompts = prepare(tokens, config, lengths)
-        ids, ends, length = prompts.tokens, prompts.lengths, prompts.length
-        trace = _call
-    reducers = [
-        trace(lambda ids, ends, r=reducer: r.checked(config, ids, ends, length), ids, ends)
-        for reducer in asked.reducers
-    ]
-    size = Size(config, dtype, ids.shape[0], length, ids.shape[1])
-    addresses = sorted(asked.addresses, key=lambda address: ORDER[address.site])
-    kept = {str(address): address for address in addresses}
-    kept |= dict(zip(asked.names, reducers, strict=True))
-    leaves = jax.tree.leaves(_abstract(model) if model is config else model)
-    return _measure(size, kept, logits, _beyond(reducers, edits), sum(map(_bytes, leaves)))
+        size = Size(
+            config, model.dtype, len(prompts.tokens), prompts.length, prompts.tokens.shape[1]
+        )
+        reducers = asked.checked(config, prompts)
+    parts = parts_of(asked, reducers)
+    return _measure(size, parts, logits, _beyond(reducers, edits), bytes_of(model))
 
 
 def check_run(
@@ -200,46 +188,23 @@ def _needed(size, captures, structure, shapes, logits, beyond) -> int:
     reducers = structure.unflatten(
         [jax.ShapeDtypeStruct(shape, dtype, weak_type=weak) for shape, dtype, weak in shapes]
     )
-    kept = {str(index): part for index, part in enumerate((*captures, *reducers))}
-    return _measure(size, kept, logits, beyond, 0).needed
+    parts = {str(index): part for index, part in enumerate((*captures, *reducers))}
+    return _measure(size, parts, logits, beyond, 0).needed
 
 
-def kept_by(asked: Asked, size: "Size") -> tuple[dict[str, Any], dict[str, Any]]:
-    """Shapes of what captures keep of prompts of this size, whatever they say.
-
-    Args:
-        asked: the captures.
-        size: of the run.
-
-    Returns:
-        (by name, cut to T tokens; the same still padded to W).
-
-    Raises:
-        SiteError, InputError, CapacityError: a reducer that does not fit.
-    """
-    ids = jax.ShapeDtypeStruct((size.batch, size.width), jnp.int32)
-    ends = jax.ShapeDtypeStruct((size.batch,), jnp.int32)
-    parts: dict[str, Any] = {str(address): address for address in asked.addresses}
-    for name, given in zip(asked.names, asked.reducers, strict=True):
-        # Traced: positions are not looked up in prompts that nobody knows.
-        check = lambda ids, ends, r=given: r.checked(size.config, ids, ends, size.length)  # noqa: E731
-        parts[name] = jax.eval_shape(check, ids, ends)
-    return tuple(
-        {name: _kept(size, part, cut) for name, part in parts.items()} for cut in (True, False)
-    )
-
-
-def _measure(size: "Size", parts: dict[str, Any], logits, beyond, weights: int) -> Estimate:
+def _measure(size: Size, parts: dict[str, Any], logits, beyond, weights: int) -> Estimate:
     """The estimate for addresses and checked reducers, by name."""
-    cut = {name: _kept(size, part, cut=True) for name, part in parts.items()}
+    shapes = {name: size.kept(part, cut=True) for name, part in parts.items()}
     padding = 0
     if size.length < size.width:
         padding = size.logits(logits, size.width) if logits == "all" else 0
-        padding += sum(_bytes(_kept(size, part, cut=False)) for part in parts.values())
-    whole, features = beyond
-    whole |= Address("logits") in parts.values()
-    work = size.workspace(whole and logits != "all", features)
-    return Estimate(cut, size.logits(logits, size.length), weights, work, padding)
+        padding += sum(bytes_of(size.kept(part, cut=False)) for part in parts.values())
+    all_logits, features = beyond
+    widest = size.widest(features)
+    if logits == "all" or not (all_logits or Address("logits") in parts.values()):
+        del widest["logits"]
+    work = max(total for total, _ in widest.values())
+    return Estimate(shapes, size.logits(logits, size.length), weights, work, padding)
 
 
 def _beyond(reducers: Sequence[Reducer], edits: Sequence[Any]) -> tuple[bool, int]:
@@ -254,75 +219,9 @@ def _beyond(reducers: Sequence[Reducer], edits: Sequence[Any]) -> tuple[bool, in
     return whole, widest
 
 
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """The sizes that a run's arrays depend on. Attributes: T is ``length``, W is ``width``."""
-
-    config: Gemma2Config
-    dtype: Any
-    batch: int
-    length: int
-    width: int
-
-    def array(self, address: Address, tokens: int) -> jax.ShapeDtypeStruct:
-        """The array of a site, of so many tokens."""
-        site = BY_NAME[address.site]
-        sizes = {**self.config.sizes, "B": self.batch, "T": tokens, "S": tokens, "1": 1}
-        shape = tuple(sizes[letter] for letter in site.axes.split())
-        return jax.ShapeDtypeStruct(shape, jnp.float32 if site.float32 else self.dtype)
-
-    def logits(self, which: str | None, tokens: int) -> int:
-        """Bytes of the logits that are returned."""
-        rows = {"all": tokens, "last": 1, None: 0}[which]
-        return self.batch * rows * self.config.vocab_size * 4
-
-    def workspace(self, whole: bool, features: int) -> int:
-        """See :attr:`Estimate.workspace`; ``whole``: with logits that are not returned."""
-        scores, hidden = Address("attn_scores", 0), Address("mlp_act", 0)
-        largest = [_bytes(self.array(address, self.width)) for address in (scores, hidden)]
-        largest.append(self.batch * self.width * features * 4)
-        largest.append(self.logits("all" if whole else None, self.width))
-        return max(largest)
-
-
-def _kept(size: Size, part: Any, cut: bool) -> Any:
-    """Shapes of what is kept of an address or by a checked reducer, before or after the cut."""
-    tokens = size.length if cut else size.width
-    if isinstance(part, Address):
-        return size.array(part, tokens)
-    address = Address(*parse(part.address))
-    if part.every_layer:
-        address = dataclasses.replace(address, layer=0)
-
-    def reduce(reducer, x, positions, lengths):
-        def read(name):
-            other = size.array(Address(name, address.layer), size.width)
-            return jnp.zeros(other.shape, other.dtype)
-
-        context = Context(BY_NAME[address.site], address.layer, positions, lengths, read)
-        return reducer.reduce(x, context)
-
-    positions = jax.ShapeDtypeStruct((size.batch, size.width), jnp.int32)
-    lengths = jax.ShapeDtypeStruct((size.batch,), jnp.int32)
-    full = jax.eval_shape(reduce, part, size.array(address, size.width), positions, lengths)
-    if part.every_layer:
-        layers = size.config.num_hidden_layers
-        full = jax.tree.map(lambda x: jax.ShapeDtypeStruct((layers, *x.shape), x.dtype), full)
-    return jax.eval_shape(lambda kept: part.cut(kept, size.length), full) if cut else full
-
-
-def _bytes(tree: Any) -> int:
-    """Bytes of all arrays, or their shapes, in a pytree."""
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
 @functools.lru_cache(maxsize=8)
 def _abstract(config: Gemma2Config) -> Gemma2:
     return Gemma2.abstract(config)
-
-
-def _call(function, *args):
-    return function(*args)
 
 
 def _shape(given: tuple) -> tuple[int, int]:
@@ -340,7 +239,7 @@ def _grouped(shapes: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:
     for name, kept in shapes.items():
         site = re.sub(r"^layers\.\d+\.", "", name)
         shape = ", ".join(f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(kept))
-        groups.setdefault((site, shape), []).append(_bytes(kept))
+        groups.setdefault((site, shape), []).append(bytes_of(kept))
     for (name, shape), sizes in groups.items():
         layers = f", {len(sizes)} layers" if len(sizes) > 1 else ""
         yield name + layers, shape, sum(sizes)

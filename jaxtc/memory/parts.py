@@ -16,7 +16,7 @@ import numpy as np
 from jaxtc.captures.base import Reducer
 from jaxtc.captures.reducers import At, Features, Mean, Norm, Project, TopK
 from jaxtc.captures.request import Asked
-from jaxtc.memory.needs import Size, kept_by
+from jaxtc.memory.account import Size, kept_of
 from jaxtc.model.config import FULL, Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import bucket
@@ -24,16 +24,15 @@ from jaxtc.sharding.rules import CACHE, LETTERS, partition, variables
 from jaxtc.tap.sites import BY_NAME
 from jaxtc.transcoders.transcoder import Transcoder
 
-# Arrays as large as the widest one of a layer that are there at once. So XLA's memory_analysis()
-# has it for a forward pass: scores, their exponentials, the pattern; or gate, up, their product.
-_AT_ONCE = 3
-# The same for the features of a transcoder: before and after the threshold.
-_FEATURES_AT_ONCE = 2
-# And for the logits of the tokens to be drawn.
-_DRAWING = 6
+# How many arrays of a kind are there at once, as XLA's memory_analysis() counts them: scores, their
+# exponentials, the pattern; gate, up, their product; features before and after the threshold.
+_AT_ONCE = {"attention scores": 3, "the MLP": 3, "transcoder features": 2, "logits": 2}
+_DRAWING = 6  # logits of the tokens to be drawn
 
 # A mapping as a hashable tuple of its items.
 Items = tuple[tuple[str, Any], ...]
+# Bytes: (of whole arrays, of what each device holds).
+Bytes = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,22 +54,9 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is planned, with every default filled in; as the arguments of :func:`jaxtc.plan`.
+    """What is planned: the arguments of :func:`jaxtc.plan`, with every default filled in.
 
-    Attributes:
-        config: of the model.
-        mesh: devices along each mesh axis.
-        rules: logical axis to mesh axis.
-        dtype: of the weights.
-        batch: B.
-        length: T.
-        new_tokens: 0 for a run, more for a generation.
-        asked: the captures.
-        logits: "all", "last" or None.
-        transcoders: layers that have one.
-        features: M.
-        transcoder_dtype: of their parameters.
-        skip: whether they have a skip connection.
+    ``asked`` are its captures, ``transcoders`` the layers that have one, ``features`` is M.
     """
 
     config: Gemma2Config
@@ -112,90 +98,87 @@ class Request:
 
     def parts(self) -> tuple[Part, ...]:
         """The lines that are not empty. Raises ShardingError where an axis does not divide."""
-        over = self.mesh, self.rules
-        weights = _weights(self.config, np.dtype(self.dtype).itemsize, *over)
-        logits = self.size.logits(self.logits, self.length)
+        config, count, over = self.config, len(self.transcoders), (self.mesh, self.rules)
+        made = _transcoder(config.hidden_size, self.features, self.skip)
+        made = _divided(made, np.dtype(self.transcoder_dtype).itemsize, *over)
+        layers = "layer" if count == 1 else "layers"
         rows = {"all": f"{self.length:,} tokens", "last": "last token", None: ""}[self.logits]
-        kept = _activations(self.asked, self.size, bool(self.new_tokens), *over)
+        cache, kept = self._cache(self.slots), self._activations(cut=True)
+        work, widest = self._workspace()
         found = (
-            Part(
-                "weights", *weights, f"{count_parameters(self.config):,} parameters in {self.dtype}"
+            (
+                "weights",
+                _divided(_parameters(config), np.dtype(self.dtype).itemsize, *over),
+                f"{count_parameters(config):,} parameters in {self.dtype}",
             ),
-            self._transcoders(),
-            self._cache(),
-            Part("activations", *kept[0], _names(self.asked)),
-            Part("logits", logits, self._split(logits, "batch", "vocab"), f"{rows} in float32"),
-            self._workspace(kept),
+            (
+                "transcoders",
+                [count * number for number in made],
+                f"{count} {layers} of {self.features:,} features in {self.transcoder_dtype}",
+            ),
+            ("kv cache", cache, f"{self.batch} × {self.slots:,} tokens in {self.dtype}"),
+            ("activations", kept, _names(self.asked)),
+            ("logits", self._logits(self.length), f"{rows} in float32"),
+            ("workspace", work, f"estimated; most of it {widest}"),
         )
-        return tuple(part for part in found if part.total)
+        return tuple(Part(name, *held, detail) for name, held, detail in found if held[0])
 
     @property
     def needed(self) -> int:
         """Bytes that each device must have."""
         return sum(part.per_device for part in self.parts())
 
-    def _ways(self, *axes: str) -> int:
-        """Into how many parts an array with these logical axes is divided."""
+    def _split(self, total: int, *axes: str) -> Bytes:
+        """Of arrays of so many bytes with these logical axes."""
         sizes = {**{LETTERS[k]: n for k, n in self.config.sizes.items()}, "batch": self.batch}
         sizes |= {"features": self.features}
         shape = tuple(sizes[axis] for axis in axes)
-        spec = partition(axes, shape, dict(self.mesh), dict(self.rules), "an activation")
-        return _ways(spec, self.mesh)
+        return total, total // _ways(axes, shape, self.mesh, self.rules) if total else 0
 
-    def _split(self, total: int, *axes: str) -> int:
-        return total // self._ways(*axes) if total else 0
+    def _logits(self, tokens: int) -> Bytes:
+        return self._split(self.size.logits(self.logits, tokens), "batch", "vocab")
 
-    def _transcoders(self) -> Part:
-        count, item = len(self.transcoders), np.dtype(self.transcoder_dtype).itemsize
-        sizes = self.config.hidden_size, self.features, self.skip
-        one = _transcoder(*sizes, item, self.mesh, self.rules)
-        layers = "layer" if count == 1 else "layers"
-        detail = f"{count} {layers} of {self.features:,} features in {self.transcoder_dtype}"
-        return Part("transcoders", *(count * bytes_ for bytes_ in one), detail)
-
-    def _cache(self) -> Part:
+    def _cache(self, slots: int) -> Bytes:
+        """A generation's, with room for so many tokens."""
         config = self.config
-        shape = (self.batch, self.slots, config.num_key_value_heads, config.head_dim)
-        spec = partition(CACHE, shape, dict(self.mesh), dict(self.rules), "the cache")
+        shape = (self.batch, slots, config.num_key_value_heads, config.head_dim)
         arrays = 2 * config.num_hidden_layers * bool(self.new_tokens)
         total = arrays * math.prod(shape) * np.dtype(self.dtype).itemsize
-        detail = f"{self.batch} × {self.slots:,} tokens in {self.dtype}"
-        return Part("kv cache", total, total // _ways(spec, self.mesh), detail)
+        return total, total // _ways(CACHE, shape, self.mesh, self.rules, "the cache")
 
-    def _workspace(self, kept: tuple) -> Part:
-        """What the program holds besides, about: see :data:`_AT_ONCE`."""
-        config, size = self.config, self.size
-        B, W = self.batch, self.width
-        N, F, D, V = (config.sizes[letter] for letter in "NFDV")
-        widest = [
-            ("attention scores", _AT_ONCE * B * N * W * W * 4, ("batch", "heads")),
-            ("the MLP", _AT_ONCE * B * W * F * 4, ("batch", "mlp")),
+    def _activations(self, cut: bool) -> Bytes:
+        generated = bool(self.new_tokens)
+        return _activations(self.asked, self.size, cut, generated, self.mesh, self.rules)
+
+    def _workspace(self) -> tuple[Sequence[int], str]:
+        """What the program holds besides, about, and what most of it is; see :data:`_AT_ONCE`."""
+        # As if all were computed in float32.
+        run = dataclasses.replace(self.size, width=self.width, dtype=np.dtype(np.float32))
+        widest = run.widest(self.features * bool(self.transcoders))
+        if not any(reducer.site.name == "logits" for reducer in self.asked.reducers):
+            del widest["logits"]
+        held = {name: self._split(_AT_ONCE[name] * n, *axes) for name, (n, axes) in widest.items()}
+        if self.new_tokens:
+            drawn = _DRAWING * run.logits("last", 1)
+            held["drawing a token"] = self._split(drawn, "batch", "vocab")
+        most = max(held, key=lambda name: (*held[name][::-1], name))
+        stream = self._split(2 * self.batch * self.width * self.config.hidden_size * 4, "batch")
+        # A generation also holds the prompts' own cache, before it gets room for more.
+        work = [
+            sum(counts) for counts in zip(held[most], stream, self._cache(self.width), strict=True)
         ]
-        if self.transcoders:
-            features = _FEATURES_AT_ONCE * B * W * self.features * 4
-            widest.append(("transcoder features", features, ("batch", "features")))
-        if any(reducer.site.name == "logits" for reducer in self.asked.reducers):
-            widest.append(("logits", 2 * B * W * V * 4, ("batch", "vocab")))
-        if self.new_tokens:
-            widest.append(("drawing a token", _DRAWING * B * V * 4, ("batch", "vocab")))
-        shares = [(self._split(total, *axes), total, name) for name, total, axes in widest]
-        share, total, name = max(shares)
-        stream = 2 * B * W * D * 4
-        total, share = total + stream, share + self._split(stream, "batch")
-        if self.new_tokens:
-            # The prompts' own cache, before it gets room for more.
-            prompt = self._cache()
-            total += prompt.total * W // self.slots
-            share += prompt.per_device * W // self.slots
-        if size.length < size.width:
+        if self.size.length < self.size.width:
             # What is given back is padded at first; then there are both, but nothing else.
-            more = size.logits(self.logits, W) if self.logits == "all" else 0
-            beside = kept[1][0] + more, kept[1][1] + self._split(more, "batch", "vocab")
-            less = size.logits(self.logits, self.length) if self.logits == "all" else 0
-            cut = kept[0][0] + less, kept[0][1] + self._split(less, "batch", "vocab")
-            total = max(total + beside[0] - cut[0], beside[0])
-            share = max(share + beside[1] - cut[1], beside[1])
-        return Part("workspace", total, share, f"estimated; most of it {name}")
+            every = self.logits == "all"
+            pad, cut = (
+                [
+                    a + b * every
+                    for a, b in zip(self._activations(cut), self._logits(n), strict=True)
+                ]
+                for cut, n in ((False, self.width), (True, self.length))
+            )
+            work = [max(w + p - c, p) for w, p, c in zip(work, pad, cut, strict=True)]
+        return work, most
 
 
 def count_parameters(config: Gemma2Config) -> int:
@@ -214,56 +197,41 @@ def _parameters(config: Gemma2Config) -> tuple[tuple[str, tuple, tuple, int], ..
     )
 
 
-@functools.lru_cache(maxsize=512)
-def _weights(config: Gemma2Config, item: int, mesh: Items, rules: Items) -> tuple[int, int]:
-    return _divided(_parameters(config), item, mesh, rules)
-
-
 @functools.lru_cache(maxsize=16)
-def _transcoder_parameters(
-    d: int, features: int, skip: bool
-) -> tuple[tuple[str, tuple, tuple, int], ...]:
+def _transcoder(d: int, features: int, skip: bool) -> tuple[tuple[str, tuple, tuple, int], ...]:
     found = variables(Transcoder.abstract(d, features, skip=skip))
     return tuple((name, param.logical_axes, param.shape, 1) for name, param in found)
 
 
 @functools.lru_cache(maxsize=512)
-def _transcoder(
-    d: int, features: int, skip: bool, item: int, mesh: Items, rules: Items
-) -> tuple[int, int]:
-    return _divided(_transcoder_parameters(d, features, skip), item, mesh, rules)
-
-
-def _divided(parameters, item: int, mesh: Items, rules: Items) -> tuple[int, int]:
-    """Bytes of parameters: (all, on each device)."""
+def _divided(parameters: tuple, item: int, mesh: Items, rules: Items) -> Bytes:
+    """Of parameters with ``item`` bytes a number."""
     total = share = 0
     for name, axes, shape, times in parameters:
-        spec = partition(axes, shape, dict(mesh), dict(rules), name)
         whole = times * item * math.prod(shape)
-        total, share = total + whole, share + whole // _ways(spec, mesh)
+        total, share = total + whole, share + whole // _ways(axes, shape, mesh, rules, name)
     return total, share
 
 
 @functools.lru_cache(maxsize=512)
-def _activations(asked: Asked, size: Size, generated: bool, mesh: Items, rules: Items) -> tuple:
-    """((all, on each device) of what is kept, the same before padding is cut off)."""
+def _activations(
+    asked: Asked, size: Size, cut: bool, generated: bool, mesh: Items, rules: Items
+) -> Bytes:
+    """Of what is kept, after the padding is cut off or before."""
     axes = {str(address): BY_NAME[address.site].axes.split() for address in asked.addresses}
     for name, reducer in zip(asked.names, asked.reducers, strict=True):
         # A generation keeps what is reduced by rows only.
         axes[name] = ["L"] * reducer.every_layer + (["B"] if generated else _left(reducer))
-    found = []
-    for kept in _kept(asked, size):
-        total = share = 0
-        for name, tree in kept.items():
-            for x in jax.tree.leaves(tree):
-                names = [LETTERS.get(letter, "tokens") for letter in axes[name]]
-                names += ["tokens"] * (len(x.shape) - len(names))
-                # Of features (values, ids and a count) the last has an axis less.
-                spec = partition(names[: len(x.shape)], x.shape, dict(mesh), dict(rules), name)
-                whole = math.prod(x.shape) * x.dtype.itemsize
-                total, share = total + whole, share + whole // _ways(spec, mesh)
-        found.append((total, share))
-    return tuple(found)
+    total = share = 0
+    for name, tree in kept_of(asked, size, cut).items():
+        for x in jax.tree.leaves(tree):
+            names = [LETTERS.get(letter, "tokens") for letter in axes[name]]
+            names += ["tokens"] * (len(x.shape) - len(names))
+            # Of features (values, ids and a count) the last has an axis less.
+            ways = _ways(names[: len(x.shape)], x.shape, mesh, rules, name)
+            whole = math.prod(x.shape) * x.dtype.itemsize
+            total, share = total + whole, share + whole // ways
+    return total, share
 
 
 def _left(reducer: Reducer) -> list[str]:
@@ -280,13 +248,14 @@ def _left(reducer: Reducer) -> list[str]:
     return ["B"]
 
 
-@functools.lru_cache(maxsize=64)
-def _kept(asked: Asked, size: Size) -> tuple[dict[str, Any], dict[str, Any]]:
-    return kept_by(asked, size)
+def _ways(axes, shape, mesh: Items, rules: Items, what: str = "an activation") -> int:
+    """Into how many parts an array with these logical axes is divided.
 
-
-def _ways(spec: Sequence[str | None], mesh: Items) -> int:
+    Raises:
+        ShardingError: an axis that the mesh does not divide.
+    """
     sizes = dict(mesh)
+    spec = partition(axes, shape, sizes, dict(rules), what)
     return math.prod(sizes[axis] for axis in spec if axis is not None)
 
 

@@ -14,7 +14,7 @@ import jax
 
 from jaxtc.captures.request import Captures, check_per_token, understand
 from jaxtc.errors import InputError, did_you_mean
-from jaxtc.helpers import gigabytes, is_whole
+from jaxtc.helpers import gigabytes, is_whole, whole_number
 from jaxtc.memory.advice import Verdict, divisors, judge
 from jaxtc.memory.parts import Part, Request
 from jaxtc.model.config import Gemma2Config
@@ -67,21 +67,16 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON has it; numbers are bytes."""
         asked = self.request
+        fields = {field.name: getattr(asked, field.name) for field in dataclasses.fields(asked)}
+        del fields["config"], fields["asked"]
         return {
             "model": self.model,
+            **fields,
             "mesh": dict(asked.mesh),
-            "devices": asked.devices,
             "rules": dict(asked.rules),
-            "dtype": asked.dtype,
-            "batch": asked.batch,
-            "length": asked.length,
-            "new_tokens": asked.new_tokens,
-            "capture": [*map(str, asked.asked.addresses), *asked.asked.names],
-            "logits": asked.logits,
             "transcoders": list(asked.transcoders),
-            "features": asked.features,
-            "transcoder_dtype": asked.transcoder_dtype,
-            "skip": asked.skip,
+            "devices": asked.devices,
+            "capture": [*map(str, asked.asked.addresses), *asked.asked.names],
             "parts": [dataclasses.asdict(part) for part in self.parts],
             "per_device": self.per_device,
             "total": self.total,
@@ -146,11 +141,11 @@ def plan(
     """
     config = model if isinstance(model, Gemma2Config) else load_config(model)
     sizes = parse_mesh(show(mesh) if isinstance(mesh, Mapping | jax.sharding.Mesh) else mesh)
-    new_tokens = _count("new_tokens", new_tokens, 0)
+    new_tokens = whole_number("new_tokens", new_tokens)
     if length is None:
         length = max(min(1024, config.max_position_embeddings - new_tokens), 1)
-    batch = _count("batch", batch, 1)
-    length = _count("length", length, 1)
+    batch = whole_number("batch", batch, 1)
+    length = whole_number("length", length, 1)
     if length + new_tokens > config.max_position_embeddings:
         raise InputError(
             f"{length} tokens and {new_tokens} new ones are more than this model's context of "
@@ -193,12 +188,6 @@ def features_of(width: str | int) -> int:
     return found
 
 
-def _count(name: str, value: Any, least: int) -> int:
-    if not is_whole(value, least):
-        raise InputError(f"{name} is {value!r}, expected a whole number of at least {least}.")
-    return int(value)
-
-
 def _layers(given: str | Iterable[int], count: int) -> tuple[int, ...]:
     """The layers that have a transcoder."""
     if isinstance(given, str) and given == "all":
@@ -213,7 +202,7 @@ def _layers(given: str | Iterable[int], count: int) -> tuple[int, ...]:
 
 
 def _checked(asked: Request) -> tuple[Part, ...]:
-    """Its parts; a mesh that does not divide the model is told with those that do."""
+    """Its parts; the error of a mesh that does not divide the model names those that do."""
     try:
         return asked.parts()
     except ShardingError as error:

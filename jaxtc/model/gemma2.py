@@ -45,19 +45,14 @@ def einsum(spec: str, *arrays: jax.Array, **options) -> jax.Array:
 
 
 def linear(x: jax.Array, weight: jax.Array, out_axes: int = 1) -> jax.Array:
-    """``x`` (B, T, in...) through a weight [out..., in...]; to (B, T, out...).
+    """``x`` (B, T, in...) through a weight [out..., in...], with ``out_axes`` axes [out].
 
     The weight is flattened to two axes first, which costs nothing: XLA's CPU backend copies one
     of three axes into another layout at every call (half the time of a short prompt at 2B widths).
-
-    Args:
-        x: (B, T, in...).
-        weight: [out..., in...].
-        out_axes: how many of the weight's axes are [out].
     """
     out, inner = weight.shape[:out_axes], weight.shape[out_axes:]
     flat = x.reshape(*x.shape[:2], -1), weight.reshape(math.prod(out), math.prod(inner))
-    return einsum("bti,oi->bto", *flat).reshape(*x.shape[:2], *out)
+    return einsum("bti,oi->bto", *flat).reshape(*x.shape[:2], *out)  # (B, T, out...)
 
 
 def softcap(x: jax.Array, cap: float | None) -> jax.Array:
@@ -95,12 +90,13 @@ class Norm(nnx.Module):
 
     def __call__(self, x, tap, scale: str, normed: str | None = None):
         """(B, T, D) to (B, T, D), through the sites called ``scale`` and ``normed``."""
-        wide = x.astype(jnp.float32)
-        rate = tap(scale, jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps))
-        wide = wide * rate
-        if normed is not None:
-            wide = tap(normed, wide)
-        return (wide * (1 + self.weight[...].astype(jnp.float32))).astype(x.dtype)
+        with jax.named_scope(scale.removesuffix("_scale") + "_norm"):
+            wide = x.astype(jnp.float32)
+            mean = jnp.mean(wide * wide, -1, keepdims=True)
+            wide = wide * tap(scale, jax.lax.rsqrt(mean + self.eps))  # (B, T, D) * (B, T, 1)
+            if normed is not None:
+                wide = tap(normed, wide)
+            return (wide * (1 + self.weight[...].astype(jnp.float32))).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -114,6 +110,7 @@ class Attention(nnx.Module):
         self.o = declare(rngs, (D, N, H), ("embed", "heads", "head_dim"), normal(N * H), dtype)
         self.config = config
 
+    @jax.named_scope("attention")
     def __call__(self, x, positions, visible, past, tap):
         """Mix values over the visible positions.
 
@@ -128,26 +125,32 @@ class Attention(nnx.Module):
             ((B, T, D), the new ``past``).
         """
         config = self.config
-        groups = config.num_attention_heads // config.num_key_value_heads
-        q, k, v = (linear(x, weight[...], out_axes=2) for weight in (self.q, self.k, self.v))
-        q = tap("q", rotate(q, positions, config.rope_theta))
-        k = tap("k", rotate(k, positions, config.rope_theta))
-        v = tap("v", v)
-        if past is not None:
-            past = k, v = write(past[0], k, positions), write(past[1], v, positions)
+        with jax.named_scope("qkv"):
+            q, k, v = (linear(x, weight[...], out_axes=2) for weight in (self.q, self.k, self.v))
+            q = rotate(tap("q_unrotated", q), positions, config.rope_theta)
+            q = tap("q", q)  # (B, T, N, H)
+            k = rotate(tap("k_unrotated", k), positions, config.rope_theta)
+            k = tap("k", k)  # (B, T, K, H)
+            v = tap("v", v)  # (B, T, K, H)
+            if past is not None:
+                past = k, v = write(past[0], k, positions), write(past[1], v, positions)
 
         B, T, N, H = q.shape
-        q = q.reshape(B, T, N // groups, groups, H)
-        scores = einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
-        scores = scores.reshape(B, N, T, -1) * config.query_pre_attn_scalar**-0.5
-        scores = softcap(scores, config.attn_logit_softcapping)
-        scores = tap("attn_scores", jnp.where(visible[:, None], scores, MASKED))
-        pattern = tap("attn_pattern", jax.nn.softmax(scores, axis=-1).astype(x.dtype))
-
-        pattern = pattern.reshape(B, N // groups, groups, T, -1)
-        heads = einsum("bkgts,bskh->btkgh", pattern, v).reshape(B, T, N, H)
-        heads = tap("attn_heads", heads)
-        return tap("attn_proj", linear(heads, self.o[...])), past
+        S, K = k.shape[1:3]
+        with jax.named_scope("attn_scores"):
+            q = q.reshape(B, T, K, N // K, H)
+            scores = einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
+            scores = scores.reshape(B, N, T, S) * config.query_pre_attn_scalar**-0.5
+            scores = softcap(scores, config.attn_logit_softcapping)
+            scores = tap("attn_scores", jnp.where(visible[:, None], scores, MASKED))
+        with jax.named_scope("attn_pattern"):
+            pattern = tap("attn_pattern", jax.nn.softmax(scores, axis=-1).astype(x.dtype))
+        with jax.named_scope("attn_heads"):
+            pattern = pattern.reshape(B, K, N // K, T, S)
+            heads = einsum("bkgts,bskh->btkgh", pattern, v).reshape(B, T, N, H)
+            heads = tap("attn_heads", heads)
+        with jax.named_scope("attn_proj"):
+            return tap("attn_proj", linear(heads, self.o[...])), past  # (B, T, D)
 
 
 class MLP(nnx.Module):
@@ -159,13 +162,15 @@ class MLP(nnx.Module):
         self.up = declare(rngs, (F, D), ("mlp", "embed"), normal(D), dtype)
         self.down = declare(rngs, (D, F), ("embed", "mlp"), normal(F), dtype)
 
+    @jax.named_scope("mlp")
     def __call__(self, x, tap):
         """(B, T, D) to (B, T, D)."""
-        gate = linear(x, self.gate[...]).astype(jnp.float32)
+        gate = tap("mlp_gate", linear(x, self.gate[...]))  # (B, T, F)
+        up = tap("mlp_up", linear(x, self.up[...]))  # (B, T, F)
         # Rounded once; in bfloat16 each of its steps would round.
-        gate = jax.nn.gelu(gate, approximate=True).astype(x.dtype)
-        act = tap("mlp_act", gate * linear(x, self.up[...]))
-        return tap("mlp_proj", linear(act, self.down[...]))
+        gate = jax.nn.gelu(gate.astype(jnp.float32), approximate=True).astype(x.dtype)
+        act = tap("mlp_act", gate * up)
+        return tap("mlp_proj", linear(act, self.down[...]))  # (B, T, D)
 
 
 class Block(nnx.Module):
@@ -181,7 +186,7 @@ class Block(nnx.Module):
 
     def __call__(self, x, positions, visible, past, tap):
         """(B, T, D) to (B, T, D); ``past`` as in :class:`Attention`."""
-        x = tap("resid_pre", x)
+        x = tap("resid_pre", x)  # (B, T, D), as every x and h below
         h = tap("attn_in", self.attn_in_norm(x, tap, "attn_in_scale"))
         h, past = self.attn(h, positions, visible, past, tap)
         h = tap("attn_out", self.attn_out_norm(h, tap, "attn_out_scale"))
@@ -204,6 +209,7 @@ class Embedder(nnx.Module):
         self.weight = declare(rngs, (V, D), ("vocab", "embed"), normal(D), dtype)
         self.cap = config.final_logit_softcapping
 
+    @jax.named_scope("embed")
     def encode(self, tokens: jax.Array) -> jax.Array:
         """(B, T) ids to (B, T, D), times sqrt(D) rounded to the weights' dtype.
 
@@ -214,10 +220,11 @@ class Embedder(nnx.Module):
         rows = jnp.take(self.weight[...], known, axis=0, mode="fill", fill_value=jnp.nan)
         return rows * jnp.asarray(D**0.5, rows.dtype)
 
-    def decode(self, x: jax.Array) -> jax.Array:
+    @jax.named_scope("unembed")
+    def decode(self, x: jax.Array, tap: Tap) -> jax.Array:
         """(B, T, D) to softcapped logits, (B, T, V) float32."""
         logits = einsum("btd,vd->btv", x, self.weight[...], preferred_element_type=jnp.float32)
-        return softcap(logits, self.cap)
+        return tap("logits", softcap(logits, self.cap))
 
 
 class Gemma2(nnx.Module):
@@ -289,7 +296,8 @@ class Gemma2(nnx.Module):
             if resume is not None:
                 x = resumed(layer, *resume, x, block, positions, seen, None, tap.at(layer))
                 continue
-            x, past = block(x, positions, seen, past, tap.at(layer))
+            with jax.named_scope(f"layers.{layer}"):
+                x, past = block(x, positions, seen, past, tap.at(layer))
             pasts.append(past)
         if cache:
             keys, values = zip(*pasts, strict=True)
@@ -299,7 +307,7 @@ class Gemma2(nnx.Module):
         x = tap("final_norm", self.final_norm(x, tap, "final_scale"))
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)
-        return tap("logits", self.embed.decode(x)), cache
+        return self.embed.decode(x, tap), cache
 
 
 def resumed(layer: int, start: jax.Array, entering: jax.Array, x: jax.Array, block, *context):

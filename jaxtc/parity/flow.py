@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from jaxtc.errors import CapacityError, InputError, SourceError
-from jaxtc.helpers import JAXTC_VERSION, is_whole
+from jaxtc.helpers import JAXTC_VERSION, whole_number
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.parity import compare, job, verdict
@@ -81,8 +81,7 @@ def certify(
     say = progress or (lambda step: None)
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}, expected {' or '.join(map(repr, DTYPES))}.")
-    if not is_whole(new_tokens):
-        raise InputError(f"new_tokens is {new_tokens!r}, expected a whole number from 0.")
+    whole_number("new_tokens", new_tokens)
     say(f"Looking for {model}")
     folder = resolve(model, MODEL).fetch()
     config = Gemma2Config.from_file(folder / "config.json")

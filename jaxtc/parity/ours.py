@@ -156,9 +156,9 @@ def groups(
 
 def captured(config: Gemma2Config, length: int, itemsize: int = 4, per_layer: bool = True) -> int:
     """Bytes of every site of one layer, or of those that the model has once, for one prompt."""
-    sizes = {**config.sizes, "B": 1, "T": length, "S": length, "1": 1}
+    sizes = {**config.sizes, "B": 1, "T": length, "S": length}
     return sum(
-        math.prod(sizes[letter] for letter in site.axes.split()) * (4 if site.float32 else itemsize)
+        math.prod(site.shape(sizes)) * (4 if site.float32 else itemsize)
         for site in SITES
         if site.per_layer == per_layer
     )

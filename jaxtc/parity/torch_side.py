@@ -26,6 +26,14 @@ from transformers.models.gemma2.modeling_gemma2 import apply_rotary_pos_emb, rep
 from jaxtc.parity.job import Job
 from jaxtc.tap.sites import BY_NAME, SITES, Address
 
+# Of each norm of a layer: the site of its 1/rms, and the site that it reads.
+NORMS = {
+    "input_layernorm": ("attn_in_scale", "resid_pre"),
+    "post_attention_layernorm": ("attn_out_scale", "attn_proj"),
+    "pre_feedforward_layernorm": ("mlp_in_scale", "resid_mid"),
+    "post_feedforward_layernorm": ("mlp_out_scale", "mlp_proj"),
+}
+
 # Called with an address and its (B, ...) tensor, as soon as its layer is computed.
 Keep = Callable[[Address, torch.Tensor], None]
 
@@ -106,14 +114,11 @@ def forward(
 
     handles = []
     for address in addresses({*layers, count - 1}):
-        where = BY_NAME[address.site].aliases(address.layer).get("hf")
-        if where:
-            save = functools.partial(hold, address.layer, address.site)
-            handles.append(hook(model, where, save))
+        site = BY_NAME[address.site]
+        if site.hf and site.hf not in dict(site.unlike):
+            save = functools.partial(hold, address.layer, site.name)
+            handles.append(hook(model, site.aliases(address.layer)["hf"], save))
     for layer in {*layers, count - 1}:
-        for name in ("q_proj", "k_proj"):
-            where = f"model.layers.{layer}.self_attn.{name}.output"
-            handles.append(hook(model, where, functools.partial(hold, layer, name)))
         # After the hook of resid_post, which is this module's output too.
         end = f"model.layers.{layer}.output"
         handles.append(hook(model, end, lambda _, layer=layer: finish(layer)))
@@ -124,7 +129,7 @@ def forward(
             handle.remove()
     held = kept.pop(None)
     held["final_scale"] = rate(model.model.norm, held.pop("last"))
-    held["logits"] = out.logits  # the table says it: lm_head's own are not softcapped yet
+    held["logits"] = out.logits
     for name, x in held.items():
         keep(Address(name), x)
 
@@ -132,15 +137,10 @@ def forward(
 def derive(model: Gemma2ForCausalLM, layer: int, held: dict, positions, mask) -> None:
     """Add to the hooked tensors of a layer those that no module shows."""
     block = model.model.layers[layer]
-    for site, norm, source in (
-        ("attn_in_scale", block.input_layernorm, "resid_pre"),
-        ("attn_out_scale", block.post_attention_layernorm, "attn_proj"),
-        ("mlp_in_scale", block.pre_feedforward_layernorm, "resid_mid"),
-        ("mlp_out_scale", block.post_feedforward_layernorm, "mlp_proj"),
-    ):
-        held[site] = rate(norm, held[source])
+    for name, (site, source) in NORMS.items():
+        held[site] = rate(block.get_submodule(name), held[source])
     held["mlp_in_normed"] = block.pre_feedforward_layernorm._norm(held["resid_mid"].float())
-    q, k = rotated(model, held.pop("q_proj"), held.pop("k_proj"), positions)
+    q, k = rotated(model, held["q_unrotated"], held["k_unrotated"], positions)
     held["q"], held["k"] = q.transpose(1, 2), k.transpose(1, 2)
     visible = seen(positions, mask, block.self_attn.sliding_window)[:, None]
     held["attn_scores"] = scores(block.self_attn, q, k).masked_fill(~visible, torch.nan)

@@ -14,15 +14,16 @@ from jaxtc.captures.request import Captures, check_per_token, understand
 from jaxtc.edits.base import Edit
 from jaxtc.edits.check import check_edits, of_phase
 from jaxtc.errors import InputError, JaxtcError
-from jaxtc.helpers import is_whole
+from jaxtc.helpers import is_whole, whole_number
 from jaxtc.interchange import plain
 from jaxtc.memory.needs import check_run
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.gemma2 import Cache, Gemma2
-from jaxtc.model.prompts import bucket, last_tokens, prepare
+from jaxtc.model.prompts import bucket, prepare
 from jaxtc.programs import recording
+from jaxtc.programs.call import last_logits
 from jaxtc.programs.leaves import parameters, placed, rebuild
-from jaxtc.programs.program import Program, description
+from jaxtc.programs.program import Program
 from jaxtc.programs.sampling import EVERY, draw
 from jaxtc.sharding.mesh import MeshLike
 from jaxtc.sharding.placement import Placement
@@ -59,8 +60,8 @@ class Generation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """The static half of a call: with the shapes, the key under which programs are compiled."""
+class Key:
+    """The static half of a call: programs are compiled for each one and each set of shapes."""
 
     config: Gemma2Config
     captures: tuple[Address, ...]
@@ -84,7 +85,7 @@ def generate(
     stream: Stream | None = None,
     mesh: MeshLike | None = None,
 ) -> Generation:
-    """Continue each prompt, token by token: with the likeliest, or with one that is drawn.
+    """Continue each prompt, token by token, greedily or by sampling.
 
     Two programs serve all calls of a batch size and a bucket of lengths: one for the prompts, one
     for a step. Other edits of the same kinds, temperatures, k, p, seeds and stop tokens run the
@@ -100,9 +101,9 @@ def generate(
             a new token.
         capture: as for :func:`jaxtc.run`, reducers of each token among it; kept over the prompt
             and the new tokens.
-        temperature: divides the logits; 0 takes the likeliest token, whatever the rest says.
-        top_k: draw among the k likeliest tokens only.
-        top_p: draw among the fewest likeliest tokens of this probability together only. Applied
+        temperature: divides the logits; 0 takes the argmax, whatever the other options.
+        top_k: sample among the k most likely tokens only.
+        top_p: sample among the fewest tokens whose probabilities sum to this only. Applied
             after ``temperature`` and ``top_k``.
         seed: a whole number or a jax key. The same one gives the same tokens; each row and each
             position has its own random numbers, whatever the other rows are.
@@ -137,31 +138,20 @@ def generate(
     batch, width = prompts.tokens.shape
     place = placed(model, leaves, mesh)
     slots = max(bucket(prompts.length + max_new_tokens), width)
-    plan = Plan(config, asked.addresses, slots, place)
+    key = Key(config, asked.addresses, slots, place)
     if asked:
-        size = (batch, plan.slots, plan.slots)
+        size = (batch, key.slots, key.slots)
         check_run(config, leaves, size, asked.addresses, reducers, None, checked)
-
-    def describe():
-        return description(
-            config, leaves, batch=batch, length=prompts.length, padded=width,
-            slots=plan.slots, captures=plan.captures, edits=checked, reducers=reducers,
-            placement=place,
-        )  # fmt: skip
 
     rows = (lambda x: x) if place is None else place.put_rows
     lengths, early, later = rows(prompts.lengths), *(of_phase(checked, new=n) for n in (0, 1))
     if place is not None:
         early, later, reducers, sampling = place.put_whole((early, later, reducers, sampling))
-    ids, *state = _PREFILL(
-        plan, leaves, rows(prompts.tokens), lengths, early, reducers, sampling, describe=describe
-    )
+    ids, *state = _PREFILL(key, leaves, rows(prompts.tokens), lengths, early, reducers, sampling)
 
     def advance(step: int, ids: jax.Array, state: Sequence) -> tuple:
-        return _STEP(
-            plan, leaves, ids, rows(prompts.lengths + step), lengths, *state, later, reducers,
-            sampling, describe=describe,
-        )  # fmt: skip
+        places = rows(prompts.lengths + step)
+        return _STEP(key, leaves, ids, places, lengths, *state, later, reducers, sampling)
 
     # A device is not to wait until the host has read its ids, at the price of one step too many
     # when a text stops. Where the host is the device, nothing waits.
@@ -173,40 +163,37 @@ def generate(
         if ahead and not last:
             ids, *state = advance(step, ids, state)
         found = _read(known)
-        told = [int(i) if on else None for i, on in zip(found, running, strict=True)]
-        for row, i in zip(new, told, strict=True):
+        shown = [int(i) if on else None for i, on in zip(found, running, strict=True)]
+        for row, i in zip(new, shown, strict=True):
             row.extend([] if i is None else [i])
         running &= ~np.isin(found, stops)
-        ended = stream is not None and stream(step, told) is True
+        ended = stream is not None and stream(step, shown) is True
         if ended or not running.any():
             break
         if not ahead and not last:
             ids, *state = advance(step, ids, state)
+    length = prompts.length + step
+    activations, _ = recording.finish(state[1], asked, reducers, layers, length)
     texts = np.asarray(prompts.tokens)
     ends = prompts.known_lengths + [len(row) - 1 for row in new]
     return Generation(
         [texts[i, :n].tolist() for i, n in enumerate(prompts.known_lengths)],
         new,
-        recording.finish(state[1], asked, reducers, layers, prompts.length + step),
+        activations,
         ends.astype(np.int32),
     )
 
 
 def _sampling(max_new_tokens, temperature, top_k, top_p, seed) -> tuple:
     """(key, temperature, top_k, top_p) as programs take them; raises InputError for bad options."""
-    if not is_whole(max_new_tokens, 1):
-        raise InputError(
-            f"max_new_tokens is {max_new_tokens!r}, expected a whole number of at least 1."
-        )
+    whole_number("max_new_tokens", max_new_tokens, 1)
     if not _real(temperature) or not 0 <= temperature < np.inf:
         raise InputError(
             f"temperature is {temperature!r}, expected a number of at least 0: 0 takes the "
-            "likeliest token, 1 draws from the model's own distribution."
+            "argmax, 1 samples from the model's own distribution."
         )
-    if top_k is not None and not is_whole(top_k, 1):
-        raise InputError(
-            f"top_k is {top_k!r}, expected a whole number of at least 1, or None for all tokens."
-        )
+    if top_k is not None:
+        whole_number("top_k", top_k, 1, ", or None for all tokens")
     if top_p is not None and (not _real(top_p) or not 0 < top_p <= 1):
         raise InputError(
             f"top_p is {top_p!r}, expected a probability above 0 and up to 1, or None for all "
@@ -267,27 +254,25 @@ def _read(token: jax.Array) -> np.ndarray:
     return ids
 
 
-def _prefill(plan: Plan, leaves, tokens, lengths, edits, reducers, sampling):
+def _prefill(key: Key, leaves, tokens, lengths, edits, reducers, sampling):
     """The prompts at once: (B, W) ids to each row's next id (B,), the cache and the record."""
-    model = rebuild(plan.config, leaves)
+    model = rebuild(key.config, leaves)
     batch, width = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(width), tokens.shape)
-    tap = Tap(plan.captures, edits, positions, lengths, reducers=reducers, placement=plan.placement)
-    at = None if tap.touches("logits") else lengths - 1
-    cache = Cache.empty(plan.config, batch, width, model.dtype)
-    logits, cache = model(tokens, positions=positions, cache=cache, tap=tap, logits_at=at)
-    logits = logits[:, 0] if at is not None else last_tokens(logits, lengths)
+    tap = Tap(key.captures, edits, positions, lengths, reducers=reducers, placement=key.placement)
+    cache = Cache.empty(key.config, batch, width, model.dtype)
+    logits, cache = last_logits(model, tokens, positions=positions, cache=cache, tap=tap)
     # Made no longer than the prompts at first, so that these see no more keys than in `run`.
-    more = [(0, 0), (0, plan.slots - width), (0, 0), (0, 0)]
+    more = [(0, 0), (0, key.slots - width), (0, 0), (0, 0)]
     cache = jax.tree.map(lambda x: jnp.pad(x, more), cache)
-    key, *settings = sampling
-    token = draw(logits, key, lengths, *settings)
-    return _settled(plan, token, cache, recording.begin(tap, plan.slots), reducers)
+    rng, *settings = sampling
+    token = draw(logits, rng, lengths, *settings)
+    return _settled(key, token, cache, recording.begin(tap, key.slots), reducers)
 
 
-def _settled(plan: Plan, token, cache, record, reducers) -> tuple:
+def _settled(key: Key, token, cache, record, reducers) -> tuple:
     """What a program hands to the next, laid out on the mesh in the same way each time."""
-    place = plan.placement
+    place = key.placement
     if place is None:
         return token, cache, record
     # Every process reads the ids.
@@ -296,20 +281,20 @@ def _settled(plan: Plan, token, cache, record, reducers) -> tuple:
     return token, cache, recording.settled(record, reducers, place)
 
 
-def _step(plan, leaves, token, places, lengths, cache, record, edits, reducers, sampling):
+def _step(key, leaves, tokens, places, lengths, cache, record, edits, reducers, sampling):
     """One token more: (B,) ids at positions (B,) to the next ids, the cache and the record."""
-    model = rebuild(plan.config, leaves)
+    model = rebuild(key.config, leaves)
     positions = places[:, None]
     tap = Tap(
-        plan.captures, edits, positions, lengths, ends=places + 1, reducers=reducers,
-        placement=plan.placement,
+        key.captures, edits, positions, lengths, ends=places + 1, reducers=reducers,
+        placement=key.placement,
     )  # fmt: skip
-    # A NaN was marked by no id at all; it is told when it is read.
-    token = jnp.maximum(token, 0)[:, None]
-    logits, cache = model(token, positions=positions, cache=cache, tap=tap)
-    key, *settings = sampling
-    token = draw(logits[:, 0], key, places + 1, *settings)
-    return _settled(plan, token, cache, recording.proceed(record, tap, places), reducers)
+    # NaN was marked by the id -1, which raises once it is read.
+    tokens = jnp.maximum(tokens, 0)[:, None]
+    logits, cache = model(tokens, positions=positions, cache=cache, tap=tap)
+    rng, *settings = sampling
+    token = draw(logits[:, 0], rng, places + 1, *settings)
+    return _settled(key, token, cache, recording.proceed(record, tap, places), reducers)
 
 
 _PREFILL = Program("generate: prefill", _prefill, static_argnums=0)

@@ -31,7 +31,7 @@ _metadata = attrgetter("_var_metadata")
 def parameters(model: Gemma2) -> list[jax.Array]:
     """The model's arrays in a fixed order, that of ``jax.tree.leaves``: what programs take.
 
-    Read anew at each call, so a parameter that was replaced is never stale.
+    Read again at each call, so that a replaced parameter is never stale.
 
     Raises:
         SiteError: the model's structure was changed after it was built.

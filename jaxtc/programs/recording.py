@@ -1,9 +1,10 @@
 """Captures over a generation: arrays as long as the cache, in which every pass writes its part.
 
 The prompts' pass makes them, each step writes its one token in place (they are donated, as the
-cache is), so that nothing is gathered from step to step and the memory is that of the result.
+cache is), so that nothing is concatenated and the memory is that of the result.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from jaxtc.captures.base import Reducer
 from jaxtc.captures.request import Asked
 from jaxtc.model.gemma2 import MASKED
 from jaxtc.sharding.placement import Placement
-from jaxtc.tap.sites import BY_NAME, Address, Site
+from jaxtc.tap.sites import BY_NAME, Address
 from jaxtc.tap.tap import Tap
 
 # Whole captures by address, and what each reducer kept.
@@ -67,18 +68,48 @@ def settled(record: Record, reducers: Sequence[Reducer], placement: Placement) -
     return arrays, [jax.tree.map(lambda x, r=r: by_rows(r, x), part) for r, part in kept]
 
 
-def finish(record: Record, asked: Asked, reducers: Sequence[Reducer], layers: int, length: int):
-    """The record as :class:`Activations` of ``length`` tokens."""
+def finish(
+    record: Record,
+    asked: Asked,
+    reducers: Sequence[Reducer],
+    layers: int,
+    length: int,
+    padded: bool = True,
+    logits: jax.Array | None = None,
+) -> tuple[Activations, jax.Array | None]:
+    """The record as :class:`Activations` of ``length`` tokens, and the logits cut likewise.
+
+    Args:
+        record: what was kept.
+        asked: the captures.
+        reducers: of the captures, checked.
+        layers: of the model.
+        length: T.
+        padded: whether anything is longer.
+        logits: (B, W, V).
+    """
     arrays, reduced = record
-    arrays = {address: cut(BY_NAME[address.site], x, length) for address, x in arrays.items()}
-    reduced = [r.cut(kept, length) for r, kept in zip(reducers, reduced, strict=True)]
-    return Activations(arrays, layers, dict(zip(asked.names, reduced, strict=True)), asked.aliases)
+    if padded:
+        sites = tuple(address.site for address in arrays)
+        cut, logits = _cut(sites, length, list(arrays.values()), logits)
+        arrays = dict(zip(arrays, cut, strict=True))
+        reduced = [r.cut(kept, length) for r, kept in zip(reducers, reduced, strict=True)]
+    named = dict(zip(asked.names, reduced, strict=True))
+    return Activations(arrays, layers, named, asked.aliases), logits
 
 
-def cut(site: Site, x: jax.Array, length: int) -> jax.Array:
-    """``x`` with its axes over tokens and keys no longer than ``length``."""
-    letters = site.axes.split()
-    return x[tuple(slice(length) if letter in "TS" else slice(None) for letter in letters)]
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _cut(sites: tuple[str, ...], length: int, arrays, logits):
+    """Arrays of these sites, and logits, with axes over tokens and keys no longer than ``length``.
+
+    One program for all: a slice by itself takes jax as long as a short model's whole pass.
+    """
+
+    def cut(site, x):
+        letters = BY_NAME[site].axes.split()
+        return x[tuple(slice(length) if letter in "TS" else slice(None) for letter in letters)]
+
+    return [*map(cut, sites, arrays)], None if logits is None else cut("logits", logits)
 
 
 def _axes(reducer: Reducer) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Choosing the next token: the likeliest, or one drawn after temperature, top-k and top-p.
+"""Choosing the next token: argmax, or sampling after temperature, top-k and top-p.
 
 Everything but the shapes is data, so any temperature, k, p or seed runs the same program. Nothing
 is sorted: what top-k and top-p keep lies above a threshold, which is found bit by bit in 32 passes
@@ -17,12 +17,12 @@ EVERY = np.iinfo(np.int32).max
 _SIGN = np.uint32(1 << 31)
 
 
-def likeliest(logits: jax.Array) -> jax.Array:
+def greedy(logits: jax.Array) -> jax.Array:
     """(B, V) logits to (B,) int32 ids of the largest; the first of several."""
     return logits.argmax(-1).astype(jnp.int32)
 
 
-def heated(logits: jax.Array, temperature: jax.Array) -> jax.Array:
+def tempered(logits: jax.Array, temperature: jax.Array) -> jax.Array:
     """(B, V) logits divided by a temperature above 0, shifted so that each row's largest is 0."""
     largest = logits.max(-1, keepdims=True)
     # An infinite logit takes all: infinity less itself would be NaN.
@@ -38,7 +38,7 @@ def keep_top_k(logits: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def keep_top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
-    """(B, V) logits with -inf outside the fewest likeliest tokens of probability ``p`` together.
+    """(B, V) logits with -inf outside the fewest tokens whose probabilities sum to ``p``.
 
     As ``TopPLogitsWarper`` of transformers (Holtzman et al. 2020, arXiv 1904.09751, §3.1), but that
     equally likely tokens stay or go together, where it keeps some of them by the order of its sort.
@@ -47,7 +47,7 @@ def keep_top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
     probabilities = jax.nn.softmax(logits)
     enough = jnp.maximum(p, jnp.finfo(jnp.float32).tiny)
     kept = _keep(logits, lambda chosen: jnp.where(chosen, probabilities, 0).sum(-1) >= enough)
-    # Rounding may leave the sum of all below a p of nearly 1; at 1 itself nothing is to go.
+    # Rounding may leave the sum of all below a p of nearly 1; at 1 itself all are kept.
     return jnp.where(p >= 1, logits, kept)
 
 
@@ -69,7 +69,7 @@ def draw(
         logits: (B, V) float32.
         key: one key.
         places: (B,) int32, position of the new token in each row's text.
-        temperature: () float32; 0 takes the likeliest token.
+        temperature: () float32; 0 takes the argmax.
         top_k: () int32 of at least 1; :data:`EVERY` leaves nothing out.
         top_p: () float32, above 0; 1 leaves nothing out.
 
@@ -78,14 +78,14 @@ def draw(
     """
 
     def sampled() -> jax.Array:
-        scores = heated(logits, temperature)
+        scores = tempered(logits, temperature)
         scores = jax.lax.cond(top_k < scores.shape[-1], keep_top_k, _as_is, scores, top_k)
         scores = jax.lax.cond(top_p < 1, keep_top_p, _as_is, scores, top_p)
         rows = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(logits)))
         keys = jax.vmap(jax.random.fold_in)(rows, places)
         return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
 
-    chosen = jax.lax.cond(temperature > 0, sampled, lambda: likeliest(logits))
+    chosen = jax.lax.cond(temperature > 0, sampled, lambda: greedy(logits))
     none = jnp.isnan(logits).any(-1) | (logits == -jnp.inf).all(-1)
     return jnp.where(none, -1, chosen)
 
@@ -102,7 +102,7 @@ def _keep(logits: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Ar
         enough: (B, V) booleans of what is kept to (B,), false once too little is.
     """
     bits = jax.lax.bitcast_convert_type(jnp.where(logits == 0, 0.0, logits), jnp.uint32)
-    # Whole numbers in the order of the floats: their bits, all turned round for negative ones.
+    # Whole numbers in the order of the floats: their bits, inverted for negative ones.
     order = jnp.where(bits >= _SIGN, ~bits, bits | _SIGN)
 
     def settle(index: jax.Array, threshold: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jaxtc.errors import InputError
+from jaxtc.helpers import whole_number
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import bucket
 from jaxtc.programs.generate import generate
@@ -45,8 +46,7 @@ def warm_up(
     # The longest of each bucket: edits of the others may name positions that it has as well.
     longest = {}
     for length in sorted(set(lengths)):
-        if length < 1:
-            raise InputError(f"lengths are whole numbers of at least 1, got {length!r}.")
+        whole_number("A length", length, 1)
         slots = bucket(length + max_new_tokens) if max_new_tokens else 0
         longest[bucket(length), slots] = length
     if not longest:

@@ -42,15 +42,24 @@ class Site:
     unlike: tuple[tuple[str, str], ...] = ()
 
     @property
+    def letters(self) -> tuple[str, ...]:
+        """The axis letters one by one."""
+        return tuple(self.axes.split())
+
+    @property
+    def kind(self) -> str:
+        """ "pairs" (a number for each query and key), "scale" (1/rms of a norm) or "vector"."""
+        return {"S": "pairs", "1": "scale"}.get(self.letters[-1], "vector")
+
+    @property
     def sequence_axis(self) -> int:
-        """Which axis runs over the tokens whose edit is selected by ``position``."""
-        letters = self.axes.split()
-        return letters.index("T" if "T" in letters else "S")
+        """The axis over tokens, which an edit's ``position`` selects from."""
+        return self.letters.index("T" if "T" in self.letters else "S")
 
     @property
     def token_axes(self) -> tuple[str, ...]:
         """The axis letters of one token's value; empty where values belong to pairs of tokens."""
-        _, first, *rest = self.axes.split()
+        _, first, *rest = self.letters
         return tuple(rest) if first in "TS" else ()
 
     def width(self, sizes: Mapping[str, int]) -> int | None:
@@ -61,6 +70,14 @@ class Site:
         """
         letters = self.token_axes
         return math.prod(sizes.get(letter, 1) for letter in letters) if letters else None
+
+    def shape(self, sizes: Mapping[str, int | str]) -> tuple[int | str, ...]:
+        """The shape of its array; letters that ``sizes`` lacks stay letters.
+
+        Args:
+            sizes: of the axis letters: :attr:`jaxtc.Gemma2Config.sizes` with B, T and S.
+        """
+        return tuple(1 if letter == "1" else sizes.get(letter, letter) for letter in self.letters)
 
     def join(self, x: Any) -> Any:
         """A token's numbers in one axis: (..., N, H) to (..., N·H), the heads one after the other.
@@ -97,7 +114,11 @@ SITES: tuple[Site, ...] = (
          tl="ln1.hook_scale", unlike=_inverse("ln1.hook_scale")),
     Site("attn_in", "B T D", "input norm's output, with gain: what attention reads",
          hf="input_layernorm.output"),
+    Site("q_unrotated", "B T N H", "queries, before rotary embedding",
+         hf="self_attn.q_proj.output", tl="attn.hook_q"),
     Site("q", "B T N H", "queries, after rotary embedding", tl="attn.hook_rot_q"),
+    Site("k_unrotated", "B S K H", "keys, before rotary embedding",
+         hf="self_attn.k_proj.output", tl="attn.hook_k"),
     Site("k", "B S K H", "keys, after rotary embedding", tl="attn.hook_rot_k"),
     Site("v", "B S K H", "values", hf="self_attn.v_proj.output", tl="attn.hook_v"),
     Site("attn_scores", "B N T S", "scaled, softcapped and masked scores", float32=True,
@@ -119,6 +140,10 @@ SITES: tuple[Site, ...] = (
          float32=True, tl="ln2.hook_normalized"),
     Site("mlp_in", "B T D", "x/rms with the gain: what the MLP reads",
          hf="pre_feedforward_layernorm.output"),
+    Site("mlp_gate", "B T F", "gate's pre-activation, before the gelu",
+         hf="mlp.gate_proj.output", tl="mlp.hook_pre"),
+    Site("mlp_up", "B T F", "what the gate is multiplied with",
+         hf="mlp.up_proj.output", tl="mlp.hook_pre_linear"),
     Site("mlp_act", "B T F", "gelu(gate)·up", hf="mlp.down_proj.input", tl="mlp.hook_post"),
     Site("mlp_proj", "B T D", "down projection, before the post norm", hf="mlp.output"),
     Site("mlp_out_scale", "B T 1", "1/rms of the post-MLP norm", float32=True,
@@ -140,7 +165,7 @@ SITES: tuple[Site, ...] = (
 
 BY_NAME: dict[str, Site] = {site.name: site for site in SITES}
 ORDER: dict[str, int] = {site.name: index for index, site in enumerate(SITES)}
-NORM_SCALES: tuple[str, ...] = tuple(name for name in BY_NAME if name.endswith("_scale"))
+NORM_SCALES: tuple[str, ...] = tuple(site.name for site in SITES if site.kind == "scale")
 
 
 @dataclasses.dataclass(frozen=True, order=True)

@@ -240,11 +240,10 @@ def test_every_site_has_reducers():
     captures = {f"{kind.__name__} {site.name}": kind(site.name, 1) for site in SITES
                 for kind in (At, TopK)}  # fmt: skip
     found = run(capture=captures, logits=None).activations
-    sizes = {**tiny.config().sizes, "B": B, "T": T, "S": T, "1": 1}
+    sizes = {**tiny.config().sizes, "B": B, "T": T, "S": T}
     for site in SITES:
-        letters = site.axes.split()
         stack = (LAYERS,) if site.per_layer else ()
-        shape = [sizes[letter] for letter in letters]
+        shape = list(site.shape(sizes))
         assert found[f"TopK {site.name}"].ids.shape == (*stack, *shape[:-1], 1)
         del shape[site.sequence_axis]
         assert found[f"At {site.name}"].shape == (*stack, *shape)

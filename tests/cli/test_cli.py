@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.status import Status
 
 import jaxtc
-from jaxtc.cli.draw import draw
+from jaxtc.cli.explain import draw
 from jaxtc.cli.runtime import make_private
 from jaxtc.tap.sites import SITES
 from tests.support import tiny

@@ -102,7 +102,7 @@ def test_tokens_are_written_as_they_come(generate, monkeypatch):
         (["--temperature", "nan"], "temperature is nan"),
         (["--temperature", "1", "--top-p", "0"], "top_p is 0.0"),
         (["--temperature", "1", "--top-k", "0"], "top_k is 0"),
-        (["--top-k", "3"], "without --temperature nothing is drawn"),
+        (["--top-k", "3"], "without --temperature nothing is sampled"),
         (["--seed", "-1"], "seed is -1"),
         (["--max-new-tokens", "0"], "max_new_tokens is 0"),
         (["--max-new-tokens", "99"], "longer than this model's context of 40"),

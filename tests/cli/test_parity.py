@@ -106,8 +106,13 @@ def test_without_torch(command, folder, monkeypatch):
     assert "pip install 'jaxtc[parity]'" in " ".join(err.split())
 
 
-def test_torch_is_imported_by_the_other_process_only():
-    code = "import sys, jaxtc, jaxtc.cli, jaxtc.parity; assert 'torch' not in sys.modules"
+def test_what_is_slow_to_import_is_imported_when_needed():
+    """torch by the other process only; orbax and training by the commands that use them."""
+    code = (
+        "import sys, jaxtc, jaxtc.cli, jaxtc.parity\n"
+        "slow = {'torch', 'transformers', 'orbax.checkpoint', 'jaxtc.training.loop'}\n"
+        "assert not slow & set(sys.modules), slow & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -107,7 +107,8 @@ def test_noise_is_the_same_in_decode_and_follows_its_seed_and_scale():
 
     whole = at(jnp.broadcast_to(jnp.arange(16), (3, 16)), edit)
     step = at(jnp.asarray([[9], [5], [3]]), edit)[:, 0]
-    np.testing.assert_array_equal(step, np.asarray(whole)[[0, 1, 2], [9, 5, 3]])
+    whole = np.asarray(whole)[[0, 1, 2], [9, 5, 3]]
+    np.testing.assert_allclose(step, whole, rtol=1e-5, atol=1e-6)  # two programs
     half = at(jnp.asarray([[9], [5], [3]]), taps.checked([Noise(3, site="resid_post")]))[:, 0]
     np.testing.assert_allclose(2 * half, step, rtol=1e-6)
     other = at(jnp.asarray([[9], [5], [3]]), taps.checked([Noise(4, site="resid_post")]))[:, 0]

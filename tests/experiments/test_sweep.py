@@ -342,7 +342,7 @@ def test_other_values_and_prompts_compile_nothing():
     assert "<lambda>: define it once" in found[-1].because
     with jaxtc.compiles() as found:
         go(EACH, [0, 1], LONG[:-1], 3)
-    assert "prompt length is 8 (was 9)" in found[-1].because
+    assert "length 8 (was 9)" in found[-1].because
 
 
 # What is refused

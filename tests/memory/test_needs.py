@@ -1,7 +1,6 @@
 """Estimates against what runs really return; the machine's free memory against files made up."""
 
 import dataclasses
-import time
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +130,7 @@ def test_table():
         "q", "mlp_out, 3 layers", "At(resid_post)", "logits", "kept", "needed to run, at least",
         "weights (besides)",
     ]  # fmt: skip
-    assert "float32[3, 9, 24]" in lines[1] and lines[1].endswith("  7.6 KiB")
+    assert "float32[3, 9, 24]" in lines[1] and lines[1].endswith("  7.8 kB")
     assert len({len(line) for line in lines}) == 1
 
 
@@ -154,14 +153,14 @@ def test_a_run_is_checked_for_what_the_estimate_says(capture, prompts, monkeypat
 
 
 def test_a_run_that_cannot_fit_is_refused_before_it_runs():
-    """256 TiB of logits and 4 of scores; in a trace too, where the weights are on no device."""
+    """281 TB of logits and 4 of scores; in a trace too, where the weights are on no device."""
     config = dataclasses.replace(tiny.config(), vocab_size=2**24, max_position_embeddings=2**16)
 
     def check(leaf):
         check_run(config, [leaf], (64, 2**16, 2**16), (), (), "all")
 
     for call in (check, jax.jit(check)):
-        with pytest.raises(CapacityError, match="What this run keeps needs at least 260.0 TiB"):
+        with pytest.raises(CapacityError, match="What this run keeps needs at least 286 TB"):
             call(jnp.ones(1))
 
 
@@ -204,7 +203,7 @@ def test_check_fits(monkeypatch):
     with pytest.raises(CapacityError) as caught:
         check_fits(5 * 2**30, "What this run keeps")
     message = str(caught.value)
-    assert message.startswith("What this run keeps needs at least 5.0 GiB of memory, and 3.0 GiB")
+    assert message.startswith("What this run keeps needs at least 5.4 GB of memory, and 3.2 GB")
     for hint in ("jaxtc.reducers.At", "logits='last'", "fewer layers", "fewer or shorter prompts"):
         assert hint in message
     assert "\n" not in message
@@ -223,24 +222,16 @@ def test_devices_of_one_cpu_share_its_memory(monkeypatch):
 def test_small_needs_do_not_look_at_the_machine(monkeypatch):
     monkeypatch.setattr(memory, "available", lambda device: pytest.fail("looked"))
     check_fits(64 * 2**20 - 1, "this run")
-    best = min(_seconds(lambda: check_fits(10**6, "this run")) for _ in range(20))
-    assert best < 20e-6
-
-
-def _seconds(function):
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def test_accelerators():
     device = Accelerator({"bytes_limit": 2**30, "bytes_in_use": 2**29})
     assert machine.available(device) == 2**29
-    with pytest.raises(CapacityError, match="512.0 MiB are available on gpu 1"):
+    with pytest.raises(CapacityError, match="537 MB are available on gpu 1"):
         check_fits(2**29 + 1, "this run", {device})
     other = Accelerator(None, id=2, process_index=1)  # of another process: as full as ours
     check_fits(2**30, "this run", {device, other})
-    with pytest.raises(CapacityError, match="512.0 MiB"):
+    with pytest.raises(CapacityError, match="537 MB"):
         check_fits(2**30 + 2, "this run", {device, other})
     check_fits(2**50, "this run", {other})
     for silent in (None, {}):

@@ -321,7 +321,7 @@ def test_the_command_line_draws_and_writes(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("2b --capture mlp_out@last", "'last' is no position"),
+        ("2b --capture mlp_out@last", "'last' is not a position"),
         ("2b --transcoders 1,x", "--transcoders is '1,x'"),
         ("2b --replicate vocb", "--replicate vocb"),
         ("embedded --mesh model=2", "--replicate AXIS"),

@@ -11,7 +11,6 @@ import torch
 
 import jaxtc
 from jaxtc.parity import torch_side
-from jaxtc.tap.sites import Address
 from tests.parity import oracles, reference, torch_transcoder
 from tests.parity.oracles import Oracle
 
@@ -53,7 +52,7 @@ def models() -> Callable:
     @functools.cache
     def load(oracle_name, source, folder, dtype):
         ours = jaxtc.load_model(source, dtype=jnp.dtype(dtype))
-        return ours, oracles.load(folder, getattr(torch, dtype))
+        return ours, torch_side.load(folder, getattr(torch, dtype))
 
     return lambda oracle, dtype="float32": load(oracle.name, oracle.source, oracle.folder, dtype)
 
@@ -65,13 +64,7 @@ def ours(models, make_oracle) -> Callable[[Oracle, str, str], reference.Captured
     @functools.cache
     def capture(name: str, field: str, dtype: str):
         oracle = make_oracle(name)
-        model, _ = models(oracle, dtype)
-        prompts = getattr(oracle, field)
-        wanted = reference.addresses(model.config.num_hidden_layers)
-        result = jaxtc.run(model, prompts, capture=wanted)
-        kept = {address: result.activations[address] for address in wanted}
-        assert (kept[Address("logits")] == result.logits).all()
-        return {key: cut(key, x, list(map(len, prompts))) for key, x in kept.items()}
+        return reference.ours(models(oracle, dtype)[0], getattr(oracle, field))
 
     return lambda oracle, field, dtype="float32": capture(oracle.name, field, dtype)
 
@@ -112,14 +105,6 @@ def transcoders(oracle, transcoders_of) -> tuple:
     return transcoders_of(oracle)
 
 
-def cut(key: Address, x, lengths: list[int]) -> list:
-    """The real tokens of each row."""
-    x = jnp.asarray(x, jnp.float32)
-    if key.site in ("attn_scores", "attn_pattern"):
-        return [row[:, :n, :n] for row, n in zip(x, lengths, strict=True)]
-    return [row[:n] for row, n in zip(x, lengths, strict=True)]
-
-
 @pytest.fixture(scope="session")
 def theirs(models, make_oracle) -> Callable[[Oracle, str, str], reference.Captured]:
     """The reference's: ``(oracle, case, dtype)``; dtype "truth" is float64 on bfloat16 weights."""
@@ -136,6 +121,6 @@ def theirs(models, make_oracle) -> Callable[[Oracle, str, str], reference.Captur
 
     @functools.cache
     def truth(name: str):
-        return torch_side.widen(oracles.load(make_oracle(name).folder, torch.bfloat16))
+        return torch_side.widen(torch_side.load(make_oracle(name).folder, torch.bfloat16))
 
     return lambda oracle, case, dtype="float32": capture(oracle.name, case, dtype)

@@ -131,21 +131,6 @@ def our_model(config: Gemma2Config, values: Weights) -> jaxtc.Gemma2:
     return jax.tree.unflatten(jax.tree.structure(model), leaves)
 
 
-def activations(model: jaxtc.Gemma2, case: Case) -> dict[Address, list[np.ndarray]]:
-    """Ours at every address, one array a prompt."""
-    wanted = reference.addresses(case.config.num_hidden_layers)
-    found = jaxtc.run(model, case.prompts, capture=wanted).activations
-    arrays = {address: np.asarray(found[address]) for address in wanted}
-    square = ("attn_scores", "attn_pattern")
-    return {
-        address: [
-            row[:, :n, :n] if address.site in square else row[:n]
-            for row, n in zip(array, case.lengths, strict=True)
-        ]
-        for address, array in arrays.items()
-    }
-
-
 def errors(
     case: Case, ours: dict[Address, list[np.ndarray]], theirs: reference.Captured
 ) -> dict[Address, float]:

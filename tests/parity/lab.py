@@ -1,11 +1,13 @@
 """Edits side by side: a batch of prompts through jaxtc, and through the hooked reference.
 
-A batch row is a variant: of one compiled program each site has two rows of its own.
+A batch row is a variant: in one compiled program each site has two rows of its own, behind six that
+are not edited. What a site's rows are and what is done to them depends on its name alone, so that a
+new site leaves the others as they are.
 """
 
 import dataclasses
 import functools
-import itertools
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,16 +33,22 @@ def both(**fields) -> tuple[dict, dict]:
     return dict(fields), dict(fields)
 
 
-def targets(which: int, site: Site, prompts: list[list[int]], draw) -> tuple[dict, dict]:
+def number(site: str) -> int:
+    """Of a site, the same whatever other sites there are."""
+    return zlib.crc32(site.encode())
+
+
+def targets(which: int, site: Site, here: "Lab", draw) -> tuple[dict, dict]:
     """(targets for jaxtc, the same for the hooks), one of several ways to say where."""
-    lengths = list(map(len, prompts))
+    prompts, lengths = here.prompts, list(map(len, here.own))
     masks = [draw.random(n) < 0.4 for n in lengths]
     for mask in masks:
         mask[3] = True
+    pairs = [(int(draw.integers(n)), int(draw.integers(-n, 0))) for n in lengths]
+    masks, pairs = ([drawn[row] for row in here.whose] for drawn in (masks, pairs))
     full = np.zeros((len(prompts), max(lengths)), bool)
     for row, mask in zip(full, masks, strict=True):
         row[: len(mask)] = mask
-    pairs = [(int(draw.integers(n)), int(draw.integers(-n, 0))) for n in lengths]
     ways = [
         both(layer=0, position=-1),
         both(layer=(0, -1), position=slice(1, -2)),
@@ -61,13 +69,8 @@ def targets(which: int, site: Site, prompts: list[list[int]], draw) -> tuple[dic
 
 def entries(site: Site) -> dict[str, Any]:
     """Some heads or coordinates, where the site has them."""
-    letters = site.axes.split()
-    named = {}
-    if "N" in letters or "K" in letters:
-        named["head"] = 1
-    if letters[-1] in "DHFV":
-        named["coordinate"] = (0, 2, 5)
-    return named
+    head = {"head": 1} if {"N", "K"} & set(site.letters) else {}
+    return head | ({"coordinate": (0, 2, 5)} if site.kind == "vector" else {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +101,7 @@ class At:
 
     def pair(self, *shape: int) -> tuple[np.ndarray, torch.Tensor]:
         """Random values of the site's size, in both frameworks."""
-        if self.site.axes.endswith("1"):  # a rate of about 0 would blow up every rounding after it
+        if self.site.kind == "scale":  # a rate of about 0 would blow up every rounding after it
             values = self.draw.uniform(0.5, 2, shape)
         else:
             values = self.draw.normal(size=shape)
@@ -117,43 +120,51 @@ class Lab:
     """An oracle in both frameworks and a batch of rows, two for each site.
 
     Attributes:
-        prompts: the oracle's and, of the same lengths, random ones: any three rows in turn differ
-            in length, and three rows on stands another prompt of the same length.
+        own: the oracle's prompts and, of the same lengths, random ones: any three in turn differ in
+            length, and three on stands another prompt of the same length.
+        whose: (B,) which of them each row is: each in order, then two for each site.
+        prompts: of the rows.
         sources: (B,) for each row one of the same length and other tokens.
-        size: of each site, the root mean square without edits; the median where it is a rate,
-            which differs much from layer to layer.
+        size: of each site, the root mean square without edits; the median where it is 1/rms, which
+            differs much from layer to layer.
         clean: the reference's activations of the oracle's prompts.
     """
 
     def __init__(self, name: str, ours, hf, prompts, clean: reference.Captured):
         self.name, self.ours, self.hf, self.clean = name, ours, hf, clean
         draw, vocab = np.random.default_rng(11), ours.config.vocab_size
-        own = [list(prompt) for prompt in prompts]
-        twins = [[p[0], *draw.integers(3, vocab, len(p) - 1).tolist()] for p in own]
-        turns = itertools.cycle([*own, *twins])
-        self.prompts = list(itertools.islice(turns, 2 * len(SITES)))
-        rows = np.arange(len(self.prompts))
-        self.sources = np.where(rows + 3 < len(rows), rows + 3, rows - 3)
+        twins = [[p[0], *draw.integers(3, vocab, len(p) - 1).tolist()] for p in prompts]
+        self.own = [*map(list, prompts), *twins]
+        starts = np.array([number(site) for site in SITES])
+        pairs = np.stack([starts, starts + 1], axis=1).ravel()
+        self.whose = np.concatenate([np.arange(6), pairs]) % 6
+        self.prompts = [self.own[index] for index in self.whose]
+        self.sources = (self.whose + 3) % 6
         self.size = {site: self._size(site) for site in SITES}
 
     def _size(self, site: str) -> float:
         rows = [x for key, xs in self.clean.items() if key.site == site for x in xs]
         values = torch.cat([x[~x.isnan()] for x in rows])
-        rate = BY_NAME[site].axes.endswith("1")
-        return float(values.median() if rate else values.square().mean().sqrt())
+        scale = BY_NAME[site].kind == "scale"
+        return float(values.median() if scale else values.square().mean().sqrt())
+
+    def rows(self, site: str) -> tuple[int, int]:
+        """Of a site."""
+        first = 6 + 2 * SITES.index(site)
+        return first, first + 1
 
     def at(self, site: str, seed: int) -> At:
         """What makes an edit at a site; each seed says where in its own way."""
-        row, index = BY_NAME[site], SITES.index(site)
-        draw = np.random.default_rng([index, seed])
-        here, there = targets(index + seed, row, self.prompts, draw)
+        row, draw = BY_NAME[site], np.random.default_rng([number(site), seed])
+        here, there = targets(number(site) + seed, row, self, draw)
         return At(row, self.shape(row), self.size[site], draw, self, here, there)
 
     def shape(self, site: Site) -> tuple[int, ...]:
         """Of the site's array for the whole batch."""
         width = max(map(len, self.prompts))
-        sizes = {**self.ours.config.sizes, "B": len(self.prompts), "T": width, "S": width, "1": 1}
-        return tuple(sizes[letter] for letter in site.axes.split())
+        return site.shape(
+            {**self.ours.config.sizes, "B": len(self.prompts), "T": width, "S": width}
+        )
 
     @torch.no_grad()
     def hooked(self, edits, prompts=None, side="right") -> torch.Tensor:
@@ -175,7 +186,7 @@ class Lab:
             array = torch.zeros(self.shape(BY_NAME[address.site]))
             for into, row, prompt in zip(array, rows, others, strict=True):
                 n = len(prompt)
-                if address.site in ("attn_scores", "attn_pattern"):
+                if BY_NAME[address.site].kind == "pairs":
                     into[:, :n, :n] = row
                 else:
                     into[:n] = row.view(n, *into.shape[1:])

@@ -79,14 +79,6 @@ class Oracle:
     long: list[list[int]]
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> Gemma2ForCausalLM:
-    """The reference model, eager attention, no stop token."""
-    model = Gemma2ForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model.eval()
-
-
 def embedded() -> Oracle:
     """The model that ships in the package, on sentences of its own world."""
     folder = EMBEDDED_DATA / "model"

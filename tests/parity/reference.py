@@ -1,4 +1,4 @@
-"""What PyTorch has at every site of the table, for prompts that are padded to one batch."""
+"""What both models have at every site of the table, for prompts that are padded to one batch."""
 
 from collections.abc import Sequence
 
@@ -6,11 +6,9 @@ import numpy as np
 import torch
 from transformers import Gemma2ForCausalLM
 
+import jaxtc
 from jaxtc.parity import torch_side
-from jaxtc.parity.torch_side import rate, scores
-from jaxtc.tap.sites import Address
-
-__all__ = ["Captured", "addresses", "capture", "hook", "pad", "rate", "relative", "scores"]
+from jaxtc.tap.sites import BY_NAME, Address
 
 # Per address, one unpadded array a prompt.
 Captured = dict[Address, list[torch.Tensor]]
@@ -32,26 +30,25 @@ def capture(model: Gemma2ForCausalLM, prompts: Sequence[Sequence[int]], side: st
     ids, mask = pad(prompts, side)
     kept: dict = {}
     torch_side.forward(model, ids, mask, kept.__setitem__)
-    return {key: unpadded(key, value, mask) for key, value in kept.items()}
+    return {key: unpadded(key.site, value, mask.bool()) for key, value in kept.items()}
 
 
-def hook(
-    model: Gemma2ForCausalLM, where: str, keep: dict, key
-) -> torch.utils.hooks.RemovableHandle:
-    """Keep what passes at ``module.input``, ``module.output`` or ``module.output.1``."""
-    return torch_side.hook(model, where, lambda x: keep.__setitem__(key, x))
+def ours(model: jaxtc.Gemma2, prompts: Sequence[Sequence[int]]) -> dict[Address, list[np.ndarray]]:
+    """The same of our model, in float32."""
+    wanted = torch_side.addresses(range(model.config.num_hidden_layers))
+    found = jaxtc.run(model, prompts, capture=wanted)
+    assert (found.activations[Address("logits")] == found.logits).all()
+    mask = pad(prompts, "right")[1].bool().numpy()
+    arrays = {key: np.asarray(found.activations[key], np.float32) for key in wanted}
+    return {key: unpadded(key.site, x, mask) for key, x in arrays.items()}
 
 
-def addresses(layers: int) -> list[Address]:
-    """Every site of every layer."""
-    return torch_side.addresses(range(layers))
-
-
-def unpadded(key: Address, x: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
-    """The real tokens of each row."""
-    square = key.site in ("attn_scores", "attn_pattern")
-    rows = [(row, real.bool()) for row, real in zip(x, mask, strict=True)]
-    return [row[:, real][:, :, real] if square else row[real] for row, real in rows]
+def unpadded(site: str, x, mask) -> list:
+    """The real tokens of each row of a (B, ...) array; ``mask`` (B, T) booleans."""
+    rows = zip(x, mask, strict=True)
+    if BY_NAME[site].kind == "pairs":
+        return [row[:, real][:, :, real] for row, real in rows]
+    return [row[real] for row, real in rows]
 
 
 def relative(ours: Sequence, theirs: Sequence) -> float:
@@ -71,7 +68,7 @@ def relative(ours: Sequence, theirs: Sequence) -> float:
 
 def relative_by_token(site: str, ours, theirs) -> np.ndarray:
     """‖ours − theirs‖ / ‖theirs‖ of each token of one prompt, (T,)."""
-    axis = 1 if site in ("attn_scores", "attn_pattern") else 0
+    axis = BY_NAME[site].sequence_axis - 1
     a, b = (np.moveaxis(np.asarray(x, np.float64), axis, 0) for x in (ours, theirs))
     a = a.reshape(b.shape[0], -1)
     b = b.reshape(a.shape)

@@ -118,9 +118,6 @@ def test_a_right_model_passes(folder_of, name, dtype, lengths, new):
     given = {(row.site, row.layer) for row in found.sites if row.isolated is None}
     stream = {(site, layer) for site in ("resid_pre", "resid_mid") for layer in range(layers)}
     assert given == stream | {("resid_post", layers - 1)}
-    # Something was rounded, else nothing was compared; and errors do add up over layers.
-    last = next(row for row in found.sites if row.site == "logits")
-    assert 0 < last.isolated.relative < last.accumulated.relative
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

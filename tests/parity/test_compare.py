@@ -182,11 +182,23 @@ def test_features():
     assert result.tokens == 4 and result.differing == result.near_threshold == 0
     l0 = (theirs["activations"][keep] > 0).sum(1).mean()
     assert l0 > 1 and result.l0_ours == result.l0_theirs == pytest.approx(l0)
-    assert result.overlap == 1 and 0 < result.pre_activations < 1e-6 > result.reconstruction
+    assert result.overlap == 1 and result.pre_activations < 1e-6 > result.reconstruction
     centred = y[keep] - y[keep].mean(0)
     fvu = np.sum((y - theirs["reconstruction"])[keep] ** 2) / np.sum(centred**2)
     for one in (result.fvu_ours, result.fvu_theirs, result.fvu_reference):
         assert one == pytest.approx(fvu, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["pre_activations", "reconstruction"])
+def test_an_error_of_the_transcoder_is_measured(name):
+    """Of each token by its own norm, on the reference's input to that step."""
+    transcoder = tiny.transcoder(1)
+    x = random(6, 24)
+    theirs = reference_features(transcoder, x, x)
+    theirs[name] = theirs[name] / (1 + 1e-3 * np.arange(6)[:, None])
+    found = Features(transcoder, TABLE, [])
+    found.add({"mlp_in_normed": x, "mlp_out": x}, theirs, [1] * 6)
+    assert getattr(found.result("here", 1), name) == pytest.approx(2.5e-3, rel=1e-3)
 
 
 def test_features_that_differ():

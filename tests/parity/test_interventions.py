@@ -18,7 +18,7 @@ import jaxtc
 from jaxtc.tap.sites import BY_NAME, Site
 from tests.parity import lab, reference, torch_edits
 from tests.parity.figures import note
-from tests.parity.lab import LAYERS, ORACLES, SITES, TOLERANCE, VISIBLE, At, Lab, cut
+from tests.parity.lab import LAYERS, ORACLES, SITES, TOLERANCE, VISIBLE, At, Lab, cut, number
 from tests.parity.torch_hooks import Hooked, Where
 
 
@@ -147,7 +147,7 @@ KINDS = {
 def form(kind: str, name: str, site: str) -> str:
     """The form of a kind that a site of an oracle sees."""
     forms = list(KINDS[kind])
-    return forms[(SITES.index(site) + ORACLES.index(name)) % len(forms)]
+    return forms[(number(site) + ORACLES.index(name)) % len(forms)]
 
 
 def makes_sense(kind: str, site: Site) -> bool:
@@ -156,7 +156,7 @@ def makes_sense(kind: str, site: Site) -> bool:
         # Masked scores must stay so, or the two models' masks would be compared.
         return kind in ("Add", "Scale")
     # One number, or a number for each key: no space with directions.
-    return not (kind == "ProjectOut" and site.axes.split()[-1] in "1S")
+    return kind != "ProjectOut" or site.kind == "vector"
 
 
 CELLS = [
@@ -181,20 +181,21 @@ def compare(model: Lab, kind: str) -> dict[str, tuple[float, float, float]]:
     """Of each site: error, error against the left-padded reference, how far logits moved."""
     seed = list(KINDS).index(kind)
     edits, hooks = [], []
-    for index, name in enumerate(SITES):
+    for name in SITES:
         if not makes_sense(kind, BY_NAME[name]):
             continue
         at = model.at(name, seed)
         make, change = KINDS[kind][form(kind, model.name, name)](at)
-        rows = (2 * index, 2 * index + 1)
+        rows = model.rows(name)
         edits.append(make(site=name, row=rows, **at.here))
         hooks.append(Hooked(name, change, Where(row=rows, **at.there)))
     ours = cut(jaxtc.run(model.ours, model.prompts, edits=edits).logits, model.prompts)
     right, left = (cut(model.hooked(hooks, side=s), model.prompts) for s in ("right", "left"))
     base = cut(model.base, model.prompts)
     found = {}
-    for index, name in enumerate(SITES):
-        rows = slice(2 * index, 2 * index + 2)
+    for name in SITES:
+        first, last = model.rows(name)
+        rows = slice(first, last + 1)
         found[name] = (
             reference.relative(ours[rows], right[rows]),
             reference.relative(ours[rows], left[rows]),

@@ -1,10 +1,13 @@
 """The tutorial notebook's whole pipeline in both frameworks: every number it prints is the same."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import torch
 
 import jaxtc
+from jaxtc.parity import torch_side
 from jaxtc.transcoders.metrics import notebook_score
 from tests.parity import oracles, reference
 from tests.parity.figures import note
@@ -17,18 +20,19 @@ def in_torch(model, transcoder, ids: list[int], layer: int) -> dict[str, np.ndar
     prompt = torch.tensor([ids])
     made = model.generate(prompt, max_new_tokens=2, do_sample=False)
     kept: dict = {}
-    block = f"model.layers.{layer}"
     handles = [
-        reference.hook(model, f"{block}.pre_feedforward_layernorm.output", kept, "in"),
-        reference.hook(model, f"{block}.post_feedforward_layernorm.output", kept, "target"),
+        torch_side.hook(
+            model, f"model.layers.{layer}.{name}.output", functools.partial(kept.__setitem__, name)
+        )
+        for name in ("pre_feedforward_layernorm", "post_feedforward_layernorm")
     ]
     with torch.no_grad():
         model(prompt)
     for handle in handles:
         handle.remove()
-    activations = transcoder.encode(kept["in"])
+    activations = transcoder.encode(kept["pre_feedforward_layernorm"])
     recon = transcoder.decode(activations)
-    target = kept["target"]
+    target = kept["post_feedforward_layernorm"]
     score = 1 - torch.mean((recon[0, :, 1:] - target[0, :, 1:]) ** 2) / target[0, :, 1:].var()
     return {
         "generated": made[0].numpy(),

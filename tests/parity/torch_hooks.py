@@ -1,12 +1,13 @@
 """Edits done with forward hooks on transformers' Gemma2ForCausalLM, in plain PyTorch.
 
-Most sites are the input or the output of a module, as the table of sites says. The others take
-more than one hook, each of which still runs the model's own modules on tensors they were given:
+Most sites are the input or the output of a module, as the table of sites says, and need nothing
+here. The others (``SPECIAL``) take more than one hook, each of which still runs the model's own
+modules on tensors they were given:
 
 - ``q``, ``k``: the projection's output is rotated, changed and rotated back;
-- ``*_scale``, ``mlp_in_normed``: the norm's output is computed again from its input;
-- ``attn_scores``, ``attn_pattern``: what ``self_attn`` returns is computed again, from the hooked
-  outputs of its projections;
+- the sites of a norm: its output is computed again from its input;
+- ``attn_scores``, ``attn_pattern``, ``attn_proj``: what ``self_attn`` returns is computed again,
+  from the hooked outputs of its projections;
 - ``resid_mid``: the second norm's input is changed, and the layer's output is the changed stream
   plus what the MLP adds to it;
 - ``logits``: the output of the whole model, after the softcap.
@@ -24,7 +25,8 @@ import torch
 from transformers import Gemma2ForCausalLM
 from transformers.models.gemma2.modeling_gemma2 import apply_rotary_pos_emb, repeat_kv
 
-from jaxtc.tap.sites import BY_NAME
+from jaxtc.parity import torch_side
+from jaxtc.tap.sites import BY_NAME, SITES, Site
 from tests.parity import reference
 
 # Of each norm: the site of 1/rms, of the rescaled input before the gain, and of the output.
@@ -33,7 +35,11 @@ NORMS = {
     "post_attention_layernorm": ("attn_out_scale", None, "attn_out"),
     "pre_feedforward_layernorm": ("mlp_in_scale", "mlp_in_normed", "mlp_in"),
     "post_feedforward_layernorm": ("mlp_out_scale", None, "mlp_out"),
+    "norm": ("final_scale", None, "final_norm"),
 }
+SPECIAL = {name for sites in NORMS.values() for name in sites} | {
+    "q", "k", "attn_scores", "attn_pattern", "attn_proj", "resid_mid", "logits"
+}  # fmt: skip
 LEAST = torch.finfo(torch.float32).min
 
 
@@ -60,8 +66,8 @@ class Where:
 
     def mask(self, site: str, shape: Sequence[int], prompts: Sequence[Sequence[int]]):
         """Booleans of the site's shape, true on what is changed; never on padding."""
-        letters = BY_NAME[site].axes.split()
-        square = letters[-1] == "S"
+        letters = BY_NAME[site].letters
+        square = BY_NAME[site].kind == "pairs"
         mask = torch.zeros(*shape, dtype=torch.bool)
         for row in chosen(self.row, len(prompts)):
             prompt = prompts[row]
@@ -151,7 +157,7 @@ class Hooks:
         """Between a batch padded on the left and on the right (sign -1), and back (1)."""
         if self.side == "right":
             return x
-        axes = [i - 1 for i, letter in enumerate(BY_NAME[site].axes.split()) if letter in "TS"]
+        axes = [i - 1 for i, letter in enumerate(BY_NAME[site].letters) if letter in "TS"]
         width = max(self.lengths)
         rows = zip(x.expand(len(self.lengths), *x.shape[1:]), self.lengths, strict=True)
         return torch.stack([row.roll([sign * (width - n)] * len(axes), axes) for row, n in rows])
@@ -189,29 +195,38 @@ class Hooks:
     def register(self) -> None:
         """Put all hooks in place. Of two on the same end of a module, the first runs first."""
         model = self.model.model
-        self.on_output(model.embed_tokens, lambda x: self.change("embed", x))
         for layer, block in enumerate(model.layers):
-            self.in_layer(layer, block)
-        self.norm(model.norm, ("final_scale", None, "final_norm"), None)
+            for name in list(NORMS)[:-1]:
+                self.norm(block.get_submodule(name), NORMS[name], layer)
+            if self.at("resid_mid", layer):
+                self.resid_mid(layer, block)
+            knocked = self.at("attn_pattern", layer, knocked=True)
+            if knocked:
+                self.knocked(layer, block.self_attn, knocked)
+            for site in SITES:
+                if site.per_layer and self.at(site.name, layer) and site.name not in SPECIAL:
+                    self.end_of_module(site, layer)
+            self.attention(layer, block.self_attn)
+        self.norm(model.norm, NORMS["norm"], None)
+        for site in SITES:
+            if not site.per_layer and site.name not in SPECIAL:
+                self.end_of_module(site, None)
         self.on_output(self.model, self.on_logits)
 
     def on_logits(self, out):
         out.logits = self.change("logits", out.logits)
         return out
 
-    def in_layer(self, layer: int, block: torch.nn.Module) -> None:
-        def changes(site: str) -> Callable[[torch.Tensor], torch.Tensor]:
-            return lambda x: self.change(site, x, layer)
+    def end_of_module(self, site: Site, layer: int | None) -> None:
+        """A site that is a module's input or output."""
+        path, end = site.aliases(layer)["hf"].rsplit(".", 1)
 
-        self.on_input(block, changes("resid_pre"))
-        for name, sites in NORMS.items():
-            self.norm(block.get_submodule(name), sites, layer)
-        self.attention(layer, block.self_attn)
-        self.on_input(block.mlp.down_proj, changes("mlp_act"))
-        self.on_output(block.mlp, changes("mlp_proj"))
-        if self.at("resid_mid", layer):
-            self.resid_mid(layer, block)
-        self.on_output(block, changes("resid_post"))
+        def function(x):
+            heads = (-1, self.model.config.head_dim) if len(site.token_axes) > 1 else (-1,)
+            return self.change(site.name, x.view(*x.shape[:2], *heads), layer).reshape(x.shape)
+
+        on = self.on_input if end == "input" else self.on_output
+        on(self.model.get_submodule(path), function)
 
     def norm(self, norm: torch.nn.Module, sites: tuple, layer: int | None) -> None:
         """The three sites of a norm; ``mlp_in_normed`` is kept for what reads it."""
@@ -220,7 +235,7 @@ class Hooks:
         def compute(_, args, out):
             if self.at(scale, layer) or normed and (self.at(normed, layer) or self.at("mlp_out")):
                 x = args[0].float()
-                x = x * self.change(scale, reference.rate(norm, x), layer)
+                x = x * self.change(scale, torch_side.rate(norm, x), layer)
                 if normed:
                     x = self.change(normed, x, layer)
                     self.kept[normed, layer] = self.shifted(normed, x, -1)
@@ -243,23 +258,16 @@ class Hooks:
         self.on_output(block, lambda _: held.pop("mid") + held.pop("out"))
 
     def attention(self, layer: int, attention: torch.nn.Module) -> None:
-        """The sites between the two norms around attention."""
-        size = self.model.config.head_dim
-        knocked = self.at("attn_pattern", layer, knocked=True)
+        """The special sites of attention."""
         again = self.at("attn_scores", layer) or self.at("attn_pattern", layer)
 
         def before(_, args, kwargs):
             self.kept["turn", layer] = kwargs["position_embeddings"]
-            if knocked:
-                mask, left = self.knock_out(knocked, kwargs["attention_mask"])
-                kwargs = {**kwargs, "attention_mask": mask}
-                self.kept["left", layer] = left
-            return args, kwargs
 
         self.handles.append(attention.register_forward_pre_hook(before, with_kwargs=True))
 
         def split(x):
-            return x.view(*x.shape[:2], -1, size)
+            return x.view(*x.shape[:2], -1, attention.head_dim)
 
         def turned(site):
             def change(flat):
@@ -272,25 +280,15 @@ class Hooks:
 
             return change
 
-        def heads(site):
-            return lambda x: self.change(site, split(x), layer).reshape(x.shape)
-
         def keep(name):
             return lambda x: self.kept.__setitem__((name, layer), x)
 
         for site, module in (("q", attention.q_proj), ("k", attention.k_proj)):
             if self.at(site, layer):
                 self.on_output(module, turned(site))
-        self.on_output(attention.v_proj, heads("v"))
         if again:
             for name in ("q_proj", "k_proj", "v_proj"):
                 self.on_output(attention.get_submodule(name), keep(name))
-        if knocked:
-            self.on_input(
-                attention.o_proj,
-                lambda x: (split(x) * self.kept["left", layer][..., None]).reshape(x.shape),
-            )
-        self.on_input(attention.o_proj, heads("attn_heads"))
 
         def after(module, args, kwargs, out):
             out, pattern = out
@@ -300,7 +298,7 @@ class Hooks:
                     for name in ("q_proj", "k_proj", "v_proj")
                 )
                 q, k = apply_rotary_pos_emb(q, k, *self.kept["turn", layer])
-                scores = reference.scores(module, q, k) + kwargs["attention_mask"]
+                scores = torch_side.scores(module, q, k) + kwargs["attention_mask"]
                 pattern = self.change("attn_scores", scores, layer).softmax(-1)
                 pattern = self.change("attn_pattern", pattern, layer)
                 mixed = pattern @ repeat_kv(v, module.num_key_value_groups)
@@ -308,6 +306,21 @@ class Hooks:
             return self.change("attn_proj", out, layer), pattern
 
         self.handles.append(attention.register_forward_hook(after, with_kwargs=True))
+
+    def knocked(self, layer: int, attention: torch.nn.Module, knocked: Sequence[Hooked]) -> None:
+        """Attention without some edges: another mask, and nothing where no edge is left."""
+        held: dict[str, torch.Tensor] = {}
+
+        def before(_, args, kwargs):
+            mask, held["left"] = self.knock_out(knocked, kwargs["attention_mask"])
+            return args, {**kwargs, "attention_mask": mask}
+
+        def cleared(x):
+            heads = x.view(*x.shape[:2], -1, attention.head_dim)
+            return (heads * held["left"][..., None]).reshape(x.shape)
+
+        self.handles.append(attention.register_forward_pre_hook(before, with_kwargs=True))
+        self.on_input(attention.o_proj, cleared)
 
     def knock_out(self, knocked: Sequence[Hooked], mask: torch.Tensor):
         """((B, N, T, S) mask without the edges, (B, T, N) whether a query sees any key still).

@@ -1,8 +1,12 @@
 """Compiles are counted, timed, and explained in words; warming up leaves none to do."""
 
 import dataclasses
+import gc
+import importlib
 import logging
 import threading
+import time
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -11,19 +15,13 @@ import pytest
 
 import jaxtc
 from jaxtc.errors import InputError
-from jaxtc.programs.program import (
-    REMEMBERED,
-    REPEATS,
-    Compiles,
-    Program,
-    compiles,
-    description,
-    differences,
-)
+from jaxtc.programs.program import REMEMBERED, Compiles, Program, compiles
+from jaxtc.programs.reasons import ADVICE, differences, facts
 from tests.support import tiny
 
 D = tiny.config().hidden_size
-MODEL = tiny.config(), [np.zeros(1, np.float32)]
+LEAVES = [np.zeros(1, np.float32)]
+REPEATS = next(one.patience for one in ADVICE if "batch" in one.names)
 
 
 def double(x, scale=1.0):
@@ -34,25 +32,41 @@ def program(name="double", function=double, **options):
     return Program(name, function, **options)
 
 
-def about(**facts):
-    return lambda: description(*MODEL, **facts)
+@dataclasses.dataclass(frozen=True)
+class Key:
+    config: object = "config"
+    captures: tuple = ()
+    logits: str = "all"
+    slots: int = 16
 
 
-def nobody():
-    raise AssertionError("asked for a description though nothing was compiled")
+class Model:
+    """A program that depends on what those of the library do."""
+
+    def __init__(self, name="run"):
+        def model(key, leaves, tokens, edits, reducers):
+            return tokens + 1
+
+        self.program = Program(name, model, static_argnums=0)
+
+    def __call__(self, batch=1, width=16, leaves=LEAVES, edits=(), reducers=(), **key):
+        tokens = np.zeros((batch, width), np.int32)
+        return self.program(Key(**key), leaves, tokens, edits, reducers)
 
 
 # Counting
 
 
-def test_a_compile_is_recorded_once_and_described_only_then():
-    double = program()
+def test_a_compile_is_recorded_once_and_looked_into_only_then(monkeypatch):
+    double, looked = program(), []
+    module = importlib.import_module("jaxtc.programs.program")
+    monkeypatch.setattr(module, "facts", lambda given: looked.append(1) or facts(given))
     with compiles() as found:
-        assert double(jnp.ones(3), describe=about(batch=3)).tolist() == [2.0] * 3
-        double(jnp.zeros(3), describe=nobody)
-        assert len(found) == 1
-        double(jnp.ones(4), describe=about(batch=4))
-    assert [one.because for one in found] == ["its first call", "batch 4 (was 3)"]
+        assert double(jnp.ones(3)).tolist() == [2.0] * 3
+        double(jnp.zeros(3))
+        assert len(found) == len(looked) == 1
+        double(jnp.ones(4))
+    assert [one.because for one in found] == ["its first call", "x: float32[4] (was float32[3])"]
     assert [one.program for one in found] == ["double", "double"]
     assert all(0 < one.seconds < 60 for one in found)
     assert found.seconds == pytest.approx(found[0].seconds + found[1].seconds)
@@ -60,44 +74,48 @@ def test_a_compile_is_recorded_once_and_described_only_then():
 
 
 def test_seconds_leave_out_the_run_itself():
-    def slow(x):
-        return jax.lax.fori_loop(0, 300, lambda i, y: jnp.sin(y @ y), x)
+    began = []
 
-    slow = program("slow", slow)
-    x = jnp.ones((400, 400))
+    def wait(x):
+        began.append(time.perf_counter())
+        time.sleep(0.5)
+        return x
+
+    slow = program("slow", lambda x: jax.pure_callback(wait, x, x))
+    start = time.perf_counter()
     with compiles() as found:
-        jax.block_until_ready(slow(x, describe=about()))
-    assert found.seconds < 0.3
+        jax.block_until_ready(slow(jnp.ones(3)))
+    assert 0 < found.seconds <= began[0] - start
 
 
 def test_a_numpy_array_after_a_jax_one_is_no_compile():
     double = program()
     with compiles() as found:
-        double(jnp.ones(3), describe=about())
-        double(np.ones(3, np.float32), describe=nobody)
+        double(jnp.ones(3))
+        double(np.ones(3, np.float32))
     assert len(found) == 1
 
 
 def test_a_call_inside_jit_is_part_of_that_program():
     double = program()
     with compiles() as found:
-        jax.jit(lambda x: double(x, describe=nobody))(jnp.ones(3))
+        jax.jit(lambda x: double(x))(jnp.ones(3))
         assert len(found) == 0
-        double(jnp.ones(3), describe=about())  # traced before, compiled only now
+        double(jnp.ones(3))  # traced before, compiled only now
     assert len(found) == 1
 
 
 def test_vmap_and_grad_are_counted():
     double = program()
     with compiles() as found:
-        double(jnp.ones(()), describe=about())
+        double(jnp.ones(()))
         for size in (2, 3, 3):
-            jax.vmap(lambda x: double(x, describe=about()))(jnp.ones(size))
+            jax.vmap(lambda x: double(x))(jnp.ones(size))
         assert len(found) == 3
-        jax.grad(lambda x: double(x, describe=about()))(1.0)
+        jax.grad(lambda x: double(x))(1.0)
     assert len(found) == 4
-    assert found[1].because == "the call is now inside jax.vmap or jax.grad"
-    assert found[2].because.startswith("jax.vmap over another number")
+    assert found[1].because == "called: inside jax.vmap or jax.grad (was directly)"
+    assert found[2].because.startswith("jax.vmap over another size")
 
 
 def test_small_computations_while_tracing_are_not_counted():
@@ -108,18 +126,22 @@ def test_small_computations_while_tracing_are_not_counted():
 
     busy = program("busy", busy)
     with compiles() as found:
-        busy(1.0, describe=about())
+        busy(1.0)
     assert len(found) == 1
 
 
 def test_static_and_donated_arguments():
-    powers = program("power", lambda n, x: x**n, static_argnums=0, donate_argnums=1)
+    @dataclasses.dataclass(frozen=True)
+    class Power:
+        power: int
+
+    powers = program("power", lambda n, x: x**n.power, static_argnums=0, donate_argnums=1)
     with compiles() as found:
         for n in (2, 3, 2):
             x = jnp.full(3, 2.0)
-            assert powers(n, x, describe=about(power=n)).tolist() == [2.0**n] * 3
+            assert powers(Power(n), x).tolist() == [2.0**n] * 3
             assert x.is_deleted()
-    assert [one.because for one in found] == ["its first call", "power is 3 (was 2)"]
+    assert [one.because for one in found] == ["its first call", "power 3 (was 2)"]
 
 
 def test_an_error_while_tracing_is_the_users_and_no_compile():
@@ -128,18 +150,18 @@ def test_an_error_while_tracing_is_the_users_and_no_compile():
 
     fail = program("fail", fail)
     with compiles() as found, pytest.raises(InputError, match="no"):
-        fail(1.0, describe=nobody)
+        fail(1.0)
     assert len(found) == 0
 
 
 def test_nested_and_closed_collections():
     double = program()
     with compiles() as outer:
-        double(jnp.ones(1), describe=about())
+        double(jnp.ones(1))
         with compiles() as inner:
-            double(jnp.ones(2), describe=about())
-        double(jnp.ones(3), describe=about())
-    double(jnp.ones(4), describe=about())
+            double(jnp.ones(2))
+        double(jnp.ones(3))
+    double(jnp.ones(4))
     assert len(outer) == 3 and len(inner) == 1 and inner[0] is outer[1]
 
 
@@ -147,7 +169,7 @@ def test_a_collection_closes_when_its_body_raises():
     double = program()
     with pytest.raises(KeyError), compiles() as found:
         raise KeyError
-    double(jnp.ones(1), describe=about())
+    double(jnp.ones(1))
     assert len(found) == 0
 
 
@@ -156,7 +178,7 @@ def test_threads_are_seen_each_compile_once():
 
     def work(size):
         for _ in range(5):
-            double(jnp.ones(size), describe=about(batch=size))
+            double(jnp.ones(size))
 
     with compiles() as found:
         threads = [threading.Thread(target=work, args=(size,)) for size in range(1, 7)]
@@ -172,11 +194,11 @@ def test_printing():
     assert str(found) == "nothing was compiled"
     double = program("run")
     with compiles() as found:
-        double(jnp.ones(1), describe=about(batch=1))
-        double(jnp.ones(2), describe=about(batch=2))
+        double(jnp.ones(1))
+        double(jnp.ones(2))
     lines = str(found).splitlines()
     assert len(lines) == 2 and repr(found) == str(found)
-    assert lines[1] == f"run compiled in {found[1].seconds:.2f} s: batch 2 (was 1)"
+    assert lines[1] == f"run compiled in {found[1].seconds:.2f} s: x: float32[2] (was float32[1])"
 
 
 # Why
@@ -184,10 +206,10 @@ def test_printing():
 
 def why(before, now):
     """``because`` of the second of two calls."""
-    double = program()
+    model = Model()
     with compiles() as found:
-        double(jnp.ones(1), describe=about(**before))
-        double(jnp.ones(2), describe=about(**now))
+        model(**before)
+        model(**now)
     return found[1].because
 
 
@@ -197,38 +219,30 @@ def add(value, **where):
 
 V = np.ones(D, np.float32)
 CASES = {
-    "length": (
-        dict(length=9, padded=16), dict(length=40, padded=48),
-        "the prompts are now 40 tokens, padded to 48 (was 16)",
-    ),
-    "slots": (dict(slots=16), dict(slots=32), "the cache has room for 32 tokens (was 16)"),
-    "captures": (
-        dict(captures=["a"]), dict(captures=["a", "b"]), "another set of captures: a, b",
-    ),
-    "option": (dict(logits="all"), dict(logits="last"), "logits is last (was all)"),
+    "batch": (dict(batch=3), dict(batch=4), "batch 4 (was 3)"),
+    "length": (dict(width=16), dict(width=48), "padded length 48 (was 16)"),
+    "slots": (dict(slots=16), dict(slots=32), "slots 32 (was 16)"),
+    "captures": (dict(captures=("a",)), dict(captures=("a", "b")), "captures: a, b (was a)"),
+    "option": (dict(logits="all"), dict(logits="last"), "logits: last (was all)"),
     "value": (
         dict(edits=[add(V)]), dict(edits=[add(np.ones((3, D), np.float32))]),
-        f"edit 0, Add at resid_mid: value is float32 of shape (3, {D}) "
-        f"(was float32 of shape ({D},))",
+        f"edits[0].value: float32[3, {D}] (was float32[{D}])",
     ),
     "dtype": (
         dict(edits=[add(np.float32(1))]), dict(edits=[add(1.0)]),
-        "edit 0, Add at resid_mid: value is weak float32 of shape () (was float32 of shape ())",
+        "edits[0].value: weak float32[] (was float32[])",
     ),
     "target": (
         dict(edits=[add(V)]), dict(edits=[add(V, layer=np.array([1]))]),
-        "edit 0, Add at resid_mid: layer is int32 of shape (1,) (was absent)",
+        "edits[0].layer: int32[1] (was None)",
     ),
     "no target": (
         dict(edits=[add(V, layer=np.array([1]))]), dict(edits=[add(V)]),
-        "edit 0, Add at resid_mid: layer is absent (was int32 of shape (1,))",
+        "edits[0].layer: None (was int32[1])",
     ),
     "second edit": (
         dict(edits=[add(V)]), dict(edits=[add(V), jaxtc.Detach(site="mlp_out")]),
-        "another list of edits: Add at resid_mid, Detach at mlp_out",
-    ),
-    "nothing visible": (
-        dict(batch=1), dict(batch=1), "jax forgot the program, or its settings or devices changed",
+        "edits: Add at resid_mid, Detach at mlp_out (was Add at resid_mid)",
     ),
 }  # fmt: skip
 
@@ -237,12 +251,12 @@ def at(*positions):
     return jaxtc.reducers.At("resid_post", position=list(positions))
 
 
-def test_reducers_are_told_by_what_they_hold():
+def test_reducers_are_described_by_what_they_hold():
     one, two, other = [at(1)], [at(1, 2)], [jaxtc.reducers.TopK("logits", 3)]
     said = why(dict(reducers=one), dict(reducers=two))
-    assert said.startswith("reducer 0, At(resid_post): position") and "shape" in said
+    assert said.startswith("reducers[0].position") and "[2] (was " in said
     said = why(dict(reducers=one), dict(reducers=other))
-    assert said == "another set of captures: TopK(logits)"
+    assert said == "reducers: TopK at logits (was At at resid_post)"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -251,36 +265,40 @@ def test_the_reason_in_words(case):
     assert why(before, now) == expected
 
 
-def test_other_weights_and_another_configuration():
-    other = jaxtc.Gemma2Config.from_dict({**tiny.config().to_dict(), "sliding_window": 8})
+def test_nothing_visible():
     double = program()
     with compiles() as found:
-        double(jnp.ones(1), describe=about())
-        half = [jnp.zeros(1, jnp.bfloat16)]
-        double(jnp.ones(2), describe=lambda: description(tiny.config(), half))
-        double(jnp.ones(3), describe=lambda: description(other, MODEL[1]))
-    assert found[1].because == "the weights are bfloat16 (was float32)"
-    assert found[2].because == "a model of another configuration"
+        double(1.0)
+        double._jitted.clear_cache()
+        double(1.0)
+    assert found[1].because == "jax forgot the program, or its settings or devices changed"
+
+
+def test_other_weights_and_another_configuration():
+    other = jaxtc.Gemma2Config.from_dict({**tiny.config().to_dict(), "sliding_window": 8})
+    model = Model()
+    with compiles() as found:
+        model(config=tiny.config())
+        model(config=tiny.config(), leaves=[jnp.zeros(1, jnp.bfloat16)])
+        model(config=other)
+    assert found[1].because == "weights: bfloat16 (was float32)"
+    assert found[2].because == "another config"
 
 
 def test_weights_that_are_traced_have_no_place():
-    placed, double = [jnp.zeros(1)], program()
-
-    def called(size, leaves):
-        double(jnp.ones(size), describe=lambda: description(tiny.config(), leaves, batch=size))
-
+    placed, model = [jnp.zeros(1)], Model()
     with compiles() as found:
-        called(1, placed)
-        jax.vmap(lambda x: called(2, [x]))(jnp.zeros((2, 1)))
-        called(3, placed)
-    assert [one.because for one in found[1:]] == ["batch 2 (was 1)", "batch 3 (was 2)"]
+        model(batch=1, leaves=placed)
+        jax.vmap(lambda x: model(batch=2, leaves=[x]) * x)(jnp.zeros((2, 1)))
+        model(batch=3, leaves=placed)
+    assert "batch 2 (was 1)" in found[1].because and "batch 3 (was" in found[2].because
+    assert not any("weights" in one.because for one in found)
 
 
-def test_another_place_of_the_weights_is_told():
-    now, before = (description(*MODEL[:1], [jnp.zeros(1)]) for _ in range(2))
-    now = [dataclasses.replace(f, value="cpu:7") if f.kind == "place" else f for f in now]
-    ((kind, words),) = differences(now, before)
-    assert kind == "place" and words.startswith("the weights are on cpu:7 (was ")
+def test_another_place_of_the_weights_is_a_reason():
+    before = facts({"leaves": [jnp.zeros(1)]})
+    [reason] = differences(before | {"weights on": "cpu:7"}, before)
+    assert reason.words.startswith("weights on: cpu:7 (was ") and "put it on" in reason.advice.text
 
 
 @jaxtc.register_edit()
@@ -304,14 +322,14 @@ def test_a_new_function_object_is_named(kind):
         return kind(given, site="mlp_out")
 
     same, other = edit(), edit()
-    double = program()
+    model = Model()
     with compiles() as found:
-        for size, given in enumerate([same, same, other], 1):
-            double(jnp.ones(size), describe=about(edits=[given]))
-    assert found[1].because.startswith("jax forgot")
-    assert found[2].because == (
-        f"a new function object was given to edit 0, {kind.__name__} at mlp_out: "
-        "define it once outside the loop"
+        for given in (same, same, other):
+            model(edits=[given])
+    assert len(found) == 2
+    assert found[1].because == (
+        f"edits[0].function{'' if kind is CallsStatic else '.func'}: another function object, "
+        "<lambda>: define it once outside the loop"
     )
 
 
@@ -323,28 +341,46 @@ class Styled(jaxtc.Edit):
         return x
 
 
-def test_another_static_field_is_told_when_nothing_else_differs():
+def test_another_static_field():
     one, two = Styled("a", site="mlp_out"), Styled("b", site="mlp_out")
-    assert why(dict(edits=[one]), dict(edits=[two])) == (
-        "edit 0, Styled at mlp_out: other static fields"
-    )
-    assert why(dict(edits=[one], batch=1), dict(edits=[two], batch=2)) == "batch 2 (was 1)"
+    assert why(dict(edits=[one]), dict(edits=[two])) == "edits[0].how: b (was a)"
+    both = why(dict(edits=[one], batch=1), dict(edits=[two], batch=2))
+    assert both == "batch 2 (was 1); edits[0].how: b (was a)"
+
+
+def test_shapes_that_follow_are_not_repeated():
+    def step(tokens, cache):
+        return tokens
+
+    step = program("step", step)
+    with compiles() as found:
+        for batch, slots in ((1, 4), (2, 4), (2, 8)):
+            step(np.ones(batch), {"k": np.ones((batch, slots))})
+    assert [one.because for one in found[1:]] == [
+        "batch 2 (was 1)", "cache['k']: float32[2, 8] (was float32[2, 4])",
+    ]  # fmt: skip
 
 
 def test_the_nearest_earlier_call_is_compared_with():
-    double = program()
-    calls = [dict(batch=1, padded=16), dict(batch=8, padded=64), dict(batch=1, padded=32)]
+    model = Model()
+    calls = [dict(batch=1, width=16), dict(batch=8, width=64), dict(batch=1, width=32)]
     with compiles() as found:
-        for size, call in enumerate(calls, 1):
-            double(jnp.ones(size), describe=about(**call))
-    assert found[2].because == "the prompts are now 32 tokens, padded to 32 (was 16)"
+        for call in calls:
+            model(**call)
+    assert found[2].because == "padded length 32 (was 16)"
 
 
-def test_the_record_of_earlier_calls_is_bounded():
+def test_the_record_of_earlier_calls_is_bounded_and_holds_no_array():
     double = program()
     for size in range(1, REMEMBERED + 4):
-        double(jnp.ones(size), describe=about(batch=size))
+        double(np.ones(size))
     assert len(double._before) == REMEMBERED
+    model, made = Model(), jax.tree.map(jnp.copy, tiny.transcoder(1))
+    array = weakref.ref(made.W_enc[...])
+    model(edits=[jaxtc.Splice(made)], leaves=[made.W_enc[...]])
+    del made
+    gc.collect()
+    assert array() is None
 
 
 # The log
@@ -352,9 +388,9 @@ def test_the_record_of_earlier_calls_is_bounded():
 
 def test_each_compile_is_logged_and_one_warning_says_what_to_do(caplog):
     caplog.set_level(logging.INFO, "jaxtc")
-    double = program("run")
+    model = Model()
     for size in range(1, REPEATS + 4):
-        double(jnp.ones(size), describe=about(batch=size))
+        model(batch=size)
         warned = [r for r in caplog.records if r.levelno == logging.WARNING]
         assert len(warned) == (size > REPEATS)  # the first compile is no recompile
     infos = [r for r in caplog.records if r.levelno == logging.INFO and r.name == "jaxtc"]
@@ -365,10 +401,9 @@ def test_each_compile_is_logged_and_one_warning_says_what_to_do(caplog):
 
 
 def test_different_reasons_do_not_add_up_to_a_warning(caplog):
-    double = program()
-    reasons = [{}, dict(batch=1), dict(padded=16), dict(slots=16), dict(captures=["a"])]
-    for size, reason in enumerate(reasons, 1):
-        double(jnp.ones(size), describe=about(**reason))
+    model = Model()
+    for reason in [{}, dict(batch=2), dict(width=32), dict(slots=32), dict(captures=("a",))]:
+        model(**reason)
     assert not [r for r in caplog.records if r.levelno == logging.WARNING]
 
 

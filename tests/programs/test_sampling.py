@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from jaxtc.programs.sampling import EVERY, draw, heated, keep_top_k, keep_top_p, likeliest
+from jaxtc.programs.sampling import EVERY, draw, greedy, keep_top_k, keep_top_p, tempered
 
 V = 997
 SETTINGS = [
@@ -48,7 +48,7 @@ def warped(logits, temperature, top_k, top_p):
 
 
 def ours(logits, temperature, top_k, top_p):
-    scores = heated(jnp.asarray(logits), temperature)
+    scores = tempered(jnp.asarray(logits), temperature)
     scores = keep_top_k(scores, top_k) if top_k else scores
     return keep_top_p(scores, top_p) if top_p else scores
 
@@ -115,7 +115,7 @@ def test_tokens_come_as_often_as_they_should(setting):
 
 def test_temperature_zero_is_greedy(logits):
     found = chosen(logits, temperature=0.0, top_k=3, top_p=0.2)
-    assert (found == logits.argmax(-1)).all() and (found == likeliest(jnp.asarray(logits))).all()
+    assert (found == logits.argmax(-1)).all() and (found == greedy(jnp.asarray(logits))).all()
     assert (chosen(logits, temperature=1e-30) == logits.argmax(-1)).all()
 
 

@@ -14,9 +14,10 @@ import jaxtc
 from jaxtc.captures.reducers import Features, TopK
 from jaxtc.captures.request import understand
 from jaxtc.model.prompts import prepare
+from jaxtc.programs.call import Call
 from jaxtc.programs.generate import _PREFILL, _STEP
 from jaxtc.programs.leaves import parameters, placed
-from jaxtc.programs.run import Call, _run
+from jaxtc.programs.run import _run
 from jaxtc.sharding.mesh import make_mesh, shard
 from jaxtc.sharding.placement import Placement, mix_rows, placement_of, top_k
 from jaxtc.sharding.rules import RULES, ShardingError, partition, variables
@@ -225,7 +226,7 @@ def test_a_compile_says_which_mesh(on):
     jaxtc.run(on("model=8")[0], lab.ROWS[:5], logits="last")
     with jaxtc.compiles() as found:
         jaxtc.run(on("data=8")[0], lab.ROWS[:5], logits="last")
-    assert "on a mesh of data=8" in found[0].because and "model=8" in found[0].because
+    assert "on: a mesh of data=8" in found[0].because and "model=8" in found[0].because
 
 
 def test_under_the_users_own_jit_the_mesh_is_given(on):

@@ -18,7 +18,7 @@ from tests.support.batch import LAYERS, PROMPTS, run
 
 # One for each kind of axes; attention's own are last.
 SITES = ("resid_post", "q", "v", "mlp_in_scale", "logits", "attn_pattern")
-# What lies in the padding, where nobody may look.
+# What lies in the padding, which must never matter.
 GARBAGE = 1e4
 
 
@@ -62,7 +62,7 @@ def through(edits: dict, xs: dict, prompts=PROMPTS) -> dict:
 
 
 def _padded(site, x, lengths, width):
-    letters = ["L", *BY_NAME[site].axes.split()]
+    letters = ["L", *BY_NAME[site].letters]
     dtype, x = x.dtype, np.asarray(x, np.float32)
     queries = letters.index("T" if "T" in letters else "S")
     x = np.pad(
@@ -70,7 +70,7 @@ def _padded(site, x, lengths, width):
     )
     x = np.moveaxis(x, queries, 2)
     for row, n in enumerate(lengths):
-        if letters[-1] == "S":  # nobody attends to the padding
+        if letters[-1] == "S":  # padding is masked
             x[:, row, ..., n:] = MASKED if site == "attn_scores" else 0
         x[:, row, n:] = GARBAGE
     return jnp.asarray(np.moveaxis(x, 2, queries)).astype(dtype)
@@ -93,11 +93,10 @@ def stored(seed: int = 0):
 
 def random(site: str, prompts, seed=0) -> np.ndarray:
     """(layers, B, T, ...) of a site."""
-    sizes = tiny.config().sizes
     longest = max(map(len, prompts))
-    sizes = {**sizes, "B": len(prompts), "T": longest, "S": longest, "1": 1}
+    sizes = {**tiny.config().sizes, "B": len(prompts), "T": longest, "S": longest}
     layers = LAYERS if BY_NAME[site].per_layer else 1
-    shape = [layers, *(sizes[letter] for letter in BY_NAME[site].axes.split())]
+    shape = (layers, *BY_NAME[site].shape(sizes))
     return np.abs(np.random.default_rng(seed).standard_normal(shape)).astype(np.float32)
 
 
@@ -106,9 +105,9 @@ def tokens(
 ) -> Iterator[tuple[np.ndarray, SimpleNamespace]]:
     """Each real token of a site: its array (without B and T), and where it stands.
 
-    Keys that are padding are cut away: what is there is nobody's.
+    Padding is cut off the keys too.
     """
-    keyed = BY_NAME[site].axes.endswith("S")
+    keyed = BY_NAME[site].kind == "pairs"
     x = np.moveaxis(x, BY_NAME[site].sequence_axis + 1, 2)
     for layer in range(len(x)):
         rows = [
@@ -141,7 +140,7 @@ def at_token(array, at):
     """What an array of a site's shape holds for a token."""
     axis = BY_NAME[at.site].sequence_axis
     token = np.moveaxis(array, axis, 1)[at.row, at.place]
-    return token[..., : at.size] if at.site.startswith("attn_") else token
+    return token[..., : at.size] if BY_NAME[at.site].kind == "pairs" else token
 
 
 def everywhere(at):

@@ -15,10 +15,10 @@ LAYERS = tiny.config().num_hidden_layers
 
 
 class Recorder(Tap):
-    """Writes down what passes."""
+    """Writes down what passes, and asks for all of it."""
 
     def __init__(self):
-        super().__init__()
+        super().__init__(captures=[one for name in BY_NAME for one in resolve(name, LAYERS)])
         self.seen: list[tuple[Address, tuple[int, ...], jnp.dtype]] = []
 
     def __call__(self, site, x, layer=None):
@@ -35,21 +35,20 @@ def record(request):
 
 
 def test_every_site_is_tapped_once_in_the_order_of_the_table(record):
+    first, *after = [site.name for site in SITES if not site.per_layer]
     inside = [site.name for site in SITES if site.per_layer]
-    first, after = ["embed"], ["final_scale", "final_norm", "logits"]
-    assert first + inside + after == [site.name for site in SITES]
-    expected = [Address("embed")]
-    expected += [Address(name, layer) for layer in range(LAYERS) for name in inside]
-    expected += map(Address, after)
+    assert [first, *inside, *after] == [site.name for site in SITES]
+    expected = [Address(name, layer) for layer in range(LAYERS) for name in inside]
+    expected = [Address(first), *expected, *map(Address, after)]
     assert [address for address, _, _ in record[1]] == expected
 
 
 def test_shapes_and_dtypes_are_those_of_the_table(record):
     dtype, seen = record
-    sizes = {"B": 2, "T": 5, "S": 5, "1": 1, **tiny.config().sizes}
+    sizes = {"B": 2, "T": 5, "S": 5, **tiny.config().sizes}
     for address, shape, found in seen:
         site = BY_NAME[address.site]
-        assert shape == tuple(sizes[letter] for letter in site.axes.split()), address
+        assert shape == site.shape(sizes), address
         assert found == (jnp.float32 if site.float32 else dtype), address
 
 
@@ -139,7 +138,5 @@ def test_refused(address, message):
 
 def test_sequence_axis():
     for site in SITES:
-        assert site.axes.split()[site.sequence_axis] in "TS"
-        if "T" in site.axes.split():
-            assert site.axes.split()[site.sequence_axis] == "T"
+        assert site.letters[site.sequence_axis] == ("T" if "T" in site.letters else "S")
     assert BY_NAME["attn_pattern"].sequence_axis == 2 and np.all(BY_NAME["k"].sequence_axis == 1)

@@ -1,0 +1,164 @@
+"""A call of the model: what its program takes, the program's body, its results."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxtc.captures.activations import Activations
+from jaxtc.captures.base import Reducer
+from jaxtc.captures.request import Asked
+from jaxtc.edits.base import Edit
+from jaxtc.edits.check import all_fire, check_edits
+from jaxtc.errors import InputError
+from jaxtc.interchange import below
+from jaxtc.model.config import Gemma2Config
+from jaxtc.model.gemma2 import Gemma2
+from jaxtc.model.prompts import Prompts, last_tokens
+from jaxtc.programs.leaves import rebuild
+from jaxtc.programs.recording import finish
+from jaxtc.sharding.placement import Placement
+from jaxtc.tap.sites import ORDER, Address
+from jaxtc.tap.tap import Tap
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """What :func:`jaxtc.run` returns.
+
+    Attributes:
+        logits: (B, T, V) float32 for "all", (B, V) for "last", None otherwise.
+        activations: what was captured, by address; aliases work as keys.
+        lengths: (B,) int32; in rows shorter than T, what lies past the length is padding.
+        length: T.
+    """
+
+    logits: jax.Array | None
+    activations: Activations
+    lengths: jax.Array
+    length: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def mask(self) -> jax.Array:
+        """(B, T) booleans, true on real tokens."""
+        return below(self.length, self.lengths)
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """The static half of a call: a program is compiled for each one and each set of shapes."""
+
+    config: Gemma2Config
+    captures: tuple[Address, ...]
+    logits: str | None
+    reach: tuple[int, int]
+    unsure: bool
+    placement: Placement | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call of :func:`jaxtc.run`, checked: what its program takes, and its results."""
+
+    key: Key
+    prompts: Prompts
+    asked: Asked
+    edits: tuple[Edit, ...]
+    reducers: tuple[Reducer, ...]
+
+    @classmethod
+    def of(
+        cls,
+        config: Gemma2Config,
+        prompts: Prompts,
+        asked: Asked,
+        edits: Sequence[Edit],
+        logits: str | None,
+        placement: Placement | None = None,
+    ) -> "Call":
+        """Check edits and captures against the model and the prompts, as :func:`jaxtc.run` does."""
+        if logits is None and not asked:
+            raise InputError(
+                "Nothing was asked for: give capture=[...], or logits='all' or 'last'."
+            )
+        layers = config.num_hidden_layers
+        reach = (layers, len(ORDER)) if logits else asked.reach(layers)
+        checked, unsure = check_edits(edits, config, reach, prompts)
+        key = Key(config, asked.addresses, logits, reach, unsure, placement)
+        return cls(key, prompts, asked, checked, asked.checked(config, prompts))
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """(B, T, T padded)."""
+        batch, width = self.prompts.tokens.shape
+        return batch, self.prompts.length, width
+
+    def arguments(self, leaves: Sequence[jax.Array]) -> tuple:
+        """Of :func:`forward`."""
+        prompts = self.prompts
+        return self.key, leaves, prompts.tokens, prompts.lengths, self.edits, self.reducers
+
+    def on_mesh(self, leaves: Sequence[jax.Array]) -> tuple:
+        """:meth:`arguments`, each where the program expects it."""
+        key, _, tokens, lengths, edits, reducers = given = self.arguments(leaves)
+        place = key.placement
+        if place is None:
+            return given
+        rows = place.put_rows(tokens), place.put_rows(lengths)
+        return key, leaves, *rows, *place.put_whole((edits, reducers))
+
+    def result(self, kept: tuple) -> RunResult:
+        """Of what :func:`forward` gave, without the padding up to the bucket."""
+        logits, *record = kept
+        padded = self.prompts.length < self.prompts.tokens.shape[1]
+        layers, length = self.key.config.num_hidden_layers, self.prompts.length
+        whole = logits if padded and self.key.logits == "all" else None
+        found, cut = finish(record, self.asked, self.reducers, layers, length, padded, whole)
+        return RunResult(logits if whole is None else cut, found, self.prompts.lengths, length)
+
+
+def forward(key: Key, leaves, tokens, lengths, edits, reducers, resume=None):
+    """Logits, captured arrays and what reducers kept, all still padded: what ``run`` compiles.
+
+    Args:
+        key: the static half.
+        leaves: of the model, as :func:`jaxtc.programs.leaves.parameters` gives them.
+        tokens: (B, W) ids.
+        lengths: (B,).
+        edits: as ``check_edits`` gives them.
+        reducers: as ``Asked.checked`` gives them.
+        resume: see :class:`jaxtc.model.gemma2.Gemma2`.
+    """
+    model, layers = rebuild(key.config, leaves), key.config.num_hidden_layers
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    tap = Tap(key.captures, edits, positions, lengths, reducers=reducers, placement=key.placement)
+    depth = key.reach[0] + 1 if key.reach[0] < layers else None
+    options = dict(positions=positions, tap=tap, depth=depth, resume=resume)
+    run = last_logits if key.logits == "last" else Gemma2.__call__
+    out, _ = run(model, tokens, **options)
+    kept = out if key.logits else None, tap.activations, tap.stacked()
+    if key.unsure:
+        fine = all_fire(edits, key.config, key.reach, lengths)
+        kept = jax.tree.map(lambda x: jnp.where(fine, x, nothing(x)), kept)
+    return kept
+
+
+def last_logits(model: Gemma2, tokens, *, tap: Tap, **options) -> tuple[jax.Array, Any]:
+    """As the model itself, but logits (B, V) of each prompt's last token only.
+
+    The others are not computed unless something is asked of them.
+    """
+    if tap.touches("logits"):
+        logits, cache = model(tokens, tap=tap, **options)
+        return last_tokens(logits, tap.lengths), cache
+    logits, cache = model(tokens, tap=tap, logits_at=tap.lengths - 1, **options)
+    return logits[:, 0], cache
+
+
+def nothing(x: jax.Array) -> jax.Array:
+    """NaN in the dtype of ``x``; -1 where that holds whole numbers."""
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    return jnp.asarray(jnp.nan if floating else -1).astype(x.dtype)

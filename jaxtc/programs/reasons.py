@@ -1,0 +1,151 @@
+"""Why a program was compiled again: its arguments' shapes and static halves, against earlier ones.
+
+:func:`facts` reads off the arguments what a program depends on: names, and values that are compared
+by ``==`` and hold no array.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxtc.errors import some
+
+
+class Advice(NamedTuple):
+    """What to do when facts of these names have changed ``patience`` times."""
+
+    names: tuple[str, ...]
+    patience: int
+    text: str
+
+
+FUNCTION = Advice(
+    (), 4, "Define the function once, outside the loop; what changes from call to call can be an "
+    "argument: jax.tree_util.Partial(function, array) has its arrays as data.")  # fmt: skip
+SHAPE = Advice(
+    (), 4, "Other values of one shape run the same program: give as many positions, rows, layers "
+    "or directions each time, or a mask of booleans, and always the same kind of number.",
+)  # fmt: skip
+# Another experiment has other captures and edits: it takes a loop to have 16 of them.
+ADVICE = (
+    Advice(("padded length", "length", "slots"), 4, "Prompts are padded to a multiple of 16 tokens "
+           "(more for long ones), a program each: give prompts of similar length together, or call "
+           "jaxtc.warm_up(model, lengths=...) first."),
+    Advice(("batch",), 4, "Give batches of one size: fill up the last one, and drop those rows of "
+           "the result."),
+    Advice(("edits",), 16, "Keep one list of edits and change their values: Scale(1.0) or Add(0.0) "
+           "do nothing."),
+    Advice(("captures", "reducers", "asked", "addresses"), 16, "Capture everything you will need "
+           "each time, and pick from the result."),
+    Advice(("weights on",), 4, "Keep the model where it is, or put it on its devices once before "
+           "the loop."),
+    Advice(("weights", "config"), 4, "Each configuration and dtype is a program of its own: finish "
+           "with one model before the next."),
+    Advice(("called",), 16, "jax.vmap compiles for each size it maps over, and jax.grad once more: "
+           "put jax.jit around the whole, or map over chunks of one size."),
+)  # fmt: skip
+# Arguments whose shapes follow from the others': reported when nothing else has changed.
+_FOLLOWING = frozenset({"lengths", "ends", "places", "cache", "record", "begin", "resume"})
+
+
+class Reason(NamedTuple):
+    """One difference in words, and what can be done about it."""
+
+    words: str
+    advice: Advice | None = None
+
+
+class _Function(NamedTuple):
+    """A function by its id, as jax compares it; compiled programs keep theirs alive."""
+
+    number: int
+    name: str
+
+
+def facts(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What a program depends on, by name, from its arguments by name.
+
+    ``leaves`` are a model's, of which dtype and devices count; ``tokens`` are (B, W) or (B,); a
+    dataclass that is no pytree is the static half of a call.
+    """
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arguments))
+    found = {"called": "inside jax.vmap or jax.grad" if traced else "directly"}
+    for name, value in arguments.items():
+        if name == "leaves":
+            found["weights"] = str(value[0].dtype)
+            if isinstance(value[0], jax.Array) and not isinstance(value[0], jax.core.Tracer):
+                found.setdefault("weights on", some(sorted(map(str, value[0].devices())), 2))
+        elif name == "tokens":
+            found |= zip(("batch", "padded length"), value.shape, strict=False)
+        elif dataclasses.is_dataclass(value) and jax.tree_util.all_leaves([value]):
+            for field in dataclasses.fields(value):
+                found[field.name.replace("_", " ")] = getattr(value, field.name)
+            if found.get("placement"):
+                found["weights on"] = f"a mesh of {found.pop('placement')}"
+        else:
+            found |= _walk(name, value)
+    return found
+
+
+def _walk(name: str, node: Any) -> Iterator[tuple[str, Any]]:
+    """Facts of a pytree: the shapes of its arrays and, node by node, what is static."""
+    children, structure = jax.tree_util.tree_flatten_with_path(node, lambda x: x is not node)
+    static = {}
+    if children and not children[0][0]:
+        aval = jax.typeof(node)
+        weak = "weak " if getattr(aval, "weak_type", False) else ""  # a Python number
+        yield name, f"{weak}{aval.dtype}{list(aval.shape)}"
+        return
+    if isinstance(node, list | tuple):
+        yield name, tuple(map(_kind, node))
+    elif isinstance(node, jax.tree_util.Partial):
+        static = {"func": node.func}
+    elif dataclasses.is_dataclass(node):
+        yield name, type(node).__name__
+        data = {getattr(path[0], "name", None) for path, _ in children}
+        static = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
+        static = {field: value for field, value in static.items() if field not in data}
+    else:
+        yield name, structure if node is not None else None
+    for field, value in static.items():
+        if callable(value) and jax.tree_util.all_leaves([value]):
+            value = _Function(id(value), getattr(value, "__name__", type(value).__name__))
+        yield f"{name}.{field}", value
+    for path, child in children:
+        if path[0] is not None:
+            yield from _walk(name + jax.tree_util.keystr(path), child)
+
+
+def _kind(node: Any) -> str:
+    """An element of a list in a few words, such as ``Add at resid_mid``."""
+    place = getattr(node, "site", None) or getattr(node, "address", None)
+    return type(node).__name__ + (f" at {getattr(place, 'name', place)}" if place else "")
+
+
+def differences(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[Reason]:
+    """What is new against an earlier call: one reason at the least."""
+    # A name that only one of them has is part of something that differs, or cannot be known (the
+    # devices of traced weights).
+    names = [name for name in now if name in before and now[name] != before[name]]
+    names = [n for n in names if not any(n.startswith((f"{m}.", f"{m}[")) for m in names)]
+    own = [name for name in names if name.split(".")[0].split("[")[0] not in _FOLLOWING]
+    found = [_reason(name, now[name], before[name]) for name in own or names]
+    if not found and now["called"] != "directly":
+        return [Reason("jax.vmap over another size, or another jax.grad", ADVICE[-1])]
+    return found or [Reason("jax forgot the program, or its settings or devices changed")]
+
+
+def _reason(name: str, now: Any, before: Any) -> Reason:
+    if isinstance(now, _Function):
+        words = f"{name}: another function object, {now.name}: define it once outside the loop"
+        return Reason(words, FUNCTION)
+    words = f"{name}{' ' if type(now) is int else ': '}{_shown(now)} (was {_shown(before)})"
+    known = (one for one in ADVICE if name in one.names)
+    advice = next(known, SHAPE if "[" in name or name.startswith("of") else None)
+    return Reason(words if len(words) < 300 else f"another {name}", advice)
+
+
+def _shown(value: Any) -> str:
+    return some(list(map(str, value)), 4) or "none" if isinstance(value, tuple) else str(value)
