@@ -2,5 +2,5 @@
 
 ``load``, ``save``, ``save_checkpoint`` and ``convert`` are the entry points; ``names`` is the one
 table that ties the parameters of :class:`jaxtc.Gemma2` to the tensors of its published checkpoints.
-``manifest`` and ``orbax_tree`` are the format of converted checkpoints, ``job`` writes them.
+``checkpoints`` are converted ones, orbax's with one sidecar of ours; ``conversion`` writes them.
 """

@@ -189,7 +189,7 @@ def available_layers(source: str | Path = EMBEDDED, revision: str | None = None)
         return list(range(len(DEFAULT_L0)))
     converted = converted_folder(source, revision)
     if converted is not None:
-        return sorted(open_transcoders(converted).manifest.transcoders)
+        return sorted(open_transcoders(converted).sidecar.transcoders)
     if source == EMBEDDED:
         tiers = tiers_in(embedded_data("transcoders", revision))
     elif found is not None:

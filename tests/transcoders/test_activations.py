@@ -163,11 +163,27 @@ def test_other_values_do_not_compile(name):
 def test_facts_and_variant(name):
     t = made(name, skip=True, input_site="mlp_in", source="here")
     facts = json.loads(json.dumps(t.facts()))
-    twin = Transcoder.abstract(**facts)
+    twin = Transcoder.from_facts(facts)
     assert jax.tree.structure(twin) == jax.tree.structure(t) and twin.facts() == facts
     assert [x.shape for x in jax.tree.leaves(twin)] == [x.shape for x in jax.tree.leaves(t)]
     assert t.variant == "transcoder+skip" + ("" if name == "jumprelu" else f"+{name}")
     assert activation_of(t.activation.facts()) == t.activation == activation_of(t.activation)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"d_in": "24"}, {"features": 0}, {"d_out": 10**30}, {"layer": -1}, {"skip": 1},
+     {"activation": "relu"}, {"activation": {"name": "rellu"}}, {"activation": {"name": []}},
+     {"input_site": "mlp_inn"}, {"source": None}, {"relu": True}],
+    ids=str,
+)  # fmt: skip
+def test_facts_that_cannot_be(change):
+    facts = made("relu").facts()
+    with pytest.raises(JaxtcError):
+        Transcoder.from_facts(facts | change)
+    del facts["skip"]
+    with pytest.raises(JaxtcError, match="not the facts of a transcoder: skip=None"):
+        Transcoder.from_facts(facts)
 
 
 @each

@@ -1,8 +1,8 @@
 """Conversions between the formats of checkpoints: of models, and of transcoders.
 
 Each writes to ``OUT.partial`` and moves it to ``OUT`` when all is there. One that was killed is
-continued by calling it again, and gives the same bytes. What a model takes of memory is a few
-chunks of one tensor, or a tensor of up to 256 MiB; what transcoders take, one of them.
+continued by calling it again. What is in memory is a layer (or the embedding, or a transcoder),
+and a few hundred MB.
 """
 
 from collections.abc import Iterable
@@ -11,8 +11,8 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from jaxtc.errors import SourceError, did_you_mean
-from jaxtc.weights.checkpoints.manifest import MODEL, TRANSCODERS, read_manifest
 from jaxtc.weights.checkpoints.read import is_converted
+from jaxtc.weights.checkpoints.sidecar import MODEL, TRANSCODERS, read_sidecar
 from jaxtc.weights.conversion.model import convert_model
 from jaxtc.weights.conversion.transcoders import check_dtype, check_model_name, convert_transcoders
 from jaxtc.weights.files import arrays, local
@@ -67,7 +67,8 @@ def convert(
         without_sites: write ``params.npz`` of transcoders whose sites it cannot hold.
         model_name: for circuit-tracer's ``config.yaml``, such as ``google/gemma-2-2b``.
         max_shard_size: most bytes of tensors in a safetensors file of a model.
-        verify: compare the source with the hub's hashes, or a converted one with its own, first.
+        verify: compare the source with the hub's hashes first; a converted one is always compared
+            with its own, with ``verify`` before anything is written.
         progress: called with (done, in all): bytes of a model, or transcoders.
 
     Returns:
@@ -119,7 +120,7 @@ def _kind(source: str | Path, to: str, revision: str | None) -> str:
     found = local.find(source)
     if found is not None:
         if found.is_dir() and is_converted(found):
-            return read_manifest(found).kind
+            return read_sidecar(found).kind
         return MODEL if found.is_dir() and local.has(found, "config.json") else TRANSCODERS
     repo = hub.split_id(source) if isinstance(source, str) else None
     if repo is None or repo[1]:
