@@ -187,7 +187,7 @@ def _object(raw: dict, key: str) -> dict:
 def _array(name: str, claim: Any) -> Array:
     keys = ("shape", "dtype", "sha256")
     shape, dtype, digest = (claim.get(k) if isinstance(claim, dict) else None for k in keys)
-    sizes = isinstance(shape, list) and shape and all(is_whole(size, 1) for size in shape)
+    sizes = isinstance(shape, list) and all(is_whole(size, 1) for size in shape)
     if not sizes or not isinstance(dtype, str) or dtype not in _DTYPES or not _NAME.fullmatch(name):
         raise _Unsound(f"the array {name!r} has shape {shape!r}, dtype {dtype!r}")
     return Array(tuple(shape), _DTYPES[dtype], _digest(name, digest))
