@@ -9,8 +9,8 @@ from jaxtc.cli.options import argument, option, parse_layers
 from jaxtc.cli.runtime import working
 from jaxtc.errors import InputError
 from jaxtc.helpers import gigabytes
-from jaxtc.weights.checkpoints.manifest import read_manifest
 from jaxtc.weights.checkpoints.read import is_converted
+from jaxtc.weights.checkpoints.sidecar import read_sidecar
 from jaxtc.weights.conversion.convert import TARGETS, convert
 
 
@@ -102,5 +102,5 @@ def _size(folder: Path) -> str:
     size = f"{gigabytes(sum(path.stat().st_size for path in files))} in {len(files)} files"
     if not is_converted(folder):
         return size
-    manifest = read_manifest(folder)
-    return f"{size}, {manifest.kind} in {manifest.dtype}, content {manifest.content[:12]}"
+    sidecar = read_sidecar(folder)
+    return f"{size}, {sidecar.kind} in {sidecar.dtype}, content {sidecar.content[:12]}"

@@ -19,7 +19,16 @@ from jaxtc.helpers import is_whole
 from jaxtc.model.parameters import Init, zeros
 from jaxtc.sharding.placement import Placement, top_k
 
-__all__ = ["ACTIVATIONS", "Activation", "JumpReLU", "Parameter", "ReLU", "TopK", "activation_of"]
+__all__ = [
+    "ACTIVATIONS",
+    "Activation",
+    "BatchTopK",
+    "JumpReLU",
+    "Parameter",
+    "ReLU",
+    "TopK",
+    "activation_of",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +155,23 @@ class TopK(Activation):
         """Refuse more than there are."""
         if self.k > features:
             raise JaxtcError(f"k is {self.k}, but the transcoder has {features} features.")
+
+
+@_register
+class BatchTopK(JumpReLU):
+    """JumpReLU with one threshold for all features: BatchTopK at inference (arXiv 2412.06410).
+
+    Training keeps the batch's k·B largest; the threshold is the mean, over batches, of the smallest
+    one kept. Formats without it have it as a JumpReLU, which is how SAELens publishes them too.
+    """
+
+    name = "batchtopk"
+    parameters = MappingProxyType({"threshold": Parameter(axes=())})
+    files = MappingProxyType({})
+
+    def as_threshold(self, parameters):
+        """The threshold."""
+        return parameters["threshold"]
 
 
 # Sharded arrays outside a trace need a compiled program.

@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtc.errors import CapacityError, JaxtcError
+from jaxtc.helpers import is_whole
 from jaxtc.interchange import plain
 from jaxtc.model.parameters import Init, declare, he_uniform, zeros
 from jaxtc.sharding.mesh import mesh_of, put
@@ -142,11 +143,38 @@ class Transcoder(nnx.Module):
         return kind + skip + ("" if name == "jumprelu" else f"+{name}")
 
     def facts(self) -> dict[str, Any]:
-        """All but the arrays and their dtype, as JSON: ``Transcoder.abstract(**t.facts())``."""
+        """All but the arrays and their dtype, as JSON; :meth:`from_facts` takes them back."""
         found = {name: getattr(self, name) for name in ("d_in", "features", "d_out")}
         found |= {"activation": self.activation.facts(), "skip": self.W_skip is not None}
-        names = ("layer", "input_site", "output_site", "source")
-        return found | {name: getattr(self, name) for name in names}
+        found["layer"] = None if self.layer is None else int(self.layer)
+        return found | {k: getattr(self, k) for k in ("input_site", "output_site", "source")}
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any], **options: Any) -> "Transcoder":
+        """As :meth:`abstract`, of :meth:`facts` that may come from anywhere.
+
+        Raises:
+            JaxtcError: a fact that is missing, unknown or of another type.
+        """
+
+        def size(value):
+            return is_whole(value, 1) and value < 2**31
+
+        def text(value):
+            return isinstance(value, str)
+
+        sound = {
+            "d_in": size, "features": size, "d_out": size, "input_site": text, "output_site": text,
+            "source": text, "activation": lambda value: isinstance(value, Mapping),
+            "skip": lambda value: isinstance(value, bool),
+            "layer": lambda value: value is None or is_whole(value),
+        }  # fmt: skip
+        wrong = [name for name, test in sound.items() if not test(facts.get(name))]
+        wrong += facts.keys() - sound
+        if wrong:
+            given = ", ".join(f"{name}={facts.get(name)!r}" for name in wrong)
+            raise JaxtcError(f"These are not the facts of a transcoder: {given}.")
+        return cls.abstract(**facts, **options)
 
     def pre_activations(self, x: jax.Array) -> jax.Array:
         """``x W_enc + b_enc``: (..., D) to (..., M), in the transcoder's dtype."""

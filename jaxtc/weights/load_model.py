@@ -110,7 +110,9 @@ def load_tokenizer(source: str | Path = EMBEDDED, *, revision: str | None = None
             "model there, or load the tokenizer from elsewhere."
         )
     if found.format == CONVERTED:
-        Converted(folder).verify(name for name in TOKENIZER_FILES if local.has(folder, name))
+        converted = Converted(folder)
+        for name in filter(converted.sidecar.files.__contains__, TOKENIZER_FILES):
+            converted.content(name)  # compared with its hash
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file

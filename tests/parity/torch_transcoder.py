@@ -28,6 +28,7 @@ ACTIVATE = {
     "jumprelu": lambda z, threshold: torch.where(z > threshold, z.relu(), 0),
     "relu": lambda z: z.relu(),
     "topk": _top_k,
+    "batchtopk": lambda z, threshold: z.relu() * (z.relu() > threshold),
 }
 
 

@@ -54,6 +54,8 @@ def transcoder(layer: int = 1, activation="jumprelu") -> jaxtc.Transcoder:
         half = np.split(value, 2, axis=axis)[0]
         getattr(made, name)[...] = jnp.asarray(np.concatenate([half, half], axis=axis))
     made.W_enc[...] = made.W_enc[...] * 3
+    if activation == "batchtopk":
+        made.threshold[...] = jnp.ones(())
     return made
 
 

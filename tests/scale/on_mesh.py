@@ -105,7 +105,7 @@ def test_a_transcoder_by_itself(mesh, on):
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("activation", [Top(33)], ids=str)  # 33 halves a pair of ties
+@pytest.mark.parametrize("activation", [Top(33), "batchtopk"], ids=str)  # 33 halves a pair of ties
 def test_other_activations(mesh, activation):
     alone = lab.transcoder(activation=activation)
     model, many = shard(lab.model(), mesh), shard(alone, mesh)

@@ -33,6 +33,7 @@ CASES = {
     "jumprelu": ("jumprelu", lambda z, t: z * ((z > np.asarray(t.threshold[...])) & (z > 0))),
     "relu": ("relu", lambda z, t: np.maximum(z, 0)),
     "topk": (TopK(9), lambda z, t: highest(z, 9)),
+    "batchtopk": ("batchtopk", lambda z, t: z * (z > max(t.threshold[...].item(), 0))),
 }
 
 
@@ -163,11 +164,27 @@ def test_other_values_do_not_compile(name):
 def test_facts_and_variant(name):
     t = made(name, skip=True, input_site="mlp_in", source="here")
     facts = json.loads(json.dumps(t.facts()))
-    twin = Transcoder.abstract(**facts)
+    twin = Transcoder.from_facts(facts)
     assert jax.tree.structure(twin) == jax.tree.structure(t) and twin.facts() == facts
     assert [x.shape for x in jax.tree.leaves(twin)] == [x.shape for x in jax.tree.leaves(t)]
     assert t.variant == "transcoder+skip" + ("" if name == "jumprelu" else f"+{name}")
     assert activation_of(t.activation.facts()) == t.activation == activation_of(t.activation)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"d_in": "24"}, {"features": 0}, {"d_out": 10**30}, {"layer": -1}, {"skip": 1},
+     {"activation": "relu"}, {"activation": {"name": "rellu"}}, {"activation": {"name": []}},
+     {"input_site": "mlp_inn"}, {"source": None}, {"relu": True}],
+    ids=str,
+)  # fmt: skip
+def test_facts_that_cannot_be(change):
+    facts = made("relu").facts()
+    with pytest.raises(JaxtcError):
+        Transcoder.from_facts(facts | change)
+    del facts["skip"]
+    with pytest.raises(JaxtcError, match="not the facts of a transcoder: skip=None"):
+        Transcoder.from_facts(facts)
 
 
 @each
@@ -176,6 +193,14 @@ def test_checkpoints_give_it_back(name, tmp_path):
     found = jaxtc.load_transcoder(jaxtc.save_checkpoint({LAYER: t}, tmp_path / "kept"), LAYER)
     assert found.facts() == t.facts()
     jax.tree.map(np.testing.assert_array_equal, found, t)
+    options = {"source": tmp_path / "kept", "out": tmp_path / "out", "to": "circuit-tracer"}
+    if name == "topk":
+        with pytest.raises(SourceError, match="no activation 'topk'"):
+            jaxtc.convert(**options)
+    else:
+        sites = {"input_site": t.input_site, "output_site": t.output_site}
+        found = jaxtc.load_transcoder(jaxtc.convert(**options), LAYER, **sites)
+        np.testing.assert_array_equal(found.encode(X), t.encode(X))
 
 
 @each
@@ -218,7 +243,10 @@ def test_nan_takes_a_place():
 @pytest.mark.parametrize(
     ("activation", "message"),
     [
-        ("topkk", "no activation 'topkk', only jumprelu, relu, topk.* Did you mean 'topk'"),
+        (
+            "topkk",
+            "no activation 'topkk', only jumprelu, relu, topk, batchtopk.* Did you mean 'topk'",
+        ),
         (None, "no activation None"),
         ("topk", "'topk' takes k, got none; give TopK.k=..."),
         ({"name": "relu", "k": 3}, "'relu' takes no settings, got k"),

@@ -9,29 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import orbax.checkpoint.experimental.v1 as v1
 import pytest
 from safetensors.numpy import load_file
 
 import jaxtc
 from jaxtc.errors import JaxtcError, SiteError, SourceError, WeightsError
-from jaxtc.weights.checkpoints import tree as orbax_tree
-from jaxtc.weights.checkpoints.manifest import read_manifest
-from jaxtc.weights.checkpoints.tree import metadata, store
+from jaxtc.weights.checkpoints.sidecar import hash_array, read_sidecar
 from jaxtc.weights.conversion.convert import convert
-from jaxtc.weights.files import arrays
 from jaxtc.weights.files.safetensors import SafetensorsFile
 from jaxtc.weights.load_transcoder import available_layers
 from jaxtc.weights.names import parameter_names
 from tests.support import tiny
 from tests.support.weights_files import CONFIG, params, random_model, same, write_tier
 from tests.weights.killed_conversions import contents
-
-
-@pytest.fixture(autouse=True)
-def many_chunks(monkeypatch):
-    """Small arrays in chunks too, some of them padded."""
-    monkeypatch.setattr(orbax_tree, "SMALL_BYTES", 300)
-    monkeypatch.setattr(orbax_tree, "MOST_BYTES", 1500)
 
 
 @pytest.fixture(params=["bfloat16", "float32", "float16"])
@@ -45,8 +36,7 @@ def test_a_model_there_and_back(hf, tmp_path):
     tree = convert(hf, tmp_path / "tree")
     back = convert(tree, tmp_path / "back", to="safetensors", max_shard_size=9000)
     assert contents(back) == contents(hf)
-    assert contents(convert(back, tmp_path / "again"))["jaxtc.json"] != b""
-    assert read_manifest(tmp_path / "again").content == read_manifest(tree).content
+    assert read_sidecar(convert(back, tmp_path / "again")).content == read_sidecar(tree).content
     for dtype in ("float32", "bfloat16"):
         assert same(jaxtc.load_model(tree, dtype=dtype), jaxtc.load_model(hf, dtype=dtype))
     assert jaxtc.load_tokenizer(tree).encode("the capital") == tiny.tokenizer().encode(
@@ -54,36 +44,53 @@ def test_a_model_there_and_back(hf, tmp_path):
     )
 
 
-def test_files_are_the_same_however_often_and_from_wherever(hf, tmp_path):
-    first = contents(convert(hf, tmp_path / "a"))
-    assert contents(convert(hf, tmp_path / "b")) == first
+def test_contents_are_the_same_however_often_and_from_wherever(hf, tmp_path):
+    first = read_sidecar(convert(hf, tmp_path / "a"))
+    again = read_sidecar(convert(hf, tmp_path / "b"))
+    assert again.encode() == first.encode()
     model = jaxtc.load_model(hf, dtype=json.loads((hf / "config.json").read_bytes())["dtype"])
     saved = jaxtc.save_checkpoint(model, tmp_path / "c", tiny.tokenizer())
-    assert read_manifest(saved).content == read_manifest(tmp_path / "a").content
+    assert read_sidecar(saved).content == first.content
 
 
-def test_orbax_restores_the_tree(hf, tmp_path, caplog):
-    tree = convert(hf, tmp_path / "tree") / "orbax"
+def test_the_hashes_are_of_the_elements_in_c_order(hf, tmp_path):
+    tree = convert(hf, tmp_path / "tree")
+    found = read_sidecar(tree).arrays
+    for file in hf.glob("*.safetensors"):
+        raw = load_file(file)
+        for name in parameter_names(CONFIG):
+            if name.hf in raw:
+                digest = hashlib.sha256(raw[name.hf].tobytes()).hexdigest()
+                assert found[name.ours].sha256 == digest
+                turned = np.asfortranarray(raw[name.hf])
+                assert hash_array(turned) == digest
+
+
+def test_orbax_restores_it(hf, tmp_path, caplog):
+    tree = convert(hf, tmp_path / "tree")
     expected = {}
     for file in hf.glob("*.safetensors"):
         expected |= load_file(file)
     names = parameter_names(CONFIG)
     with caplog.at_level(logging.WARNING):
-        for checkpointer in (ocp.StandardCheckpointer(), ocp.PyTreeCheckpointer()):
-            flat = flatten(checkpointer.restore(tree))
+        for restored in (
+            ocp.StandardCheckpointer().restore(tree / "state"),
+            ocp.PyTreeCheckpointer().restore(tree / "state"),
+            v1.load(tree),
+        ):
+            flat = flatten(restored)
             assert sorted(flat) == sorted(name.ours for name in names)
             for name in names:
                 value = expected[name.hf].reshape(name.shape)
                 assert flat[name.ours].dtype == value.dtype
                 np.testing.assert_array_equal(flat[name.ours], value)
-    assert not [record for record in caplog.records if "orbax" in record.name]
+    assert not [record for record in caplog.records if record.name in ("orbax", "absl")]
     # Placed by a sharding, as jax's arrays.
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
-        ocp.StandardCheckpointer().restore(tree),
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), v1.load(tree)
     )
-    placed = flatten(ocp.StandardCheckpointer().restore(tree, shapes))
+    placed = flatten(v1.load(tree, shapes))
     assert all(isinstance(x, jax.Array) and x.sharding == here for x in placed.values())
     np.testing.assert_array_equal(placed[names[0].ours], expected[names[0].hf])
 
@@ -91,25 +98,6 @@ def test_orbax_restores_the_tree(hf, tmp_path, caplog):
 def flatten(tree) -> dict:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
-
-
-def test_the_tree_is_described_as_orbax_itself_does(tmp_path):
-    """So that a change of orbax's format is seen here."""
-    values = {"embed": {"weight": np.ones((6, 4), jnp.bfloat16)}, "layers": {"0": np.ones(3)}}
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
-    ocp.Checkpointer(handler).save(tmp_path / "theirs", args=ocp.args.PyTreeSave(values))
-    ours = metadata([
-        store("embed.weight", (6, 4), np.dtype(jnp.bfloat16), ("vocab", "embed")),
-        store("layers.0", (3,), np.dtype(np.float64), ("embed",)),
-    ])  # fmt: skip
-    for name in ("_METADATA", "_CHECKPOINT_METADATA"):
-        theirs = json.loads((tmp_path / "theirs" / name).read_bytes())
-        for key in ("init_timestamp_nsecs", "commit_timestamp_nsecs"):
-            if key in theirs:
-                theirs[key] = None
-        assert json.loads(ours[f"orbax/{name}"]) == theirs
-    theirs = json.loads((tmp_path / "theirs/embed.weight/.zarray").read_bytes())
-    assert json.loads(ours["orbax/embed.weight/.zarray"]) == theirs | {"compressor": None}
 
 
 def test_transformers_loads_what_came_back_with_the_same_logits(tmp_path):
@@ -144,7 +132,7 @@ def load_config():
 def test_another_dtype_is_said_in_the_config(hf, tmp_path):
     stored = json.loads((hf / "config.json").read_bytes())
     tree = convert(hf, tmp_path / "tree", dtype="float32")
-    assert read_manifest(tree).dtype == "float32"
+    assert read_sidecar(tree).dtype == "float32"
     back = convert(tree, tmp_path / "back", to="safetensors", dtype="bfloat16")
     told = json.loads((back / "config.json").read_bytes())
     assert told == stored | {"dtype": "bfloat16"}
@@ -223,7 +211,7 @@ def test_variants_keep_their_sites_and_their_bits(tmp_path, dtype, activation):
     out = convert(tree, tmp_path / "out", to="circuit-tracer")
     assert 'feature_input_hook: "mlp.hook_in"' in (out / "config.yaml").read_text()
     back = convert(out, tmp_path / "back")
-    assert read_manifest(back).dtype == dtype
+    assert read_sidecar(back).dtype == dtype
     found = jaxtc.load_transcoder(back, 3, dtype=dtype)
     found.source = "here"
     assert same(found, given)
@@ -320,7 +308,7 @@ def test_the_hubs_own_hashes(tmp_path, file):
     if file is None:
         jaxtc.load_model(snapshot, verify=True)
         tree = convert(snapshot, tmp_path / "out", verify=True)
-        assert read_manifest(tree).revision == snapshot.name
+        assert read_sidecar(tree).revision == snapshot.name
         return
     raw = bytearray((snapshot / file).read_bytes())
     raw[-3] ^= 1
@@ -343,28 +331,3 @@ def test_the_hashes_of_a_folder_that_was_downloaded(tmp_path):
     (folder / "model.safetensors").write_bytes(raw)
     with pytest.raises(WeightsError, match="model.safetensors in .* is not what"):
         jaxtc.load_model(folder, verify=True)
-
-
-@pytest.mark.parametrize(
-    ("shape", "axes", "chunks"),
-    [
-        ((256000, 2304), ("vocab", "embed"), (2000, 2304)),
-        ((9216, 2304), ("mlp", "embed"), (576, 2304)),
-        ((2304, 9216), ("embed", "mlp"), (2304, 576)),
-        ((8, 256, 2304), ("heads", "head_dim", "embed"), (1, 256, 2304)),
-        ((2304, 8, 256), ("embed", "heads", "head_dim"), (2304, 1, 256)),
-        ((2304,), ("embed",), (2304,)),
-        ((2304, 1 << 20), ("embed", "features"), (2304, 2048)),
-        ((50257, 6000), ("vocab", "embed"), (786, 6000)),
-    ],
-)
-def test_chunks_of_the_released_models(monkeypatch, shape, axes, chunks):
-    monkeypatch.undo()
-    dtype = arrays.check_dtype("bfloat16")
-    stored = store("x", shape, dtype, axes)
-    assert stored.chunks == chunks
-    assert stored.chunk_bytes <= 16 << 20
-    assert sum(
-        int(np.prod([part.stop - part.start for part in stored.region(i)]))
-        for i in stored.indices()
-    ) == int(np.prod(shape))

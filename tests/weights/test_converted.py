@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtc.weights.checkpoints.manifest import read_manifest
 
 import jaxtc
 from jaxtc.errors import ConfigError, JaxtcError, SourceError, WeightsError
 from jaxtc.weights.checkpoints import tree as orbax_tree
-from jaxtc.weights.checkpoints.manifest import read_manifest
 from jaxtc.weights.checkpoints.read import Converted
 from jaxtc.weights.load_model import load_tokenizer
 from tests.support import tiny

@@ -11,10 +11,10 @@ from urllib.parse import unquote
 
 import huggingface_hub
 import pytest
+from jaxtc.weights.checkpoints.manifest import read_manifest
 
 import jaxtc
 from jaxtc.errors import ConfigError, SourceError, WeightsError
-from jaxtc.weights.checkpoints.manifest import read_manifest
 from jaxtc.weights.conversion.convert import convert
 from jaxtc.weights.files.layout import GEMMA_SCOPE_2B
 from jaxtc.weights.sources import hub

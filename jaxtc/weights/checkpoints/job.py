@@ -1,13 +1,13 @@
 """Files on their way to a folder: beside it until all are there, kept when the work is cut short.
 
-``OUT.partial/`` holds ``job.json`` (what is being made), ``done.N.jsonl`` (a line for each file
-that process N has finished, with its size and SHA-256), ``writing.N`` (the file it is at) and
-``files/``, which becomes ``OUT``.
+``OUT.partial/`` holds ``job.json`` (what is being made), ``writing.*`` (the file at work), and
+``files/``, which becomes ``OUT``. A file in it is whole: it was written elsewhere and moved there.
+In a bucket, where folders cannot be moved, the files are written to ``OUT`` itself, and a
+checkpoint is whole when its last file is there.
 """
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -24,11 +24,37 @@ try:
 except ImportError:  # Windows: two conversions to one folder at a time are not noticed there
     fcntl = None
 
-_JOB, _FILES = "job.json", "files"
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_JOB = "job.json"
+# Orbax gives the system's words in errors of its own.
+_FULL = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
 
-# Size and SHA-256 of a file, by its path below the folder.
-Record = tuple[int, str]
+
+def is_remote(path: Any) -> bool:
+    """Whether this is a path in a bucket, such as ``gs://bucket/folder``."""
+    return "://" in str(path)
+
+
+def destination(out: str | Path) -> Any:
+    """A folder to write to, absolute; ``~`` at its start is the home folder.
+
+    Returns:
+        A :class:`pathlib.Path`, or its like from etils (which comes with orbax) for a bucket.
+    """
+    if is_remote(out):
+        from etils import epath
+
+        return epath.Path(out)
+    return Path(os.path.abspath(local.expand(out)))
+
+
+def files_of(out: Any) -> Any:
+    """Where the files are written that are to be in ``out``, a :func:`destination`."""
+    return out if is_remote(out) else _partial(out) / "files"
+
+
+def describes(out: Any, what: dict[str, Any]) -> bool:
+    """Whether a job on ``what`` has begun to write ``out``, a :func:`destination`."""
+    return _found(_partial(out)) == what
 
 
 class Job:
@@ -36,14 +62,14 @@ class Job:
 
     Args:
         out: the folder; it must not exist, or be empty.
-        what: all that decides the bytes of the result, as JSON; earlier work is continued only
-            when it was on the same.
+        what: all that decides the result, as JSON; earlier work is continued only when it was on
+            the same.
         needed: bytes of all files together.
-        process: which of several writes; the first begins and finishes.
         fresh: begin anew whatever is there of an earlier job of this kind.
 
     Attributes:
-        done: the files that are finished.
+        out: the folder.
+        files: where files are written.
         finished: the folder is there already; an earlier run was killed while it tidied up.
 
     Raises:
@@ -51,82 +77,56 @@ class Job:
             not enough room on the disk.
     """
 
-    def __init__(
-        self, out: Path, what: dict[str, Any], needed: int, *, process: int = 0, fresh: bool = False
-    ):
-        self.out = Path(os.path.abspath(local.expand(out)))
-        self.partial = self.out.with_name(f"{self.out.name}.partial")
-        self.needed, self._process, self._lock = needed, process, None
-        self.done: dict[str, Record] = {}
-        self.finished = False
+    def __init__(self, out: str | Path, what: dict[str, Any], needed: int, *, fresh: bool = False):
+        self.out = destination(out)
+        self.files, self._partial = files_of(self.out), _partial(self.out)
+        self.needed, self.finished, self._lock = needed, False, None
         try:
-            with self._explained():
-                if process == 0:
-                    self._begin(what, fresh)
-                elif self._found() != what:
-                    raise SourceError(
-                        f"Process {process} does not see {self.partial}, which process 0 made. All "
-                        "processes must save to one folder on a file system that they share."
-                    )
+            with self.explained():
+                self._begin(what, fresh)
         except BaseException:
             self.close()
             raise
 
     def _begin(self, what: dict[str, Any], fresh: bool) -> None:
-        there = self._found()
-        if os.path.lexists(self.out) and not _is_empty_folder(self.out):
-            self.finished = there == what and not (self.partial / _FILES).exists()
+        there = _found(self._partial)
+        if _is_taken(self.out) and not (is_remote(self.out) and there == what):
+            self.finished = there == what and not self.files.exists()
             if self.finished:
-                return self._tidy()
+                self._tidy()
+            if self.finished and not fresh:
+                return
             raise SourceError(
-                f"{self.out} exists already and is not written over. Give another folder, or "
+                f"{self.out} exists already and is not overwritten. Give another folder, or "
                 "remove it first."
             )
-        self.partial.mkdir(parents=True, exist_ok=True)
+        self._partial.mkdir(parents=True, exist_ok=True)
         self._take_lock()
         if there not in (None, what) and not (fresh and there.keys() == what.keys()):
             other = [key for key in what if there.get(key) != what[key]]
             raise SourceError(
-                f"{self.partial} holds the beginning of another conversion ("
+                f"{self._partial} holds the beginning of another conversion ("
                 + "; ".join(f"{key} {there.get(key)!r}, not {what[key]!r}" for key in other)
-                + "). Remove it to begin anew, or give another folder."
+                + "). Remove it to start over, or give another folder."
             )
-        self._check_ours(there)
+        others = sorted(p.name for p in self._partial.iterdir() if not p.match("writing.*"))
+        if there is None and others:
+            raise SourceError(
+                f"{self._partial}, where the conversion would be written, holds something else "
+                f"({some(others)}). Remove it, or give another folder."
+            )
         if there is None or fresh:
-            for path in self.partial.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            self._put(self.partial / _JOB, json.dumps(what, indent=1).encode())
-        self.done = self._resumed()
-        self.check_room()
-
-    def _found(self) -> dict[str, Any] | None:
-        """What the job says that is there, None when there is none."""
-        try:
-            found = json.loads((self.partial / _JOB).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            return None
-        return found if isinstance(found, dict) else None
-
-    def _check_ours(self, there: dict[str, Any] | None) -> None:
-        """Refuse a folder that something else has made."""
-        if there is None:
-            others = sorted(
-                p.name for p in self.partial.iterdir() if not p.name.startswith("writing.")
-            )
-            if others:
-                raise SourceError(
-                    f"{self.partial}, where the conversion would be written, holds something else "
-                    f"({some(others)}). Remove it, or give another folder."
-                )
+            self._clear(but=_JOB)
+            self.note(_JOB, json.dumps(what, indent=1))
+        self._check_room()
 
     def _take_lock(self) -> None:
-        if fcntl is None:
+        if fcntl is None or is_remote(self.out):
             return
-        self._lock = os.open(self.partial, os.O_RDONLY)
+        self._lock = os.open(self._partial, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            self.close()
             raise SourceError(
                 f"{self.out} is being written by another process. Wait for it, or give another "
                 "folder."
@@ -146,98 +146,78 @@ class Job:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def check_room(self) -> None:
+    def _check_room(self) -> None:
         """Refuse to begin what the disk has no room for."""
-        missing = self.needed - sum(size for size, _ in self.done.values())
-        if missing > shutil.disk_usage(self.partial).free:
+        if not is_remote(self.out) and self.needed - self._done() > self._free():
             raise SourceError(self._full())
 
     def write(self, file: str, pieces: Iterable[bytes | memoryview]) -> None:
         """Write one file, unless it is done. Raises SourceError when it cannot be."""
-        if file in self.done:
-            return
-        writing = self.partial / f"writing.{self._process}"
-        with self._explained():
-            digest, size = hashlib.sha256(), 0
-            with writing.open("wb") as stream:
+
+        def make(path: Any) -> None:
+            with path.open("wb") as stream:
                 for piece in pieces:
                     stream.write(piece)
-                    digest.update(piece)
-                    size += len(piece)
-                _sync(stream)
-            self._take(writing, file, (size, digest.hexdigest()))
 
-    def place(self, file: str, make: Callable[[Path], None]) -> None:
+        self.place(file, make)
+
+    def place(self, file: str, make: Callable[[Any], None]) -> None:
         """As :meth:`write`, of a file that ``make`` writes to the path that it is given."""
-        if file in self.done:
-            return
-        writing = self.partial / f"writing.{self._process}{Path(file).suffix}"
-        with self._explained():
+        target = self.files / file
+        with self.explained():
+            if target.exists():
+                return
+            # Writers of some formats go by the suffix.
+            writing = self._partial / f"writing{target.suffix or '.tmp'}"
             make(writing)
-            with writing.open("rb+") as stream:
-                _sync(stream)
-            self._take(writing, file, _hash(writing))
+            _sync(writing)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            writing.replace(target)
 
-    def _take(self, writing: Path, file: str, record: Record) -> None:
-        target = self.partial / _FILES / file
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(writing, target)
-        with self._log(self._process).open("a", encoding="utf-8") as log:
-            log.write(_line(file, record))
-        self.done[file] = record
+    def note(self, name: str, text: str) -> None:
+        """Keep a text while the job goes on."""
+        writing = self._partial / "writing.note"
+        writing.write_text(text)
+        _sync(writing)
+        writing.replace(self._partial / name)
 
-    def collect(self) -> None:
-        """Take over what the other processes have done."""
-        for log in self.partial.glob("done.*.jsonl"):
-            self.done |= _read_log(log)
+    def noted(self, name: str) -> str | None:
+        """A text that was kept, None when none was."""
+        path = self._partial / name
+        return path.read_text() if path.exists() else None
 
-    def finish(self, last: str = "", content: bytes = b"") -> Path:
-        """Write a last file, if there is one, and move the folder into its place; the folder."""
-        with self._explained():
-            files = self.partial / _FILES
-            there = {p.relative_to(files).as_posix() for p in files.rglob("*") if not p.is_dir()}
-            for stray in there - set(self.done) - {last}:
-                (files / stray).unlink()  # its line in the log was not written any more
-            if last:
-                self._put(files / last, content)
-            for folder in (p for p in (files, *files.rglob("*")) if p.is_dir()):
-                _sync_folder(folder)
-            os.rename(files, self.out)
-            _sync_folder(self.out.parent)
+    def finish(self) -> Any:
+        """Move the folder into its place; the folder."""
+        with self.explained():
+            if not is_remote(self.out):
+                os.rename(self.files, self.out)
             self._tidy()
         return self.out
 
     def _tidy(self) -> None:
         """Remove what is left when the folder is in place; what tells that it was ours, last."""
-        for path in self.partial.iterdir():
-            if path.name != _JOB:
-                path.unlink()
-        (self.partial / _JOB).unlink()
-        self.partial.rmdir()
+        self._clear(but=_JOB)
+        (self._partial / _JOB).unlink()
+        self._partial.rmdir()
         self.close()
 
-    def _resumed(self) -> dict[str, Record]:
-        """The files that an earlier run has finished, hashed again."""
-        files = self.partial / _FILES
-        self.collect()
-        kept = {file: one for file, one in self.done.items() if one == _hash(files / file)}
-        # The last line may be half a line.
-        self._put(self._log(0), "".join(_line(file, one) for file, one in kept.items()).encode())
-        return kept
+    def _clear(self, but: str) -> None:
+        from etils import epath
 
-    def _log(self, process: int) -> Path:
-        return self.partial / f"done.{process}.jsonl"
+        for path in map(epath.Path, self._partial.iterdir()):
+            if path.name != but:
+                path.rmtree() if path.is_dir() else path.unlink()
 
-    def _put(self, path: Path, content: bytes) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        writing = self.partial / f"writing.{self._process}"
-        with writing.open("wb") as stream:
-            stream.write(content)
-            _sync(stream)
-        os.replace(writing, path)
+    def _done(self) -> int:
+        """The bytes that are written."""
+        return sum(path.stat().st_size for path in self._partial.rglob("*") if path.is_file())
+
+    def _free(self) -> int:
+        return shutil.disk_usage(self._partial).free
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def explained(self) -> Iterator[None]:
+        """Turn what goes wrong while files are written into a SourceError."""
         try:
             yield
         except OSError as error:
@@ -247,61 +227,44 @@ class Job:
                 f"{self.out} cannot be written: {error.strerror or error}. Give a folder on a disk "
                 "that you may write to."
             ) from error
+        except ValueError as error:
+            if any(words in str(error) for words in _FULL.values()):
+                raise SourceError(self._full()) from error
+            raise
 
     def _full(self) -> str:
-        done = sum(size for size, _ in self.done.values())
-        free = shutil.disk_usage(self.partial).free
+        done, free = self._done(), self._free()
         return (
             f"There is no room for {self.out}: {gigabytes(self.needed)} are needed"
             + (f", of which {gigabytes(done)} are done" if done else "")
             + f", and {gigabytes(free)} are free on its disk. Make room for "
             f"{gigabytes(max(self.needed - done - free, 0))} more and run this again: it goes on "
-            f"where it stopped. Or give a folder on another disk, and remove {self.partial}."
+            f"where it stopped. Or give a folder on another disk, and remove {self._partial}."
         )
 
 
-def _line(file: str, record: Record) -> str:
-    return json.dumps([file, *record]) + "\n"
+def _partial(out: Any) -> Any:
+    return out.with_name(f"{out.name}.partial")
 
 
-def _read_log(log: Path) -> dict[str, Record]:
-    """What a log says; a line that was cut off is left out."""
-    found = {}
-    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError):
-            file, size, digest = json.loads(line)
-            found[file] = size, digest
-    return found
-
-
-def _hash(path: Path) -> Record | None:
-    """Size and SHA-256 of a file, None when there is none."""
+def _found(partial: Any) -> dict[str, Any] | None:
+    """What the job says that is there, None when there is none."""
     try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return file.tell(), digest
-    except OSError:
+        found = json.loads((partial / _JOB).read_text())
+    except (OSError, ValueError, RecursionError):
         return None
+    return found if isinstance(found, dict) else None
 
 
-def _is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+def _is_taken(path: Any) -> bool:
+    if is_remote(path):
+        return path.exists()
+    if path.is_dir() and not path.is_symlink():
+        return any(path.iterdir())
+    return os.path.lexists(path)
 
 
-def _sync(stream: Any) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def room_for(sizes: Iterable[int]) -> int:
-    """What files of these sizes take on a disk with the notes on them: blocks of 4096 bytes."""
-    return sum(-(-size // 4096) * 4096 + 512 for size in sizes)
+def _sync(path: Any) -> None:
+    if isinstance(path, Path):
+        with path.open("rb+") as stream:
+            os.fsync(stream.fileno())

@@ -1,14 +1,14 @@
-"""Converted checkpoints: a folder with ``jaxtc.json``, an orbax tree, and a model's own files.
+"""Converted checkpoints: an orbax checkpoint with ``jaxtc.json`` and a model's own files in it.
 
-Every byte is compared with the hashes of ``jaxtc.json`` before it is used: a chunk of an array is
-read, hashed, and only then cast and copied to where it belongs. A process reads only the chunks
-that its devices' shards touch.
+Names, shapes and dtypes are compared with those in ``jaxtc.json`` before orbax reads an array;
+contents with its hashes when that is asked for, and whenever a checkpoint is converted.
 """
 
 import functools
-import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+import stat
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,94 +23,91 @@ from jaxtc.model.config import Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.sharding.rules import variables
 from jaxtc.transcoders.transcoder import Transcoder
-from jaxtc.weights.checkpoints.manifest import (
-    MANIFEST,
+from jaxtc.weights.checkpoints import tree
+from jaxtc.weights.checkpoints.sidecar import (
     MODEL,
-    Manifest,
-    check_folder,
-    read_manifest,
+    MOST_BYTES,
+    SIDECAR,
+    Array,
+    hash_array,
+    hash_bytes,
+    read_bytes,
+    read_sidecar,
 )
-from jaxtc.weights.checkpoints.tree import Index, Stored, decode
 from jaxtc.weights.files import arrays, local
 from jaxtc.weights.files.layout import check_layer
-from jaxtc.weights.files.shards import TOGETHER_BYTES, Box, Parts, boxes_of, place
 
 _RECORDED: Mapping[str, str | None] = MappingProxyType({})
 
-Places = Mapping[str, NamedSharding]
 
-
-def is_converted(folder: Path) -> bool:
+def is_converted(folder: Any) -> bool:
     """Whether this is a folder that ``jaxtc convert`` or :func:`jaxtc.save_checkpoint` made."""
-    return local.has(folder, MANIFEST)
+    if isinstance(folder, Path):
+        return local.has(folder, SIDECAR)
+    return (folder / SIDECAR).exists()
 
 
 class Converted:
-    """A converted checkpoint whose files are those that its manifest names; none is read yet.
+    """A converted checkpoint, of which only the sidecar is read yet.
 
     Attributes:
-        folder: where it is.
-        manifest: what it says.
+        folder: where it is, a :class:`pathlib.Path` or its like from etils.
+        sidecar: what it says.
 
     Raises:
-        WeightsError: an unsound manifest; a link; files that are missing, too many, or of
-            another size.
+        WeightsError: an unsound sidecar; a link, a pipe or a device in the folder.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Any):
         self.folder = folder
-        self.manifest: Manifest = read_manifest(folder)
-        check_folder(folder, self.manifest.files)
+        self.sidecar = read_sidecar(folder)
+        if isinstance(folder, Path):
+            _check_plain(folder)
 
     def content(self, file: str) -> bytes:
-        """A file's bytes.
+        """The bytes of a file beside the tree.
 
         Raises:
             WeightsError: they are not those that were written.
         """
-        size, digest = self.manifest.files[file]
-        try:
-            with (self.folder / file).open("rb") as stream:
-                raw = stream.read(size + 1)  # no more than it should be, whatever it is by now
-        except OSError as error:
-            raise WeightsError(f"{self.folder / file} cannot be read: {error.strerror}.") from error
-        self._check(file, len(raw), hashlib.sha256(raw).hexdigest())
+        raw = read_bytes(self.folder / file, MOST_BYTES)
+        self._check(file, hash_bytes(raw), self.sidecar.files.get(file))
         return raw
 
-    def chunk(self, stored: Stored, index: Index) -> np.ndarray:
-        """The elements of an array that a chunk covers. Raises WeightsError as :meth:`content`."""
-        whole = decode(self.content(stored.file(index)), stored)
-        region = stored.region(index)
-        return whole[tuple(slice(0, part.stop - part.start) for part in region)]
+    def fetch(self, name: str) -> np.ndarray:
+        """An array as it was written, its content compared with its hash. Raises WeightsError."""
+        array = self._load({name: self._wanted(name)})[name]
+        self._check(name, hash_array(array), self.sidecar.arrays[name].sha256)
+        return array
 
-    def verify(self, only: Iterable[str] | None = None) -> None:
-        """Hash every file, or some of them. Raises WeightsError as :meth:`content`."""
-        for file in self.manifest.files if only is None else only:
-            with (self.folder / file).open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-                self._check(file, stream.tell(), digest)
+    def verify(self) -> None:
+        """Compare the content of everything with its hash. Raises WeightsError."""
+        for file in self.sidecar.files:
+            self.content(file)
+        for name in self.sidecar.arrays:
+            self.fetch(name)
 
-    def _check(self, file: str, size: int, digest: str) -> None:
-        if (size, digest) != self.manifest.files[file]:
+    def _check(self, name: str, found: str, expected: str | None) -> None:
+        if found != expected:
             raise WeightsError(
-                f"{self.folder / file} is not the file that was written (SHA-256 {digest[:12]}…, "
-                f"in {MANIFEST} {self.manifest.files[file][1][:12]}…): it was damaged or changed. "
-                "Copy or convert the checkpoint again."
+                f"{name} in {self.folder} is not what was written (SHA-256 {found[:12]}…, in "
+                f"{SIDECAR} {(expected or 'none')[:12]}…): it was damaged or changed. Copy or "
+                "convert the checkpoint again."
             )
 
     def config(self) -> Gemma2Config:
         """The model's sizes. Raises ConfigError when they are not a Gemma-2's."""
-        where = f"{self.folder / MANIFEST}, config"
+        where = f"{self.folder / SIDECAR}, config"
         try:
-            same = json.loads(self.content("config.json")) == self.manifest.config
-        except (KeyError, ValueError, RecursionError):
+            same = json.loads(self.content("config.json")) == self.sidecar.config
+        except (ValueError, RecursionError):
             same = False
         if not same:
             raise WeightsError(
                 f"{self.folder} does not hold the config.json that {where} repeats. Convert the "
                 "checkpoint again."
             )
-        return Gemma2Config.from_dict(self.manifest.config, where)
+        return Gemma2Config.from_dict(self.sidecar.config, where)
 
     def account(self, shapes: Mapping[str, Sequence[int]], below: str = "") -> None:
         """Refuse arrays that are not exactly the parameters.
@@ -122,7 +119,7 @@ class Converted:
         Raises:
             WeightsError: arrays are missing, extra, or misshapen.
         """
-        found = {k: one for k, one in self.manifest.arrays.items() if k.startswith(below)}
+        found = {k: one for k, one in self.sidecar.arrays.items() if k.startswith(below)}
         problems = [f"{name} is missing" for name in shapes if name not in found]
         problems += [f"{name} is not a parameter" for name in found if name not in shapes]
         problems += [
@@ -132,88 +129,147 @@ class Converted:
         ]
         if problems:
             raise WeightsError(
-                f"The arrays in {self.folder} are not the parameters that its {MANIFEST} "
+                f"The arrays in {self.folder} are not the parameters that its {SIDECAR} "
                 f"describes: {some(problems, 20)}. Convert the checkpoint again."
             )
+
+    @functools.cached_property
+    def _sound(self) -> bool:
+        """That the tree has exactly the arrays of the sidecar. Raises WeightsError otherwise."""
+        found, said = tree.stored(self.folder), self.sidecar.arrays
+        problems = [f"{name} is missing" for name in said if name not in found]
+        problems += [f"{name} is not in {SIDECAR}" for name in found if name not in said]
+        problems += [
+            f"{name} is {one.dtype} {tuple(one.shape)}, not {said[name].dtype} {said[name].shape}"
+            for name, one in found.items()
+            if name in said and (tuple(one.shape), one.dtype) != said_of(said[name])
+        ]
+        if problems:
+            raise WeightsError(
+                f"{self.folder} is not the checkpoint that its {SIDECAR} describes: "
+                f"{some(problems)}. A copy was cut short, or files were changed; copy or convert "
+                "it again."
+            )
+        return True
+
+    def _wanted(
+        self, name: str, dtype: np.dtype | None = None, sharding: NamedSharding | None = None
+    ) -> jax.ShapeDtypeStruct:
+        one = self.sidecar.arrays[name]
+        return jax.ShapeDtypeStruct(one.shape, dtype or one.dtype, sharding=sharding)
+
+    def _load(self, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+        assert self._sound
+        return tree.load(self.folder, wanted)
 
     def declared(
         self, layer: int, dtype: np.dtype | None = None, sites: Mapping[str, str | None] = _RECORDED
     ) -> Transcoder:
-        """The transcoder of a layer that the manifest names, without its values.
+        """The transcoder of a layer that the sidecar names, without its values.
 
         Args:
-            layer: one of ``manifest.transcoders``.
+            layer: one of ``sidecar.transcoders``.
             dtype: of its parameters; by default the widest of those that are stored.
             sites: ``input_site`` and ``output_site``, where others are meant than it says.
+
+        Raises:
+            WeightsError: the arrays are not those of that transcoder.
         """
-        found, told = self.manifest.arrays, self.manifest.transcoders[layer]
-        stored = {key.split(".")[2]: one for key, one in found.items() if _layer(key) == layer}
-        weights = [stored.get(key) for key in ("W_enc", "W_dec")]
-        if any(one is None or len(one.shape) != 2 for one in weights):
-            raise WeightsError(
-                f"{self.folder} has no W_enc (D, M) and W_dec (M, D) for layer {layer}, though "
-                f"its {MANIFEST} names a transcoder there. Convert it again."
-            )
-        (d_in, features), (_, d_out) = (one.shape for one in weights)
-        dtypes = [one.dtype for one in stored.values()]
-        return Transcoder.abstract(
-            d_in,
-            features,
-            d_out,
-            dtype=functools.reduce(jnp.promote_types, dtypes) if dtype is None else dtype,
-            activation=told["activation"],
-            skip="W_skip" in stored,
-            layer=layer,
-            input_site=sites.get("input_site") or told["input_site"],
-            output_site=sites.get("output_site") or told["output_site"],
-            source=told["source"],
+        facts = {**self.sidecar.transcoders[layer], "layer": layer}
+        facts |= {name: site for name, site in sites.items() if site}
+        below = f"layers.{layer}."
+        stored = [one.dtype for name, one in self.sidecar.arrays.items() if name.startswith(below)]
+        if dtype is None:
+            dtype = functools.reduce(jnp.promote_types, stored, stored[0] if stored else np.float32)
+        found = Transcoder.from_facts(facts, dtype=dtype)
+        self.account({below + name: leaf.shape for name, leaf in variables(found)}, below)
+        return found
+
+    def load(
+        self,
+        names: Iterable[str],
+        dtype: np.dtype,
+        places: Mapping[str, NamedSharding],
+        progress: Any = None,
+    ) -> dict[str, jax.Array]:
+        """Arrays of the tree, a layer at a time; the largest first, while there is most room.
+
+        Args:
+            names: which.
+            dtype: to cast to.
+            places: a sharding for each name; the default device for those without one.
+            progress: called with (bytes loaded, bytes in all) after each layer.
+
+        Raises:
+            WeightsError: arrays that cannot be read, or hold values that are not finite.
+        """
+        sizes = {name: _bytes(self.sidecar.arrays[name]) for name in names}
+        groups = sorted(
+            tree.parts(sizes).values(), key=lambda part: sum(map(sizes.get, part)), reverse=True
         )
+        values: dict[str, jax.Array] = {}
+        problems, done = [], 0
+        for part in groups:
+            found = self._load({n: self._wanted(n, dtype, places.get(n)) for n in part})
+            for name in part:
+                array = found.pop(name)
+                if not _is_finite(array):
+                    problems.append(f"{name} {self._fault(name, dtype, places.get(name))}")
+                values[name] = arrays.to_jax(array) if isinstance(array, np.ndarray) else array
+                done += sizes[name]
+            if progress:
+                progress(done, sum(sizes.values()))
+        if problems:
+            raise WeightsError(
+                f"The weights in {self.folder} cannot be used: {some(problems, 20)}. Whatever "
+                "they computed would be wrong."
+            )
+        return values
 
-    def array(
-        self, name: str, dtype: np.dtype, sharding: NamedSharding | None
-    ) -> tuple[jax.Array, str]:
-        """An array of the tree, on the default device without a sharding.
-
-        Returns:
-            (the array, what is wrong with the values read here or an empty string).
-        """
-        stored = self.manifest.arrays[name]
-        if sharding is None:
-            box = tuple((0, size) for size in stored.shape)
-            parts = self.parts(stored, [box], dtype)
-            return arrays.to_jax(parts.arrays.pop(box)), parts.problem()
-        boxes = boxes_of(stored.shape, sharding)
-        together = sum(np.prod([b - a for a, b in box]) for box in boxes) * dtype.itemsize
-        groups = [list(boxes)] if together <= TOGETHER_BYTES else [[box] for box in boxes]
-        placed, problems = [], []
-        for group in groups:
-            parts = self.parts(stored, group, dtype)
-            problems.append(parts.problem())
-            placed += place(parts, boxes)
-        whole = jax.make_array_from_single_device_arrays(stored.shape, sharding, placed)
-        return whole, next(filter(None, problems), "")
-
-    def parts(self, stored: Stored, boxes: Sequence[Box], dtype: np.dtype) -> Parts:
-        """Some boxes of an array, on the host, cast to ``dtype``."""
-        parts = Parts(boxes, dtype)
-        for index in sorted({i for box in boxes for i in _touched(stored, box)}):
-            corner = tuple(part.start for part in stored.region(index))
-            parts.take(self.chunk(stored, index), corner)
-        return parts
+    def _fault(self, name: str, dtype: np.dtype, sharding: NamedSharding | None) -> str:
+        """Why an array is not finite."""
+        stored = self._load({name: self._wanted(name, sharding=sharding)})[name]
+        return f"holds values too large for {dtype}" * _is_finite(stored) or "holds NaN or infinity"
 
 
-def _layer(name: str) -> int | None:
-    """The layer of a transcoder's array, ``layers.20.W_enc``."""
-    parts = name.split(".")
-    return int(parts[1]) if len(parts) == 3 and parts[1].isdecimal() else None
+def said_of(array: Array) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype."""
+    return array.shape, array.dtype
 
 
-def _touched(stored: Stored, box: Box) -> Iterator[Index]:
-    return stored.indices(tuple(slice(*bounds) for bounds in box))
+def _bytes(array: Array) -> int:
+    return int(np.prod(array.shape)) * array.dtype.itemsize
+
+
+def _is_finite(array: Any) -> bool:
+    """Whether the parts of an array that this process holds are finite."""
+    if isinstance(array, np.ndarray):
+        return arrays.all_finite(array)
+    return all(bool(jnp.isfinite(shard.data).all()) for shard in array.addressable_shards)
+
+
+def _check_plain(folder: Path) -> None:
+    """Refuse links, which may lead anywhere, and what nobody writes to, where reading hangs."""
+    left = [folder]
+    try:
+        while left:
+            with os.scandir(left.pop()) as entries:
+                for entry in entries:
+                    mode = entry.stat(follow_symlinks=False).st_mode
+                    if stat.S_ISDIR(mode):
+                        left.append(Path(entry.path))
+                    elif not stat.S_ISREG(mode):
+                        kind = "a link" if stat.S_ISLNK(mode) else "not a plain file"
+                        raise WeightsError(
+                            f"{entry.path} is {kind}, which no converted checkpoint contains. "
+                            "Copy or convert the checkpoint again."
+                        )
+    except OSError as error:
+        raise WeightsError(f"{error.filename} cannot be read: {error.strerror}.") from error
 
 
 def load_converted_model(
-    folder: Path, dtype: np.dtype, places: Any = None, verify: bool = False, progress: Any = None
+    folder: Any, dtype: np.dtype, places: Any = None, verify: bool = False, progress: Any = None
 ) -> Gemma2:
     """A model from a converted checkpoint.
 
@@ -221,14 +277,14 @@ def load_converted_model(
         folder: of the checkpoint.
         dtype: to cast to.
         places: (config) -> where each parameter goes, by name; None for the default device.
-        verify: hash all files first, not only the chunks that are read.
-        progress: called with (bytes read, bytes in all) after each array.
+        verify: compare all contents with their hashes first.
+        progress: called with (bytes loaded, bytes in all) after each layer.
 
     Raises:
         SourceError: it holds transcoders.
         ConfigError: not a Gemma-2.
-        WeightsError: as :class:`Converted`; a file with another hash, arrays that are not those of
-            the config, or not finite.
+        WeightsError: as :class:`Converted`; an array with another hash, arrays that are not those
+            of the config, or not finite.
     """
     checkpoint = open_model(folder)
     if verify:
@@ -237,25 +293,24 @@ def load_converted_model(
     model = Gemma2.abstract(config, dtype)
     shapes = {name: leaf.shape for name, leaf in variables(model)}
     checkpoint.account(shapes)
-    where = {} if places is None else places(config)
-    values = _read(checkpoint, shapes, dtype, where, progress)
+    values = checkpoint.load(shapes, dtype, {} if places is None else places(config), progress)
     return jax.tree.unflatten(jax.tree.structure(model), [values[name] for name in shapes])
 
 
-def open_model(folder: Path) -> Converted:
+def open_model(folder: Any) -> Converted:
     """A converted checkpoint of a model. Raises SourceError for one of transcoders."""
     checkpoint = Converted(folder)
-    if checkpoint.manifest.kind != MODEL:
+    if checkpoint.sidecar.kind != MODEL:
         raise SourceError(
             f"{folder} holds transcoders, not a model; load them with load_transcoder."
         )
     return checkpoint
 
 
-def open_transcoders(folder: Path) -> Converted:
+def open_transcoders(folder: Any) -> Converted:
     """A converted checkpoint of transcoders. Raises SourceError for one of a model."""
     checkpoint = Converted(folder)
-    if checkpoint.manifest.kind == MODEL:
+    if checkpoint.sidecar.kind == MODEL:
         raise SourceError(f"{folder} holds a model, not transcoders; load it with load_model.")
     return checkpoint
 
@@ -281,7 +336,7 @@ def load_converted_transcoder(
         SourceError: no such layer, or several and none named.
         WeightsError: as :func:`load_converted_model`.
     """
-    known = checkpoint.manifest.transcoders
+    known = checkpoint.sidecar.transcoders
     if layer is None and len(known) > 1:
         raise SourceError(
             f"{checkpoint.folder} has transcoders for layers {some([*map(str, known)], 50)}; say "
@@ -291,33 +346,6 @@ def load_converted_transcoder(
     check_layer(layer, known, str(checkpoint.folder))
     abstract = checkpoint.declared(layer, dtype, sites or _RECORDED)
     names = [f"layers.{layer}.{name}" for name, _ in variables(abstract)]
-    shapes = {n: leaf.shape for n, (_, leaf) in zip(names, variables(abstract), strict=True)}
-    checkpoint.account(shapes, f"layers.{layer}.")
     where = {} if places is None else dict(zip(names, places(abstract), strict=True))
-    values = _read(checkpoint, shapes, dtype, where, None)
+    values = checkpoint.load(names, dtype, where)
     return jax.tree.unflatten(jax.tree.structure(abstract), [values[name] for name in names])
-
-
-def _read(
-    checkpoint: Converted,
-    names: Iterable[str],
-    dtype: np.dtype,
-    places: Places,
-    progress: Any,
-) -> dict[str, jax.Array]:
-    """The arrays by name; the largest first, while there is most room beside them."""
-    sizes = {name: checkpoint.manifest.arrays[name].file_bytes for name in names}
-    values, problems, done = {}, [], 0
-    for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
-        values[name], problem = checkpoint.array(name, dtype, places.get(name))
-        if problem:
-            problems.append(f"{name} {problem}")
-        done += sizes[name]
-        if progress:
-            progress(done, sum(sizes.values()))
-    if problems:
-        raise WeightsError(
-            f"The weights in {checkpoint.folder} cannot be used: {some(problems, 20)}. Whatever "
-            "they computed would be wrong."
-        )
-    return values

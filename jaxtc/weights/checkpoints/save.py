@@ -1,8 +1,9 @@
 """Saving what is in memory, possibly spread over many processes, as a converted checkpoint."""
 
+import contextlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +13,36 @@ from jax.sharding import Mesh
 
 from jaxtc.errors import SourceError
 from jaxtc.model.gemma2 import Gemma2
-from jaxtc.sharding.processes import agreed
+from jaxtc.sharding.processes import agreed, whole
 from jaxtc.sharding.rules import variables
 from jaxtc.transcoders.transcoder import Transcoder
-from jaxtc.weights.checkpoints.job import Job
-from jaxtc.weights.checkpoints.manifest import MANIFEST, MODEL, TRANSCODERS, Manifest
-from jaxtc.weights.checkpoints.tree import Index, Stored, encode, metadata, store
-
-Values = Mapping[str, tuple[Stored, jax.Array]]
+from jaxtc.weights.checkpoints import job as jobs
+from jaxtc.weights.checkpoints import tree
+from jaxtc.weights.checkpoints.sidecar import (
+    MODEL,
+    SIDECAR,
+    TRANSCODERS,
+    Array,
+    Sidecar,
+    hash_array,
+    hash_bytes,
+)
 
 
 def save_checkpoint(
     model: Gemma2 | Mapping[int, Transcoder], folder: str | Path, tokenizer: Any = None
 ) -> Path:
     """Write a model, or transcoders by layer, so that ``load_model`` or ``load_transcoder`` reads
-    it onto any mesh; orbax restores the folder ``orbax`` in it.
+    it onto any mesh, and orbax too.
 
-    The bytes do not depend on the mesh nor on the number of processes. All processes call this
-    with a folder that all of them see; each writes chunks of its own shards, and process 0 the
-    rest. Until it is whole it is ``FOLDER.partial``; if a process fails, all raise.
+    All processes call this with a folder that all of them see; each writes its own shards, and
+    process 0 the rest. ``FOLDER.partial`` is written, and becomes the folder when it is whole.
+    Arrays are hashed whole, so one that is spread over processes is gathered for it, one at a time.
 
     Args:
-        model: in memory, in the dtype it has. An array whose shards do not begin where a chunk
-            does (on a mesh with 3 devices along an axis, say) is gathered first, one at a time.
-        folder: new or empty.
+        model: in memory, in the dtype it has.
+        folder: new or empty; or one in a bucket, such as ``gs://bucket/folder``, where orbax has
+            what that needs.
         tokenizer: of ``transformers``, saved along with a model when given.
 
     Returns:
@@ -45,50 +52,44 @@ def save_checkpoint(
         SourceError: the folder exists, cannot be written, or the disk is full.
         OtherProcessError: another process failed.
     """
-    kind = MODEL if isinstance(model, Gemma2) else TRANSCODERS
-    values = _values(model)
-    stored = [one for one, _ in values.values()]
-    extra = metadata(stored)
-    if kind == MODEL:
+    values, config, told = _values(model), None, None
+    files: dict[str, bytes] = {}
+    if isinstance(model, Gemma2):
         config = model.config.to_dict() | {"dtype": model.dtype.name}
-        extra["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-    manifest = {"kind": kind, "source": "memory", "revision": None}
-    manifest["arrays"] = {one.name: one for one in stored}
-    if kind == MODEL:
-        manifest["config"] = config
+        files["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     else:
-        manifest["transcoders"] = {layer: describe(one) for layer, one in model.items()}
-    what = {"saving": kind, "arrays": len(stored)}
-    needed = sum(one.file_bytes for one in stored) + sum(map(len, extra.values()))
-    process, everyone = jax.process_index(), Mesh(np.array(jax.devices()), ("all",))
-    job = None
+        told = {layer: transcoder.facts() for layer, transcoder in model.items()}
+    kind = TRANSCODERS if config is None else MODEL
+    what = {"saving": kind, "arrays": len(values)}
+    first, everyone = jax.process_index() == 0, Mesh(np.array(jax.devices()), ("all",))
+    out, job = jobs.destination(folder), None
     try:
         with agreed(everyone, f"begin to save to {folder}"):
-            if process == 0:
-                extra |= tokenizer_files(tokenizer)
-                job = Job(folder, what, needed, fresh=True)
-        with agreed(everyone, f"write its part of {folder}"):
-            job = job or Job(folder, what, needed, process=process)
-            for one, array in values.values():
-                for index, chunk in _own_chunks(one, array):
-                    job.write(one.file(index), [encode(chunk, one)])
+            if first:
+                files |= tokenizer_files(tokenizer)
+                job = jobs.Job(folder, what, sum(x.nbytes for x in values.values()), fresh=True)
+        with agreed(everyone, f"find {folder}"):
+            if not jobs.describes(out, what):
+                raise SourceError(
+                    f"Process {jax.process_index()} does not see the folder beside {out} that "
+                    "process 0 made. All processes must save to one folder on a file system that "
+                    "they share."
+                )
+        explained = contextlib.nullcontext() if job is None else job.explained()
+        with agreed(everyone, f"write its part of {folder}"), explained:
+            tree.save(jobs.files_of(out), values)
+            arrays = {name: _array(array) for name, array in values.items()}
         with agreed(everyone, f"finish {folder}"):
-            if process == 0:
-                job.collect()
-                for file, content in extra.items():
+            if job is not None:
+                hashes = {name: hash_bytes(content) for name, content in files.items()}
+                sidecar = Sidecar(kind, "memory", None, arrays, hashes, config, told)
+                for file, content in {**files, SIDECAR: sidecar.encode()}.items():
                     job.write(file, [content])
-                job.finish(MANIFEST, Manifest(files=job.done, **manifest).encode())
+                job.finish()
     finally:
         if job is not None:
             job.close()
-    return job.out
-
-
-def describe(transcoder: Transcoder) -> dict[str, Any]:
-    """What a manifest says of a transcoder beside its arrays."""
-    names = ("input_site", "output_site", "source", "variant")
-    found = {name: getattr(transcoder, name) for name in names}
-    return found | {"activation": transcoder.activation.facts()}
+    return out
 
 
 def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
@@ -100,7 +101,14 @@ def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
-def _values(model: Gemma2 | Mapping[int, Transcoder]) -> Values:
+def _array(array: jax.Array | np.ndarray) -> Array:
+    here = array if isinstance(array, np.ndarray) else whole(array)
+    return Array(array.shape, np.dtype(array.dtype), hash_array(here))
+
+
+def _values(model: Gemma2 | Mapping[int, Transcoder]) -> dict[str, jax.Array | np.ndarray]:
+    """The arrays by the names that they have in the tree."""
+    many = jax.process_count() > 1
     if isinstance(model, Gemma2):
         modules = {"": model}
     elif isinstance(model, Mapping) and all(isinstance(t, Transcoder) for t in model.values()):
@@ -111,59 +119,8 @@ def _values(model: Gemma2 | Mapping[int, Transcoder]) -> Values:
             "layer: {20: transcoder}."
         )
     return {
-        prefix + name: (
-            store(prefix + name, array.shape, np.dtype(array.dtype), value.logical_axes),
-            array,
-        )
+        # Of what each process has all of, orbax lets the first write what is NumPy's.
+        prefix + name: np.asarray(array) if many and array.is_fully_addressable else array
         for prefix, module in modules.items()
-        for (name, value), array in zip(variables(module), jax.tree.leaves(module), strict=True)
+        for (name, _), array in zip(variables(module), jax.tree.leaves(module), strict=True)
     }
-
-
-def _own_chunks(stored: Stored, array: jax.Array) -> Iterator[tuple[Index, np.ndarray]]:
-    """The chunks that this process is to write; which one does follows from the sharding alone."""
-    if array.is_fully_addressable and jax.process_index() != 0:
-        return  # each process has all of it
-    if not array.is_fully_addressable and not array.is_fully_replicated:
-        shares = array.sharding.devices_indices_map(array.shape)
-        if any(not _holders(stored, index, shares) for index in stored.indices()):
-            array = jax.jit(
-                lambda x: x,
-                out_shardings=jax.sharding.NamedSharding(
-                    array.sharding.mesh, jax.sharding.PartitionSpec()
-                ),
-            )(array)
-    shares = array.sharding.devices_indices_map(array.shape)
-    ours = {shard.device: shard for shard in array.addressable_shards}
-    host: dict[Any, np.ndarray] = {}
-    for number, index in enumerate(stored.indices()):
-        holders = _holders(stored, index, shares)
-        if not holders:  # all shards are here
-            whole = host.setdefault(None, np.asarray(array))
-            yield index, whole[stored.region(index)]
-            continue
-        device = holders[number % len(holders)]
-        if device in ours and device.process_index == jax.process_index():
-            share = host.setdefault(device, np.asarray(ours[device].data))
-            starts = [
-                part.indices(n)[0] for part, n in zip(shares[device], array.shape, strict=True)
-            ]
-            region = stored.region(index)
-            inside = (
-                slice(part.start - at, part.stop - at)
-                for part, at in zip(region, starts, strict=True)
-            )
-            yield index, share[tuple(inside)]
-
-
-def _holders(stored: Stored, index: Index, shares: Mapping[Any, Any]) -> list[Any]:
-    """The devices that hold all of a chunk, in a fixed order."""
-    found = []
-    for device, share in shares.items():
-        bounds = zip(stored.region(index), share, stored.shape, strict=True)
-        if all(
-            have.indices(size)[0] <= want.start and want.stop <= have.indices(size)[1]
-            for want, have, size in bounds
-        ):
-            found.append(device)
-    return sorted(found, key=lambda device: device.id)

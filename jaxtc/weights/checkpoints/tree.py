@@ -1,194 +1,149 @@
-"""Orbax's layout of a tree of arrays: a zarr folder for each, without a database around them.
+"""Arrays by name in an orbax checkpoint: all use of orbax's checkpointer for weights is here.
 
-It is what orbax writes with ``use_ocdbt=False``, uncompressed, and what orbax restores. It is
-written here, a chunk at a time, because orbax takes only whole arrays, starts anew when it was
-killed, and puts the time into its files. An uncompressed zarr chunk is a file of its elements in
-C order, so that a part of an array is read and checked without the rest.
+``layers.3.attn.q`` is the leaf ``["layers"]["3"]["attn"]["q"]`` of a tree of dictionaries.
 
-Chunks depend on an array's shape and axes alone, never on a mesh: the axis that meshes divide
-(heads, neurons, features, the vocabulary) is cut into up to 16 parts or more, so that a device of
-a usual mesh reads whole chunks and no others.
+Each array is a zarr folder of uncompressed chunks. Orbax's default, one database around all
+arrays (OCDBT), is not used: merging the databases of a partial save cannot be taken up again when
+it is killed, while moving folders can. Weights hardly compress.
 """
 
-import dataclasses
-import itertools
-import json
-import math
-from collections.abc import Iterable, Iterator, Sequence
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
-from jaxtc.sharding.rules import RULES
+from jaxtc.errors import WeightsError
 
-# The folder of the tree in a converted checkpoint.
-TREE = "orbax"
-
-# An array below this is one chunk.
-SMALL_BYTES = 64 << 10
-# No chunk is above this, save a single row of an enormous array.
-MOST_BYTES = 16 << 20
-PARTS = 16
-
-# Chunks that are no rows lie interleaved elsewhere; a smaller array is read whole to write them.
-TOGETHER_BYTES = 64 << 20
-
-# The names of dtypes in zarr (version 2); bfloat16 is tensorstore's, which reads it for orbax.
-ZARR_DTYPES = {
-    np.dtype(jnp.bfloat16): "bfloat16",
-    np.dtype("<f2"): "<f2",
-    np.dtype("<f4"): "<f4",
-    np.dtype("<f8"): "<f8",
-}
-
-Index = tuple[int, ...]
-Region = tuple[slice, ...]
+# Arrays are cut along their longest axis into chunks of at most this.
+CHUNK_BYTES = 16 << 20
 
 
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """One array of the tree.
+def part_of(name: str) -> str:
+    """The part of a model, or of a set of transcoders, that is saved and loaded at a time."""
+    first, second, *_ = (*name.split("."), "")
+    return f"layers.{second}" if first == "layers" else first
 
-    Attributes:
-        name: its path in the tree, joined by dots, such as ``layers.3.attn.q``.
-        shape: of the array.
-        dtype: of its elements.
-        chunks: shape of a chunk; the last ones along an axis are padded to it.
+
+def parts(names: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The names of each part, in order."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(part_of(name), []).append(name)
+    return found
+
+
+def save(folder: Any, arrays: Mapping[str, jax.Array]) -> None:
+    """Save arrays, possibly sharded over many processes, which all call this."""
+    with _orbax() as ocp:
+        ocp.save(folder, _nested(arrays), overwrite=True)
+
+
+def save_part(folder: Any, arrays: Mapping[str, np.ndarray], notes: Mapping[str, str]) -> None:
+    """Save some of the arrays of a checkpoint, with notes; :func:`finalize` makes it whole."""
+    with _orbax() as ocp:
+        ocp.partial.save(folder, _nested(arrays), custom_metadata=dict(notes))
+
+
+def saved_notes(folder: Any) -> dict[str, str]:
+    """The notes of all parts that were saved."""
+    found: dict[str, str] = {}
+    with _orbax() as ocp:
+        # Orbax has no call for this, but each saved part is a checkpoint of its own.
+        for part in folder.parent.glob(f"{folder.name}.partial_save/*.pending_*"):
+            found |= ocp.metadata(part).custom_metadata
+    return found
+
+
+def finalize(folder: Any) -> None:
+    """Merge the parts that were saved into the checkpoint ``folder``."""
+    with _orbax() as ocp:
+        ocp.partial.finalize(folder)
+
+
+def stored(folder: Any) -> dict[str, Any]:
+    """The ``shape`` and ``dtype`` of each array, by name. Raises WeightsError as :func:`load`."""
+    with _orbax() as ocp, _explained(folder):
+        return _flat(ocp.metadata(folder).metadata)
+
+
+def load(folder: Any, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+    """Some of the arrays, cast; what has a sharding lies on its devices, the rest is NumPy's.
+
+    Raises:
+        WeightsError: orbax cannot read them.
     """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    chunks: tuple[int, ...]
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """How many chunks lie along each axis."""
-        return tuple(-(-size // c) for size, c in zip(self.shape, self.chunks, strict=True))
-
-    @property
-    def chunk_bytes(self) -> int:
-        """The size of each chunk's file."""
-        return math.prod(self.chunks) * self.dtype.itemsize
-
-    @property
-    def file_bytes(self) -> int:
-        """The size of all its chunks' files."""
-        return self.chunk_bytes * math.prod(self.counts)
-
-    @property
-    def groups(self) -> list[list[Index]]:
-        """Chunks to be read from elsewhere together, so that it is read in long runs."""
-        found = list(self.indices())
-        if self.is_rows or self.file_bytes > TOGETHER_BYTES:
-            return [[index] for index in found]
-        return [found]
-
-    @property
-    def is_rows(self) -> bool:
-        """Whether each chunk is one stretch of the array in C order."""
-        return self.counts[1:] == (1,) * (len(self.shape) - 1)
-
-    def file(self, index: Index) -> str:
-        """The file of a chunk, below the checkpoint's folder."""
-        return f"{TREE}/{self.name}/{'.'.join(map(str, index))}"
-
-    def region(self, index: Index) -> Region:
-        """What a chunk covers of the array."""
-        bounds = zip(index, self.chunks, self.shape, strict=True)
-        return tuple(slice(i * c, min((i + 1) * c, size)) for i, c, size in bounds)
-
-    def indices(self, where: Region | None = None) -> Iterator[Index]:
-        """The chunks that a part of the array touches, or all."""
-        where = tuple(slice(0, size) for size in self.shape) if where is None else where
-        spans = (
-            range(w.start // c, -(-w.stop // c)) for w, c in zip(where, self.chunks, strict=True)
-        )
-        return itertools.product(*spans)
+    abstract = {
+        # A NumPy array without memory stands for one on the host.
+        name: one if one.sharding else np.broadcast_to(np.zeros((), one.dtype), one.shape)
+        for name, one in wanted.items()
+    }
+    with _orbax(alone=True) as ocp, _explained(folder):
+        found = _flat(ocp.load(folder, _nested(abstract)))
+        wrong = [name for name, one in wanted.items() if found[name].shape != one.shape]
+        if wrong:
+            raise ValueError(f"{wrong[0]} has shape {found[wrong[0]].shape}")
+        return found
 
 
-def store(name: str, shape: Sequence[int], dtype: np.dtype, axes: Sequence[str]) -> Stored:
-    """How an array with these logical axes is stored."""
-    chunks = list(shape)
+@contextlib.contextmanager
+def _orbax(*, alone: bool = False) -> Iterator[Any]:
+    """Orbax with our options; ``alone``: each process for itself, without waiting for others."""
+    import orbax.checkpoint.experimental.v1 as ocp  # slow to import
 
-    def size() -> int:
-        return math.prod(chunks) * dtype.itemsize
-
-    divided = [i for i, axis in enumerate(axes) if RULES.get(axis) is not None]
-    axis = divided[0] if divided else 0
-    if size() > SMALL_BYTES:
-        # A divisor: every device's share of a mesh of so many begins where a chunk does.
-        parts = next(
-            n for n in range(PARTS, 0, -1) if chunks[axis] % n == 0 and _is_power_of_two(n)
-        )
-        chunks[axis] //= parts
-    for place in (axis, *range(len(chunks))):
-        while size() > MOST_BYTES and chunks[place] > 1:
-            chunks[place] = -(-chunks[place] // 2)
-    return Stored(name, tuple(shape), dtype, tuple(chunks))
-
-
-def _is_power_of_two(n: int) -> bool:
-    return n & (n - 1) == 0
-
-
-def encode(part: np.ndarray, stored: Stored) -> memoryview:
-    """The bytes of a chunk's file from the elements that it covers."""
-    if part.shape != stored.chunks:
-        whole = np.zeros(stored.chunks, stored.dtype)
-        whole[tuple(map(slice, part.shape))] = part
-        part = whole
-    return memoryview(np.ascontiguousarray(part).reshape(-1).view(np.uint8))
+    context = ocp.Context()
+    saving = context.array.saving
+    saving.use_ocdbt = saving.use_zarr3 = saving.use_compression = False
+    saving.enable_write_sharding_file, saving.array_metadata_store = False, None
+    saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    context.memory.deepcopy_host_arrays = False
+    context.pytree.loading.partial_load = True
+    if alone:
+        process = jax.process_index()
+        context.multiprocessing.primary_host = process
+        context.multiprocessing.active_processes = {process}
+        context.multiprocessing.barrier_sync_key_prefix = f"jaxtc_{process}"
+    absl = logging.getLogger("absl")
+    absl.addFilter(_is_news)
+    try:
+        with context:
+            yield ocp
+    finally:
+        absl.removeFilter(_is_news)
 
 
-def decode(raw: bytes | memoryview, stored: Stored) -> np.ndarray:
-    """A chunk from the bytes of its file, its padding included."""
-    return np.frombuffer(raw, stored.dtype).reshape(stored.chunks)
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a warning of orbax's is not the one about the databases that we do not use."""
+    return "Skipping merge of OCDBT" not in str(record.msg)
 
 
-def metadata(arrays: Iterable[Stored]) -> dict[str, bytes]:
-    """The files beside the chunks, by name: orbax's description of the tree, zarr's of each array.
-
-    Orbax is told that its leaves are NumPy arrays: those it restores without being given a
-    sharding, and with one as jax's.
-    """
-    tree, files = {}, {}
-    for stored in sorted(arrays, key=lambda one: one.name):
-        keys = tuple(stored.name.split("."))
-        tree[str(keys)] = {
-            "key_metadata": [{"key": key, "key_type": 2} for key in keys],
-            "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
-        }
-        files[f"{TREE}/{stored.name}/.zarray"] = _json({
-            "chunks": list(stored.chunks),
-            "compressor": None,
-            "dimension_separator": ".",
-            "dtype": ZARR_DTYPES[stored.dtype],
-            "fill_value": None,
-            "filters": None,
-            "order": "C",
-            "shape": list(stored.shape),
-            "zarr_format": 2,
-        })  # fmt: skip
-    files[f"{TREE}/_METADATA"] = _json({
-        "tree_metadata": tree,
-        "use_ocdbt": False,
-        "use_zarr3": False,
-        "store_array_data_equal_to_fill_value": True,
-        "custom_metadata": None,
-    })  # fmt: skip
-    # Orbax would put the times of begin and end here.
-    handler = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
-    files[f"{TREE}/_CHECKPOINT_METADATA"] = _json({
-        "item_handlers": handler,
-        "metrics": {},
-        "performance_metrics": {},
-        "init_timestamp_nsecs": None,
-        "commit_timestamp_nsecs": None,
-        "custom_metadata": {},
-    })  # fmt: skip
-    return files
+@contextlib.contextmanager
+def _explained(folder: Any) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # orbax raises whatever a damaged file leads to
+        raise WeightsError(
+            f"The arrays in {folder} cannot be read: {type(error).__name__}: {error}. A copy was "
+            "cut short, or files were changed; copy or convert the checkpoint again."
+        ) from error
 
 
-def _json(value: dict) -> bytes:
-    return json.dumps(value).encode()
+def _nested(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, array in arrays.items():
+        *path, last = name.split(".")
+        at = tree
+        for key in path:
+            at = at.setdefault(key, {})
+        at[last] = array
+    return tree
+
+
+def _flat(tree: Any, below: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, Mapping)
+        found |= _flat(value, f"{below}{key}.") if nested else {f"{below}{key}": value}
+    return found

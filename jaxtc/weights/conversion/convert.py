@@ -1,8 +1,8 @@
 """Conversions between the formats of checkpoints: of models, and of transcoders.
 
 Each writes to ``OUT.partial`` and moves it to ``OUT`` when all is there. One that was killed is
-continued by calling it again, and gives the same bytes. What a model takes of memory is a few
-chunks of one tensor, or a tensor of up to 256 MiB; what transcoders take, one of them.
+continued by calling it again. What is in memory is a layer (or the embedding, or a transcoder),
+and a few hundred MB.
 """
 
 from collections.abc import Iterable
@@ -65,7 +65,8 @@ def convert(
         without_sites: write ``params.npz`` of transcoders whose sites it cannot hold.
         model_name: for circuit-tracer's ``config.yaml``, such as ``google/gemma-2-2b``.
         max_shard_size: most bytes of tensors in a safetensors file of a model.
-        verify: compare the source with the hub's hashes, or a converted one with its own, first.
+        verify: compare the source with the hub's hashes first; a converted one is always compared
+            with its own, with ``verify`` before anything is written.
         progress: called with (done, in all): bytes of a model, or transcoders.
 
     Returns:

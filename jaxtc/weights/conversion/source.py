@@ -1,7 +1,4 @@
-"""Where a conversion takes a model from: Hugging Face's format or a converted checkpoint.
-
-Both give any part of any tensor, so that a conversion holds no more than the part it is writing.
-"""
+"""Where a conversion takes a model from: Hugging Face's format or a converted checkpoint."""
 
 import contextlib
 import dataclasses
@@ -14,14 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxtc.errors import ConfigError
+from jaxtc.errors import ConfigError, WeightsError
 from jaxtc.model.config import Gemma2Config
 from jaxtc.weights.checkpoints.read import Converted, open_model
-from jaxtc.weights.checkpoints.tree import TREE
-from jaxtc.weights.files import local
+from jaxtc.weights.files import arrays, local
 from jaxtc.weights.files.model import check_tensors, open_checkpoint
 from jaxtc.weights.files.safetensors import FLOATS
-from jaxtc.weights.files.shards import Box, Parts
 from jaxtc.weights.names import Name, parameter_names
 from jaxtc.weights.sources import hub
 from jaxtc.weights.sources.resolve import CONVERTED, Source
@@ -44,7 +39,8 @@ class ModelSource:
         revision: the commit, of a hub id or of what a converted checkpoint was made from.
         origin: where a converted checkpoint was made from; None of another source.
         state: changes when its files do.
-        parts: (name, boxes, dtype) -> parts of a parameter, in our shape.
+        fetch: (name, dtype) -> a parameter in our shape; raises WeightsError when its values are
+            not finite in this dtype.
     """
 
     config: Gemma2Config
@@ -55,7 +51,7 @@ class ModelSource:
     revision: str | None
     origin: str | None
     state: str
-    parts: Callable[[Name, Sequence[Box], np.dtype], Parts]
+    fetch: Callable[[Name, np.dtype], np.ndarray]
 
 
 @contextlib.contextmanager
@@ -85,8 +81,9 @@ def open_model_source(source: Source, *, verify: bool = False) -> Iterator[Model
     with open_checkpoint(folder) as checkpoint:
         check_tensors(checkpoint, config)
 
-        def parts(name: Name, boxes: Sequence[Box], dtype: np.dtype) -> Parts:
-            return checkpoint.files[name.hf].read_parts(name.hf, name.shape, dtype, boxes)
+        def fetch(name: Name, dtype: np.dtype) -> np.ndarray:
+            array, problem = checkpoint.files[name.hf].read(name.hf, dtype)
+            return sound(array.reshape(name.shape), folder, name.hf, problem)
 
         names = parameter_names(config)
         yield ModelSource(
@@ -98,34 +95,51 @@ def open_model_source(source: Source, *, verify: bool = False) -> Iterator[Model
             folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else None,
             None,
             state_of(files),
-            parts,
+            fetch,
         )
 
 
 def _from_converted(checkpoint: Converted, verify: bool) -> ModelSource:
     if verify:
         checkpoint.verify()
-    manifest = checkpoint.manifest
+    sidecar = checkpoint.sidecar
     config = checkpoint.config()
     names = parameter_names(config)
     checkpoint.account({name.ours: name.shape for name in names})
-
-    def parts(name: Name, boxes: Sequence[Box], dtype: np.dtype) -> Parts:
-        return checkpoint.parts(manifest.arrays[name.ours], boxes, dtype)
-
-    others = [file for file in manifest.files if not file.startswith(f"{TREE}/")]
-    kept = {file: checkpoint.content(file) for file in others if file in _KEPT}
     return ModelSource(
         config,
         checkpoint.content("config.json"),
         names,
-        {name.ours: manifest.arrays[name.ours].dtype for name in names},
-        kept,
-        manifest.revision,
-        manifest.source,
-        manifest.content,
-        parts,
+        {name.ours: sidecar.arrays[name.ours].dtype for name in names},
+        {file: checkpoint.content(file) for file in sidecar.files if file in _KEPT},
+        sidecar.revision,
+        sidecar.source,
+        sidecar.content,
+        lambda name, dtype: fetch_converted(checkpoint, name.ours, dtype),
     )
+
+
+def fetch_converted(checkpoint: Converted, name: str, dtype: np.dtype) -> np.ndarray:
+    """An array of a converted checkpoint, compared with its hash, and cast."""
+    stored = checkpoint.fetch(name)
+    problem = "" if arrays.all_finite(stored) else "holds NaN or infinity"
+    array = stored
+    if stored.dtype != dtype:
+        array = arrays.empty(stored.shape, dtype)
+        arrays.cast(stored, array)
+        if not problem and not arrays.all_finite(array):
+            problem = f"holds values too large for {dtype.name}"
+    return sound(array, checkpoint.folder, name, problem)
+
+
+def sound(array: np.ndarray, place: Any, name: str, problem: str) -> np.ndarray:
+    """The array, if there is no problem with it. Raises WeightsError otherwise."""
+    if problem:
+        raise WeightsError(
+            f"{place} cannot be used and was not converted: {name} {problem}. Fetch or train it "
+            "again" + (", or convert to a wider dtype." if "too large" in problem else ".")
+        )
+    return array
 
 
 def state_of(files: Sequence[Path]) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -16,12 +17,11 @@ from jaxtc.helpers import JAXTC_VERSION
 from jaxtc.sharding.rules import variables
 from jaxtc.tap.sites import BY_NAME
 from jaxtc.transcoders.transcoder import Transcoder
-from jaxtc.weights.checkpoints.job import Job, room_for
-from jaxtc.weights.checkpoints.manifest import MANIFEST, TRANSCODERS, Manifest
+from jaxtc.weights.checkpoints.job import Job
 from jaxtc.weights.checkpoints.read import Converted, open_transcoders
-from jaxtc.weights.checkpoints.save import describe
-from jaxtc.weights.checkpoints.tree import Stored, encode, metadata, store
-from jaxtc.weights.conversion.source import state_of
+from jaxtc.weights.checkpoints.sidecar import TRANSCODERS
+from jaxtc.weights.conversion.orbax import write_orbax
+from jaxtc.weights.conversion.source import fetch_converted, sound, state_of
 from jaxtc.weights.files import arrays
 from jaxtc.weights.files.formats import BY_FORMAT, SITES, Format
 from jaxtc.weights.files.layout import check_layer
@@ -93,7 +93,7 @@ def convert_transcoders(
         "options": {**options, "without_sites": without_sites, "model_name": model_name},
     }
     if to == "orbax":
-        return _to_tree(found, out, what, progress)
+        return _to_orbax(found, out, what, progress)
     made = BY_FORMAT[FORMATS[to]]
     files = {layer: _file(made, one.declared) for layer, one in found.ones.items()}
     base = Path(out)
@@ -102,53 +102,42 @@ def convert_transcoders(
     last, content = _last(to, found, model_name)
     wide = np.dtype(np.float32) if made.suffix == ".npz" else None
     sizes = [_size(one.declared, wide) + _HEADER_BYTES for one in found.ones.values()]
-    with Job(out, what, room_for([*sizes, len(content)])) as job:
+    with Job(out, what, sum(sizes)) as job:
         if job.finished:
             return job.out
         for number, (layer, one) in enumerate(sorted(found.ones.items()), 1):
             job.place(files[layer], functools.partial(_write, made, one))
             if progress:
                 progress(number, len(found.ones))
-        return job.finish(last, content)
+        if last:
+            job.write(last, [content])
+        return job.finish()
 
 
 def _write(made: Format, one: _One, path: Path) -> None:
     write_transcoder(made, path, one.declared, one.fetch)
 
 
-def _to_tree(
+def _to_orbax(
     found: _Source, out: str | Path, what: dict[str, Any], progress: Progress | None
 ) -> Path:
-    trees = {layer: _arrays(layer, one.declared) for layer, one in found.ones.items()}
-    stored = {one.name: one for tree in trees.values() for one in tree.values()}
-    small = metadata(stored.values())
-    sizes = [one.chunk_bytes for one in stored.values() for _ in one.indices()]
-    with Job(out, what, room_for([*sizes, *map(len, small.values())])) as job:
-        if job.finished:
-            return job.out
-        for number, (layer, one) in enumerate(sorted(found.ones.items()), 1):
-            for name, a in trees[layer].items():
-                wanted = [i for i in a.indices() if a.file(i) not in job.done]
-                values = one.fetch(name) if wanted else None
-                for i in wanted:
-                    job.write(a.file(i), [encode(values[a.region(i)], a)])
-                del values  # before the next one is fetched
-            if progress:
-                progress(number, len(found.ones))
-        for file, content in small.items():
-            job.write(file, [content])
-        told = {layer: describe(one.declared) for layer, one in found.ones.items()}
-        manifest = Manifest(
-            TRANSCODERS, found.name, found.revision, stored, job.done, transcoders=told
-        )
-        return job.finish(MANIFEST, manifest.encode())
+    arrays, fetches = {}, {}
+    for layer, one in sorted(found.ones.items()):
+        for name, param in variables(one.declared):
+            arrays[f"layers.{layer}.{name}"] = param.shape, np.dtype(param.dtype)
+            fetches[f"layers.{layer}.{name}"] = functools.partial(one.fetch, name)
+    facts = {"kind": TRANSCODERS, "source": found.name, "revision": found.revision}
+    facts["transcoders"] = {layer: one.declared.facts() for layer, one in found.ones.items()}
+    numbers = itertools.count(1)
 
+    def written(_) -> None:
+        number = next(numbers)
+        if progress:
+            progress(number, len(found.ones))
 
-def _arrays(layer: int, declared: Transcoder) -> dict[str, Stored]:
-    return {
-        name: store(f"layers.{layer}.{name}", one.shape, np.dtype(one.dtype), one.logical_axes)
-        for name, one in variables(declared)
-    }
+    sizes = [_size(one.declared, None) for one in found.ones.values()]
+    with Job(out, what, sum(sizes)) as job:
+        return write_orbax(job, arrays, lambda name: fetches[name](), {}, facts, written)
 
 
 def _open(
@@ -188,38 +177,25 @@ def _of_converted(
 ) -> _Source:
     if verify:
         checkpoint.verify()
-    manifest = checkpoint.manifest
-    wanted = sorted(manifest.transcoders) if isinstance(layers, str) else layers
+    sidecar = checkpoint.sidecar
+    wanted = sorted(sidecar.transcoders) if isinstance(layers, str) else layers
     ones = {}
     for layer in wanted:
-        check_layer(layer, manifest.transcoders, str(checkpoint.folder))
+        check_layer(layer, sidecar.transcoders, str(checkpoint.folder))
         declared = checkpoint.declared(layer, dtype)
-        fetch = functools.partial(_fetch_converted, checkpoint, declared)
-        ones[layer] = _One(declared, fetch)
-    return _Source(ones, manifest.source, manifest.revision, manifest.content)
+        ones[layer] = _One(declared, functools.partial(_fetch_converted, checkpoint, declared))
+    return _Source(ones, sidecar.source, sidecar.revision, sidecar.content)
 
 
 def _fetch(file: Path, declared: Transcoder, name: str) -> np.ndarray:
     with open_transcoder(file) as opened:
         values, problem = opened.read(name, np.dtype(declared.W_enc.dtype))
-    return _sound(file, values, problem)
+    return sound(values, file, name, problem.removeprefix(f"{name} "))
 
 
 def _fetch_converted(checkpoint: Converted, declared: Transcoder, name: str) -> np.ndarray:
-    stored = checkpoint.manifest.arrays[f"layers.{declared.layer}.{name}"]
-    box = tuple((0, size) for size in stored.shape)
-    parts = checkpoint.parts(stored, [box], np.dtype(declared.W_enc.dtype))
-    problem = parts.problem()
-    return _sound(checkpoint.folder, parts.arrays[box], f"{stored.name} {problem}" * bool(problem))
-
-
-def _sound(place: Path, values: np.ndarray, problem: str) -> np.ndarray:
-    if problem:
-        raise WeightsError(
-            f"{place} cannot be used and was not converted: {problem}. Fetch or train it again"
-            + (", or convert to a wider dtype." if "too large" in problem else ".")
-        )
-    return values
+    dtype = np.dtype(declared.W_enc.dtype)
+    return fetch_converted(checkpoint, f"layers.{declared.layer}.{name}", dtype)
 
 
 def _file(made: Format, declared: Transcoder) -> str:

@@ -12,7 +12,7 @@ from jaxtc.errors import SourceError, WeightsError, some
 from jaxtc.model.config import Gemma2Config
 from jaxtc.weights.files import local
 from jaxtc.weights.files.safetensors import Entry, SafetensorsFile
-from jaxtc.weights.files.shards import CHUNK_BYTES
+from jaxtc.weights.files.shards import CHUNK_BYTES, read_parts
 from jaxtc.weights.names import EMBEDDING, TIED, Name, is_buffer, parameter_names
 
 SINGLE = "model.safetensors"
@@ -188,7 +188,7 @@ def _untied(checkpoint: Checkpoint) -> list[str]:
     for low in range(step * jax.process_index(), vocab, step * jax.process_count()):
         box = (low, min(low + step, vocab)), (0, width)
         ours, theirs = (
-            checkpoint.files[hf].read_parts(hf, (vocab, width), np.dtype(np.float32), [box])
+            read_parts(checkpoint.files[hf].raw(hf), np.dtype(np.float32), [box])
             for hf in (EMBEDDING, TIED)
         )
         if not np.array_equal(ours.arrays[box], theirs.arrays[box]):

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 
 from jaxtc.errors import WeightsError
 from jaxtc.weights.files import local, shards
-from jaxtc.weights.files.shards import Box, Parts, Raw
+from jaxtc.weights.files.shards import Raw
 
 MAX_HEADER_BYTES = 100_000_000
 
@@ -110,12 +110,6 @@ class SafetensorsFile:
             WeightsError: the file ended or failed while it was read.
         """
         return shards.read(self.raw(name, shape), dtype, sharding, transposed=transposed)
-
-    def read_parts(
-        self, name: str, shape: tuple[int, ...], dtype: np.dtype, boxes: Sequence[Box]
-    ) -> Parts:
-        """Some boxes of a tensor that has this shape. Raises WeightsError as :meth:`read`."""
-        return shards.read_parts(self.raw(name, shape), dtype, boxes)
 
     def _read_at(self, offset: int, view: memoryview) -> None:
         while view:

@@ -11,8 +11,8 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 
 from jaxtc.errors import SourceError, did_you_mean
-from jaxtc.weights.checkpoints.manifest import read_manifest
 from jaxtc.weights.checkpoints.read import is_converted, open_transcoders
+from jaxtc.weights.checkpoints.sidecar import read_sidecar
 from jaxtc.weights.files import local
 from jaxtc.weights.files.layout import (
     DEFAULT_L0,
@@ -117,7 +117,7 @@ class Source:
             SourceError: there are none, or a file that no ``layer_N`` folder is around.
         """
         if self.format == CONVERTED:
-            return sorted(open_transcoders(self.path).manifest.transcoders)
+            return sorted(open_transcoders(self.path).sidecar.transcoders)
         if self.format == FILE:
             named = layer_of(self.path.absolute().as_posix())
             if named is None:
@@ -239,7 +239,7 @@ def _local(name: str, path: Path, kind: str | None) -> Source:
             raise SourceError(f"{name} is a file; give the folder that holds config.json.")
         return Source(name, TRANSCODERS, FILE, path)
     if is_converted(path):
-        return Source(name, kind or read_manifest(path).kind, CONVERTED, path)
+        return Source(name, kind or read_sidecar(path).kind, CONVERTED, path)
     has_config = local.has(path, "config.json")
     if kind in (MODEL, CONFIG) and not has_config:
         raise SourceError(
