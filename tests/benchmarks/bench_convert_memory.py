@@ -27,7 +27,7 @@ from jaxtc.weights.files.safetensors import FLOATS
 from jaxtc.weights.names import EMBEDDING
 from tests.benchmarks.bench_parity_memory import held
 
-CONVERT = "from jaxtc.weights.convert import convert; convert({!r}, {!r}, {!r}, **{!r})"
+CONVERT = "from jaxtc.weights.conversion.convert import convert; convert({!r}, {!r}, {!r}, **{!r})"
 LOAD = "import jaxtc; jaxtc.load_model({!r}, dtype='bfloat16')"
 
 
@@ -73,7 +73,7 @@ if __name__ == "__main__":
     layers = Gemma2Config.from_file(given.folder / "config.json").num_hidden_layers
     tree, back, scope = (given.out / name for name in ("tree", "back", "scope"))
     print(f"{layers} layers, {size_of(given.folder) / 1e9:.2f} GB; embedding {unit / 1e6:.0f} MB")
-    base, _ = peak("import jaxtc; from jaxtc.weights.convert import convert")
+    base, _ = peak("import jaxtc; from jaxtc.weights.conversion.convert import convert")
 
     def convert(source: Path, out: Path, to: str, **options) -> str:
         """Code for a process."""

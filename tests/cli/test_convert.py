@@ -11,7 +11,7 @@ import pytest
 
 import jaxtc
 from jaxtc.cli import main
-from jaxtc.weights.conversion import model as convert_model
+from jaxtc.weights.checkpoints import tree as checkpoint_tree
 from jaxtc.weights.sources.resolve import EMBEDDED_DATA
 from tests.support.weights_files import params, random_model, same, write_tier
 from tests.weights.killed_conversions import contents
@@ -40,7 +40,7 @@ def test_the_embedded_model_there_and_back(capsys, tmp_path):
         assert (back / path.name).read_bytes() == path.read_bytes()
     code, out, err = run(capsys, "convert", tree, back)
     assert (code, out) == (2, "")
-    assert "exists already and is not written over" in err
+    assert "exists already and is not overwritten" in err
 
 
 def test_the_embedded_transcoders_there_and_back(capsys, tmp_path):
@@ -87,7 +87,7 @@ def test_ctrl_c_says_how_to_go_on(capsys, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(convert_model, "encode", interrupted)
+        patched.setattr(checkpoint_tree, "save_part", interrupted)
         code, _, err = run(capsys, "convert", "embedded", tmp_path / "out")
     assert (code, "same command again to go on" in err) == (130, True)
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
@@ -121,5 +121,5 @@ def test_the_scripts(tmp_path):
     for source in ("all", "one", "npz", "ct"):
         found = jaxtc.load_transcoder(tmp_path / source, 0)
         assert all(np.array_equal(getattr(found, key)[...], given[key]) for key in given), source
-    manifest = json.loads((tmp_path / "all/jaxtc.json").read_bytes())
-    assert manifest["transcoders"]["0"]["input_site"] == "mlp_in_normed"
+    sidecar = json.loads((tmp_path / "all/jaxtc.json").read_bytes())
+    assert sidecar["transcoders"]["0"]["input_site"] == "mlp_in_normed"

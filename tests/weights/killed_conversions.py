@@ -1,6 +1,11 @@
 """Conversions killed at random moments, for test_convert_killed.
 
     python -m tests.weights.killed_conversions FOLDER KILLS SEED
+    python -m tests.weights.killed_conversions FOLDER merge STEP
+
+With ``merge``, conversions are killed while orbax merges the layers that it has saved, before the
+first call that changes the file system, and before each STEP-th after it; what was saved must not
+be saved again.
 
 Each conversion runs in a fork of this process, which has imported everything already. Half of the
 kills come before some call that changes the file system (a count drawn from all of them), half
@@ -19,8 +24,10 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import orbax.checkpoint.experimental.v1  # noqa: F401 - once, for all forks
 
 import jaxtc
+from jaxtc.weights.checkpoints import tree
 from jaxtc.weights.conversion.convert import convert
 from tests.support.weights_files import params, write_tier
 
@@ -84,32 +91,64 @@ def conversion(source: Path, out: Path, options: dict, *, count=None, seconds=No
     """
 
     def action() -> None:
-        seen, began = 0, None
-
-        def watch(event: str, arguments: tuple) -> None:
-            nonlocal seen, began
-            opens = event == "open" and isinstance(arguments[1], str) and arguments[1] != "r"
-            written = opens and "b" in arguments[1] + "b" and set(arguments[1]) & set("wa+")
-            if not (event in CHANGES or written):
-                return
-            if str(out) not in str(arguments[0]):
-                return
-            if began is None:
-                began = time.monotonic()
-                if seconds is not None:
-                    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-                    signal.setitimer(signal.ITIMER_REAL, seconds)
-            seen += 1
-            if seen == count:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(watch)
+        watch = Watch(out, count, seconds)
         convert(source, out, **options)
         signal.setitimer(signal.ITIMER_REAL, 0)
         if told:
-            Path(told).write_text(json.dumps([seen, time.monotonic() - began]))
+            Path(told).write_text(json.dumps([watch.seen, time.monotonic() - watch.began]))
 
     return action
+
+
+class Watch:
+    """Counts changes below a folder from now on, and kills this process."""
+
+    def __init__(self, out: Path, count: int | None, seconds: float | None = None):
+        self.seen, self.began = 0, None
+        self.out, self.count, self.seconds = str(out), count, seconds
+        sys.addaudithook(self.event)
+
+    def event(self, event: str, arguments: tuple) -> None:
+        """An audit event."""
+        opens = event == "open" and isinstance(arguments[1], str) and arguments[1] != "r"
+        written = opens and "b" in arguments[1] + "b" and set(arguments[1]) & set("wa+")
+        if not (event in CHANGES or written) or self.out not in str(arguments[0]):
+            return
+        if self.began is None:
+            self.began = time.monotonic()
+            if self.seconds is not None:
+                signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+                signal.setitimer(signal.ITIMER_REAL, self.seconds)
+        self.seen += 1
+        if self.seen == self.count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def merge(folder: Path, step: int) -> None:
+    """Kill in the merge of the layers; print what was seen as JSON."""
+    source, options = sources(folder)["model to orbax"]
+    assert run(conversion(source, folder / "reference", options)) == 0
+    reference, out, count, kills = results(folder / "reference"), folder / "out", 1, 0
+    real = tree.finalize, tree.save_part
+
+    def killed() -> None:
+        def finalize(files) -> None:
+            Watch(out, count)
+            real[0](files)
+
+        tree.finalize = finalize
+        convert(source, out, **options)
+
+    def continued() -> None:
+        tree.save_part = None  # nothing is saved again
+        convert(source, out, **options)
+
+    while os.WIFSIGNALED(run(killed)) and not out.exists():
+        kills, count = kills + 1, count + step
+        assert run(continued) == 0, count
+        assert results(out) == reference, count
+        shutil.rmtree(out)
+    print(json.dumps({"kills": kills, "changes": count}))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -141,7 +180,6 @@ def finished(partial: Path) -> dict[str, tuple[int, int]]:
 
 def main(folder: Path, kills: int, seed: int) -> None:
     """Kill until there were enough; print what was seen as JSON."""
-    warnings.filterwarnings("ignore", message=".*fork.*")
     rng = random.Random(seed)
     cases, reference, sizes = sources(folder), {}, {}
     for name, (source, options) in cases.items():
@@ -185,4 +223,8 @@ def main(folder: Path, kills: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    warnings.filterwarnings("ignore", message=".*fork.*")
+    if sys.argv[2] == "merge":
+        merge(Path(sys.argv[1]), int(sys.argv[3]))
+    else:
+        main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

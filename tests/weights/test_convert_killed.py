@@ -8,33 +8,46 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import jaxtc
-from jaxtc.errors import SourceError
+from jaxtc.errors import SourceError, WeightsError
 from jaxtc.weights.checkpoints import job as job_module
+from jaxtc.weights.checkpoints import tree
 from jaxtc.weights.checkpoints.job import Job
 from jaxtc.weights.conversion.convert import convert
 from tests.support.weights_files import random_model
-from tests.weights.killed_conversions import contents
+from tests.weights.killed_conversions import contents, results
 
 # CI kills a few; JAXTC_KILLS=30 takes about a minute.
 KILLS = int(os.environ.get("JAXTC_KILLS", "5"))
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-@pytest.mark.parametrize("seed", [0])
-def test_killed_at_random_moments_and_continued_nothing_is_lost(tmp_path, seed):
-    command = [sys.executable, "-m", "tests.weights.killed_conversions"]
+def killed(*arguments) -> dict:
+    """What killed_conversions saw."""
+    command = [sys.executable, "-m", "tests.weights.killed_conversions", *map(str, arguments)]
     done = subprocess.run(
-        [*command, str(tmp_path), str(KILLS), str(seed)],
-        capture_output=True, text=True, timeout=600, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+        command, capture_output=True, text=True, timeout=600, cwd=Path(__file__).parents[2]
+    )
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
     print(seen)
+    return seen
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize("seed", [0])
+def test_killed_at_random_moments_and_continued_nothing_is_lost(tmp_path, seed):
+    seen = killed(tmp_path, KILLS, seed)
     assert seen["kills"] >= KILLS
     assert seen["kept"] > 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_killed_while_orbax_merges_the_layers_and_continued_nothing_is_lost(tmp_path):
+    seen = killed(tmp_path, "merge", max(1, 30 // KILLS))
+    assert seen["kills"] > 5
 
 
 @pytest.fixture(scope="module")
@@ -46,43 +59,56 @@ class Stop(Exception):
     pass
 
 
-def stopped_after(monkeypatch, count: int, error: Exception) -> None:
-    """Let the files after the first ``count`` fail in the middle of being written."""
-    real, seen = job_module._sync, []
+def stopped_after(monkeypatch, count: int, error: Exception) -> list[set[str]]:
+    """Let saving the layers after the first ``count`` fail; the names of those that were saved."""
+    real, saved = tree.save_part, []
 
-    def sync(stream) -> None:
-        seen.append(stream)
-        if len(seen) > count:
+    def save_part(folder, arrays, notes) -> None:
+        if len(saved) == count:
             raise error
-        real(stream)
+        real(folder, arrays, notes)
+        saved.append(set(arrays))
 
-    monkeypatch.setattr(job_module, "_sync", sync)
+    monkeypatch.setattr(tree, "save_part", save_part)
+    return saved
 
 
 def test_what_was_interrupted_goes_on(model, tmp_path, monkeypatch):
-    whole = contents(convert(model, tmp_path / "whole"))
+    whole = results(convert(model, tmp_path / "whole"))
     with monkeypatch.context() as patched:
-        stopped_after(patched, 10, Stop())
+        first = stopped_after(patched, 2, Stop())
         with pytest.raises(Stop):
             convert(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    done = (tmp_path / "out.partial/done.0.jsonl").read_text().splitlines()
-    assert len(done) == 8  # job.json and the empty log were the first two
-    # A file that was damaged in the meantime is written again.
-    damaged = tmp_path / "out.partial/files" / json.loads(done[3])[0]
-    damaged.write_bytes(b"x" * damaged.stat().st_size)
-    assert contents(convert(model, tmp_path / "out")) == whole
+    assert set(tree.saved_notes(tmp_path / "out.partial/files")) == set.union(*first)
+    rest = stopped_after(monkeypatch, 100, Stop())
+    assert results(convert(model, tmp_path / "out")) == whole
+    assert not set.union(*first) & set.union(*rest)
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_layer_that_was_damaged_in_the_meantime_is_found(model, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        stopped_after(patched, 2, Stop())
+        with pytest.raises(Stop):
+            convert(model, tmp_path / "out")
+    damaged = next((tmp_path / "out.partial").rglob("embed.weight/0.0"))
+    damaged.write_bytes(b"x" * damaged.stat().st_size)
+    with pytest.raises(WeightsError, match=r"does not read back .*: embed.weight in .*out.partial"):
+        convert(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_full_disk_is_told_with_what_was_needed_and_can_be_gone_on_from(
     model, tmp_path, monkeypatch
 ):
-    with monkeypatch.context() as patched:
-        stopped_after(patched, 10, OSError(errno.ENOSPC, "No space left on device"))
-        with pytest.raises(SourceError, match=r"no room .* are needed, of which .* are done") as at:
-            convert(model, tmp_path / "out")
-    assert "goes on where it stopped" in str(at.value)
+    full = ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device")  # tensorstore's
+    for error in (full, OSError(errno.ENOSPC, "No space left on device")):
+        with monkeypatch.context() as patched:
+            stopped_after(patched, 1, error)
+            with pytest.raises(SourceError, match=r"no room .* needed, of which .* done") as at:
+                convert(model, tmp_path / "out")
+        assert "goes on where it stopped" in str(at.value)
     convert(model, tmp_path / "out")
     jaxtc.load_model(tmp_path / "out")
 
@@ -114,6 +140,12 @@ def test_a_disk_that_is_really_full(model, tmp_path):
         ):
             job.write("small", [b"1" * 1000])
             job.write("large", (b"1" * 65536 for _ in range(100)))
+        with (
+            pytest.raises(SourceError, match="no room"),
+            Job(disk / "tree", {}, 10) as job,
+            job.explained(),
+        ):
+            tree.save_part(job.files, {"large": np.zeros(1 << 20)}, {})
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -122,7 +154,7 @@ def test_a_folder_that_exists_is_not_written_over(model, tmp_path):
     (tmp_path / "out").mkdir()
     convert(model, tmp_path / "out")  # an empty one is fine
     before = contents(tmp_path / "out")
-    with pytest.raises(SourceError, match="exists already and is not written over"):
+    with pytest.raises(SourceError, match="exists already and is not overwritten"):
         convert(model, tmp_path / "out")
     assert contents(tmp_path / "out") == before
     assert not (tmp_path / "out.partial").exists()
@@ -144,7 +176,7 @@ def test_what_others_left_beside_it_is_not_touched(model, tmp_path):
 
 def test_another_conversion_that_was_begun_is_named(model, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        stopped_after(patched, 5, Stop())
+        stopped_after(patched, 1, Stop())
         with pytest.raises(Stop):
             convert(model, tmp_path / "out")
     with pytest.raises(SourceError, match=r"another conversion \(dtype None, not 'bfloat16'\)"):
@@ -156,7 +188,7 @@ def test_another_conversion_that_was_begun_is_named(model, tmp_path, monkeypatch
 
 def test_saving_does_not_replace_what_a_conversion_has_begun(model, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        stopped_after(patched, 5, Stop())
+        stopped_after(patched, 1, Stop())
         with pytest.raises(Stop):
             convert(model, tmp_path / "out")
     with pytest.raises(SourceError, match="holds the beginning of another conversion"):

@@ -10,17 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxtc.weights.checkpoints.manifest import read_manifest
 
 import jaxtc
 from jaxtc.errors import ConfigError, JaxtcError, SourceError, WeightsError
-from jaxtc.weights.checkpoints import tree as orbax_tree
-from jaxtc.weights.checkpoints.read import Converted
+from jaxtc.weights.checkpoints import job
+from jaxtc.weights.checkpoints import tree as checkpoint_tree
+from jaxtc.weights.checkpoints.sidecar import read_sidecar
 from jaxtc.weights.load_model import load_tokenizer
 from tests.support import tiny
 from tests.support.weights_files import random_model, same
 
-CHUNK = "orbax/layers.1.attn.q/0.0.0"
+CHUNK = "state/layers.1.attn.q/0.0.0"
 
 
 @pytest.fixture(scope="module")
@@ -38,61 +38,74 @@ def load(folder):
     return jaxtc.load_model(folder, dtype="float32")
 
 
-def rewrite(folder, change):
-    """A manifest that was changed by hand, its own hash made to fit."""
+def rewrite(folder, change, seal=False):
+    """A sidecar that was changed by hand; with ``seal``, so that its own hash fits."""
     raw = json.loads((folder / "jaxtc.json").read_bytes())
     raw = change(raw) or raw
+    if seal:
+        hashes = {name: one["sha256"] for name, one in raw["arrays"].items()} | raw["files"]
+        lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
+        raw["content_sha256"] = hashlib.sha256(lines.encode()).hexdigest()
     (folder / "jaxtc.json").write_text(json.dumps(raw))
 
 
 def test_what_it_says(sound):
-    manifest = read_manifest(sound)
-    assert (manifest.kind, manifest.dtype) == ("model", "float32")
-    assert (manifest.source, manifest.revision) == ("memory", None)
-    assert manifest.jaxtc == jaxtc.__version__
-    assert len(manifest.arrays) == 24
+    sidecar = read_sidecar(sound)
+    assert (sidecar.kind, sidecar.dtype) == ("model", "float32")
+    assert (sidecar.source, sidecar.revision) == ("memory", None)
+    assert sidecar.jaxtc == jaxtc.__version__
+    assert len(sidecar.arrays) == 24
     raw = (sound / "jaxtc.json").read_bytes()
-    assert manifest.encode() == raw
+    assert sidecar.encode() == raw
     assert not re.search(rb"\d{10}\.\d|20\d\d-\d\d", raw)  # no time
     assert same(load(sound), random_model())
 
 
-def test_a_flipped_bit_anywhere_is_found(tree):
-    for file in sorted(path for path in (tree / "orbax").rglob("*") if path.is_file()):
+def test_a_flipped_bit_in_any_array_is_found(tree):
+    chunks = [path for path in (tree / "state").rglob("*") if re.fullmatch(r"[\d.]+", path.name)]
+    assert len(chunks) == 24
+    for file in chunks[::4]:
         raw = file.read_bytes()
         flipped = bytearray(raw)
         flipped[len(raw) // 2] ^= 1
         file.write_bytes(flipped)
-        used = re.fullmatch(r"[\d.]+", file.name)
-        with pytest.raises(WeightsError, match=f"{re.escape(file.name)} is not the file that was"):
-            jaxtc.load_model(tree, dtype="float32", verify=not used)
+        with pytest.raises(WeightsError, match=f"{file.parent.name} in .* is not what was written"):
+            jaxtc.load_model(tree, dtype="float32", verify=True)
+        with pytest.raises(WeightsError, match=f"{file.parent.name} in .* is not what was written"):
+            jaxtc.convert(tree, tree.parent / "back", to="safetensors")
+        shutil.rmtree(tree.parent / "back.partial")
         file.write_bytes(raw)
-    assert same(load(tree), random_model())
+    assert same(jaxtc.load_model(tree, dtype="float32", verify=True), random_model())
 
 
 def test_the_tokenizer_is_verified_too(tree):
     raw = (tree / "tokenizer.json").read_bytes()
     (tree / "tokenizer.json").write_bytes(raw.replace(b"texas", b"paris"))
-    with pytest.raises(WeightsError, match=r"tokenizer.json is not the file that was written"):
+    with pytest.raises(WeightsError, match=r"tokenizer.json in .* is not what was written"):
         load_tokenizer(tree)
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda t: (t / CHUNK).unlink(), f"{CHUNK} is missing"),
-        (lambda t: shutil.rmtree(t / "orbax/layers.0.attn.q"), r"layers.0.attn.q/.* is missing"),
-        (lambda t: shutil.rmtree(t / "orbax"), "is missing"),
-        (lambda t: os.truncate(t / CHUNK, 100), f"{CHUNK} has 100 bytes, not 3072"),
-        (lambda t: (t / CHUNK).write_bytes(b"x" * 9999), f"{CHUNK} has 9999 bytes, not 3072"),
-        (lambda t: (t / "orbax/extra").write_text(""), "orbax/extra is not in jaxtc.json"),
-        (lambda t: (t / "model.safetensors").write_text(""), "model.safetensors is not in"),
+        (lambda t: (t / CHUNK).unlink(), "cannot be read: .* is missing"),
+        (lambda t: shutil.rmtree(t / "state/layers.0.attn.q"), "layers.0.attn.q"),
+        (lambda t: shutil.rmtree(t / "state"), "cannot be read"),
+        (lambda t: (t / "state/_METADATA").unlink(), "cannot be read"),
+        (lambda t: (t / "state/_METADATA").write_text("{"), "cannot be read"),
+        (lambda t: os.truncate(t / "state/_METADATA", 300), "cannot be read"),
+        (lambda t: (t / "state/layers.0.attn.q/.zarray").write_text("{}"), "cannot be read"),
+        (lambda t: os.truncate(t / CHUNK, 100), "cannot be read: .* Not enough data"),
+        (
+            lambda t: os.truncate(t / "config.json", 30),
+            "config.json in .* is not what was",
+        ),
         (lambda t: (t / "jaxtc.json").write_text("{"), "is not JSON"),
         (lambda t: (t / "jaxtc.json").write_bytes(b"\xff\xfe"), "is not JSON"),
         (lambda t: (t / "jaxtc.json").write_text("[" * 100_000), "is not JSON"),
         (lambda t: (t / "jaxtc.json").write_text("[]"), "does not say that it is a"),
         (lambda t: os.truncate(t / "jaxtc.json", 3000), "is not JSON"),
-        (lambda t: os.mkfifo(t / "orbax/pipe"), "orbax/pipe is not a plain file"),
+        (lambda t: os.mkfifo(t / "state/pipe"), "state/pipe is not a plain file"),
     ],
 )
 def test_half_written_folders(tree, damage, message):
@@ -109,24 +122,21 @@ def test_links_are_refused(tree, tmp_path):
         load(tree)
     (tree / CHUNK).unlink()
     shutil.move(elsewhere, tree / CHUNK)
-    folder = tree / "orbax/layers.0.attn.q"
+    folder = tree / "state/layers.0.attn.q"
     shutil.move(folder, elsewhere)
     folder.symlink_to(elsewhere)
-    with pytest.raises(WeightsError, match=r"orbax/layers.0.attn.q is a link"):
+    with pytest.raises(WeightsError, match=r"state/layers.0.attn.q is a link"):
         load(tree)
 
 
 @pytest.mark.parametrize(
     "name",
-    ["../x", "/etc/passwd", "a/../../x", "a//b", "./a", "a/", "", "..", "a\\b", "C:x", "a\0b",
+    ["../x", "/etc/passwd", "a/../../x", "a/b", "./a", "a/", "", "..", "a\\b", "C:x", "a\0b",
      "a\nb"],
 )  # fmt: skip
 def test_names_that_lead_outside_are_refused(tree, name):
-    def change(raw):
-        raw["files"][name] = {"size": 1, "sha256": "0" * 64}
-
-    rewrite(tree, change)
-    with pytest.raises(WeightsError, match="not one inside its folder"):
+    rewrite(tree, set_at("files", name, "0" * 64), seal=True)
+    with pytest.raises(WeightsError, match="not one right in its folder"):
         load(tree)
 
 
@@ -144,66 +154,65 @@ def set_at(*path_and_value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (set_at("version", 2), "version 2 .* reads version 1; install a newer one"),
+        (set_at("version", 3), "version 3 .* reads version 2; install a newer one"),
+        (set_at("version", 1), r"version 1, an older layout .* `jaxtc convert` on .*\(memory\) ag"),
         (set_at("format", "safetensors"), "does not say that it is a jaxtc-checkpoint"),
         (set_at("kind", "tokens"), "its kind is 'tokens'"),
-        (set_at("source", 3), "source or revision is not a text"),
+        (set_at("source", 3), "source or revision is not text"),
         (set_at("files", []), "it has no files"),
         (set_at("arrays", None), "it has no arrays"),
         (set_at("config", None), "it has no config"),
-        (set_at("content_sha256", "0" * 64), "content_sha256 is not that of its files"),
-        (set_at("files", CHUNK, "size", -1), f"does not give size and sha256 of {CHUNK}"),
-        (set_at("files", CHUNK, "size", 3073), f"{CHUNK} has 3073 bytes, and a chunk"),
-        (set_at("files", CHUNK, "sha256", "0" * 63), "does not give size and sha256"),
-        (set_at("files", CHUNK, "sha256", "0" * 64), "content_sha256 is not"),
-        (set_at("files", CHUNK, 7), "does not give size and sha256"),
+        (set_at("content_sha256", "0" * 64), "content_sha256 is not that of its arrays"),
+        (set_at("files", "config.json", "0" * 63), "the SHA-256 of config.json is"),
+        (set_at("files", "config.json", 7), "the SHA-256 of config.json is 7"),
+        (set_at("files", "config.json", "0" * 64), "config.json in .* is not what was written"),
+        (set_at("arrays", "embed.weight", "sha256", "0" * 64), None),
         (set_at("arrays", "embed.weight", "dtype", "object"), "dtype 'object'"),
         (set_at("arrays", "embed.weight", "dtype", "int8"), "dtype 'int8'"),
         (set_at("arrays", "embed.weight", "dtype", []), r"dtype \[\]"),
-        (set_at("arrays", "embed.weight", "shape", [1 << 60, 24]), "more chunks than there are"),
+        (set_at("arrays", "embed.weight", "dtype", "bfloat16"), "is float32 .* not bfloat16"),
+        (set_at("arrays", "embed.weight", "shape", [1 << 60, 24]), "embed.weight has shape"),
         (set_at("arrays", "embed.weight", "shape", [-1, 24]), r"shape \[-1, 24\]"),
         (set_at("arrays", "embed.weight", "shape", [50.0, 24]), r"shape \[50.0, 24\]"),
         (set_at("arrays", "embed.weight", "shape", [True, 24]), r"shape \[True, 24\]"),
         (set_at("arrays", "embed.weight", "shape", []), r"shape \[\]"),
-        (set_at("arrays", "embed.weight", "chunks", [0, 24]), r"chunks \[0, 24\]"),
-        (set_at("arrays", "embed.weight", "chunks", [24]), r"chunks \[24\]"),
-        (set_at("arrays", "embed.weight", "chunks", [1 << 60, 24]), "larger than its shape"),
-        (set_at("arrays", "embed.weight", "chunks", [25, 24]), "bytes, and a chunk"),
-        (set_at("arrays", "../../x", {"shape": [1], "dtype": "float32", "chunks": [1]}), "x'"),
-        (set_at("arrays", "x", {"shape": [1], "dtype": "float32", "chunks": [1]}), "has None byt"),
+        (set_at("arrays", "../../x", {"shape": [1], "dtype": "float32", "sha256": "0" * 64}), "x'"),
+        (
+            set_at("arrays", "x", {"shape": [1], "dtype": "float32", "sha256": "0" * 64}),
+            "x is not a",
+        ),
         (set_at("arrays", {}), "embed.weight is missing"),
         (set_at("config", "hidden_size", 32), "does not hold the config.json"),
     ],
 )
-def test_manifests_that_lie(tree, change, message):
-    rewrite(tree, change)
-    with pytest.raises((WeightsError, ConfigError), match=message):
-        load(tree)
+def test_sidecars_that_lie(tree, change, message):
+    rewrite(tree, change, seal=message is None or not re.search("content|has no|SHA|'x'", message))
+    with pytest.raises((WeightsError, ConfigError), match=message or "is not what was written"):
+        jaxtc.load_model(tree, dtype="float32", verify=message is None)
 
 
-def test_a_manifest_that_fits_other_arrays(tree):
-    """Even one whose hashes are right must describe the model of its config."""
-    shutil.rmtree(tree)
-    model = random_model()
-    jaxtc.save_checkpoint(model, tree)
-    raw = json.loads((tree / "jaxtc.json").read_bytes())
-    raw["arrays"]["embed.weight"]["shape"] = [24, 50]
-    raw["arrays"]["embed.weight"]["chunks"] = [24, 50]
-    raw["arrays"]["layers.0.attn.r"] = raw["arrays"].pop("layers.0.attn.q")
-    for file in list(raw["files"]):
-        if file.startswith("orbax/layers.0.attn.q/"):
-            name = file.replace("attn.q", "attn.r")
-            raw["files"][name] = raw["files"].pop(file)
-    shutil.move(tree / "orbax/layers.0.attn.q", tree / "orbax/layers.0.attn.r")
-    (tree / "jaxtc.json").write_text(json.dumps(raw))
-    made = "".join(f"{one['sha256']}  {file}\n" for file, one in sorted(raw["files"].items()))
-    raw["content_sha256"] = hashlib.sha256(made.encode()).hexdigest()
-    (tree / "jaxtc.json").write_text(json.dumps(raw))
+def test_a_sidecar_that_fits_other_arrays(tree):
+    """Even one whose hashes are right must describe the model of its config, and the tree."""
+
+    def change(raw):
+        raw["arrays"]["embed.weight"]["shape"] = [24, 50]
+        raw["arrays"]["layers.0.attn.r"] = raw["arrays"].pop("layers.0.attn.q")
+
+    honest = (tree / "jaxtc.json").read_bytes()
+    rewrite(tree, change, seal=True)
     with pytest.raises(WeightsError) as caught:
         load(tree)
     for part in ("layers.0.attn.q is missing", "layers.0.attn.r is not a parameter",
                  "embed.weight has shape (24, 50), not (50, 24)"):  # fmt: skip
         assert part in str(caught.value)
+    # The tree's own description of an array is compared before a byte of it is read.
+    (tree / "jaxtc.json").write_bytes(honest)
+    zarr = tree / "state/embed.weight/.zarray"
+    told = json.loads(zarr.read_bytes())
+    for key, value in (("shape", [1 << 50, 24]), ("shape", [24, 50]), ("dtype", "<f8")):
+        zarr.write_text(json.dumps(told | {key: value}))
+        with pytest.raises(WeightsError, match=r"embed.weight is float.*, not float32 \(50, 24\)"):
+            load(tree)
 
 
 def test_values_that_are_not_finite(tmp_path):
@@ -234,28 +243,20 @@ def test_a_transcoder_that_is_only_named(tmp_path):
         jaxtc.load_transcoder(tree, 3)
 
 
-def test_only_the_chunks_that_are_needed_are_read(tree, monkeypatch):
-    read = []
-    real = Converted.content
-    monkeypatch.setattr(Converted, "content", lambda s, f: read.append(f) or real(s, f))
-    load(tree)
-    chunks = [file for file in read if file.startswith("orbax/")]
-    assert len(chunks) == len(set(chunks))
-    assert not [file for file in chunks if file.endswith((".zarray", "METADATA"))]
+def test_only_a_layer_is_read_at_a_time(tree, monkeypatch):
+    read, real = [], checkpoint_tree.load
+    monkeypatch.setattr(checkpoint_tree, "load", lambda f, w: read.append(set(w)) or real(f, w))
+    told = []
+    jaxtc.load_model(tree, dtype="float32", progress=lambda *now: told.append(now))
+    assert sorted(len(names) for names in read) == [1, 1, 11, 11]
+    assert len(told) == 4 and told[-1][0] == told[-1][1]
 
 
-def test_a_part_of_an_array_takes_only_its_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr(orbax_tree, "SMALL_BYTES", 1000)
-    tree = Converted(jaxtc.save_checkpoint(random_model(), tmp_path / "tree"))
-    stored = tree.manifest.arrays["layers.0.mlp.down"]  # (D, F) = (24, 40), F in 8 chunks
-    assert stored.chunks == (24, 5)
-    read = []
-    real = Converted.content
-    monkeypatch.setattr(Converted, "content", lambda s, f: read.append(f) or real(s, f))
-    box = ((0, 24), (20, 30))
-    found = tree.parts(stored, [box], np.dtype(np.float32)).arrays[box]
-    np.testing.assert_array_equal(found, random_model().layers[0].mlp.down[:, 20:30])
-    assert read == [stored.file((0, 4)), stored.file((0, 5))]
+def test_a_bucket_is_left_to_orbax(tmp_path, monkeypatch):
+    """A path with ``://`` reaches orbax as it is, its folder is not staged beside it."""
+    out = job.destination("gs://bucket/deep/out")
+    assert str(out) == "gs://bucket/deep/out" and job.files_of(out) == out
+    assert job.files_of(job.destination(tmp_path / "out")) == tmp_path / "out.partial/files"
 
 
 @pytest.mark.parametrize("what", ["text", 3, {"a": 1}, {3: "x"}])
@@ -270,11 +271,10 @@ def test_saving_does_not_write_over(tree, tmp_path):
         jaxtc.save_checkpoint(random_model(), tree)
     # What a save that was killed has left is ours to replace.
     partial = tmp_path / "new.partial"
-    partial.mkdir()
+    (partial / "files").mkdir(parents=True)
     (partial / "job.json").write_text(json.dumps({"saving": "model", "arrays": 3}))
-    (partial / "files").mkdir()
     (partial / "files/junk").write_text("")
-    (partial / "writing.0").write_text("")
+    (partial / "writing.tmp").write_text("")
     jaxtc.save_checkpoint(random_model(), tmp_path / "new")
     assert same(load(tmp_path / "new"), random_model())
     assert not partial.exists()

@@ -11,10 +11,10 @@ from urllib.parse import unquote
 
 import huggingface_hub
 import pytest
-from jaxtc.weights.checkpoints.manifest import read_manifest
 
 import jaxtc
 from jaxtc.errors import ConfigError, SourceError, WeightsError
+from jaxtc.weights.checkpoints.sidecar import read_sidecar
 from jaxtc.weights.conversion.convert import convert
 from jaxtc.weights.files.layout import GEMMA_SCOPE_2B
 from jaxtc.weights.sources import hub
@@ -304,8 +304,8 @@ def test_transcoders_that_the_hub_does_not_have(server, scope):
 def test_conversions_from_the_hub(server, model, scope, tmp_path):
     fill(server, model, tokenizer=tiny.tokenizer(), max_shard_size=6000)
     tree = convert("google/gemma-2-tiny", tmp_path / "model", verify=True)
-    assert (read_manifest(tree).kind, read_manifest(tree).revision) == ("model", COMMIT)
-    assert read_manifest(tree).source == "google/gemma-2-tiny"
+    assert (read_sidecar(tree).kind, read_sidecar(tree).revision) == ("model", COMMIT)
+    assert read_sidecar(tree).source == "google/gemma-2-tiny"
     assert same(model, jaxtc.load_model(tree, dtype="float32"))
     assert jaxtc.load_tokenizer(tree).encode("the city") == tiny.tokenizer().encode("the city")
     back = convert(tree, tmp_path / "back", "safetensors", max_shard_size=6000)
@@ -319,7 +319,7 @@ def test_conversions_from_the_hub(server, model, scope, tmp_path):
         convert("google/gemma-2-tiny", tmp_path / "damaged", verify=True)
 
     tree = convert(GEMMA_SCOPE_2B, tmp_path / "scope", layers=[20], verify=True)
-    assert (read_manifest(tree).kind, read_manifest(tree).revision) == ("transcoders", COMMIT)
+    assert (read_sidecar(tree).kind, read_sidecar(tree).revision) == ("transcoders", COMMIT)
     assert same(jaxtc.load_transcoder(tree), jaxtc.load_transcoder(GEMMA_SCOPE_2B, 20))
 
 

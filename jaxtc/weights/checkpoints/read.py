@@ -98,11 +98,7 @@ class Converted:
     def config(self) -> Gemma2Config:
         """The model's sizes. Raises ConfigError when they are not a Gemma-2's."""
         where = f"{self.folder / SIDECAR}, config"
-        try:
-            same = json.loads(self.content("config.json")) == self.sidecar.config
-        except (ValueError, RecursionError):
-            same = False
-        if not same:
+        if json.loads(self.content("config.json")) != self.sidecar.config:
             raise WeightsError(
                 f"{self.folder} does not hold the config.json that {where} repeats. Convert the "
                 "checkpoint again."
@@ -137,6 +133,8 @@ class Converted:
     def _sound(self) -> bool:
         """That the tree has exactly the arrays of the sidecar. Raises WeightsError otherwise."""
         found, said = tree.stored(self.folder), self.sidecar.arrays
+        for name in said if not found else ():
+            tree.load(self.folder, {name: self._wanted(name)})  # raises, and tells which
         problems = [f"{name} is missing" for name in said if name not in found]
         problems += [f"{name} is not in {SIDECAR}" for name in found if name not in said]
         problems += [

@@ -5,8 +5,8 @@ Nothing in it is believed before it was checked: it may come from anywhere.
 
 import dataclasses
 import hashlib
-import io
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -129,15 +129,13 @@ def read_bytes(path: Any, most: int) -> bytes:
     """
     try:
         if not isinstance(path, Path):
-            content = path.read_bytes()
-        else:
-            with local.open_plain(path) as file, io.BufferedReader(file) as buffered:
-                content = buffered.read(most + 1)
+            return path.read_bytes()
+        with local.open_plain(path) as file:
+            if os.fstat(file.fileno()).st_size <= most:
+                return file.read()
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror}.") from error
-    if len(content) > most:
-        raise WeightsError(f"{path} has more than {most} bytes, which none of ours has.")
-    return content
+    raise WeightsError(f"{path} has more than {most} bytes, which none of ours has.")
 
 
 class _Unsound(Exception):

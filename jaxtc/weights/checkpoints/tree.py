@@ -20,6 +20,13 @@ from jaxtc.errors import WeightsError
 # Arrays are cut along their longest axis into chunks of at most this.
 CHUNK_BYTES = 16 << 20
 
+# That there is no database; that what a killed save has left is removed; what we raise.
+_EXPECTED = (
+    "Skipping merge of OCDBT",
+    "Attempted to create temporary directory",
+    "Failed to get metadata",
+)
+
 
 def part_of(name: str) -> str:
     """The part of a model, or of a set of transcoders, that is saved and loaded at a time."""
@@ -58,15 +65,41 @@ def saved_notes(folder: Any) -> dict[str, str]:
 
 
 def finalize(folder: Any) -> None:
-    """Merge the parts that were saved into the checkpoint ``folder``."""
+    """Merge the parts that were saved into the checkpoint ``folder``; if killed, call it again.
+
+    Orbax removes and rewrites the merged metadata with each part, and a kill between the two loses
+    it (tests/weights/killed_conversions.py). So the metadata of the parts is kept until the end.
+    """
+    from etils import epath
+
+    partial, kept, new = (
+        epath.Path(folder.parent) / f"{folder.name}.{suffix}"
+        for suffix in ("partial_save", "metadata", "metadata.new")
+    )
+    if kept.exists():  # an earlier merge was cut short
+        for name in ("_CHECKPOINT_METADATA", "state/_METADATA"):
+            (partial / name).unlink(missing_ok=True)
+        _copy_metadata(kept, partial)
+    else:
+        _copy_metadata(partial, new)
+        new.rename(kept)
     with _orbax() as ocp:
         ocp.partial.finalize(folder)
+    kept.rmtree()
+
+
+def _copy_metadata(source: Any, target: Any) -> None:
+    for name in ("_CHECKPOINT_METADATA", "state/_METADATA"):
+        for path in source.glob(f"*.pending_*/{name}"):
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            path.copy(copy, overwrite=True)
 
 
 def stored(folder: Any) -> dict[str, Any]:
     """The ``shape`` and ``dtype`` of each array, by name. Raises WeightsError as :func:`load`."""
     with _orbax() as ocp, _explained(folder):
-        return _flat(ocp.metadata(folder).metadata)
+        return _flat(ocp.metadata(folder).metadata or {})  # None: orbax cannot tell
 
 
 def load(folder: Any, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
@@ -115,8 +148,8 @@ def _orbax(*, alone: bool = False) -> Iterator[Any]:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a warning of orbax's is not the one about the databases that we do not use."""
-    return "Skipping merge of OCDBT" not in str(record.msg)
+    """Whether a message of orbax's does not warn of what we mean to do."""
+    return not any(text in str(record.msg) for text in _EXPECTED)
 
 
 @contextlib.contextmanager
@@ -124,9 +157,10 @@ def _explained(folder: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # orbax raises whatever a damaged file leads to
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         raise WeightsError(
-            f"The arrays in {folder} cannot be read: {type(error).__name__}: {error}. A copy was "
-            "cut short, or files were changed; copy or convert the checkpoint again."
+            f"The arrays in {folder} cannot be read: {reason}. A copy was cut short, or files were "
+            "changed; copy or convert the checkpoint again."
         ) from error
 
 
