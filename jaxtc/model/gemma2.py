@@ -150,7 +150,12 @@ class Attention(nnx.Module):
             heads = einsum("bkgts,bskh->btkgh", pattern, v).reshape(B, T, N, H)
             heads = tap("attn_heads", heads)
         with jax.named_scope("attn_proj"):
-            return tap("attn_proj", linear(heads, self.o[...])), past  # (B, T, D)
+            out = linear(heads, self.o[...])  # (B, T, D)
+            if tap.touches("head_out"):
+                each = tap("head_out", einsum("btnh,dnh->btnd", heads, self.o[...]))
+                if tap.edited("head_out"):
+                    out = jnp.sum(each, axis=2)  # in float32, rounded once
+            return tap("attn_proj", out), past
 
 
 class MLP(nnx.Module):

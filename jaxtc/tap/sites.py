@@ -127,6 +127,8 @@ SITES: tuple[Site, ...] = (
          hf="self_attn.output.1", tl="attn.hook_pattern"),
     Site("attn_heads", "B T N H", "each head's mix of values",
          hf="self_attn.o_proj.input", tl="attn.hook_z"),
+    Site("head_out", "B T N D", "each head's part of attn_proj; computed only when asked for",
+         tl="attn.hook_result"),
     Site("attn_proj", "B T D", "output projection, before the post norm", hf="self_attn.output"),
     Site("attn_out_scale", "B T 1", "1/rms of the post-attention norm", float32=True,
          tl="ln1_post.hook_scale", unlike=_inverse("ln1_post.hook_scale")),
