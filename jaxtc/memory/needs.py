@@ -25,7 +25,7 @@ from jaxtc.model.config import Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import bucket, prepare
 from jaxtc.tap.context import Context
-from jaxtc.tap.sites import BY_NAME, ORDER, Address, parse
+from jaxtc.tap.sites import BY_NAME, LOGITS, ORDER, Address, parse
 
 # Needs below this are not worth a look at the machine.
 _SMALL = 64 * 2**20
@@ -237,14 +237,16 @@ def _measure(size: "Size", parts: dict[str, Any], logits, beyond, weights: int) 
         padding = size.logits(logits, size.width) if logits == "all" else 0
         padding += sum(_bytes(_kept(size, part, cut=False)) for part in parts.values())
     whole, features = beyond
-    whole |= Address("logits") in parts.values()
+    whole |= any(address in parts.values() for address in map(Address, LOGITS))
     work = size.workspace(whole and logits != "all", features)
     return Estimate(cut, size.logits(logits, size.length), weights, work, padding)
 
 
 def _beyond(reducers: Sequence[Reducer], edits: Sequence[Any]) -> tuple[bool, int]:
     """Whether all logits are made for these, and the features of their widest transcoder."""
-    whole = any(r.site.name == "logits" for r in reducers) or any(e.site == "logits" for e in edits)
+    whole = any(
+        site in LOGITS for site in [*(r.site.name for r in reducers), *(e.site for e in edits)]
+    )
     widest = 0
     for part in (*reducers, *edits):
         if isinstance(part, Features | Splice):  # edits of single features need no other

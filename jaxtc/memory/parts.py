@@ -21,7 +21,7 @@ from jaxtc.model.config import FULL, Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import bucket
 from jaxtc.sharding.rules import CACHE, LETTERS, partition, variables
-from jaxtc.tap.sites import BY_NAME
+from jaxtc.tap.sites import BY_NAME, LOGITS
 from jaxtc.transcoders.transcoder import Transcoder
 
 # Arrays as large as the widest one of a layer that are there at once. So XLA's memory_analysis()
@@ -174,7 +174,7 @@ class Request:
         if self.transcoders:
             features = _FEATURES_AT_ONCE * B * W * self.features * 4
             widest.append(("transcoder features", features, ("batch", "features")))
-        if any(reducer.site.name == "logits" for reducer in self.asked.reducers):
+        if any(reducer.site.name in LOGITS for reducer in self.asked.reducers):
             widest.append(("logits", 2 * B * W * V * 4, ("batch", "vocab")))
         if self.new_tokens:
             widest.append(("drawing a token", _DRAWING * B * V * 4, ("batch", "vocab")))

@@ -273,7 +273,7 @@ def _prefill(plan: Plan, leaves, tokens, lengths, edits, reducers, sampling):
     batch, width = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(width), tokens.shape)
     tap = Tap(plan.captures, edits, positions, lengths, reducers=reducers, placement=plan.placement)
-    at = None if tap.touches("logits") else lengths - 1
+    at = None if tap.all_logits else lengths - 1
     cache = Cache.empty(plan.config, batch, width, model.dtype)
     logits, cache = model(tokens, positions=positions, cache=cache, tap=tap, logits_at=at)
     logits = logits[:, 0] if at is not None else last_tokens(logits, lengths)

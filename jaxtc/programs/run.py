@@ -204,7 +204,7 @@ def forward(plan: Plan, leaves, tokens, lengths, edits, reducers, resume=None):
     model, layers = rebuild(plan.config, leaves), plan.config.num_hidden_layers
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     tap = Tap(plan.captures, edits, positions, lengths, reducers=reducers, placement=plan.placement)
-    at = lengths - 1 if plan.logits == "last" and not tap.touches("logits") else None
+    at = lengths - 1 if plan.logits == "last" and not tap.all_logits else None
     depth = plan.reach[0] + 1 if plan.reach[0] < layers else None
     out, _ = model(tokens, positions=positions, tap=tap, depth=depth, logits_at=at, resume=resume)
     if plan.logits is None:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtc.errors import EditError
 from jaxtc.sharding.placement import Placement
 from jaxtc.tap.context import Context, Editing
-from jaxtc.tap.sites import BY_NAME, ORDER, Address, parse
+from jaxtc.tap.sites import BY_NAME, LOGITS, ORDER, Address, parse
 
 
 class Tap:
@@ -58,6 +58,11 @@ class Tap:
     def at(self, layer: int) -> "LayerTap":
         """The tap of one layer: ``tap(site, x)`` gives ``x`` as it is after the edits."""
         return LayerTap(self, layer)
+
+    @property
+    def all_logits(self) -> bool:
+        """Whether the logits of every token are needed, before or after the softcap."""
+        return any(map(self.touches, LOGITS))
 
     def touches(self, site: str, layer: int | None = None) -> bool:
         """Whether a capture, an edit or a reducer is of this site: then all of it is needed."""
