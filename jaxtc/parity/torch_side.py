@@ -312,7 +312,7 @@ def tell(step: str) -> None:
 
 
 def end_with_parent() -> None:
-    """Wait until the parent is gone, however it went: nobody reads what this process writes."""
+    """Exit once the parent is gone, however it went: its end of the pipe is closed."""
     os.read(0, 1)
     os._exit(130)
 
