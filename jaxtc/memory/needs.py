@@ -19,7 +19,7 @@ from jaxtc.memory.available import available
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import bucket, prepare
-from jaxtc.tap.sites import ORDER, Address
+from jaxtc.tap.sites import LOGITS, ORDER, Address
 
 # Needs below this are not worth a look at the machine.
 _SMALL = 64 * 2**20
@@ -201,7 +201,8 @@ def _measure(size: Size, parts: dict[str, Any], logits, beyond, weights: int) ->
         padding += sum(bytes_of(size.kept(part, cut=False)) for part in parts.values())
     all_logits, features = beyond
     widest = size.widest(features)
-    if logits == "all" or not (all_logits or Address("logits") in parts.values()):
+    all_logits |= any(address in parts.values() for address in map(Address, LOGITS))
+    if logits == "all" or not all_logits:
         del widest["logits"]
     work = max(total for total, _ in widest.values())
     return Estimate(shapes, size.logits(logits, size.length), weights, work, padding)
@@ -209,7 +210,9 @@ def _measure(size: Size, parts: dict[str, Any], logits, beyond, weights: int) ->
 
 def _beyond(reducers: Sequence[Reducer], edits: Sequence[Any]) -> tuple[bool, int]:
     """Whether all logits are made for these, and the features of their widest transcoder."""
-    whole = any(r.site.name == "logits" for r in reducers) or any(e.site == "logits" for e in edits)
+    whole = any(
+        site in LOGITS for site in [*(r.site.name for r in reducers), *(e.site for e in edits)]
+    )
     widest = 0
     for part in (*reducers, *edits):
         if isinstance(part, Features | Splice):  # edits of single features need no other

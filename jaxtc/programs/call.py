@@ -151,7 +151,7 @@ def last_logits(model: Gemma2, tokens, *, tap: Tap, **options) -> tuple[jax.Arra
 
     The others are not computed unless something is asked of them.
     """
-    if tap.touches("logits"):
+    if tap.all_logits:
         logits, cache = model(tokens, tap=tap, **options)
         return last_tokens(logits, tap.lengths), cache
     logits, cache = model(tokens, tap=tap, logits_at=tap.lengths - 1, **options)

@@ -234,7 +234,7 @@ def test_sites_lists_the_table_with_the_shapes_of_a_model(cli_run, folders, tmp_
     rows = {row["site"]: row for row in json.loads(out)}
     assert rows["q"]["shape"] == ["B", "T", 4, 8]
     assert rows["mlp_out"]["hf"] == "model.layers.N.post_feedforward_layernorm.output"
-    assert "hf" in rows["logits"]["refused"] and not rows["mlp_out"]["refused"]
+    assert "tl" in rows["final_norm"]["refused"] and not rows["mlp_out"]["refused"]
 
 
 @pytest.mark.parametrize("model", ["m" * 300, "~nosuchuser/m", "/nowhere"])
