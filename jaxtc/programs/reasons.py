@@ -101,7 +101,7 @@ def _walk(name: str, node: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(node, list | tuple):
         yield name, tuple(map(_kind, node))
     elif isinstance(node, jax.tree_util.Partial):
-        static = {"func": node.func}
+        yield name, _static(node.func)
     elif dataclasses.is_dataclass(node) and None not in names:
         yield name, type(node).__name__
         fields = [field.name for field in dataclasses.fields(node) if field.name not in names]
@@ -109,13 +109,16 @@ def _walk(name: str, node: Any) -> Iterator[tuple[str, Any]]:
     else:
         yield name, structure if node is not None else None
     for field, value in static.items():
-        if not _hashable(value):
-            continue  # part of no key, such as what a class keeps for itself
-        if callable(value) and jax.tree_util.all_leaves([value]):
-            value = _Function(id(value), getattr(value, "__name__", type(value).__name__))
-        yield f"{name}.{field}", value
+        if _hashable(value):  # others are part of no key
+            yield f"{name}.{field}", _static(value)
     for path, child in children:
         yield from _walk(name + jax.tree_util.keystr(path), child)
+
+
+def _static(value: Any) -> Any:
+    if callable(value) and jax.tree_util.all_leaves([value]):
+        return _Function(id(value), getattr(value, "__name__", type(value).__name__))
+    return value
 
 
 def _hashable(value: Any) -> bool:
@@ -156,4 +159,6 @@ def _reason(name: str, now: Any, before: Any) -> Reason:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, _Function):
+        return value.name
     return some(list(map(str, value)), 4) or "none" if isinstance(value, tuple) else str(value)

@@ -325,9 +325,24 @@ def test_a_new_function_object_is_named(kind):
             model(edits=[given])
     assert len(found) == 2
     assert found[1].because == (
-        f"edits[0].function{'' if kind is CallsStatic else '.func'}: another function object, "
-        "<lambda>: define it once outside the loop"
+        "edits[0].function: another function object, <lambda>: define it once outside the loop"
     )
+
+
+def test_a_function_in_place_of_a_score():
+    score = jaxtc.scores.Logit(3)
+
+    def plain(result):
+        return result
+
+    of = program("sweep", lambda of: 1.0)
+    with compiles() as found:
+        for given in (score, jaxtc.scores.Logit([3, 4]), jax.tree_util.Partial(plain), score):
+            of(given)
+    assert [one.because for one in found[1:]] == [
+        "of.token: int32[2] (was weak int32[])",
+        "of: another function object, plain: define it once outside the loop",
+    ]  # fmt: skip
 
 
 @jaxtc.register_edit("how")
