@@ -1,6 +1,7 @@
 """A call of the model: what its program takes, the program's body, its results."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -137,8 +138,8 @@ def forward(key: Key, leaves, tokens, lengths, edits, reducers, resume=None):
     tap = Tap(key.captures, edits, positions, lengths, reducers=reducers, placement=key.placement)
     depth = key.reach[0] + 1 if key.reach[0] < layers else None
     options = dict(positions=positions, tap=tap, depth=depth, resume=resume)
-    run = last_logits if key.logits == "last" else Gemma2.__call__
-    out, _ = run(model, tokens, **options)
+    ask = functools.partial(last_logits, model) if key.logits == "last" else model
+    out, _ = ask(tokens, **options)
     kept = out if key.logits else None, tap.activations, tap.stacked()
     if key.unsure:
         fine = all_fire(edits, key.config, key.reach, lengths)
