@@ -17,6 +17,7 @@ import jax
 import jax.monitoring
 
 from jaxtc.errors import some
+from jaxtc.interchange import owned
 from jaxtc.model.config import Gemma2Config
 from jaxtc.sharding.placement import Placement
 from jaxtc.sharding.rules import ShardingError
@@ -273,7 +274,7 @@ class Program:
         """
         count, seconds = _here.compiles, _here.seconds
         try:
-            out = self._jitted(*args)
+            out = self._jitted(*map(owned, args))
         except ValueError as error:
             if "incompatible devices" not in str(error):
                 raise
