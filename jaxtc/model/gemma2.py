@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxtc.interchange import plain
+from jaxtc.interchange import owned, plain
 from jaxtc.model.config import FULL, SLIDING, Gemma2Config
 from jaxtc.model.parameters import declare, normal, zeros
 from jaxtc.tap.tap import Tap
@@ -286,7 +286,9 @@ class Gemma2(nnx.Module):
             ``depth``; the cache is None when none was given.
         """
         config, tap = self.config, tap or Tap()
-        tokens, positions, segments, logits_at = plain((tokens, positions, segments, logits_at))
+        tokens, positions, segments, logits_at = owned(
+            plain((tokens, positions, segments, logits_at))
+        )
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         visible = masks(config, positions, segments, cache)
