@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxtc.captures.base import Reducer
 from jaxtc.captures.reducers import Features
-from jaxtc.captures.request import Asked, Captures, understand
+from jaxtc.captures.request import Asked, Captures, check_logits, understand
 from jaxtc.edits.features import Splice
 from jaxtc.errors import CapacityError, InputError
 from jaxtc.helpers import is_whole, pretty
@@ -137,8 +137,7 @@ def estimate(
     """
     config = model if isinstance(model, Gemma2Config) else model.config
     dtype = jnp.dtype(jnp.float32 if model is config else model.dtype)
-    if logits not in ("all", "last", None):
-        raise InputError(f"logits is {logits!r}, expected 'all', 'last' or None.")
+    check_logits(logits)
     asked = understand(capture, config.num_hidden_layers)
     if isinstance(tokens, tuple):
         batch, length = _shape(tokens)

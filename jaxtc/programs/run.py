@@ -10,9 +10,10 @@ import jax.numpy as jnp
 
 from jaxtc.captures.activations import Activations
 from jaxtc.captures.base import Reducer
-from jaxtc.captures.request import Asked, Captures, understand
+from jaxtc.captures.request import Asked, Captures, check_logits, understand
 from jaxtc.edits.base import Edit
-from jaxtc.edits.check import all_fire, check_edits
+from jaxtc.edits.check import check_edits
+from jaxtc.edits.judge import all_there
 from jaxtc.errors import InputError
 from jaxtc.interchange import below
 from jaxtc.memory.needs import check_run
@@ -71,6 +72,7 @@ def run(
     edits: Sequence[Edit] = (),
     logits: Literal["all", "last"] | None = "all",
     mesh: MeshLike | None = None,
+    checks: bool = False,
 ) -> RunResult:
     """Run prompts through the model once, keeping what is captured and applying edits.
 
@@ -92,6 +94,9 @@ def run(
         mesh: only needed inside a ``jax.jit`` of yours, where a model does not tell on which mesh
             it lies; elsewhere it must be the model's. Rows are divided over its axis ``data`` if
             there are enough. Results are arrays on the mesh, see :func:`jaxtc.to_numpy`.
+        checks: for debugging: where targets of edits are traced, name the ones that do not exist
+            through ``jax.experimental.checkify``. Under ``vmap`` alone that raises; inside ``jit``
+            wrap the function, ``error, out = checkify.checkify(f)(...)``, then ``error.throw()``.
 
     Raises:
         InputError: tokens the model cannot run, or nothing asked for.
@@ -102,13 +107,14 @@ def run(
         ShardingError: a mesh that is not the model's, or a transcoder that is not on it.
     """
     config = model.config
-    if logits not in ("all", "last", None):
-        raise InputError(f"logits is {logits!r}, expected 'all', 'last' or None.")
+    check_logits(logits)
     asked = understand(capture, config.num_hidden_layers)
     leaves = parameters(model)
     where = placed(model, leaves, mesh)
     call = Call.of(config, prepare(tokens, config, lengths), asked, edits, logits, where)
     check_run(config, leaves, call.size, asked.addresses, call.reducers, logits, call.edits)
+    if checks and call.plan.unsure:
+        all_there(call.edits, config, call.plan.reach, call.prompts.lengths, checks=True)
     return call.result(_run(*call.on_mesh(leaves), describe=lambda: call.facts(leaves)))
 
 
@@ -213,7 +219,7 @@ def forward(plan: Plan, leaves, tokens, lengths, edits, reducers, resume=None):
         out = out[:, 0] if at is not None else last_tokens(out, lengths)
     kept = out, tap.activations, tap.stacked()
     if plan.unsure:
-        fine = all_fire(edits, plan.config, plan.reach, lengths)
+        fine = all_there(edits, plan.config, plan.reach, lengths)
         kept = jax.tree.map(lambda x: jnp.where(fine, x, nothing(x)), kept)
     return kept
 
