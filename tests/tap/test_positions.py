@@ -237,7 +237,7 @@ def test_targets_together():
         (dict(site="mlp_out", coordinate=24), "this model has coordinates 0 to 23"),
         (dict(site="mlp_in_scale", coordinate=0), "has no axis for coordinate"),
         (dict(site="attn_pattern", coordinate=0), "has no axis for coordinate"),
-        (dict(site="mlp_out", key=0), "key=... is for attn_scores and attn_pattern only"),
+        (dict(site="mlp_out", key=0), "has no axis for key.*: attn_scores, attn_pattern.$"),
         (dict(site="mlp_out", row=[0, 3]), "the batch has rows 0 to 2"),
         (dict(site="mlp_out", row=True), "row must be whole numbers"),
         (dict(site="mlp_out", row=[[0]]), "row must be whole numbers, one or a row of them"),
