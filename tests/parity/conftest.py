@@ -12,6 +12,7 @@ import torch
 import jaxtc
 from jaxtc.parity import torch_side
 from tests.parity import oracles, reference, torch_transcoder
+from tests.parity.lab import Lab
 from tests.parity.oracles import Oracle
 
 # These models are so small that a second thread costs torch more than it gives.
@@ -124,3 +125,15 @@ def theirs(models, make_oracle) -> Callable[[Oracle, str, str], reference.Captur
         return torch_side.widen(torch_side.load(make_oracle(name).folder, torch.bfloat16))
 
     return lambda oracle, case, dtype="float32": capture(oracle.name, case, dtype)
+
+
+@pytest.fixture(scope="session")
+def labs(make_oracle, models, theirs) -> Callable[[str], Lab]:
+    """Labs by the oracle's name."""
+
+    @functools.cache
+    def make(name: str) -> Lab:
+        oracle = make_oracle(name)
+        return Lab(name, *models(oracle), oracle.prompts, theirs(oracle, "right"))
+
+    return make

@@ -8,7 +8,7 @@ new site leaves the others as they are.
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -226,14 +226,3 @@ class Lab:
             error = reference.relative([ours[row]], [theirs[row]])
             note("float32", figure, error, f"{self.name} row {row}")
             assert error <= TOLERANCE, f"row {row}: {error:.2e}"
-
-
-def maker(make_oracle, models, theirs) -> Callable[[str], Lab]:
-    """Labs by the oracle's name, each made once, from the fixtures of ``conftest.py``."""
-
-    @functools.cache
-    def make(name: str) -> Lab:
-        oracle = make_oracle(name)
-        return Lab(name, *models(oracle), oracle.prompts, theirs(oracle, "right"))
-
-    return make

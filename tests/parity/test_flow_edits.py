@@ -3,22 +3,14 @@
 Each row of a batch is edited in a way of its own.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 
 import jaxtc
-from tests.parity import lab, oracles, reference, torch_edits
+from tests.parity import oracles, reference, torch_edits
 from tests.parity.figures import note
-from tests.parity.lab import LAYERS, ORACLES, TOLERANCE, VISIBLE, Lab, both, cut
+from tests.parity.lab import LAYERS, ORACLES, TOLERANCE, VISIBLE, both, cut
 from tests.parity.torch_hooks import Hooked, Where
-
-
-@pytest.fixture(scope="module")
-def labs(make_oracle, models, theirs) -> Callable[[str], Lab]:
-    return lab.maker(make_oracle, models, theirs)
-
 
 # (prompt, targets). Some queries have nothing left to attend to: the first token, and those whose
 # window holds only what is cut.

@@ -13,7 +13,7 @@ import torch
 
 import jaxtc
 from jaxtc.tap.sites import BY_NAME, NORM_SCALES, Address
-from tests.parity import lab, reference, torch_edits, torch_hooks
+from tests.parity import reference, torch_edits, torch_hooks
 from tests.parity.figures import note
 from tests.parity.lab import LAYERS, ORACLES, SITES, Lab
 from tests.parity.oracles import EMBEDDED
@@ -22,11 +22,6 @@ from tests.parity.torch_hooks import Hooked, Where
 TOLERANCE = 1e-4
 # The sites looked at where other edits stand in between.
 SOME = ("embed", "attn_heads", "resid_mid", "mlp_in_normed", "mlp_act", "mlp_out", "final_norm")
-
-
-@pytest.fixture(scope="module")
-def labs(make_oracle, models, theirs) -> Callable[[str], Lab]:
-    return lab.maker(make_oracle, models, theirs)
 
 
 def weights(here: Lab, prompts: Sequence) -> np.ndarray:

@@ -16,7 +16,7 @@ import torch
 
 import jaxtc
 from jaxtc.tap.sites import BY_NAME, Site
-from tests.parity import lab, reference, torch_edits
+from tests.parity import reference, torch_edits
 from tests.parity.figures import note
 from tests.parity.lab import LAYERS, ORACLES, SITES, TOLERANCE, VISIBLE, At, Lab, cut, number
 from tests.parity.torch_hooks import Hooked, Where
@@ -164,11 +164,6 @@ CELLS = [
     for kind, site in itertools.product(KINDS, BY_NAME.values())
     if makes_sense(kind, site)
 ]
-
-
-@pytest.fixture(scope="module")
-def labs(make_oracle, models, theirs) -> Callable[[str], Lab]:
-    return lab.maker(make_oracle, models, theirs)
 
 
 @pytest.fixture(scope="module")
