@@ -52,10 +52,8 @@ _NAMES = {
     for name in (size, f"gemma-2-{size}", f"google/gemma-2-{size}", f"google/gemma-2-{size}-it")
 }
 _DOWNLOADS = {
-    MODEL: hub.download_model,
-    TOKENIZER: hub.download_tokenizer,
-    CONFIG: hub.download_config,
-}
+    MODEL: hub.download_model, TOKENIZER: hub.download_tokenizer, CONFIG: hub.download_config,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
