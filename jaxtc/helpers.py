@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.metadata
+import math
 import numbers
 import os
 from collections.abc import Callable
@@ -70,6 +71,15 @@ def write_whole(path: Path, text: str) -> None:
         if not device:
             with contextlib.suppress(OSError):
                 beside.unlink(missing_ok=True)
+
+
+def for_json(value: Any) -> Any:
+    """Tuples as lists, NaN and infinities as None: what JSON can hold."""
+    if isinstance(value, dict):
+        return {key: for_json(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [for_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def frozen_pytree(*static: str) -> Callable[[type], type]:

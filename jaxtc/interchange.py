@@ -109,8 +109,8 @@ def plain(given: Any) -> Any:
     """``given``, or as NumPy on the host where it is another library's array.
 
     The door of everything in jaxtc that takes an array. Lists and tuples are looked into; NumPy and
-    JAX arrays, traced ones and all else pass as they are. Compiled programs copy what is NumPy, so
-    a tensor that is written to after the call has no effect on it.
+    JAX arrays, traced ones and all else pass as they are. Nothing is copied here: :func:`owned`
+    does that where arrays are handed to JAX.
 
     Raises:
         InputError: a tensor that has no plain memory.
@@ -121,6 +121,22 @@ def plain(given: Any) -> Any:
     if kind is list or kind is tuple:
         return given if _COMMON.issuperset(map(type, given)) else kind(map(plain, given))
     return _on_host(given) if _foreign(given) else given
+
+
+def owned(tree: Any) -> Any:
+    """``tree`` with each NumPy array copied, so that no caller can write to what JAX reads.
+
+    On a CPU, JAX reads NumPy memory in place, or copies it in the background (jax issue #37830):
+    what is overwritten after a call returned changes results still being computed. That includes
+    ``jnp.asarray`` and ``jnp.array(x, copy=True)``, whose copy is a computation too.
+    """
+    if isinstance(tree, np.ndarray):
+        return tree.copy()
+    leaves, structure = jax.tree.flatten(tree)
+    if not any(issubclass(kind, np.ndarray) for kind in set(map(type, leaves))):
+        return tree
+    copies = [x.copy() if isinstance(x, np.ndarray) else x for x in leaves]
+    return jax.tree.unflatten(structure, copies)
 
 
 def plain_fields(instance: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from jaxtc.errors import InputError, SourceError
-from jaxtc.helpers import write_whole
+from jaxtc.helpers import for_json, write_whole
 from jaxtc.weights.files import local
 
 # No model has as many layers.
@@ -69,14 +69,14 @@ def check_place(option: str, path: Path) -> None:
 
 
 def write_json(path: Path | None, value: Any) -> None:
-    """What ``--json`` asked for: to a file, to stdout, or nothing.
+    """What ``--json`` asked for: to a file, to stdout, or nothing. NaN and infinities are null.
 
     Raises:
         SourceError: the file cannot be written.
     """
     if path is None:
         return
-    dumps = functools.partial(json.dumps, value, indent=2, allow_nan=False)
+    dumps = functools.partial(json.dumps, for_json(value), indent=2, allow_nan=False)
     text = dumps(ensure_ascii=False) + "\n"
     if path != STDOUT:
         write_whole(path, text)

@@ -60,12 +60,13 @@ def _draw(console: Console, config: Gemma2Config, model: str) -> None:
         shape = " ".join(map(str, site.shape(config.sizes)))
         table.add_row(site.name, site.axes, shape, meaning)
     console.print(table)
+    *once, last = (site.name for site in SITES if not site.per_layer)
     console.print(
         Text(
             f"Shapes of {model}: {config.num_hidden_layers} layers; B prompts, T (query) and S "
             "(key) positions are the prompt's. Address a site as layers.20.mlp_out, or mlp_out for "
-            "every layer; embed, final_scale, final_norm and logits exist once. Names of other "
-            "libraries are accepted too, but those marked refused, which hold another number.",
+            f"every layer; {', '.join(once)} and {last} exist once. Names of other libraries are "
+            "accepted too, but those marked refused, which hold another number.",
             "dim",
         )
     )

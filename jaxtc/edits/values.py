@@ -347,7 +347,7 @@ class Apply(Edit):
 
     def __post_init__(self):
         super().__post_init__()
-        if callable(self.function) and jax.tree.leaves(self.function)[:1] == [self.function]:
+        if callable(self.function) and jax.tree_util.all_leaves([self.function]):
             object.__setattr__(self, "function", jax.tree_util.Partial(self.function))
 
     def check(self, sizes, lengths):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtc.errors import InputError
-from jaxtc.interchange import plain_fields
+from jaxtc.interchange import owned, plain_fields
 from jaxtc.model.prompts import last_tokens
 from jaxtc.programs.call import RunResult
 
@@ -42,7 +42,7 @@ def _last(result: RunResult) -> jax.Array:
 
 def _of(logits: jax.Array, token: Any) -> jax.Array:
     """(B,) the entry of each row's token; NaN for an id that does not exist."""
-    ids = jnp.broadcast_to(jnp.asarray(token), logits.shape[:1])
+    ids = jnp.broadcast_to(jnp.asarray(owned(token)), logits.shape[:1])
     ids = jnp.where(ids < 0, logits.shape[1], ids)
     return logits.at[jnp.arange(len(logits)), ids].get(mode="fill", fill_value=jnp.nan)
 

@@ -24,6 +24,7 @@ from jaxtc.errors import InputError
 from jaxtc.experiments.axes import Over, at_place, axes_of, check_axes, named, overs_of, prepared
 from jaxtc.experiments.scores import as_pytree
 from jaxtc.helpers import is_whole
+from jaxtc.interchange import owned
 from jaxtc.memory.needs import check_fits
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import Prompts, prepare
@@ -153,7 +154,7 @@ def sweep(
         if progress is not None:
             jax.block_until_ready(kept)
             progress(min(start + chunk, len(order)), len(order))
-    return Sweep(_join(found, np.argsort(order), shape), axes)
+    return Sweep(_join(found, np.argsort(order), shape), owned(axes))
 
 
 @functools.partial(jax.jit, static_argnums=2)

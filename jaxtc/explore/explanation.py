@@ -4,8 +4,9 @@ Axis letters: T tokens of the prompt, M features, V vocabulary.
 """
 
 import dataclasses
-import math
 from typing import Any
+
+from jaxtc.helpers import for_json
 
 #: What each number of an :class:`Explanation` means; part of its JSON.
 CONVENTIONS = {
@@ -122,15 +123,4 @@ class Explanation:
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for ``json.dumps``, the conventions of its numbers included; NaN becomes None."""
-        return _plain({**dataclasses.asdict(self), "conventions": CONVENTIONS})
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, NaN and infinities as None: what JSON can hold."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+        return for_json({**dataclasses.asdict(self), "conventions": CONVENTIONS})

@@ -18,11 +18,11 @@ from jaxtc.memory.parts import Request
 from jaxtc.sharding.mesh import show
 from jaxtc.sharding.rules import DATA, MODEL, ShardingError
 
-# Shown for one accelerator.
+# Suggestions for one accelerator.
 _SHOWN = 3
-# Larger meshes are not looked for.
+# Larger meshes are not searched.
 _MOST_DEVICES = 256
-# Nor are more numbers of transcoders.
+# Nor are more counts of transcoders.
 _MOST_STEPS = 64
 
 
@@ -81,7 +81,7 @@ class Verdict:
         needed: by the plan, on each.
         fits: whether it does.
         suggestions: what would make it fit, the smallest change first; empty when it fits, or when
-            nothing that is tried would.
+            nothing that was tried does.
     """
 
     device: str

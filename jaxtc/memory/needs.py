@@ -19,9 +19,9 @@ from jaxtc.memory.available import available
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import bucket, prepare
-from jaxtc.tap.sites import ORDER, Address
+from jaxtc.tap.sites import LOGITS, ORDER, Address
 
-# Needs below this are not worth a look at the machine.
+# Below this, the machine is not asked.
 _SMALL = 64 * 2**20
 
 
@@ -29,10 +29,10 @@ def check_fits(bytes_needed: int, what: str, devices: Collection[jax.Device] | N
     """Refuse what cannot fit, before it is computed.
 
     Args:
-        bytes_needed: at the least, over all devices.
-        what: needs them, for the message: "What this run keeps".
-        devices: where, those of the weights say; over several, arrays are taken to be spread
-            evenly. The first one of this process by default.
+        bytes_needed: at least, over all devices.
+        what: what needs them, for the message: "What this run keeps".
+        devices: where, such as those of the weights; arrays are assumed to be spread evenly over
+            several. The first one of this process by default.
 
     Raises:
         CapacityError: less than that is available.
@@ -67,11 +67,11 @@ class Estimate:
     Attributes:
         shapes: what is kept, by its key in ``result.activations``: arrays' shapes and dtypes.
         logits: of the returned logits.
-        weights: of the model, which are there already once it is loaded.
-        workspace: of the largest array that one layer makes on the way (scores, the MLP's hidden
+        weights: of the model, already allocated once it is loaded.
+        workspace: of the largest intermediate array of one layer (scores, the MLP's hidden
             layer, a transcoder's features, or logits that are not returned); the compiled program
             holds some more.
-        padding: of what the program gives back, until it is cut to the prompts' length; 0 where
+        padding: of what the program returns, until it is cut to the prompts' length; 0 where
             that fills its bucket.
     """
 
@@ -93,7 +93,7 @@ class Estimate:
 
     @property
     def needed(self) -> int:
-        """What must be free for the run, at the least; the weights are not counted."""
+        """What must at least be free for the run; the weights are not counted."""
         return self.kept + self.padding + self.workspace
 
     def __str__(self):
@@ -123,7 +123,7 @@ def estimate(
         lengths: as ``run`` takes them.
         capture: as ``run`` takes it: addresses, reducers, or a dict of them.
         logits: "all", "last" or None.
-        edits: as ``run`` takes them; those that need logits or features of their own count.
+        edits: as ``run`` takes them; those that need logits or features count.
 
     Raises:
         InputError: prompts, a capture or a reducer that ``run`` would refuse.
@@ -163,7 +163,7 @@ def check_run(
 
     Args:
         config: of the model.
-        leaves: the model's arrays, which say the dtype and the devices; perhaps traced.
+        leaves: the model's arrays, for their dtype and devices; may be traced.
         shape: (B, T, W).
         captures: resolved addresses.
         reducers: as :meth:`jaxtc.reducers.Reducer.checked` gives them.
@@ -201,7 +201,8 @@ def _measure(size: Size, parts: dict[str, Any], logits, beyond, weights: int) ->
         padding += sum(bytes_of(size.kept(part, cut=False)) for part in parts.values())
     all_logits, features = beyond
     widest = size.widest(features)
-    if logits == "all" or not (all_logits or Address("logits") in parts.values()):
+    all_logits |= any(address in parts.values() for address in map(Address, LOGITS))
+    if logits == "all" or not all_logits:
         del widest["logits"]
     work = max(total for total, _ in widest.values())
     return Estimate(shapes, size.logits(logits, size.length), weights, work, padding)
@@ -209,7 +210,9 @@ def _measure(size: Size, parts: dict[str, Any], logits, beyond, weights: int) ->
 
 def _beyond(reducers: Sequence[Reducer], edits: Sequence[Any]) -> tuple[bool, int]:
     """Whether all logits are made for these, and the features of their widest transcoder."""
-    whole = any(r.site.name == "logits" for r in reducers) or any(e.site == "logits" for e in edits)
+    whole = any(
+        site in LOGITS for site in [*(r.site.name for r in reducers), *(e.site for e in edits)]
+    )
     widest = 0
     for part in (*reducers, *edits):
         if isinstance(part, Features | Splice):  # edits of single features need no other

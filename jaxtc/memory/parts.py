@@ -21,7 +21,7 @@ from jaxtc.model.config import FULL, Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import bucket
 from jaxtc.sharding.rules import CACHE, LETTERS, partition, variables
-from jaxtc.tap.sites import BY_NAME
+from jaxtc.tap.sites import BY_NAME, LOGITS
 from jaxtc.transcoders.transcoder import Transcoder
 
 # How many arrays of a kind are there at once, as XLA's memory_analysis() counts them: scores, their
@@ -155,7 +155,7 @@ class Request:
         # As if all were computed in float32.
         run = dataclasses.replace(self.size, width=self.width, dtype=np.dtype(np.float32))
         widest = run.widest(self.features * bool(self.transcoders))
-        if not any(reducer.site.name == "logits" for reducer in self.asked.reducers):
+        if not any(reducer.site.name in LOGITS for reducer in self.asked.reducers):
             del widest["logits"]
         held = {name: self._split(_AT_ONCE[name] * n, *axes) for name, (n, axes) in widest.items()}
         if self.new_tokens:

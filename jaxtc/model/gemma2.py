@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxtc.interchange import plain
+from jaxtc.interchange import owned, plain
 from jaxtc.model.config import FULL, SLIDING, Gemma2Config
 from jaxtc.model.parameters import declare, normal, zeros
 from jaxtc.tap.tap import Tap
@@ -35,8 +35,7 @@ class Cache:
         """Room for ``slots`` tokens of ``batch`` texts."""
         shape = (batch, slots, config.num_key_value_heads, config.head_dim)
         layers = range(config.num_hidden_layers)
-        keys, values = (tuple(jnp.zeros(shape, dtype) for _ in layers) for _ in range(2))
-        return cls(keys, values)
+        return cls(*(tuple(jnp.zeros(shape, dtype) for _ in layers) for _ in range(2)))
 
 
 def einsum(spec: str, *arrays: jax.Array, **options) -> jax.Array:
@@ -135,8 +134,7 @@ class Attention(nnx.Module):
             if past is not None:
                 past = k, v = write(past[0], k, positions), write(past[1], v, positions)
 
-        B, T, N, H = q.shape
-        S, K = k.shape[1:3]
+        (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
         with jax.named_scope("attn_scores"):
             q = q.reshape(B, T, K, N // K, H)
             scores = einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
@@ -150,7 +148,12 @@ class Attention(nnx.Module):
             heads = einsum("bkgts,bskh->btkgh", pattern, v).reshape(B, T, N, H)
             heads = tap("attn_heads", heads)
         with jax.named_scope("attn_proj"):
-            return tap("attn_proj", linear(heads, self.o[...])), past  # (B, T, D)
+            out = linear(heads, self.o[...])  # (B, T, D)
+            if tap.touches("head_out"):
+                each = tap("head_out", einsum("btnh,dnh->btnd", heads, self.o[...]))
+                # Summed in float32 and rounded once; without an edit it is the same number.
+                out = jnp.sum(each, axis=2) if tap.edited("head_out") else out
+            return tap("attn_proj", out), past
 
 
 class MLP(nnx.Module):
@@ -224,7 +227,7 @@ class Embedder(nnx.Module):
     def decode(self, x: jax.Array, tap: Tap) -> jax.Array:
         """(B, T, D) to softcapped logits, (B, T, V) float32."""
         logits = einsum("btd,vd->btv", x, self.weight[...], preferred_element_type=jnp.float32)
-        return tap("logits", softcap(logits, self.cap))
+        return tap("logits", softcap(tap("logits_uncapped", logits), self.cap))
 
 
 class Gemma2(nnx.Module):
@@ -239,8 +242,8 @@ class Gemma2(nnx.Module):
     def __init__(self, config: Gemma2Config, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.embed = Embedder(config, dtype, rngs)
-        layers = range(config.num_hidden_layers)
-        self.layers = nnx.List([Block(config, dtype, rngs) for _ in layers])
+        layers = config.num_hidden_layers
+        self.layers = nnx.List([Block(config, dtype, rngs) for _ in range(layers)])
         self.final_norm = Norm(config, dtype, rngs)
 
     @classmethod
@@ -283,8 +286,9 @@ class Gemma2(nnx.Module):
             ``depth``; the cache is None when none was given.
         """
         config, tap = self.config, tap or Tap()
-        given = (tokens, positions, segments, logits_at)
-        tokens, positions, segments, logits_at = plain(given)
+        tokens, positions, segments, logits_at = owned(
+            plain((tokens, positions, segments, logits_at))
+        )
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         visible = masks(config, positions, segments, cache)

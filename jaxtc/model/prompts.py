@@ -67,7 +67,7 @@ def prepare(tokens: Any, config: Gemma2Config, lengths: Any = None, extra: int =
             f"Prompt {row} is empty; a prompt needs at least one token, and Gemma-2 expects the "
             "first to be <bos> (the tokenizer adds it)."
         )
-    # Padding is seen by nobody; 0 is an id of every vocabulary.
+    # No token attends to padding; 0 is an id of every vocabulary.
     array = np.zeros((len(rows), bucket(int(held.max()))), np.int32)
     for index, (row, count) in enumerate(zip(rows, known, strict=True)):
         wrong = np.flatnonzero((row[:count] < 0) | (row[:count] >= config.vocab_size))
@@ -106,7 +106,7 @@ def _traced(tokens: Any, config: Gemma2Config, lengths: Any, extra: int) -> Prom
         lengths = known = _lengths(lengths, held)
         if (known < 1).any():
             raise InputError(f"lengths are at least 1, got {known.tolist()}.")
-    # What lies past a length may be no token at all, and its NaN would reach the others.
+    # Ids past a prompt's length may be out of range, and their NaN would reach other tokens.
     real = jnp.arange(length)[None] < jnp.asarray(lengths)[:, None]
     tokens = jnp.where(real, tokens, 0).astype(jnp.int32)
     padded = jnp.pad(tokens, [(0, 0), (0, bucket(length) - length)])
@@ -147,7 +147,7 @@ def _rows(tokens: Any) -> list[np.ndarray]:
 
 
 def _lengths(lengths: Any, held: np.ndarray) -> np.ndarray:
-    """(B,) lengths as given, none beyond the tokens that its row holds."""
+    """(B,) lengths as given, each at most what its row holds."""
     known = np.atleast_1d(np.asarray(lengths))
     if known.shape != held.shape or known.dtype.kind not in "iu":
         raise InputError(f"lengths must be {len(held)} whole numbers, got {lengths!r}.")

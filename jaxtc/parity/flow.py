@@ -55,7 +55,7 @@ def certify(
 
     The two run one after the other, so that one of them is in memory at a time; what the reference
     has at each site waits in a private temporary folder, float32 or, of ``truth``, float64: room
-    for it must be there (2B: 9 MB a token).
+    for it must be there (2B: 10 MB a token).
 
     Args:
         model: a hub id, a local folder, or ``"embedded"``.

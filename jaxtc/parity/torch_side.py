@@ -139,6 +139,8 @@ def derive(model: Gemma2ForCausalLM, layer: int, held: dict, positions, mask) ->
     block = model.model.layers[layer]
     for name, (site, source) in NORMS.items():
         held[site] = rate(block.get_submodule(name), held[source])
+    heads = held["attn_heads"].unflatten(-1, (-1, model.config.head_dim))
+    held["head_out"] = head_out(block.self_attn, heads)
     held["mlp_in_normed"] = block.pre_feedforward_layernorm._norm(held["resid_mid"].float())
     q, k = rotated(model, held["q_unrotated"], held["k_unrotated"], positions)
     held["q"], held["k"] = q.transpose(1, 2), k.transpose(1, 2)
@@ -147,6 +149,12 @@ def derive(model: Gemma2ForCausalLM, layer: int, held: dict, positions, mask) ->
     unseen = held["attn_pattern"].masked_select(~visible & mask[:, None, :, None].bool())
     if (unseen != 0).any():
         raise RuntimeError(f"layer {layer} attends where this module takes it to be masked")
+
+
+def head_out(attention: nn.Module, heads: torch.Tensor) -> torch.Tensor:
+    """(B, T, N, H) heads to each one's part of the output, (B, T, N, D)."""
+    weight = attention.o_proj.weight.unflatten(1, (-1, attention.head_dim))
+    return torch.einsum("btnh,dnh->btnd", heads, weight)
 
 
 def rate(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -304,7 +312,7 @@ def tell(step: str) -> None:
 
 
 def end_with_parent() -> None:
-    """Wait until the parent is gone, however it went: nobody reads what this process writes."""
+    """Exit once the parent is gone, however it went: its end of the pipe is closed."""
     os.read(0, 1)
     os._exit(130)
 

@@ -1,6 +1,7 @@
 """A call of the model: what its program takes, the program's body, its results."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -137,8 +138,8 @@ def forward(key: Key, leaves, tokens, lengths, edits, reducers, resume=None):
     tap = Tap(key.captures, edits, positions, lengths, reducers=reducers, placement=key.placement)
     depth = key.reach[0] + 1 if key.reach[0] < layers else None
     options = dict(positions=positions, tap=tap, depth=depth, resume=resume)
-    run = last_logits if key.logits == "last" else Gemma2.__call__
-    out, _ = run(model, tokens, **options)
+    ask = functools.partial(last_logits, model) if key.logits == "last" else model
+    out, _ = ask(tokens, **options)
     kept = out if key.logits else None, tap.activations, tap.stacked()
     if key.unsure:
         fine = all_fire(edits, key.config, key.reach, lengths)
@@ -151,7 +152,7 @@ def last_logits(model: Gemma2, tokens, *, tap: Tap, **options) -> tuple[jax.Arra
 
     The others are not computed unless something is asked of them.
     """
-    if tap.touches("logits"):
+    if tap.all_logits:
         logits, cache = model(tokens, tap=tap, **options)
         return last_tokens(logits, tap.lengths), cache
     logits, cache = model(tokens, tap=tap, logits_at=tap.lengths - 1, **options)

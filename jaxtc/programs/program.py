@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.monitoring
 
+from jaxtc.interchange import owned
 from jaxtc.programs.reasons import Advice, Reason, differences, facts
 from jaxtc.sharding.rules import ShardingError
 
@@ -121,7 +122,7 @@ class Program:
         """
         count, seconds = _here.compiles, _here.seconds
         try:
-            out = self._jitted(*args)
+            out = self._jitted(*map(owned, args))
         except ValueError as error:
             if "incompatible devices" not in str(error):
                 raise

@@ -92,7 +92,7 @@ def facts(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def _walk(name: str, node: Any) -> Iterator[tuple[str, Any]]:
     """Facts of a pytree: the shapes of its arrays and, node by node, what is static."""
     children, structure = jax.tree_util.tree_flatten_with_path(node, lambda x: x is not node)
-    static = {}
+    names, static = [getattr(path[0], "name", None) for path, _ in children if path], {}
     if children and not children[0][0]:
         aval = jax.typeof(node)
         weak = "weak " if getattr(aval, "weak_type", False) else ""  # a Python number
@@ -101,21 +101,32 @@ def _walk(name: str, node: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(node, list | tuple):
         yield name, tuple(map(_kind, node))
     elif isinstance(node, jax.tree_util.Partial):
-        static = {"func": node.func}
-    elif dataclasses.is_dataclass(node):
+        yield name, _static(node.func)
+    elif dataclasses.is_dataclass(node) and None not in names:
         yield name, type(node).__name__
-        data = {getattr(path[0], "name", None) for path, _ in children}
-        static = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
-        static = {field: value for field, value in static.items() if field not in data}
+        fields = [field.name for field in dataclasses.fields(node) if field.name not in names]
+        static = {field: getattr(node, field) for field in fields}
     else:
         yield name, structure if node is not None else None
     for field, value in static.items():
-        if callable(value) and jax.tree_util.all_leaves([value]):
-            value = _Function(id(value), getattr(value, "__name__", type(value).__name__))
-        yield f"{name}.{field}", value
+        if _hashable(value):  # others are part of no key
+            yield f"{name}.{field}", _static(value)
     for path, child in children:
-        if path[0] is not None:
-            yield from _walk(name + jax.tree_util.keystr(path), child)
+        yield from _walk(name + jax.tree_util.keystr(path), child)
+
+
+def _static(value: Any) -> Any:
+    if callable(value) and jax.tree_util.all_leaves([value]):
+        return _Function(id(value), getattr(value, "__name__", type(value).__name__))
+    return value
+
+
+def _hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _kind(node: Any) -> str:
@@ -148,4 +159,6 @@ def _reason(name: str, now: Any, before: Any) -> Reason:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, _Function):
+        return value.name
     return some(list(map(str, value)), 4) or "none" if isinstance(value, tuple) else str(value)

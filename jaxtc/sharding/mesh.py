@@ -128,6 +128,8 @@ def put(x: Any, sharding: NamedSharding) -> jax.Array:
     """``x`` laid out so. In many processes each has the same ``x`` or its part of a global one."""
     if isinstance(x, jax.Array) and x.sharding == sharding:
         return x
+    if isinstance(x, np.ndarray):
+        x = x.copy()  # jax may read it in place, and callers may write to it
     if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
     if jnp.issubdtype(getattr(x, "dtype", np.float32), jax.dtypes.prng_key):

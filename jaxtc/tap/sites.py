@@ -127,6 +127,8 @@ SITES: tuple[Site, ...] = (
          hf="self_attn.output.1", tl="attn.hook_pattern"),
     Site("attn_heads", "B T N H", "each head's mix of values",
          hf="self_attn.o_proj.input", tl="attn.hook_z"),
+    Site("head_out", "B T N D", "each head's part of attn_proj; computed only when asked for",
+         tl="attn.hook_result"),
     Site("attn_proj", "B T D", "output projection, before the post norm", hf="self_attn.output"),
     Site("attn_out_scale", "B T 1", "1/rms of the post-attention norm", float32=True,
          tl="ln1_post.hook_scale", unlike=_inverse("ln1_post.hook_scale")),
@@ -158,13 +160,14 @@ SITES: tuple[Site, ...] = (
          hf="norm.output", tl="ln_final.hook_normalized",
          unlike=(("ln_final.hook_normalized",
                   "TransformerLens has it before the gain, jaxtc after it"),)),
-    Site("logits", "B T V", "softcapped logits", per_layer=False, float32=True,
-         hf="lm_head.output",
-         unlike=(("lm_head.output", "that module's output is not softcapped yet; jaxtc's is"),)),
+    Site("logits_uncapped", "B T V", "logits before the softcap", per_layer=False, float32=True,
+         hf="lm_head.output"),
+    Site("logits", "B T V", "softcapped logits", per_layer=False, float32=True),
 )  # fmt: skip
 
 BY_NAME: dict[str, Site] = {site.name: site for site in SITES}
 ORDER: dict[str, int] = {site.name: index for index, site in enumerate(SITES)}
+LOGITS: tuple[str, ...] = tuple(site.name for site in SITES if "V" in site.letters)
 NORM_SCALES: tuple[str, ...] = tuple(site.name for site in SITES if site.kind == "scale")
 
 

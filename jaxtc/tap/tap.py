@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtc.errors import EditError
 from jaxtc.sharding.placement import Placement
 from jaxtc.tap.context import Context, Editing
-from jaxtc.tap.sites import BY_NAME, ORDER, Address, parse
+from jaxtc.tap.sites import BY_NAME, LOGITS, ORDER, Address, parse
 
 
 class Tap:
@@ -59,10 +59,20 @@ class Tap:
         """The tap of one layer: ``tap(site, x)`` gives ``x`` as it is after the edits."""
         return LayerTap(self, layer)
 
-    def touches(self, site: str) -> bool:
+    @property
+    def all_logits(self) -> bool:
+        """Whether the logits of every token are needed, before or after the softcap."""
+        return any(map(self.touches, LOGITS))
+
+    def touches(self, site: str, layer: int | None = None) -> bool:
         """Whether a capture, an edit or a reducer is of this site: then all of it is needed."""
-        asked = {one.site for one in (*self.captures, *self.edits)}
-        return site in asked | {name for name, _ in self._reducer_addresses}
+        asked = {Address(name, at) for name, at in self._reducer_addresses} | self.captures
+        found = {Address(site), Address(site, layer)} & asked
+        return bool(found) or site in self._read_sites or self.edited(site, layer)
+
+    def edited(self, site: str, layer: int | None = None) -> bool:
+        """Whether an edit may change this site."""
+        return any(edit.site == site and _could(edit, layer) for edit in self.edits)
 
     def __call__(self, site: str, x: jax.Array, layer: int | None = None) -> jax.Array:
         """Apply the edits of this site to ``x``, keep it if asked for, and give it back."""
@@ -208,6 +218,14 @@ class LayerTap:
     def __call__(self, site: str, x: jax.Array) -> jax.Array:
         """As :meth:`Tap.__call__` at this layer."""
         return self.tap(site, x, self.layer)
+
+    def touches(self, site: str) -> bool:
+        """As :meth:`Tap.touches` at this layer."""
+        return self.tap.touches(site, self.layer)
+
+    def edited(self, site: str) -> bool:
+        """As :meth:`Tap.edited` at this layer."""
+        return self.tap.edited(site, self.layer)
 
     def unless_replaced(
         self, site: str, compute: Callable[[], jax.Array], *, after: str

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.errors import InputError
-from jaxtc.interchange import plain
+from jaxtc.interchange import owned, plain
 from jaxtc.transcoders.transcoder import SparseFeatures
 
 __all__ = [
@@ -255,7 +255,7 @@ def next_token_loss(logits: Any, tokens: Any) -> jax.Array:
         (B, T−1) float32; entry t is the loss of token t+1. To leave out special tokens as answers,
         average with ``Mean().update(loss, mask[:, 1:])``.
     """
-    return _next_token_loss(plain(logits), plain(tokens))
+    return _next_token_loss(*owned(plain((logits, tokens))))
 
 
 @jax.jit

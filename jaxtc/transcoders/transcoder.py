@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtc.errors import CapacityError, JaxtcError
 from jaxtc.helpers import is_whole
-from jaxtc.interchange import plain
+from jaxtc.interchange import owned, plain
 from jaxtc.model.parameters import Init, declare, he_uniform, zeros
 from jaxtc.sharding.mesh import mesh_of, put
 from jaxtc.sharding.placement import Placement, mix_rows, placement_of, top_k
@@ -232,7 +232,7 @@ class Transcoder(nnx.Module):
         Raises:
             JaxtcError: this transcoder has a skip connection and ``x`` is missing.
         """
-        y = jnp.matmul(plain(a), self.W_dec[...], precision="highest") + self.b_dec[...]
+        y = jnp.matmul(owned(plain(a)), self.W_dec[...], precision="highest") + self.b_dec[...]
         return self._skipped(y, x)
 
     def __call__(self, x: jax.Array, *, placement: Placement | None = None) -> jax.Array:
@@ -276,7 +276,7 @@ class Transcoder(nnx.Module):
         Raises:
             JaxtcError: as :meth:`decode`.
         """
-        features = jax.tree.map(plain, features)
+        features = owned(jax.tree.map(plain, features))
         here = self._placement()
         mix = mix_rows if here is None else _mixed_on_mesh
         mixed = mix(features.values, features.ids, self.W_dec[...], here, "features")
@@ -284,7 +284,7 @@ class Transcoder(nnx.Module):
 
     def _input(self, x: jax.Array) -> jax.Array:
         """``x`` in the transcoder's dtype, its width checked."""
-        x = plain(x)
+        x = owned(plain(x))
         if x.shape[-1:] != (self.d_in,):
             heads = x.ndim > 1 and x.shape[-2] * x.shape[-1] == self.d_in
             raise JaxtcError(

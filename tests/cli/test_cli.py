@@ -19,6 +19,7 @@ from rich.status import Status
 
 import jaxtc
 from jaxtc.cli.explain import draw
+from jaxtc.cli.options import STDOUT, write_json
 from jaxtc.cli.runtime import make_private
 from jaxtc.tap.sites import SITES
 from tests.support import tiny
@@ -234,7 +235,7 @@ def test_sites_lists_the_table_with_the_shapes_of_a_model(cli_run, folders, tmp_
     rows = {row["site"]: row for row in json.loads(out)}
     assert rows["q"]["shape"] == ["B", "T", 4, 8]
     assert rows["mlp_out"]["hf"] == "model.layers.N.post_feedforward_layernorm.output"
-    assert "hf" in rows["logits"]["refused"] and not rows["mlp_out"]["refused"]
+    assert "tl" in rows["final_norm"]["refused"] and not rows["mlp_out"]["refused"]
 
 
 @pytest.mark.parametrize("model", ["m" * 300, "~nosuchuser/m", "/nowhere"])
@@ -330,3 +331,14 @@ class TestMakePrivate:
         folder.mkdir(mode=0o700)
         os.chown(folder, 12345, 12345)
         assert "belongs to another user" in make_private(folder)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_json_is_valid_whatever_the_numbers_and_the_terminal(encoding, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", out)
+    write_json(STDOUT, {"loss": float("nan"), "l0": (float("inf"), 1.5), "token": "▁Zürich"})
+    out.flush()
+    text = out.buffer.getvalue().decode(encoding)
+    assert json.loads(text) == {"loss": None, "l0": [None, 1.5], "token": "▁Zürich"}
+    assert ("▁Zürich" in text) == (encoding == "utf-8")

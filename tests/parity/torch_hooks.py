@@ -8,6 +8,7 @@ modules on tensors they were given:
 - the sites of a norm: its output is computed again from its input;
 - ``attn_scores``, ``attn_pattern``, ``attn_proj``: what ``self_attn`` returns is computed again,
   from the hooked outputs of its projections;
+- ``head_out``: ``o_proj``'s output is the sum over its heads;
 - ``resid_mid``: the second norm's input is changed, and the layer's output is the changed stream
   plus what the MLP adds to it;
 - ``logits``: the output of the whole model, after the softcap.
@@ -38,7 +39,7 @@ NORMS = {
     "norm": ("final_scale", None, "final_norm"),
 }
 SPECIAL = {name for sites in NORMS.values() for name in sites} | {
-    "q", "k", "attn_scores", "attn_pattern", "attn_proj", "resid_mid", "logits"
+    "q", "k", "attn_scores", "attn_pattern", "attn_proj", "head_out", "resid_mid", "logits"
 }  # fmt: skip
 LEAST = torch.finfo(torch.float32).min
 
@@ -286,6 +287,13 @@ class Hooks:
         for site, module in (("q", attention.q_proj), ("k", attention.k_proj)):
             if self.at(site, layer):
                 self.on_output(module, turned(site))
+        if self.at("head_out", layer):
+
+            def summed(_, args, out):
+                each = torch_side.head_out(attention, split(args[0]))
+                return self.change("head_out", each, layer).sum(2)
+
+            self.handles.append(attention.o_proj.register_forward_hook(summed))
         if again:
             for name in ("q_proj", "k_proj", "v_proj"):
                 self.on_output(attention.get_submodule(name), keep(name))

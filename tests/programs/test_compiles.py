@@ -328,9 +328,24 @@ def test_a_new_function_object_is_named(kind):
             model(edits=[given])
     assert len(found) == 2
     assert found[1].because == (
-        f"edits[0].function{'' if kind is CallsStatic else '.func'}: another function object, "
-        "<lambda>: define it once outside the loop"
+        "edits[0].function: another function object, <lambda>: define it once outside the loop"
     )
+
+
+def test_a_function_in_place_of_a_score():
+    score = jaxtc.scores.Logit(3)
+
+    def plain(result):
+        return result
+
+    of = program("sweep", lambda of: 1.0)
+    with compiles() as found:
+        for given in (score, jaxtc.scores.Logit([3, 4]), jax.tree_util.Partial(plain), score):
+            of(given)
+    assert [one.because for one in found[1:]] == [
+        "of.token: int32[2] (was weak int32[])",
+        "of: another function object, plain: define it once outside the loop",
+    ]  # fmt: skip
 
 
 @jaxtc.register_edit("how")
@@ -381,6 +396,28 @@ def test_the_record_of_earlier_calls_is_bounded_and_holds_no_array():
     del made
     gc.collect()
     assert array() is None
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass
+class Opaque:
+    """A pytree whose children have no names."""
+
+    array: object
+    how: str
+
+    def tree_flatten(self):
+        return (self.array,), self.how
+
+    @classmethod
+    def tree_unflatten(cls, how, children):
+        return cls(*children, how)
+
+
+def test_a_pytree_of_another_make():
+    said = why(dict(edits=[Opaque(V, "a")]), dict(edits=[Opaque(V[:2], "a")]))
+    assert said.startswith("edits[0]") and f"float32[2] (was float32[{D}])" in said
+    assert why(dict(edits=[Opaque(V, "a")]), dict(edits=[Opaque(V, "b")])).startswith("edits[0]:")
 
 
 # The log

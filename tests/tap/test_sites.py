@@ -1,15 +1,18 @@
 """The table of sites, and the forward pass that must agree with it."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from jaxtc.edits.values import Scale
 from jaxtc.errors import SiteError
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.tap.sites import BY_NAME, NORM_SCALES, SITES, Address, parse, resolve
 from jaxtc.tap.tap import Tap
 from tests.support import tiny
+from tests.support.batch import run
 
 LAYERS = tiny.config().num_hidden_layers
 
@@ -105,6 +108,8 @@ def test_foreign_names(site, alias, unlike):
         ("layers.1.mlp.output", ("mlp_proj", 1)),
         ("model.embed_tokens", ("embed", None)),
         ("model.norm", ("final_norm", None)),
+        ("lm_head", ("logits_uncapped", None)),
+        ("blocks.1.mlp.hook_pre", ("mlp_gate", 1)),
         ("blocks.0.hook_mlp_out", ("mlp_out", 0)),
         ("blocks.*.hook_resid_mid", ("resid_mid", None)),
         ("hook_embed", ("embed", None)),
@@ -123,7 +128,6 @@ def test_short_foreign_names(alias, expected):
         ("layers.-4.mlp_out", "asks for layer -4"),
         ("layers.1.logits", "once, not per layer; ask for 'logits'"),
         ("blocks.1.ln1.hook_scale", "keeps the rms itself"),
-        ("lm_head", "not softcapped yet"),
         ("ln_final.hook_normalized", "before the gain"),
         ("layers.1.5.mlp_out", "no site called"),
         ("", "no site called"),
@@ -140,3 +144,36 @@ def test_sequence_axis():
     for site in SITES:
         assert site.letters[site.sequence_axis] == ("T" if "T" in site.letters else "S")
     assert BY_NAME["attn_pattern"].sequence_axis == 2 and np.all(BY_NAME["k"].sequence_axis == 1)
+
+
+def test_head_out_is_computed_only_when_asked_for():
+    def shapes(**options):
+        tap = Tap(positions=jnp.arange(5)[None], lengths=jnp.array([5]), **options)
+        made = jax.make_jaxpr(lambda ids: tiny.model()(ids, tap=tap)[0])(jnp.ones((1, 5), int))
+        N, D = (tiny.config().sizes[letter] for letter in "ND")
+        return str(made).count(f":f32[1,5,{N},{D}] = ")
+
+    assert not shapes()
+    assert (
+        0
+        < shapes(captures=[Address("head_out", 1)]) * LAYERS
+        == shapes(captures=resolve("head_out", LAYERS))
+    )
+
+
+def test_head_out_adds_up_to_attn_proj():
+    """A capture leaves every bit as it was; an edit's heads add up."""
+    sites = ["head_out", "attn_proj", "attn_heads"]
+    plain = run(capture=sites[1:])
+    found = run(capture=sites)
+    assert (found.logits == plain.logits).all()
+    each, proj = found.activations["head_out"], found.activations["attn_proj"]
+    np.testing.assert_allclose(each.sum(3), proj, atol=2e-6)
+    halved = run(edits=[Scale(0.5, site="head_out", head=1, layer=1)], capture=sites).activations
+    expected = np.array(each[1])
+    expected[:, :, 1] *= 0.5
+    np.testing.assert_allclose(halved["layers.1.head_out"], expected, atol=2e-6)
+    np.testing.assert_allclose(halved["layers.1.attn_proj"], expected.sum(2), atol=2e-6)
+    # Of a head, the same as of what it mixes.
+    same = run(edits=[Scale(0.5, site="attn_heads", head=1, layer=1)], capture=sites).activations
+    np.testing.assert_allclose(halved["attn_proj"], same["attn_proj"], atol=5e-6)
