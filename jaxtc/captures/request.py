@@ -137,3 +137,14 @@ def check_per_token(asked: Asked) -> None:
                 "Give a reducer of each token (Norm, TopK, Project, Features) or the address "
                 "itself; or run the model once more: jaxtc.run(model, found.sequences, ...)."
             )
+
+
+def check_logits(logits: Any, needed: bool = False) -> None:
+    """Refuse what does not say which logits are wanted; None too, where they are needed.
+
+    Raises:
+        InputError: it is neither "all", "last" nor None.
+    """
+    if logits not in ("all", "last") and (needed or logits is not None):
+        expected = "'all' or 'last'" if needed else "'all', 'last' or None"
+        raise InputError(f"logits is {logits!r}, expected {expected}.")

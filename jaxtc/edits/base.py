@@ -5,10 +5,9 @@ The kinds are in ``values``, ``flow`` and ``features`` beside this file; anyone 
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, dataclass_transform
+from typing import Any, NamedTuple, dataclass_transform
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.errors import EditError
@@ -18,8 +17,43 @@ from jaxtc.tap.context import Context, PerLayer
 from jaxtc.tap.positions import is_traced, one_array, spelled
 from jaxtc.tap.sites import BY_NAME, parse
 
-# The fields by which an edit says where it applies.
-TARGETS = ("layer", "position", "row", "head", "coordinate", "key")
+
+class Index(NamedTuple):
+    """A target of whole numbers, one or several, each an index of an axis.
+
+    Attributes:
+        letters: the axis: the first of the site's that is among these; L is the layers, B the rows,
+            others may come from :attr:`Edit.sizes`.
+        back: whether negative ones count from the end.
+        distinct: whether none may be named twice.
+    """
+
+    letters: str
+    back: bool = True
+    distinct: bool = False
+
+
+class Tokens(NamedTuple):
+    """A target of tokens, in any spelling of :func:`jaxtc.tap.positions.locate`.
+
+    Attributes:
+        rows: the field that names the rows which must have those tokens.
+        keys: whether they are keys (axis S beside T), which are tokens of the prompt only.
+    """
+
+    rows: str = "row"
+    keys: bool = False
+
+
+# The fields by which every edit says where it applies, and what each ranges over.
+TARGETS: dict[str, Index | Tokens] = {
+    "layer": Index("L"),
+    "position": Tokens(),
+    "row": Index("B", back=False),
+    "head": Index("NK"),
+    "coordinate": Index("DHFV"),
+    "key": Tokens(keys=True),
+}
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=False)
@@ -46,19 +80,6 @@ def own_shape(edit: "Edit", value: Any, layers: int) -> tuple[int, ...]:
             f"sites that each layer has; got shape {shape} for {edit.site}."
         )
     return shape[1:]
-
-
-def whole_numbers(given: Any) -> Any:
-    """Whole numbers as compiled programs take them, however they were written: int32, one array.
-
-    What is traced stays as it is, and so do random keys; a sweep's axis keeps its form.
-    """
-
-    def one(leaf: Any) -> Any:
-        key = jnp.issubdtype(getattr(leaf, "dtype", np.int32), jax.dtypes.prng_key)
-        return leaf if key or is_traced(leaf) else np.asarray(leaf).astype(np.int32)
-
-    return jax.tree.map(one, given)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,6 +110,8 @@ class Edit:
     coordinate: Any = dataclasses.field(default=None, kw_only=True)
     key: Any = dataclasses.field(default=None, kw_only=True)
 
+    # What each target ranges over; a kind with more of them adds to these.
+    targets = TARGETS
     # Sites of the same layer that `new` asks its context for.
     reads = ()
     # Fields that hold a value of the site's shape, or one that broadcasts to it.
@@ -109,8 +132,8 @@ class Edit:
         plain_fields(self)
         name, layer = parse(self.site)
         object.__setattr__(self, "site", name)
-        for field in TARGETS:
-            form = spelled if field in ("position", "key") else one_array
+        for field, target in self.targets.items():
+            form = spelled if isinstance(target, Tokens) else one_array
             object.__setattr__(self, field, form(getattr(self, field)))
         if layer is not None:
             if self.layer is not None:
@@ -136,6 +159,22 @@ class Edit:
             sizes: of the axis letters, "L" among them for the layers; T and S are the true length.
             lengths: (B,) tokens of each prompt, None inside a trace.
         """
+
+    def fits(self, rows: np.ndarray, lengths: np.ndarray) -> Any:
+        """(...,) booleans: whether targets that exist fit each other; None where they always do.
+
+        Asked on the host only, for ``rows`` (..., B), booleans, of prompts of ``lengths`` (B,);
+        "..." are the variants of a sweep. Inside a trace :meth:`new` gives NaN in its place.
+        """
+
+    def misfit(self, rows: np.ndarray, lengths: np.ndarray) -> str:
+        """What is wrong where :meth:`fits` is false, for messages."""
+        return "its targets do not fit each other."
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes of axes of its own that targets range over, by letter."""
+        return {}
 
     @property
     def layers(self) -> tuple[int, ...] | None:

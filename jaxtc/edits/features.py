@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtc.edits.base import Edit, own_shape, register_edit, whole_numbers
+from jaxtc.edits.base import TARGETS, Edit, Index, own_shape, register_edit
 from jaxtc.errors import EditError
 from jaxtc.tap.context import Context, own
-from jaxtc.tap.positions import is_traced, one_array
+from jaxtc.tap.positions import is_traced
 from jaxtc.tap.sites import BY_NAME, parse
 from jaxtc.transcoders.transcoder import Transcoder
 
@@ -174,16 +174,20 @@ class FeatureEdit(TranscoderEdit):
     """
 
     feature: Any
+    targets = TARGETS | {"feature": Index("M", back=False, distinct=True)}
 
-    def __post_init__(self):
-        super().__post_init__()
-        object.__setattr__(self, "feature", one_array(self.feature))
-
-    def check(self, sizes, lengths):
-        """Refuse features that the transcoder does not have, and amounts of another shape."""
-        super().check(sizes, lengths)
+    @property
+    def sizes(self) -> dict[str, int]:
+        """M, the transcoder's features."""
         if isinstance(self.transcoder, Mapping):
             raise EditError(f"{self} takes one transcoder; give an edit for each layer.")
+        if not isinstance(self.transcoder, Transcoder):
+            raise self._no_transcoder()
+        return {"M": self.transcoder.features}
+
+    def check(self, sizes, lengths):
+        """Refuse amounts of another shape than the features."""
+        super().check(sizes, lengths)
         for name in self.amounts:
             value = getattr(self, name)
             shape = () if value is None else own_shape(self, value, sizes["L"])
@@ -192,24 +196,6 @@ class FeatureEdit(TranscoderEdit):
                     f"{self}: {name} of shape {shape} is neither one number nor one for each "
                     f"feature, {np.shape(self.feature)}."
                 )
-        if is_traced(self.feature):
-            return
-        ids = np.asarray(self.feature)
-        if ids.dtype.kind not in "iu" or ids.ndim > 1 or not ids.size:
-            raise EditError(f"{self}: feature is an id or a row of ids, got {self.feature!r}.")
-        features = self.transcoder.features
-        if (ids < 0).any() or (ids >= features).any():
-            wrong = ids[(ids < 0) | (ids >= features)].ravel()[0] if ids.ndim else int(ids)
-            raise EditError(
-                f"{self}: feature {wrong} does not exist; this transcoder has features 0 to "
-                f"{features - 1}."
-            )
-        if len(np.unique(ids)) < ids.size:
-            raise EditError(f"{self}: a feature is named twice in {ids.tolist()}.")
-
-    def prepared(self):
-        """With ids in one dtype besides, however they were written."""
-        return dataclasses.replace(super().prepared(), feature=whole_numbers(self.feature))
 
     def changed(self, a: jax.Array, layer: int) -> jax.Array:
         """The activations (B, T, K) of a layer as they shall be."""

@@ -3,17 +3,16 @@
 Axis letters: B batch, N heads, T query position, S key position.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtc.edits.base import Edit, register_edit, whole_numbers
+from jaxtc.edits.base import TARGETS, Edit, Index, Tokens, register_edit
 from jaxtc.errors import EditError
 from jaxtc.tap.context import Context
-from jaxtc.tap.positions import FOREVER, Places, is_traced, one_array, spelled
+from jaxtc.tap.positions import FOREVER, Places
 
 __all__ = ["Copy", "KnockOut"]
 
@@ -37,73 +36,61 @@ class Copy(Edit):
     from_row: Any = None
     from_position: Any = None
 
-    def __post_init__(self):
-        super().__post_init__()
-        object.__setattr__(self, "from_row", one_array(self.from_row))
-        object.__setattr__(self, "from_position", spelled(self.from_position))
+    targets = TARGETS | {
+        "from_row": Index("B", back=False),
+        "from_position": Tokens(rows="from_row"),
+    }
 
     def check(self, sizes, lengths):
-        """Refuse rows that do not exist, positions that do not pair, and copying nothing."""
+        """Refuse copying nothing, and sources of another number than what they are copied to."""
         if self.from_row is None and self.from_position is None:
             raise EditError(f"{self} copies nothing: give from_row, from_position or both.")
-        batch = sizes["B"]
-        if self.from_row is not None and not is_traced(self.from_row):
-            rows = np.asarray(self.from_row)
-            if rows.dtype.kind not in "iu" or rows.shape not in ((), (batch,)):
-                raise EditError(
-                    f"{self}: from_row is one row or one for each of the {batch} rows, got "
-                    f"{self.from_row!r}."
-                )
-            if (rows < 0).any() or (rows >= batch).any():
-                raise EditError(
-                    f"{self}: from_row is {rows.tolist()}; the batch has rows 0 to {batch - 1}."
-                )
-            self._check_lengths(rows, lengths)
+        if np.shape(self.from_row) not in ((), (sizes["B"],)):
+            raise EditError(
+                f"{self}: from_row is one row or one for each of the {sizes['B']} rows, got "
+                f"{self.from_row!r}."
+            )
         if self.from_position is not None:
-            pairs = self.position.at.shape[1] if isinstance(self.position, Places) else 1
             if not isinstance(self.from_position, Places):
                 raise EditError(f"{self}: from_position must be whole numbers or a jaxtc.Token.")
-            if self.from_position.at.shape[1] not in (1, pairs):
+            pairs = self.position.at.shape[1] if isinstance(self.position, Places) else 1
+            count = self.from_position.at.shape[1]
+            if count not in (1, pairs):
                 raise EditError(
-                    f"{self}: from_position names {self.from_position.at.shape[1]} positions, "
-                    f"expected 1 or {pairs}, as many as `position`."
+                    f"{self}: from_position names {count} positions, expected 1 or {pairs}, as "
+                    "many as `position`."
                 )
 
-    def prepared(self):
-        """With rows in one dtype, however they were written."""
-        return dataclasses.replace(self, from_row=whole_numbers(self.from_row))
+    def fits(self, rows, lengths):
+        """Without ``from_position``: the row copied from has the same tokens to give."""
+        return None if self.from_position is not None else (self._has(lengths) | ~rows).all(-1)
 
-    def _check_lengths(self, rows: np.ndarray, lengths: np.ndarray | None) -> None:
-        if lengths is None or self.from_position is not None:
-            return
-        if is_traced((self.row, self.position)):
-            return
-        given = np.arange(len(lengths)) if self.row is None else np.atleast_1d(self.row)
-        sources = np.broadcast_to(rows, len(lengths))[given]
+    def misfit(self, rows, lengths):
+        """Which rows lack them."""
+        row = int(np.argmax(~self._has(lengths) & rows))
+        source = int(np.broadcast_to(self.from_row, rows.shape)[row])
+        what = "all"
         if isinstance(self.position, Places):
-            self._check_places(given, sources, lengths)
-        elif (lengths[sources] != lengths[given]).any():
-            raise EditError(
-                f"{self}: rows {given.tolist()} have {lengths[given].tolist()} tokens, the rows "
-                f"copied from {lengths[sources].tolist()}. Name positions (such as -1), or use "
-                "prompts of one length."
-            )
-
-    def _check_places(self, rows: np.ndarray, sources: np.ndarray, lengths: np.ndarray) -> None:
-        """Refuse what one prompt has and the other lacks, or what comes at another step."""
-        past, past_there = (
-            self.position.at[some] - lengths[some][:, None] for some in (rows, sources)
+            what = f"position {', '.join(map(str, self.position.at[source]))}"
+        return (
+            f"it copies {what} of row {source}, which has {lengths[source]} tokens, into row {row} "
+            f"of {lengths[row]}. Count from the end (position=-1), say where to copy from "
+            "(from_position=...), or use prompts of one length."
         )
-        wrong = (past_there >= 0) & (past != past_there) | (past_there < 0) & (past >= 0)
-        wrong |= self.position.at[sources] < 0
-        if wrong.any():
-            pair, place = np.argwhere(wrong)[0]
-            row, source = int(rows[pair]), int(sources[pair])
-            raise EditError(
-                f"{self} copies position {self.position.at[source, place]} of row {source}, which "
-                f"has {lengths[source]} tokens, into row {row} of {lengths[row]}. Count from the "
-                "end (position=-1), or say where to copy from: from_position=..."
-            )
+
+    def _has(self, lengths: np.ndarray) -> np.ndarray:
+        """(..., B) booleans: whether the row that each is copied from has the same tokens."""
+        froms = np.atleast_1d(np.clip(self.from_row, 0, len(lengths) - 1))
+        froms = np.broadcast_to(froms, (*froms.shape[:-1], len(lengths)))
+        if not isinstance(self.position, Places):
+            return lengths[froms] == lengths
+        at, froms = np.broadcast_arrays(self.position.at, froms[..., None])
+        taken = np.take_along_axis(at, froms, axis=-2)
+        # A whole prompt is read at once, so any of its tokens can be copied to any. What follows is
+        # generated one by one, so there both must come at the same step.
+        step, step_there = at - lengths[:, None], taken - lengths[froms]
+        paired = np.where(step_there < 0, step < 0, step_there == step)
+        return ((taken >= 0) & paired).all(-1)
 
     @property
     def needs_prompt(self) -> bool:

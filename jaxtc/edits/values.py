@@ -6,7 +6,6 @@ each applies (layer, position, row, head, ...) is said by the fields that all sh
 need a transcoder in :mod:`jaxtc.edits.features`.
 """
 
-import dataclasses
 from typing import Any, Literal
 
 import jax
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.captures.activations import Activations
-from jaxtc.edits.base import Edit, own_shape, register_edit, whole_numbers
+from jaxtc.edits.base import Edit, own_shape, register_edit
 from jaxtc.errors import EditError
 from jaxtc.interchange import plain
 from jaxtc.tap.context import Context, PerLayer, own
@@ -198,15 +197,14 @@ class ProjectOut(Edit):
         each = isinstance(self.direction, PerLayer)
         known = np.asarray(self.direction.array if each else self.direction, np.float64)
         known = known.reshape(sizes["L"] if each else 1, -1, shape[-1])
-        count = known.shape[1]
-        for one in known[np.isfinite(known).all((1, 2))]:
-            lengths = np.linalg.norm(one, axis=-1, keepdims=True)
-            rank = np.linalg.matrix_rank(one / np.where(lengths > 0, lengths, 1))
-            if rank < count:
-                raise EditError(
-                    f"{self}: the {count} directions span only {rank} dimensions (a direction of "
-                    "zeros spans none); give linearly independent ones."
-                )
+        known = known[np.isfinite(known).all((1, 2))]
+        norms, count = np.linalg.norm(known, axis=-1, keepdims=True), known.shape[1]
+        rank = np.linalg.matrix_rank(known / np.where(norms > 0, norms, 1)).min(initial=count)
+        if rank < count:
+            raise EditError(
+                f"{self}: the {count} directions span only {rank} dimensions (a direction "
+                "of zeros spans none); give linearly independent ones."
+            )
 
     def new(self, x: jax.Array, context: Context) -> jax.Array:
         """``x`` without its component in the span of the directions."""
@@ -250,10 +248,6 @@ class Noise(Edit):
             raise EditError(
                 f"{self}: seed is a whole number or a jax.random.key(...), got {self.seed!r}."
             )
-
-    def prepared(self):
-        """With the seed in one dtype, however it was written."""
-        return dataclasses.replace(self, seed=whole_numbers(self.seed))
 
     def new(self, x: jax.Array, context: Context) -> jax.Array:
         """``x + scale · N(0, 1)``."""

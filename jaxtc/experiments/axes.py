@@ -2,26 +2,24 @@
 
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtc.edits.base import TARGETS, Edit
-from jaxtc.errors import EditError, InputError, JaxtcError
+from jaxtc.edits.base import Edit
+from jaxtc.edits.check import check_edits, settled
+from jaxtc.edits.judge import judge, settle, sizes_of
+from jaxtc.errors import EditError, InputError
+from jaxtc.model.config import Gemma2Config
+from jaxtc.model.prompts import Prompts
 from jaxtc.tap.positions import is_traced, one_array
 
+KEYS = jax.dtypes.prng_key
 # Kinds of values that a program takes.
-NUMBERS = (jnp.number, jnp.bool_, jax.dtypes.prng_key)
-
-
-# Whether a value of one of these is there can depend on that of another.
-TOGETHER = {"position", "row", "key", "from_position", "from_row"}
-# Ids that are there from 0 on: when the ends of an axis fit, all of it does.
-IDS = {"feature", "coordinate"}
+NUMBERS = (jnp.number, jnp.bool_, KEYS)
 
 
 @jax.tree_util.register_dataclass
@@ -120,72 +118,53 @@ def prepared(edit: Edit) -> Edit:
     return jax.tree.unflatten(structure, kept)
 
 
-def check_axes(edit: Edit, check: Callable[[Edit], Any]) -> None:
-    """Check an edit at each value of each of its axes, the others at their first.
+def check_axes(edit: Edit, config: Gemma2Config, reach: tuple[int, int], prompts: Prompts) -> None:
+    """Refuse the first value along an axis that is there in no combination with the others.
 
-    Where what is there depends on several axes, a value is fine if it is with some of the others.
+    Raises:
+        EditError, SiteError: as :func:`jaxtc.edits.check.check_edits`.
     """
-    overs = [(field, Over(_known(over.values), over.name)) for field, over in overs_of(edit)]
-    if not overs:
-        check(edit)
+    edit = jax.tree.map(_on_host, edit, is_leaf=_is_over)
+    overs = overs_of(edit)
+    axes = {over.name: len(over) for _, over in overs}
+    if not axes:
+        check_edits([edit], config, reach, prompts)
         return
-    known = iter([over for _, over in overs])
-    edit = jax.tree.map(lambda x: next(known) if _is_over(x) else x, edit, is_leaf=_is_over)
-    done = _all_there(edit, check)
-    sizes = {over.name: len(over) for field, over in overs if field not in done}
-    joint = {over.name: len(over) for field, over in overs if field in TOGETHER}
-    ends = {over.name: _ends(over.values) for field, over in overs if field in IDS}
-    for name, size in sizes.items():
-        alone = sum(over.name == name for _, over in overs) == 1
-        for index in ends.get(name, range(size)) if alone else range(size):
-            try:
-                check(at_place(edit, {name: index}))
-            except JaxtcError:
-                if name not in joint or not _somewhere(edit, check, joint, name, index):
-                    raise
+    first = settled(at_place(edit, {}), config, prompts)
+    if type(edit).check is not Edit.check:
+        for name in {over.name: None for field, over in overs if field not in edit.targets}:
+            for index in range(1, axes[name]):
+                settled(at_place(edit, {name: index}), config, prompts)
+    sizes = sizes_of(first, config, len(prompts.tokens))
+    lengths = prompts.lengths if prompts.known_lengths is None else prompts.known_lengths
+    targets = {}
+    for field in {field: None for field, _ in overs if field in edit.targets}:
+        value, mine = getattr(edit, field), {over.name for name, over in overs if name == field}
+        lead = [size if name in mine else 1 for name, size in axes.items()]
+        places = [dict(zip(axes, place, strict=True)) for place in np.ndindex(*lead)]
+        each = [settle(first, field, at_place(value, p), sizes, prompts, 0) for p in places]
+        targets[field] = jax.tree.map(functools.partial(_stacked, lead), *each)
+    found = judge(dataclasses.replace(first, **targets), sizes, reach, lengths)
+    problems = sum(np.broadcast_to(~fine, (*axes.values(),)).astype(int) for fine in found.values())
+    for axis, name in enumerate(axes):
+        least = problems.min(tuple(i for i in range(len(axes)) if i != axis))
+        if least.any():
+            index = int(np.argmax(least > 0))
+            # Of its combinations the one with the fewest problems tells what is wrong with it.
+            others = np.take(problems, [index], axis)
+            place = dict(zip(axes, np.unravel_index(others.argmin(), others.shape), strict=True))
+            check_edits([at_place(edit, place | {name: index})], config, reach, prompts)
 
 
-def _all_there(edit: Edit, check: Callable[[Edit], Any]) -> set[str]:
-    """The targets whose axes are fine: an edit that names all their values at once is.
-
-    That is one check in place of hundreds; when it fails, they are checked one by one.
-    """
-    plain = {
-        field: np.unique(over.values)
-        for field in TARGETS
-        if _is_over(over := getattr(edit, field))
-        and isinstance(over.values, np.ndarray)
-        and over.values.ndim == 1
-        and over.values.dtype.kind in "iu"
-    }
-    try:
-        check(at_place(dataclasses.replace(edit, **plain), {}))
-    except JaxtcError:
-        return set()
-    return set(plain)
+def _stacked(lead: Sequence[int], *arrays: Any) -> Any:
+    """A target's values, one after the other, as an array with an axis for each of the sweep."""
+    xp = jnp if is_traced(arrays) else np
+    array = xp.stack([xp.atleast_1d(x) for x in arrays])
+    return array.reshape(*lead, *array.shape[1:])
 
 
-def _ends(values: Any) -> Sequence[int]:
-    """Where the lowest and the highest are, of whole numbers; else everywhere."""
-    if is_traced(values) or values.ndim > 1 or values.dtype.kind not in "iu":
-        return range(len(values))
-    return [int(values.argmin()), int(values.argmax())]
-
-
-def _somewhere(edit: Edit, check, joint: Mapping[str, int], name: str, index: int) -> bool:
-    """Whether a value fits with some combination of the others."""
-    ranges = [range(size) if other != name else [index] for other, size in joint.items()]
-    for place in itertools.product(*ranges):
-        try:
-            check(at_place(edit, dict(zip(joint, place, strict=True))))
-        except JaxtcError:
-            continue
-        return True
-    return False
-
-
-def _known(values: Any) -> Any:
-    """As NumPy, whose single entries are cheap to take; keys and traced values as they are."""
-    if is_traced(values) or jnp.issubdtype(values.dtype, jax.dtypes.prng_key):
-        return values
-    return np.asarray(values)
+def _on_host(node: Any) -> Any:
+    """An axis with its values as NumPy, whose entries are cheap; keys and traced ones stay."""
+    if not _is_over(node) or is_traced(node) or jnp.issubdtype(node.values.dtype, KEYS):
+        return node
+    return Over(np.asarray(node.values), node.name)

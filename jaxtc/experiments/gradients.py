@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtc.captures.activations import Activations
-from jaxtc.captures.request import understand
+from jaxtc.captures.request import check_logits, understand
 from jaxtc.edits.base import Edit
 from jaxtc.edits.values import Add
 from jaxtc.errors import InputError
@@ -79,8 +79,7 @@ def gradients(
     asked = understand(sites, config.num_hidden_layers)
     if not asked.addresses or asked.reducers:
         raise InputError("Name the sites whose gradients are wanted, such as 'resid_post'.")
-    if logits not in ("all", "last"):
-        raise InputError(f"logits is {logits!r}, expected 'all' or 'last'.")
+    check_logits(logits, needed=True)
     Call.of(config, prompts, asked, edits, logits)  # raises outside of any trace
     size = estimate(model, prompts.tokens.shape, capture=sites, logits=logits)
     check_fits(3 * size.kept, "These activations, their gradients and the pass back")

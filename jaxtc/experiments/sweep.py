@@ -17,9 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtc.captures.request import Captures, understand
+from jaxtc.captures.request import Captures, check_logits, understand
 from jaxtc.edits.base import Edit
-from jaxtc.edits.check import check_edits
 from jaxtc.errors import InputError
 from jaxtc.experiments.axes import Over, at_place, axes_of, check_axes, named, overs_of, prepared
 from jaxtc.experiments.scores import as_pytree
@@ -111,8 +110,7 @@ def sweep(
         ShardingError: as :func:`jaxtc.run`.
     """
     config, layers = model.config, model.config.num_hidden_layers
-    if logits not in ("all", "last", None):
-        raise InputError(f"logits is {logits!r}, expected 'all', 'last' or None.")
+    check_logits(logits)
     of = as_pytree(of)
     prompts = prepare(tokens, config, lengths)
     asked = understand(capture, layers)
@@ -120,7 +118,7 @@ def sweep(
     edits = [named(edit) for edit in edits]
     axes = axes_of(edits)
     for edit in edits:
-        check_axes(edit, lambda one: check_edits([one], config, reach, prompts))
+        check_axes(edit, config, reach, prompts)
     edits = [prepared(edit) for edit in edits]
     shape = tuple(map(len, axes.values()))
     places = np.stack(np.unravel_index(np.arange(math.prod(shape)), shape), axis=1)

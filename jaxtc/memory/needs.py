@@ -10,7 +10,7 @@ import jax
 
 from jaxtc.captures.base import Reducer
 from jaxtc.captures.reducers import Features
-from jaxtc.captures.request import Captures, understand
+from jaxtc.captures.request import Captures, check_logits, understand
 from jaxtc.edits.features import Splice
 from jaxtc.errors import CapacityError, InputError
 from jaxtc.helpers import gigabytes, is_whole
@@ -130,8 +130,7 @@ def estimate(
         SiteError: an address that names nothing here.
     """
     config = model if isinstance(model, Gemma2Config) else model.config
-    if logits not in ("all", "last", None):
-        raise InputError(f"logits is {logits!r}, expected 'all', 'last' or None.")
+    check_logits(logits)
     asked = understand(capture, config.num_hidden_layers)
     by_site = sorted(asked.addresses, key=lambda address: ORDER[address.site])
     asked = dataclasses.replace(asked, addresses=tuple(by_site))

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from jaxtc.captures.request import Captures, check_per_token, understand
+from jaxtc.captures.request import Captures, check_logits, check_per_token, understand
 from jaxtc.errors import InputError, did_you_mean
 from jaxtc.helpers import gigabytes, is_whole, whole_number
 from jaxtc.memory.advice import Verdict, divisors, judge
@@ -153,8 +153,7 @@ def plan(
         )
     if logits == "unset":
         logits = None if new_tokens else "all"
-    if logits not in ("all", "last", None):
-        raise InputError(f"logits is {logits!r}, expected 'all', 'last' or None.")
+    check_logits(logits)
     if logits and new_tokens:
         raise InputError("A generation gives no logits back; capture='logits' keeps them.")
     understood = understand(capture, config.num_hidden_layers)

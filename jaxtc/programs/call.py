@@ -12,7 +12,8 @@ from jaxtc.captures.activations import Activations
 from jaxtc.captures.base import Reducer
 from jaxtc.captures.request import Asked
 from jaxtc.edits.base import Edit
-from jaxtc.edits.check import all_fire, check_edits
+from jaxtc.edits.check import check_edits
+from jaxtc.edits.judge import all_there
 from jaxtc.errors import InputError
 from jaxtc.interchange import below
 from jaxtc.model.config import Gemma2Config
@@ -142,7 +143,7 @@ def forward(key: Key, leaves, tokens, lengths, edits, reducers, resume=None):
     out, _ = ask(tokens, **options)
     kept = out if key.logits else None, tap.activations, tap.stacked()
     if key.unsure:
-        fine = all_fire(edits, key.config, key.reach, lengths)
+        fine = all_there(edits, key.config, key.reach, lengths)
         kept = jax.tree.map(lambda x: jnp.where(fine, x, nothing(x)), kept)
     return kept
 

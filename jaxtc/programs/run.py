@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from jaxtc.captures.request import Captures, understand
+from jaxtc.captures.request import Captures, check_logits, understand
 from jaxtc.edits.base import Edit
-from jaxtc.errors import InputError
+from jaxtc.edits.judge import all_there
 from jaxtc.memory.needs import check_run
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import prepare
@@ -26,6 +26,7 @@ def run(
     edits: Sequence[Edit] = (),
     logits: Literal["all", "last"] | None = "all",
     mesh: MeshLike | None = None,
+    checks: bool = False,
 ) -> RunResult:
     """Run prompts through the model once, keeping what is captured and applying edits.
 
@@ -47,6 +48,9 @@ def run(
         mesh: only needed inside a ``jax.jit`` of yours, where a model does not tell on which mesh
             it lies; elsewhere it must be the model's. Rows are divided over its axis ``data`` if
             there are enough. Results are arrays on the mesh, see :func:`jaxtc.to_numpy`.
+        checks: for debugging: where targets of edits are traced, name the ones that do not exist
+            through ``jax.experimental.checkify``. Under ``vmap`` alone that raises; inside ``jit``
+            wrap the function, ``error, out = checkify.checkify(f)(...)``, then ``error.throw()``.
 
     Raises:
         InputError: tokens the model cannot run, or nothing asked for.
@@ -57,11 +61,12 @@ def run(
         ShardingError: a mesh that is not the model's, or a transcoder that is not on it.
     """
     config = model.config
-    if logits not in ("all", "last", None):
-        raise InputError(f"logits is {logits!r}, expected 'all', 'last' or None.")
+    check_logits(logits)
     asked = understand(capture, config.num_hidden_layers)
     leaves = parameters(model)
     where = placed(model, leaves, mesh)
     call = Call.of(config, prepare(tokens, config, lengths), asked, edits, logits, where)
     check_run(config, leaves, call.size, asked.addresses, call.reducers, logits, call.edits)
+    if checks and call.key.unsure:
+        all_there(call.edits, config, call.key.reach, call.prompts.lengths, checks=True)
     return call.result(_run(*call.on_mesh(leaves)))

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,9 +65,7 @@ class Context:
         Raises:
             EditError: the shape does not broadcast to that of ``x``.
         """
-        if isinstance(value, PerLayer):
-            value = value.array[self.layer]
-        value = jnp.asarray(value).astype(x.dtype)
+        value = jnp.asarray(own(value, self.layer)).astype(x.dtype)
         try:
             fits = jnp.broadcast_shapes(value.shape, x.shape) == x.shape
         except ValueError:
@@ -79,34 +77,3 @@ class Context:
                 'values in `values = ("value",)`: they are padded as the prompts are.)'
             )
         return value
-
-
-class Editing(Protocol):
-    """What the tap asks of an edit; :class:`jaxtc.Edit` is the base class that has it all.
-
-    Attributes:
-        site: where it applies (static); layer, position, row, head, coordinate and key narrow that
-            down, as resolved by ``jaxtc.edits.check``; None is everywhere.
-        reads: sites of the same layer that ``new`` asks its context for.
-        handles_key: whether ``new`` applies ``key`` itself.
-        costly: whether to branch around ``new`` at the layers where it does not apply.
-        layers: the only layers it could ever apply to, when that is static.
-        replaces: whether what the model computes here is unused where this applies.
-    """
-
-    site: str
-    layer: Any
-    position: Any
-    row: Any
-    head: Any
-    coordinate: Any
-    key: Any
-    reads: tuple[str, ...]
-    handles_key: bool
-    costly: bool
-    layers: tuple[int, ...] | None
-    replaces: bool
-
-    def new(self, x: jax.Array, context: Context) -> jax.Array:
-        """The value of the whole site after the edit."""
-        ...

@@ -1,8 +1,9 @@
-"""Which tokens: every way to name positions of a prompt, brought to one of three forms.
+"""Which tokens: every spelling of a position, brought to one of three forms that become a mask.
 
-``run`` and ``generate`` call :func:`resolve` once a call, on the host wherever values are known, so
-compiled programs only ever see absolute positions of each batch row. Axis letters: B batch, T
-tokens, P positions named.
+:func:`spelled` makes a pytree of what the user wrote, :func:`locate` counts it from the front of
+each row (on the host wherever values are known), :func:`present` tells whether those tokens exist,
+and ``selects`` of the three forms gives the mask. Axis letters: B batch, T tokens, P positions
+named; "..." are the variants of a sweep.
 """
 
 import dataclasses
@@ -171,17 +172,10 @@ def is_traced(tree: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
-def resolve(
-    position: Any,
-    tokens: Any,
-    lengths: Any,
-    length: int,
-    *,
-    extra: int = 0,
-    rows: np.ndarray | None = None,
-    what: str = "position",
+def locate(
+    position: Any, tokens: Any, lengths: Any, length: int, *, new: bool = False, what: Any
 ) -> Places | Span | Mask:
-    """Absolute positions in each row.
+    """Absolute positions in each row, whether or not those tokens exist (:func:`present` tells).
 
     Args:
         position: an int (negative from each prompt's own end), ints (P,) or (B, P), a slice, a
@@ -189,77 +183,54 @@ def resolve(
         tokens: (B, W) ids, padded.
         lengths: (B,) tokens of each prompt.
         length: T, the longest prompt.
-        extra: tokens that will follow the prompts.
-        rows: (B,) booleans, the rows that must have these positions; all by default.
+        new: whether tokens will be generated after the prompts.
         what: who asks, for messages.
 
     Raises:
-        EditError: a position that some prompt does not have, or that names nothing. Where values
-            are traced nothing is raised: ``exist`` of the result tells.
+        EditError: what is no position, or has the wrong shape.
     """
     position = spelled(position)
-    known = not is_traced((position, lengths, tokens if isinstance(position, Token) else None))
-    xp = np if known else jnp
+    traced = is_traced((position, lengths, tokens if isinstance(position, Token) else None))
+    xp = jnp if traced else np
     lengths = xp.asarray(lengths, np.int32)
-    if isinstance(position, Part):
-        if position == NEW and not extra:
-            raise EditError(f"{what}: 'new' names generated tokens, and run generates none.")
-        start, stop = (0 * lengths, lengths)
-        # Everything after the prompt is new, however many tokens follow.
-        return (
-            Span(start, stop, "prompt")
-            if position == PROMPT
-            else Span(stop, start + FOREVER, "new")
-        )
+
+    def each(given: Any, name: str) -> Any:
+        """(B,) whole numbers from one, or one a row."""
+        numbers = xp.asarray(given)
+        if numbers.dtype.kind not in "iu" or numbers.shape not in ((), lengths.shape):
+            raise EditError(
+                f"{what}: {name} are whole numbers, one or one a prompt; got {given!r}."
+            )
+        return xp.broadcast_to(as_int32(numbers), lengths.shape)
+
     if isinstance(position, Token):
-        found = Places(_find(position, tokens, lengths, xp, what)[:, None])
-    elif isinstance(position, Slice):
-        found = Span(
-            _from_front(0 if position.start is None else position.start, lengths, xp, what),
-            _from_front(FOREVER if position.stop is None else position.stop, lengths, xp, what),
-        )
-    else:
-        found = _numbers(position, lengths, tokens.shape[1], length, what, xp)
-    if known:
-        _refuse(found, position, lengths, extra, rows, what)
-    return found
+        parts = position.id, position.occurrence, position.offset
+        numbers = [each(part, f"in {position} the numbers") for part in parts]
+        return Places(_find(*numbers, xp.asarray(tokens), lengths, xp)[:, None])
+    if isinstance(position, Slice):
+        bounds = zip((position.start, position.stop), (0, FOREVER), strict=True)
+        ends = [each(end if given is None else given, "bounds of a slice") for given, end in bounds]
+        return Span(*(xp.where(end < 0, xp.maximum(end + lengths, 0), end) for end in ends))
+    if isinstance(position, Part):
+        if position == PROMPT:
+            return Span(0 * lengths, lengths, "prompt")
+        if not new:
+            raise EditError(f"{what}: 'new' names generated tokens, and run generates none.")
+        # Everything after the prompt is new, however many tokens follow.
+        return Span(lengths, 0 * lengths + FOREVER, "new")
+    return _numbers(position, lengths, tokens.shape[1], length, what, xp)
 
 
-def _find(token: Token, tokens: Any, lengths: Any, xp: Any, what: str) -> Any:
-    """(B,) where each row has the token, :data:`NOWHERE` if it does not."""
-    tokens = xp.asarray(tokens)
-    each = [_one_a_row(part, lengths, xp, f"{what}: in {token} the numbers") for part in (
-        token.id, token.occurrence, token.offset
-    )]  # fmt: skip
-    wanted, occurrence, offset = each
-    real = xp.arange(tokens.shape[1]) < lengths[:, None]
-    hits = (tokens == wanted[:, None]) & real
+def _find(wanted: Any, occurrence: Any, offset: Any, tokens: Any, lengths: Any, xp: Any) -> Any:
+    """(B,) where each row has its token, :data:`NOWHERE` if it does not."""
+    hits = (tokens == wanted[:, None]) & (xp.arange(tokens.shape[1]) < lengths[:, None])
     count = xp.cumsum(hits, axis=1)
     which = xp.where(occurrence >= 0, occurrence + 1, count[:, -1] + occurrence + 1)
     chosen = hits & (count == which[:, None])
     return xp.where(chosen.any(1), chosen.argmax(1) + offset, NOWHERE).astype(np.int32)
 
 
-def _from_front(bound: Any, lengths: Any, xp: Any, what: str) -> Any:
-    """(B,) a slice's bound, counted from the front and not below 0."""
-    bound = _one_a_row(bound, lengths, xp, f"{what}: bounds of a slice")
-    return xp.where(bound < 0, xp.maximum(bound + lengths, 0), bound).astype(np.int32)
-
-
-def _one_a_row(given: Any, lengths: Any, xp: Any, what: str) -> Any:
-    """(B,) whole numbers from one, or one a row."""
-    numbers = xp.asarray(given)
-    if numbers.dtype.kind not in "iu" or numbers.shape not in ((), lengths.shape):
-        raise EditError(f"{what} are whole numbers, one or one a prompt; got {given!r}.")
-    return xp.broadcast_to(_bounded(numbers, xp), lengths.shape)
-
-
-def _bounded(numbers: Any, xp: Any) -> Any:
-    """Whole numbers that stay what they are, or out of reach, as int32."""
-    return numbers if xp is jnp else np.clip(numbers, NOWHERE, FOREVER).astype(np.int32)
-
-
-def _numbers(position: Any, lengths: Any, width: int, length: int, what: str, xp: Any):
+def _numbers(position: Any, lengths: Any, width: int, length: int, what: Any, xp: Any):
     given = xp.asarray(position)
     batch = len(lengths)
     if given.dtype == bool:
@@ -280,43 +251,71 @@ def _numbers(position: Any, lengths: Any, width: int, length: int, what: str, xp
             f"{what}: positions of shape {given.shape} are a row for each prompt, of which there "
             f"are {batch}."
         )
-    given = _bounded(given if given.ndim == 2 else xp.atleast_1d(given)[None], xp)
-    at = xp.where(given < 0, given + lengths[:, None], given)
-    return Places(xp.broadcast_to(at, (batch, at.shape[1])).astype(np.int32))
+    at = as_int32(given if given.ndim == 2 else xp.atleast_1d(given)[None])
+    at = xp.where(at < 0, at + lengths[:, None], at)
+    return Places(xp.broadcast_to(at, (batch, at.shape[1])))
 
 
-def _refuse(found, position, lengths, extra, rows, what) -> None:
-    """Raise for the first row that lacks what is named."""
-    fine = found.exist(lengths + extra)
-    wrong = ~fine if rows is None else ~fine & rows
-    if isinstance(found, Mask) and not wrong.any():
-        on = found.on if rows is None else found.on[rows]
-        if not on.any():
-            raise EditError(f"{what}: no position of the mask is on, so nothing would change.")
-    if not wrong.any():
-        return
+def as_int32(numbers: Any) -> Any:
+    """Whole numbers as int32; on the host, those that do not fit stay out of range."""
+    if not is_traced(numbers):
+        numbers = np.clip(numbers, NOWHERE, FOREVER)
+    return numbers.astype(np.int32)
+
+
+def present(found: Places | Span | Mask, ends: Any, rows: Any) -> Any:
+    """(...,) booleans: all of ``rows`` (..., B) have these tokens, and a mask selects some.
+
+    ``ends`` (B,) are the numbers of tokens of each row.
+    """
+    fine = (found.exist(ends) | ~rows).all(-1)
+    if isinstance(found, Mask):
+        fine &= (found.on.any(-1) & rows).any(-1)
+    return fine
+
+
+def missing(found: Any, position: Any, lengths: Any, extra: int, rows: Any, what: Any) -> EditError:
+    """The error for the first of ``rows`` where ``position``, as written, is not :func:`present`.
+
+    ``extra`` tokens will follow the prompts of ``lengths`` (B,).
+    """
+    wrong = ~found.exist(lengths + extra) & rows
     row = int(np.argmax(wrong))
     size = int(lengths[row])
-    if isinstance(position, Token):
-        raise EditError(
-            f"{what}: prompt {row} has no token at {position} (its {size} tokens hold the id fewer "
-            "times, or the offset leads outside)."
+    if not wrong.any():
+        lacks = "no position of the mask is on, so nothing would change"
+    elif isinstance(position, Token):
+        lacks = (
+            f"prompt {row} has no token at {position} (its {size} tokens hold the id fewer times, "
+            "or the offset leads outside)"
         )
-    if isinstance(found, Places):
-        at = found.at[row]
-        outside = at[(at < 0) | (at >= size + extra)][0]
-        given = np.broadcast_to(np.asarray(position), found.at.shape)[row]
-        given = given[int(np.argmax(at == outside))] if given.ndim else given
-        raise EditError(
-            f"{what}: position {int(given)} lies outside prompt {row} of {size} tokens "
-            f"(0 to {size - 1}, or -{size} to -1)."
+    elif isinstance(found, Places):
+        at, given = found.at[row], np.broadcast_to(np.asarray(position), found.at.shape)[row]
+        outside = given[np.argmax((at < 0) | (at >= size + extra))]
+        lacks = (
+            f"position {outside} lies outside prompt {row} of {size} tokens (0 to {size - 1}, or "
+            f"-{size} to -1)"
         )
-    if isinstance(found, Mask):
-        last = int(np.flatnonzero(found.on[row])[-1])
-        raise EditError(
-            f"{what}: the mask is on at position {last} of prompt {row}, of {size} tokens."
-        )
-    raise EditError(
-        f"{what}: the range {position.start}:{position.stop} holds no token of prompt {row}, of "
-        f"{size} tokens."
-    )
+    elif isinstance(found, Mask):
+        last = np.flatnonzero(found.on[row])[-1]
+        lacks = f"the mask is on at position {last} of prompt {row}, of {size} tokens"
+    else:
+        bounds = f"{position.start}:{position.stop}"
+        lacks = f"the range {bounds} holds no token of prompt {row}, of {size} tokens"
+    return EditError(f"{what}: {lacks}.")
+
+
+def resolve(position: Any, tokens: Any, lengths: Any, length: int, *, what: Any = "position"):
+    """:func:`locate`, for positions that every prompt must have.
+
+    Raises:
+        EditError: as :func:`locate`; or a prompt lacks them, unless values are traced: then
+            ``exist`` of the result tells.
+    """
+    position = spelled(position)
+    found = locate(position, tokens, lengths, length, what=what)
+    if not is_traced((found, lengths)):
+        lengths, rows = np.asarray(lengths), np.ones(np.shape(lengths), bool)
+        if not present(found, lengths, rows):
+            raise missing(found, position, lengths, 0, rows, what)
+    return found

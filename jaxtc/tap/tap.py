@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxtc.errors import EditError
 from jaxtc.sharding.placement import Placement
-from jaxtc.tap.context import Context, Editing
+from jaxtc.tap.context import Context
 from jaxtc.tap.sites import BY_NAME, LOGITS, ORDER, Address, parse
 
 
@@ -24,7 +24,8 @@ class Tap:
 
     Args:
         captures: addresses to keep.
-        edits: applied in order wherever their site is computed; as ``check_edits`` gives them.
+        edits: applied in order wherever their site is computed; as ``check_edits`` gives them (see
+            :class:`jaxtc.Edit` for what is asked of them).
         positions: (B, T) int32.
         lengths: (B,) int32, tokens of each prompt.
         ends: (B,) int32, how many tokens of each text there are by the end of this pass: the
@@ -36,7 +37,7 @@ class Tap:
     def __init__(
         self,
         captures: Sequence[Address] = (),
-        edits: Sequence[Editing] = (),
+        edits: Sequence[Any] = (),
         positions: jax.Array | None = None,
         lengths: jax.Array | None = None,
         ends: jax.Array | None = None,
@@ -95,16 +96,14 @@ class Tap:
         return x
 
     def _hold(
-        self, edit: Editing, x: jax.Array, layer: int | None, held: tuple | None
+        self, edit: Any, x: jax.Array, layer: int | None, held: tuple | None
     ) -> tuple[jax.Array, jax.Array]:
         """What an edit that reads its own site is shown, and the tokens where that is settled.
 
         An autoencoder put in place of a site, and the edits of its features that follow, must all
         encode the same value: the one before the first of them.
         """
-        applies = self._tokens(edit, x)
-        if layer is not None and edit.layer is not None:
-            applies.append(_at_layer(edit, layer))
+        applies = self._tokens(edit, x) + _at_layer(edit, layer)
         settled = functools.reduce(jnp.logical_and, applies, jnp.ones((), bool))
         if held is not None:
             value, before = held
@@ -135,9 +134,10 @@ class Tap:
             return compute()
         nothing = jax.eval_shape(compute)
         nothing = jnp.zeros(nothing.shape, nothing.dtype)
-        if any(edit.layer is None for edit in here):
+        chosen = [_at_layer(edit, layer) for edit in here]
+        if not all(chosen):
             return nothing
-        replaced = jnp.stack([_at_layer(edit, layer) for edit in here]).any()
+        replaced = jnp.stack([flag for (flag,) in chosen]).any()
         return jax.lax.cond(replaced, lambda: nothing, compute)
 
     def _asked_between(self, first: str, last: str, layer: int | None) -> bool:
@@ -150,30 +150,24 @@ class Tap:
         read = self._live.__getitem__
         return Context(BY_NAME[site], layer, self.positions, self.lengths, read, self.placement)
 
-    def _apply(self, edit: Editing, x: jax.Array, layer: int | None) -> jax.Array:
+    def _apply(self, edit: Any, x: jax.Array, layer: int | None) -> jax.Array:
         if not _could(edit, layer):
             return x
         context = self._context(edit.site, layer)
-        chosen = None
-        if layer is not None and edit.layer is not None:
-            chosen = _at_layer(edit, layer)
-        if edit.costly and chosen is not None:
-            new = jax.lax.cond(chosen, lambda: self._new(edit, x, context), lambda: x)
+        chosen = _at_layer(edit, layer)
+        if edit.costly and chosen:
+            new = jax.lax.cond(chosen.pop(), lambda: self._new(edit, x, context), lambda: x)
         else:
             new = self._new(edit, x, context)
-        letters = BY_NAME[edit.site].axes.split()
-        if letters[-1] == "S":
-            # Keys that are padding, or not written yet, are nobody's to attend to.
-            there = jnp.arange(x.shape[-1]) < self.ends[:, None]
-            new = jnp.where(there[:, None, None, :], new, x)
-        where = self._where(edit, letters, x)
-        if chosen is not None and not edit.costly:
-            where.append(chosen)
-        for part in where:
+        where = self._where(edit, x)
+        if BY_NAME[edit.site].axes.endswith("S"):
+            # Keys that are padding, or not written yet, stay masked.
+            where.insert(0, _along(x, jnp.arange(x.shape[-1]) < self.ends[:, None], 0, -1))
+        for part in where + chosen:
             new = jnp.where(part, new, x)
         return new
 
-    def _new(self, edit: Editing, x: jax.Array, context: Context) -> jax.Array:
+    def _new(self, edit: Any, x: jax.Array, context: Context) -> jax.Array:
         new = edit.new(x, context)
         if not hasattr(new, "dtype"):
             raise EditError(f"{edit} returned {type(new).__name__}, expected an array like x.")
@@ -184,26 +178,27 @@ class Tap:
             )
         return new
 
-    def _tokens(self, edit: Editing, x: jax.Array) -> list[jax.Array]:
+    def _tokens(self, edit: Any, x: jax.Array) -> list[jax.Array]:
         """Booleans that broadcast to ``x``: the positions and the rows of an edit."""
         parts = []
         if edit.position is not None:
             axis = BY_NAME[edit.site].sequence_axis
             parts.append(_along(x, edit.position.selects(self.positions), 0, axis))
         if edit.row is not None:
-            parts.append(_along(x, among(edit.row, len(self.positions)), 0))
+            parts.append(_along(x, among(edit.row, len(x)), 0))
         return parts
 
-    def _where(self, edit: Editing, letters: list[str], x: jax.Array) -> list[jax.Array]:
+    def _where(self, edit: Any, x: jax.Array) -> list[jax.Array]:
         """Booleans that broadcast to ``x``, one for each target of the edit but its layer."""
         parts = self._tokens(edit, x)
+        letters, size = BY_NAME[edit.site].axes.split(), x.shape[-1]
         if edit.head is not None:
             axis = next(i for i, letter in enumerate(letters) if letter in "NK")
             parts.append(_along(x, among(edit.head, x.shape[axis]), axis))
         if edit.coordinate is not None:
-            parts.append(_along(x, among(edit.coordinate, x.shape[-1]), -1))
+            parts.append(_along(x, among(edit.coordinate, size), -1))
         if edit.key is not None and not edit.handles_key:
-            keys = jnp.broadcast_to(jnp.arange(x.shape[-1]), (len(self.positions), x.shape[-1]))
+            keys = jnp.broadcast_to(jnp.arange(size), (len(x), size))
             parts.append(_along(x, edit.key.selects(keys), 0, -1))
         return parts
 
@@ -242,16 +237,18 @@ def _along(x: jax.Array, flags: jax.Array, *axes: int) -> jax.Array:
     return flags.reshape(shape)
 
 
-def _could(edit: Editing, layer: int | None) -> bool:
+def _could(edit: Any, layer: int | None) -> bool:
     """Whether an edit may apply at a layer, as far as that is static."""
     return edit.layers is None or layer in edit.layers
 
 
-def _at_layer(edit: Editing, layer: int) -> jax.Array:
-    """() boolean: whether the edit names this layer."""
-    return (jnp.asarray(edit.layer) == layer).any()
+def _at_layer(edit: Any, layer: int | None) -> list[jax.Array]:
+    """[() boolean], whether the edit names this layer; empty where it applies to each."""
+    if layer is None or edit.layer is None:
+        return []
+    return [(jnp.asarray(edit.layer) == layer).any()]
 
 
-def among(named: Any, size: int) -> jax.Array:
-    """(size,) booleans: the indices that are named."""
-    return (jnp.arange(size)[:, None] == jnp.atleast_1d(jnp.asarray(named))[None, :]).any(-1)
+def among(named: Any, size: int, xp: Any = jnp) -> Any:
+    """(..., n) indices to (..., size) booleans: those that are named."""
+    return (xp.atleast_1d(xp.asarray(named))[..., None, :] == xp.arange(size)[:, None]).any(-1)

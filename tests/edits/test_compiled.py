@@ -1,6 +1,8 @@
 """Edits of every kind in one program: what compiles it anew, jit, vmap and grad."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from jaxtc import (
     ClampFeature,
     Copy,
     Detach,
+    Edit,
     Freeze,
     Interpolate,
     KnockOut,
@@ -104,6 +107,28 @@ def whole(seed=0, **other):
 
 
 NAMES = tuple(whole())
+
+
+def kinds():
+    """Every kind of edit that the package defines."""
+    found, todo = set(), [Edit]
+    while todo:
+        cls = todo.pop()
+        more = [sub for sub in cls.__subclasses__() if sub.__module__.startswith("jaxtc.")]
+        todo += more
+        found |= set() if more else {cls}
+    return found
+
+
+def test_every_kind_is_among_those_tested_here_and_public():
+    assert kinds() == {type(edit) for edit in whole().values()}
+    assert all(getattr(jaxtc, kind.__name__, None) is kind for kind in kinds())
+
+
+def test_every_kind_is_compared_with_hooks_on_torch():
+    texts = [path.read_text() for path in (Path(__file__).parents[1] / "parity").glob("test_*.py")]
+    compared = set(re.findall(r"\bjaxtc\.(\w+)", " ".join(texts)))
+    assert {kind.__name__ for kind in kinds()} <= compared
 
 
 def in_order(edits):

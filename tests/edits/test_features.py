@@ -79,7 +79,7 @@ def test_layers_swept_under_vmap_and_missed():
         (lambda: SetFeature(EACH[1], 50, 1.0), "feature 50 does not exist.*features 0 to 49"),
         (lambda: SetFeature(EACH[1], [0, -1], 1.0), "feature -1 does not exist"),
         (lambda: SetFeature(EACH[1], [4, 4], 1.0), "named twice"),
-        (lambda: SetFeature(EACH[1], 1.0, 1.0), "an id or a row of ids"),
+        (lambda: SetFeature(EACH[1], 1.0, 1.0), "feature must be whole numbers, one or a row"),
         (lambda: SetFeature(EACH[1], [4, 5], [1.0, 2.0, 3.0]), r"value of shape \(3,\)"),
         (lambda: SetFeature(EACH[1], 4, np.ones((9, 1))), r"value of shape \(9, 1\) is neither"),
         (lambda: ScaleFeature(EACH[1], 4, PerLayer([1.0, 2.0])), "each of the 3 layers"),

@@ -1,15 +1,18 @@
 """What could give a wrong number without a word gives an error, or NaN inside a trace."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental import checkify
+from jax.experimental.checkify import JaxRuntimeError
 
 import jaxtc
-from jaxtc import Add, SetTo, Splice
+from jaxtc import Add, SetTo, Splice, Zero
 from jaxtc.errors import EditError, InputError, JaxtcError, SiteError
 from jaxtc.programs.run import _run
 from tests.support import tiny
@@ -122,6 +125,19 @@ def test_traced_layers_count_from_the_end_and_stop_where_the_pass_does():
     out = jax.vmap(call)(jnp.asarray([0, 1, 2, -LAYERS]))
     near(out[0], out[3])
     assert jnp.isfinite(out[0, 0]).all() and jnp.isnan(out[1:3]).all()
+
+
+def test_checks_name_the_target_that_misses_inside_a_trace():
+    def call(layer):
+        return run(edits=[Zero(site="mlp_out", layer=layer)], checks=True).logits
+
+    error, out = checkify.checkify(jax.jit(call))(LAYERS)
+    assert re.match(rf"Zero\(mlp_out\) would not fire .*layer.*{LAYERS}", error.get())
+    assert jnp.isnan(out).all()
+    error, out = checkify.checkify(jax.jit(call))(LAYERS - 1)
+    assert error.get() is None and jnp.isfinite(out[0]).all()
+    with pytest.raises(JaxRuntimeError, match="would not fire"):
+        jax.vmap(call)(jnp.asarray([0, LAYERS]))
 
 
 def test_nan_goes_through_a_transcoder():

@@ -1,0 +1,200 @@
+"""One judge of targets: does what an edit names exist, and is it reached?
+
+:func:`settle` counts a target from the front, and :func:`judge` states the rules, once: of NumPy on
+the host, where :func:`refusal` is the error for one that is broken, and of jax.numpy inside a
+trace, where :func:`all_there` makes the result NaN. A sweep judges all values of its axes at once.
+
+Axis letters: B batch, P positions named; "..." are the variants of a sweep.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import checkify
+
+from jaxtc.edits.base import Edit, Index, Tokens
+from jaxtc.errors import EditError
+from jaxtc.model.config import Gemma2Config
+from jaxtc.model.prompts import Prompts
+from jaxtc.tap.positions import as_int32, is_traced, locate, missing, present
+from jaxtc.tap.sites import BY_NAME, ORDER, Site, check_layer
+from jaxtc.tap.tap import among
+
+# What has so many of an axis's indices, for messages.
+OWNERS = {"B": "the batch", "M": "this transcoder"}
+
+
+def sizes_of(edit: Edit, config: Gemma2Config, batch: int) -> dict[str, int]:
+    """Sizes of the axes that an edit's targets range over, by letter."""
+    return {**config.sizes, "B": batch, "L": config.num_hidden_layers, **edit.sizes}
+
+
+def settle(edit: Edit, name: str, given: Any, sizes: dict, prompts: Prompts, extra: int) -> Any:
+    """One target's value, counted from the front: int32, or a form of positions.
+
+    Raises:
+        EditError: the site has no such axis, or this is no index or position.
+    """
+    target = edit.targets[name]
+    if _axis(edit, target, BY_NAME[edit.site]) is None:
+        fitting = [site for site, row in BY_NAME.items() if _axis(edit, target, row)]
+        raise EditError(
+            f"{edit}: {edit.site} [{BY_NAME[edit.site].axes}] has no axis for {name}=...; these "
+            f"sites have one: {', '.join(fitting)}."
+        )
+    if isinstance(target, Tokens):
+        known = prompts.lengths if prompts.known_lengths is None else prompts.known_lengths
+        new = extra > 0 and name == "position"
+        return locate(given, prompts.tokens, known, prompts.length, new=new, what=edit)
+    array = given if isinstance(given, jax.core.Tracer) else np.asarray(given)
+    if array.dtype.kind not in "iu" or array.ndim > 1 or not array.size:
+        raise EditError(
+            f"{edit}: {name} must be whole numbers, one or a row of them, got {given!r}."
+        )
+    array = as_int32(array)
+    if target.back:
+        size = sizes[_axis(edit, target, BY_NAME[edit.site])]
+        array = (jnp if is_traced(array) else np).where(array < 0, array + size, array)
+    return array
+
+
+def _axis(edit: Edit, target: Index | Tokens, site: Site) -> str | None:
+    """The letter of the axis of a site that a target ranges over; None when it has none."""
+    letters = [*site.axes.split(), *("L" if site.per_layer else ""), *edit.sizes]
+    if isinstance(target, Tokens):
+        return "S" if not target.keys or "T" in letters and "S" in letters else None
+    return next((letter for letter in letters if letter in target.letters), None)
+
+
+def judge(
+    edit: Edit, sizes: dict, reach: tuple[int, int], lengths: Any, extra: int = 0, *, inside=False
+) -> dict[str, Any]:
+    """(...,) booleans by rule: whether what the edit names is there.
+
+    Args:
+        edit: with its targets settled; all may have leading axes "...", which broadcast.
+        sizes: from :func:`sizes_of`.
+        reach: the last (layer, place in the layer) that the pass needs.
+        lengths: (B,) tokens of each prompt.
+        extra: tokens that will follow the prompts.
+        inside: whether this is inside the trace of the pass, where every rule is computed; outside,
+            rules about values that are traced are left out.
+    """
+    found, xp = {}, jnp if inside else np
+
+    def known(*inputs: Any) -> bool:
+        return inside or not is_traced(inputs)
+
+    for name, target in edit.targets.items():
+        value = getattr(edit, name)
+        if value is None:
+            continue
+        if isinstance(target, Tokens):
+            if known(value, edit.row, getattr(edit, target.rows), lengths):
+                ends = lengths + (extra if name == "position" else 0)
+                found[name] = present(value, ends, _rows(edit, target, sizes["B"], xp))
+        elif known(value):
+            at = xp.atleast_1d(xp.asarray(value))
+            size = sizes[_axis(edit, target, BY_NAME[edit.site])]
+            found[name] = ((at >= 0) & (at < size)).all(-1)
+            if target.distinct:
+                ordered = xp.sort(at, -1)
+                found[name] &= (ordered[..., 1:] != ordered[..., :-1]).all(-1)
+    if known(edit.layer):
+        layers = xp.atleast_1d(xp.asarray(_layers(edit, sizes["L"])))
+        if edit.layer is not None and edit.layers is not None:
+            found["layers"] = (layers[..., None] == xp.asarray(edit.layers)).any(-1).all(-1)
+        found["reach"] = (layers <= reach[0] - (ORDER[edit.site] > reach[1])).all(-1)
+    if not inside and not is_traced((lengths, [getattr(edit, name) for name in edit.targets])):
+        fine = edit.fits(_rows(edit, Tokens(), sizes["B"], np), lengths)
+        found |= {} if fine is None else {"fits": fine}
+    return found
+
+
+def _rows(edit: Edit, target: Tokens, batch: int, xp: Any) -> Any:
+    """(..., B) booleans: the rows that must have the tokens of a target."""
+    rows = xp.ones(batch, bool) if edit.row is None else among(edit.row, batch, xp)
+    if target.rows == "row" or getattr(edit, target.rows) is None:
+        return rows
+    # Those that some edited row names.
+    froms = xp.atleast_1d(xp.asarray(getattr(edit, target.rows)))
+    froms = xp.broadcast_to(froms, (*froms.shape[:-1], batch))
+    return ((xp.arange(batch)[:, None] == froms[..., None, :]) & rows[..., None, :]).any(-1)
+
+
+def _layers(edit: Edit, layers: int) -> Any:
+    """The layers that an edit names; where it names none, the first at which it applies."""
+    if edit.layer is not None:
+        return edit.layer
+    if BY_NAME[edit.site].per_layer:
+        return 0 if edit.layers is None else edit.layers
+    return -1 if edit.site == "embed" else layers
+
+
+def refusal(
+    rule: str, edit: Edit, given: Edit, sizes: dict, reach: tuple, lengths: Any, extra: int
+) -> EditError:
+    """The error for a rule that is broken on the host, naming the first wrong value.
+
+    Args:
+        rule: a key of what :func:`judge` gave; the other arguments were those of :func:`judge`.
+        edit: settled.
+        given: as the user wrote it.
+
+    Raises:
+        SiteError: a layer that does not exist.
+    """
+    target, batch = edit.targets.get(rule), sizes["B"]
+    if isinstance(target, Tokens):
+        found, rows = getattr(edit, rule), _rows(edit, target, batch, np)
+        extra = extra if rule == "position" else 0
+        return missing(found, getattr(given, rule), lengths, extra, rows, given)
+    if target:
+        at, named = (np.atleast_1d(getattr(one, rule)) for one in (edit, given))
+        letter = _axis(edit, target, BY_NAME[edit.site])
+        outside = named[(at < 0) | (at >= sizes[letter])]
+        if not outside.size:
+            return EditError(f"{given}: a {rule} is named twice in {named.tolist()}.")
+        if rule == "layer":
+            check_layer(int(outside[0]), sizes["L"], str(given))
+        return EditError(
+            f"{given}: {rule} {outside[0]} does not exist; {OWNERS.get(letter, 'this model')} has "
+            f"{rule.removeprefix('from_')}s 0 to {sizes[letter] - 1}."
+        )
+    if rule == "fits":
+        return EditError(f"{given}: {edit.misfit(_rows(edit, Tokens(), batch, np), lengths)}")
+    layers = np.atleast_1d(_layers(edit, sizes["L"]))
+    if rule == "layers":
+        wrong = np.setdiff1d(layers, edit.layers)[0]
+        return EditError(f"{given} has nothing for layer {wrong}, only {edit.layers}.")
+    of = f" of layer {layers.max()}" if BY_NAME[edit.site].per_layer else ""
+    return EditError(
+        f"{given} would never fire: nothing that was asked for depends on {edit.site!r}{of}. Ask "
+        "for logits, or for a capture that comes after it."
+    )
+
+
+def all_there(
+    edits: Sequence[Edit],
+    config: Gemma2Config,
+    reach: tuple[int, int],
+    lengths: jax.Array,
+    checks: bool = False,
+) -> jax.Array:
+    """() boolean: whether every target of every edit exists, inside a trace.
+
+    With ``checks`` each rule is a check of ``jax.experimental.checkify`` besides.
+    """
+    fine, lengths = jnp.ones((), bool), jnp.asarray(lengths)
+    for edit in edits:
+        sizes = sizes_of(edit, config, len(lengths))
+        for rule, one in judge(edit, sizes, reach, lengths, inside=True).items():
+            fine &= one
+            if checks:
+                given = getattr(edit, rule, None) if rule in edit.targets else edit.layer
+                what = f"{edit} would not fire ({rule})".replace("{", "{{").replace("}", "}}")
+                checkify.check(one, what + ": {}", jax.tree.map(jnp.asarray, given))
+    return fine
