@@ -23,15 +23,9 @@ from jaxtc.weights.names import Name, parameter_names
 
 # What may be in a folder that is replaced.
 _CHECKPOINT_FILES = (
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors",
-    INDEX,
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
+    "config.json", "generation_config.json", "model*.safetensors", INDEX, "tokenizer*",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
 
 
 def save_model(
@@ -72,10 +66,10 @@ def save_model(
 
 
 def _check_replaceable(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise SourceError(f"{folder} is a file; give a folder to save the model in.")
     if not folder.exists():
         return
+    if not folder.is_dir():
+        raise SourceError(f"{folder} is a file; give a folder to save the model in.")
     others = sorted(
         path.name
         for path in folder.iterdir()

@@ -8,6 +8,7 @@ import jaxtc
 from jaxtc.errors import SourceError
 from jaxtc.weights.files.layout import GEMMA_SCOPE_2B
 from jaxtc.weights.sources import hub
+from jaxtc.weights.sources import resolve as where
 from jaxtc.weights.sources.resolve import EMBEDDED_DATA, resolve
 from tests.support.weights_files import params, random_model, write_tier
 
@@ -78,6 +79,15 @@ def test_a_folder_is_listed_once(places, monkeypatch):
     assert found.layers() == [3]
     (places / "scope").rename(places / "moved")
     assert found.layers() == [3]
+
+
+def test_a_checkpoint_in_a_bucket(monkeypatch):
+    monkeypatch.setattr(where, "is_converted", lambda folder: str(folder) == "gs://bucket/tree")
+    found = resolve("gs://bucket/tree", "model")
+    assert (found.format, str(found.fetch())) == ("converted", "gs://bucket/tree")
+    for source, kind in (("gs://bucket/other", "model"), ("gs://bucket/tree", "tokenizer")):
+        with pytest.raises(SourceError, match="nothing else is read from a bucket"):
+            resolve(source, kind)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """What a source is and where it lies: the one place that looks, for every loader and command.
 
 A source is a hub id (``google/gemma-2-2b``), perhaps with a path in the repository; a local folder
-or file; a checkpoint that ``jaxtc convert`` made; or ``"embedded"``.
+or file; a checkpoint that ``jaxtc convert`` made, there or in a bucket (``gs://…``); or
+``"embedded"``.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ import os
 from importlib import resources
 from pathlib import Path, PurePosixPath
 
-from jaxtc.errors import SourceError, did_you_mean
+from jaxtc.errors import SourceError, did_you_mean, first_line
 from jaxtc.weights.checkpoints.read import is_converted, open_transcoders
 from jaxtc.weights.checkpoints.sidecar import read_sidecar
 from jaxtc.weights.files import local
@@ -44,6 +45,9 @@ MODEL, TOKENIZER, CONFIG, TRANSCODERS = "model", "tokenizer", "config", "transco
 # How it is kept.
 HUB, FOLDER, FILE, CONVERTED, RELEASED = "hub", "folder", "file", "converted", "released"
 
+# Where orbax reads and writes by paths of etils.
+_BUCKETS = ("gs://", "s3://", "az://")
+
 # The released models whose configs are known, and the names that they go by.
 SIZES = ("2b", "9b", "27b")
 _NAMES = {
@@ -52,10 +56,8 @@ _NAMES = {
     for name in (size, f"gemma-2-{size}", f"google/gemma-2-{size}", f"google/gemma-2-{size}-it")
 }
 _DOWNLOADS = {
-    MODEL: hub.download_model,
-    TOKENIZER: hub.download_tokenizer,
-    CONFIG: hub.download_config,
-}
+    MODEL: hub.download_model, TOKENIZER: hub.download_tokenizer, CONFIG: hub.download_config,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,9 +208,12 @@ def resolve(
     """
     if path is not None and (os.path.isabs(path) or ".." in PurePosixPath(path).parts):
         raise SourceError(f"path={path!r} leaves {source}; give a path below it.")
-    there = None if source == EMBEDDED else local.find(source)
+    bucket = str(source).startswith(_BUCKETS)
+    there = None if bucket or source == EMBEDDED else local.find(source)
     if source == EMBEDDED:
         found = _embedded(kind or default)
+    elif bucket:
+        found = _in_bucket(str(source), kind)
     elif there is not None:
         found = _local(str(source), there, kind)
     else:
@@ -231,6 +236,24 @@ def _embedded(kind: str) -> Source:
             "`jaxtc embedded train`, or install a released jaxtc, which has them."
         )
     return Source(EMBEDDED, kind, FOLDER, folder)
+
+
+def _in_bucket(name: str, kind: str | None) -> Source:
+    """A converted checkpoint where orbax reads it."""
+    from etils import epath
+
+    folder = epath.Path(name)
+    try:
+        there = is_converted(folder)
+    except Exception as error:  # of whichever library reads these paths
+        raise SourceError(f"{name} cannot be looked up: {first_line(error)}.") from error
+    if not there or kind == TOKENIZER:
+        raise SourceError(
+            f"{name} is not a checkpoint that `jaxtc convert` or save_checkpoint made, or a "
+            "tokenizer is wanted of it: nothing else is read from a bucket. Copy the folder to "
+            "this machine and give that."
+        )
+    return Source(name, kind or read_sidecar(folder).kind, CONVERTED, folder)
 
 
 def _local(name: str, path: Path, kind: str | None) -> Source:
