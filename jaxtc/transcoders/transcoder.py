@@ -62,6 +62,20 @@ _sparse_on_mesh = functools.partial(jax.jit, static_argnums=(1, 2))(_sparse)
 _mixed_on_mesh = functools.partial(jax.jit, static_argnums=(3, 4))(mix_rows)
 
 
+_FACTS = (
+    "d_in", "features", "d_out", "activation", "skip", "layer", "input_site", "output_site",
+    "source",
+)  # fmt: skip
+
+
+def _is_sound(fact: str, value: Any) -> bool:
+    if fact in ("d_in", "features", "d_out"):
+        return is_whole(value, 1) and value < 2**31
+    if fact == "layer":
+        return value is None or is_whole(value)
+    return isinstance(value, {"activation": Mapping, "skip": bool}.get(fact, str))
+
+
 class Transcoder(nnx.Module):
     """``a = activation(x W_enc + b_enc)``, ``y = a W_dec + b_dec`` (arXiv 2408.05147, §2-3).
 
@@ -144,10 +158,9 @@ class Transcoder(nnx.Module):
 
     def facts(self) -> dict[str, Any]:
         """All but the arrays and their dtype, as JSON; :meth:`from_facts` takes them back."""
-        found = {name: getattr(self, name) for name in ("d_in", "features", "d_out")}
+        found = {name: getattr(self, name, None) for name in _FACTS}
         found |= {"activation": self.activation.facts(), "skip": self.W_skip is not None}
-        found["layer"] = None if self.layer is None else int(self.layer)
-        return found | {k: getattr(self, k) for k in ("input_site", "output_site", "source")}
+        return found | {"layer": None if self.layer is None else int(self.layer)}
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any], **options: Any) -> "Transcoder":
@@ -156,21 +169,8 @@ class Transcoder(nnx.Module):
         Raises:
             JaxtcError: a fact that is missing, unknown or of another type.
         """
-
-        def size(value):
-            return is_whole(value, 1) and value < 2**31
-
-        def text(value):
-            return isinstance(value, str)
-
-        sound = {
-            "d_in": size, "features": size, "d_out": size, "input_site": text, "output_site": text,
-            "source": text, "activation": lambda value: isinstance(value, Mapping),
-            "skip": lambda value: isinstance(value, bool),
-            "layer": lambda value: value is None or is_whole(value),
-        }  # fmt: skip
-        wrong = [name for name, test in sound.items() if not test(facts.get(name))]
-        wrong += facts.keys() - sound
+        wrong = [name for name in _FACTS if not _is_sound(name, facts.get(name))]
+        wrong += facts.keys() - set(_FACTS)
         if wrong:
             given = ", ".join(f"{name}={facts.get(name)!r}" for name in wrong)
             raise JaxtcError(f"These are not the facts of a transcoder: {given}.")
