@@ -24,9 +24,11 @@ try:
 except ImportError:  # Windows: two conversions to one folder at a time are not noticed there
     fcntl = None
 
+# What a file takes on a disk beside its arrays, at the most: a header, the rest of a block.
+FILE_BYTES = 4096
+
 _JOB = "job.json"
-# Orbax gives the system's words in errors of its own.
-_FULL = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
+_FULL = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
 
 
 def is_remote(path: Any) -> bool:
@@ -116,7 +118,7 @@ class Job:
                 f"({some(others)}). Remove it, or give another folder."
             )
         if there is None or fresh:
-            self._clear(but=_JOB)
+            self._clear()
             self.note(_JOB, json.dumps(what, indent=1))
         self._check_room()
 
@@ -196,16 +198,16 @@ class Job:
 
     def _tidy(self) -> None:
         """Remove what is left when the folder is in place; what tells that it was ours, last."""
-        self._clear(but=_JOB)
+        self._clear()
         (self._partial / _JOB).unlink()
         self._partial.rmdir()
         self.close()
 
-    def _clear(self, but: str) -> None:
+    def _clear(self) -> None:
         from etils import epath
 
         for path in map(epath.Path, self._partial.iterdir()):
-            if path.name != but:
+            if path.name != _JOB:
                 path.rmtree() if path.is_dir() else path.unlink()
 
     def _done(self) -> int:
@@ -220,17 +222,15 @@ class Job:
         """Turn what goes wrong while files are written into a SourceError."""
         try:
             yield
-        except OSError as error:
-            if error.errno in _FULL:
+        except (OSError, ValueError) as error:  # orbax gives the system's words in a ValueError
+            if any(words in str(error) for words in _FULL):
                 raise SourceError(self._full()) from error
+            if isinstance(error, ValueError):
+                raise
             raise SourceError(
                 f"{self.out} cannot be written: {error.strerror or error}. Give a folder on a disk "
                 "that you may write to."
             ) from error
-        except ValueError as error:
-            if any(words in str(error) for words in _FULL.values()):
-                raise SourceError(self._full()) from error
-            raise
 
     def _full(self) -> str:
         done, free = self._done(), self._free()

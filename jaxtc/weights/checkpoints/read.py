@@ -28,6 +28,7 @@ from jaxtc.weights.checkpoints.sidecar import (
     MODEL,
     MOST_BYTES,
     SIDECAR,
+    TRANSCODERS,
     Array,
     hash_array,
     hash_bytes,
@@ -115,14 +116,9 @@ class Converted:
         Raises:
             WeightsError: arrays are missing, extra, or misshapen.
         """
-        found = {k: one for k, one in self.sidecar.arrays.items() if k.startswith(below)}
-        problems = [f"{name} is missing" for name in shapes if name not in found]
-        problems += [f"{name} is not a parameter" for name in found if name not in shapes]
-        problems += [
-            f"{name} has shape {one.shape}, not {tuple(shapes[name])}"
-            for name, one in found.items()
-            if name in shapes and one.shape != tuple(shapes[name])
-        ]
+        own = {k: one.shape for k, one in self.sidecar.arrays.items() if k.startswith(below)}
+        wanted = {name: tuple(shape) for name, shape in shapes.items()}
+        problems = _differences(own, wanted, "is not a parameter", "shape ")
         if problems:
             raise WeightsError(
                 f"The arrays in {self.folder} are not the parameters that its {SIDECAR} "
@@ -135,13 +131,11 @@ class Converted:
         found, said = tree.stored(self.folder), self.sidecar.arrays
         for name in said if not found else ():
             tree.load(self.folder, {name: self._wanted(name)})  # raises, and tells which
-        problems = [f"{name} is missing" for name in said if name not in found]
-        problems += [f"{name} is not in {SIDECAR}" for name in found if name not in said]
-        problems += [
-            f"{name} is {one.dtype} {tuple(one.shape)}, not {said[name].dtype} {said[name].shape}"
-            for name, one in found.items()
-            if name in said and (tuple(one.shape), one.dtype) != said_of(said[name])
-        ]
+        found, expected = (
+            {name: f"{one.dtype} {tuple(one.shape)}" for name, one in arrays.items()}
+            for arrays in (found, said)
+        )
+        problems = _differences(found, expected, f"is not in {SIDECAR}")
         if problems:
             raise WeightsError(
                 f"{self.folder} is not the checkpoint that its {SIDECAR} describes: "
@@ -230,9 +224,17 @@ class Converted:
         return f"holds values too large for {dtype}" * _is_finite(stored) or "holds NaN or infinity"
 
 
-def said_of(array: Array) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype."""
-    return array.shape, array.dtype
+def _differences(found: Mapping, expected: Mapping, extra: str, what: str = "") -> list[str]:
+    """What is wrong with arrays, each with its description."""
+    return [
+        *(f"{name} is missing" for name in expected if name not in found),
+        *(f"{name} {extra}" for name in found if name not in expected),
+        *(
+            f"{name} has {what}{found[name]}, not {one}"
+            for name, one in expected.items()
+            if found.get(name, one) != one
+        ),
+    ]
 
 
 def _bytes(array: Array) -> int:
@@ -297,19 +299,18 @@ def load_converted_model(
 
 def open_model(folder: Any) -> Converted:
     """A converted checkpoint of a model. Raises SourceError for one of transcoders."""
-    checkpoint = Converted(folder)
-    if checkpoint.sidecar.kind != MODEL:
-        raise SourceError(
-            f"{folder} holds transcoders, not a model; load them with load_transcoder."
-        )
-    return checkpoint
+    return _open(folder, MODEL, "transcoders, not a model; load them with load_transcoder")
 
 
 def open_transcoders(folder: Any) -> Converted:
     """A converted checkpoint of transcoders. Raises SourceError for one of a model."""
+    return _open(folder, TRANSCODERS, "a model, not transcoders; load it with load_model")
+
+
+def _open(folder: Any, kind: str, otherwise: str) -> Converted:
     checkpoint = Converted(folder)
-    if checkpoint.sidecar.kind == MODEL:
-        raise SourceError(f"{folder} holds a model, not transcoders; load it with load_model.")
+    if checkpoint.sidecar.kind != kind:
+        raise SourceError(f"{folder} holds {otherwise}.")
     return checkpoint
 
 

@@ -28,9 +28,7 @@ MODEL, TRANSCODERS = "model", "transcoders"
 # Of jaxtc.json, or of a file of a tokenizer.
 MOST_BYTES = 100_000_000
 _DTYPES = {np.dtype(d).name: np.dtype(d) for d in (jnp.bfloat16, "f2", "f4", "f8")}
-_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
-_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_ARRAY = ("shape", "dtype", "sha256")
 _BROKEN = "It was damaged or changed by hand; convert the checkpoint again, or fetch it again."
 
 
@@ -143,71 +141,64 @@ class _Unsound(Exception):
 
 
 def _parse(raw: Any) -> Sidecar:
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        raise _Unsound(f"it does not say that it is a {FORMAT}")
-    if raw.get("version") == 1:
-        raise _Unsound(
-            "it is of version 1, an older layout that is no longer read; run `jaxtc convert` on "
-            f"what it was made from ({raw.get('source')}) again"
+    def check(sound: Any, problem: str) -> None:
+        if not sound:
+            raise _Unsound(problem)
+
+    def get(key: str) -> dict:
+        check(isinstance(raw.get(key), dict), f"it has no {key}")
+        return raw[key]
+
+    def digest(name: str, value: Any) -> str:
+        sound = isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value)
+        check(sound, f"the SHA-256 of {name} is {value!r}")
+        return value
+
+    def array(name: str, one: Any) -> Array:
+        shape, dtype, sha256 = map((one if isinstance(one, dict) else {}).get, _ARRAY)
+        sizes = isinstance(shape, list) and shape and all(is_whole(size, 1) for size in shape)
+        known = isinstance(dtype, str) and dtype in _DTYPES
+        check(
+            sizes and known and re.fullmatch(r"\w+(\.\w+)*", name, re.ASCII),
+            f"the array {name!r} has shape {shape!r}, dtype {dtype!r}",
         )
-    if raw.get("version") != VERSION:
-        raise _Unsound(
-            f"it is of version {raw.get('version')!r} (written by jaxtc {raw.get('jaxtc')!r}), "
-            f"and this jaxtc reads version {VERSION}; install a newer one"
-        )
-    kind = raw.get("kind")
-    if kind not in (MODEL, TRANSCODERS):
-        raise _Unsound(f"its kind is {kind!r}, not {MODEL!r} or {TRANSCODERS!r}")
-    if not isinstance(raw.get("source"), str) or not isinstance(raw.get("revision"), str | None):
-        raise _Unsound("its source or revision is not text")
-    told = _object(raw, "transcoders") if kind == TRANSCODERS else None
-    found = Sidecar(
-        kind,
-        raw["source"],
-        raw.get("revision"),
-        {name: _array(name, claim) for name, claim in _object(raw, "arrays").items()},
-        dict(_file(*item) for item in _object(raw, "files").items()),
-        _object(raw, "config") if kind == MODEL else None,
-        None if told is None else dict(_transcoder(*item) for item in told.items()),
-        str(raw.get("jaxtc")),
+        return Array(tuple(shape), _DTYPES[dtype], digest(name, sha256))
+
+    told = isinstance(raw, dict) and raw.get("format") == FORMAT
+    check(told, f"it does not say that it is a {FORMAT}")
+    check(
+        raw.get("version") != 1,
+        "it is of version 1, an older layout that is no longer read; run `jaxtc convert` on what "
+        f"it was made from ({raw.get('source')}) again",
     )
-    if raw.get("content_sha256") != found.content:
-        raise _Unsound("its content_sha256 is not that of its arrays and files")
+    check(
+        raw.get("version") == VERSION,
+        f"it is of version {raw.get('version')!r} (written by jaxtc {raw.get('jaxtc')!r}), and "
+        f"this jaxtc reads version {VERSION}; install a newer one",
+    )
+    kind, source, revision = raw.get("kind"), raw.get("source"), raw.get("revision")
+    check(kind in (MODEL, TRANSCODERS), f"its kind is {kind!r}, not {MODEL!r} or {TRANSCODERS!r}")
+    texts = isinstance(source, str) and isinstance(revision, str | None)
+    check(texts, "its source or revision is not text")
+    files = {name: digest(name, value) for name, value in get("files").items()}
+    for name in files:
+        plain = re.fullmatch(r"\w[\w.-]*", name, re.ASCII)
+        check(plain, f"it names the file {name!r}, which is not one right in its folder")
+    transcoders = get("transcoders") if kind == TRANSCODERS else None
+    for layer, facts in (transcoders or {}).items():
+        named = re.fullmatch(r"\d{1,5}", layer, re.ASCII) and isinstance(facts, dict)
+        check(named, f"{layer!r} is not a layer with a transcoder")
+        try:
+            Transcoder.from_facts(facts)
+        except JaxtcError as error:
+            raise _Unsound(f"the transcoder of layer {layer}: {error}") from error
+    found = Sidecar(
+        kind, source, revision,
+        {name: array(name, one) for name, one in get("arrays").items()}, files,
+        get("config") if kind == MODEL else None,
+        transcoders and {int(layer): facts for layer, facts in transcoders.items()},
+        str(raw.get("jaxtc")),
+    )  # fmt: skip
+    fits = raw.get("content_sha256") == found.content
+    check(fits, "its content_sha256 is not that of its arrays and files")
     return found
-
-
-def _object(raw: dict, key: str) -> dict:
-    if not isinstance(raw.get(key), dict):
-        raise _Unsound(f"it has no {key}")
-    return raw[key]
-
-
-def _array(name: str, claim: Any) -> Array:
-    keys = ("shape", "dtype", "sha256")
-    shape, dtype, digest = (claim.get(k) if isinstance(claim, dict) else None for k in keys)
-    sizes = isinstance(shape, list) and all(is_whole(size, 1) for size in shape)
-    if not sizes or not isinstance(dtype, str) or dtype not in _DTYPES or not _NAME.fullmatch(name):
-        raise _Unsound(f"the array {name!r} has shape {shape!r}, dtype {dtype!r}")
-    return Array(tuple(shape), _DTYPES[dtype], _digest(name, digest))
-
-
-def _file(name: str, digest: Any) -> tuple[str, str]:
-    if not _FILE.fullmatch(name):
-        raise _Unsound(f"it names the file {name!r}, which is not one right in its folder")
-    return name, _digest(name, digest)
-
-
-def _digest(name: str, digest: Any) -> str:
-    if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
-        raise _Unsound(f"the SHA-256 of {name} is {digest!r}")
-    return digest
-
-
-def _transcoder(layer: str, claim: Any) -> tuple[int, dict[str, Any]]:
-    if not re.fullmatch(r"\d{1,5}", layer, re.ASCII) or not isinstance(claim, dict):
-        raise _Unsound(f"{layer!r} is not a layer with a transcoder")
-    try:
-        Transcoder.from_facts(claim)
-    except JaxtcError as error:
-        raise _Unsound(f"the transcoder of layer {layer}: {error}") from error
-    return int(layer), claim

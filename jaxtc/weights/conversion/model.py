@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxtc.helpers import JAXTC_VERSION
-from jaxtc.weights.checkpoints.job import Job
+from jaxtc.weights.checkpoints.job import FILE_BYTES, Job
 from jaxtc.weights.checkpoints.sidecar import MODEL
 from jaxtc.weights.conversion.orbax import write_orbax
 from jaxtc.weights.conversion.source import open_model_source, with_dtype
@@ -43,6 +43,7 @@ def convert_model(
         small = {"config.json": config_json, **model.kept}
         sizes = {name.ours: size_of(name, dtypes) for name in model.names}
         total, done = sum(sizes.values()), 0
+        needed = total + FILE_BYTES * len(sizes)
 
         def written(names: Iterable[str]) -> None:
             nonlocal done
@@ -55,7 +56,7 @@ def convert_model(
             arrays = {ours: (name.shape, dtypes[ours]) for ours, name in names.items()}
             facts = {"kind": MODEL, "source": what["source"], "revision": model.revision}
             facts["config"] = config
-            with Job(out, what, total) as job:
+            with Job(out, what, needed) as job:
                 return write_orbax(
                     job, arrays, lambda ours: model.fetch(names[ours], dtypes[ours]), small,
                     facts, written,
@@ -72,7 +73,7 @@ def convert_model(
                 yield from pieces(model.fetch(name, dtypes[name.ours]))
                 written([name.ours])
 
-        with Job(out, what, total) as job:
+        with Job(out, what, needed) as job:
             if not job.finished:
                 for file, shard in shards.items():
                     job.write(file, safetensors(shard))

@@ -17,7 +17,7 @@ from jaxtc.helpers import JAXTC_VERSION
 from jaxtc.sharding.rules import variables
 from jaxtc.tap.sites import BY_NAME
 from jaxtc.transcoders.transcoder import Transcoder
-from jaxtc.weights.checkpoints.job import Job
+from jaxtc.weights.checkpoints.job import FILE_BYTES, Job
 from jaxtc.weights.checkpoints.read import Converted, open_transcoders
 from jaxtc.weights.checkpoints.sidecar import TRANSCODERS
 from jaxtc.weights.conversion.orbax import write_orbax
@@ -35,10 +35,6 @@ from jaxtc.weights.sources.verify import verify_files
 FORMATS = {"npz": "gemma-scope", "circuit-tracer": "circuit-tracer"}
 
 _TIER = re.compile(r"(?:^|/)(layer_\d+/width_[^/]+/average_l0_[^/]+)$")
-# The headers of one file, beside its arrays.
-_HEADER_BYTES = 4096
-
-
 # What circuit-tracer puts around an MLP itself; for other sites it goes by TransformerLens's names.
 _HOOKS = {"mlp_in": "mlp.hook_in", "mlp_proj": "mlp.hook_out"}
 
@@ -101,21 +97,18 @@ def convert_transcoders(
         check_savable(one.declared, made, base / files[layer], without_sites)
     last, content = _last(to, found, model_name)
     wide = np.dtype(np.float32) if made.suffix == ".npz" else None
-    sizes = [_size(one.declared, wide) + _HEADER_BYTES for one in found.ones.values()]
+    sizes = [_size(one.declared, wide) + FILE_BYTES for one in found.ones.values()]
     with Job(out, what, sum(sizes)) as job:
         if job.finished:
             return job.out
         for number, (layer, one) in enumerate(sorted(found.ones.items()), 1):
-            job.place(files[layer], functools.partial(_write, made, one))
+            write = functools.partial(write_transcoder, made, declared=one.declared)
+            job.place(files[layer], functools.partial(write, fetch=one.fetch))
             if progress:
                 progress(number, len(found.ones))
         if last:
             job.write(last, [content])
         return job.finish()
-
-
-def _write(made: Format, one: _One, path: Path) -> None:
-    write_transcoder(made, path, one.declared, one.fetch)
 
 
 def _to_orbax(
@@ -136,7 +129,7 @@ def _to_orbax(
             progress(number, len(found.ones))
 
     sizes = [_size(one.declared, None) for one in found.ones.values()]
-    with Job(out, what, sum(sizes)) as job:
+    with Job(out, what, sum(sizes) + FILE_BYTES * len(arrays)) as job:
         return write_orbax(job, arrays, lambda name: fetches[name](), {}, facts, written)
 
 
