@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxtc.edits.base import Edit, own_shape
 from jaxtc.edits.conflicts import check_conflicts
-from jaxtc.edits.judge import judge, refusal, settle, sizes_of
+from jaxtc.edits.judge import judge, lengths_of, refusal, settle, sizes_of
 from jaxtc.errors import EditError
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.prompts import Prompts
@@ -43,18 +43,16 @@ def check_edits(
         (the edits, whether some target is traced, so that ``judge.all_there`` must tell).
 
     Raises:
-        EditError: a target out of range, one that the pass never reaches, a value that does not
-            fit.
+        EditError: a target out of range or never reached, or a value that does not fit.
         SiteError: a layer that does not exist.
     """
     checked, unsure = [], False
     for given in edits:
         edit = settled(given, config, prompts, extra)
-        sizes = sizes_of(edit, config, len(prompts.tokens))
-        lengths = prompts.lengths if prompts.known_lengths is None else prompts.known_lengths
+        sizes, lengths = sizes_of(edit, config, len(prompts.tokens)), lengths_of(prompts)
         for rule, fine in judge(edit, sizes, reach, lengths, extra).items():
             if not fine:
-                raise refusal(rule, edit, given, sizes, reach, lengths, extra)
+                raise refusal(rule, edit, given, sizes, lengths, extra)
         unsure |= is_traced([getattr(edit, name) for name in edit.targets])
         checked.append(edit)
     if len(checked) > 1:
@@ -63,12 +61,7 @@ def check_edits(
 
 
 def settled(edit: Edit, config: Gemma2Config, prompts: Prompts, extra: int = 0) -> Edit:
-    """The edit with its values in one form and its targets counted from the front, all checked but
-    for whether the targets exist.
-
-    Raises:
-        EditError: a value that does not fit, or a target of an axis that the site lacks.
-    """
+    """The edit in its compiled form, all of it checked but for whether its targets exist."""
     _check_kind(edit)
     sizes = sizes_of(edit, config, len(prompts.tokens))
     sizes |= {"T": prompts.length, "S": prompts.length, "1": 1}

@@ -32,6 +32,11 @@ def sizes_of(edit: Edit, config: Gemma2Config, batch: int) -> dict[str, int]:
     return {**config.sizes, "B": batch, "L": config.num_hidden_layers, **edit.sizes}
 
 
+def lengths_of(prompts: Prompts) -> Any:
+    """(B,) tokens of each prompt, as NumPy where they are known."""
+    return prompts.lengths if prompts.known_lengths is None else prompts.known_lengths
+
+
 def settle(edit: Edit, name: str, given: Any, sizes: dict, prompts: Prompts, extra: int) -> Any:
     """One target's value, counted from the front: int32, or a form of positions.
 
@@ -46,9 +51,8 @@ def settle(edit: Edit, name: str, given: Any, sizes: dict, prompts: Prompts, ext
             f"sites have one: {', '.join(fitting)}."
         )
     if isinstance(target, Tokens):
-        known = prompts.lengths if prompts.known_lengths is None else prompts.known_lengths
-        new = extra > 0 and name == "position"
-        return locate(given, prompts.tokens, known, prompts.length, new=new, what=edit)
+        new, lengths = extra > 0 and name == "position", lengths_of(prompts)
+        return locate(given, prompts.tokens, lengths, prompts.length, new=new, what=edit)
     array = given if isinstance(given, jax.core.Tracer) else np.asarray(given)
     if array.dtype.kind not in "iu" or array.ndim > 1 or not array.size:
         raise EditError(
@@ -80,8 +84,8 @@ def judge(
         reach: the last (layer, place in the layer) that the pass needs.
         lengths: (B,) tokens of each prompt.
         extra: tokens that will follow the prompts.
-        inside: whether this is inside the trace of the pass, where every rule is computed; outside,
-            rules about values that are traced are left out.
+        inside: in the trace of the pass every rule is computed; outside, those of traced values
+            are left out.
     """
     found, xp = {}, jnp if inside else np
 
@@ -134,15 +138,8 @@ def _layers(edit: Edit, layers: int) -> Any:
     return -1 if edit.site == "embed" else layers
 
 
-def refusal(
-    rule: str, edit: Edit, given: Edit, sizes: dict, reach: tuple, lengths: Any, extra: int
-) -> EditError:
-    """The error for a rule that is broken on the host, naming the first wrong value.
-
-    Args:
-        rule: a key of what :func:`judge` gave; the other arguments were those of :func:`judge`.
-        edit: settled.
-        given: as the user wrote it.
+def refusal(rule: str, edit: Edit, given: Edit, sizes: dict, lengths: Any, extra: int) -> EditError:
+    """The error for a rule of :func:`judge` that ``edit``, as ``given`` by the user, breaks.
 
     Raises:
         SiteError: a layer that does not exist.
@@ -178,11 +175,7 @@ def refusal(
 
 
 def all_there(
-    edits: Sequence[Edit],
-    config: Gemma2Config,
-    reach: tuple[int, int],
-    lengths: jax.Array,
-    checks: bool = False,
+    edits: Sequence[Edit], config: Gemma2Config, reach: tuple, lengths: Any, checks: bool = False
 ) -> jax.Array:
     """() boolean: whether every target of every edit exists, inside a trace.
 

@@ -11,11 +11,11 @@ import numpy as np
 
 from jaxtc.edits.base import Edit
 from jaxtc.edits.check import check_edits, settled
-from jaxtc.edits.judge import judge, settle, sizes_of
+from jaxtc.edits.judge import judge, lengths_of, settle, sizes_of
 from jaxtc.errors import EditError, InputError
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.prompts import Prompts
-from jaxtc.tap.positions import is_traced, one_array
+from jaxtc.tap.positions import Places, is_traced, one_array
 
 KEYS = jax.dtypes.prng_key
 # Kinds of values that a program takes.
@@ -135,15 +135,20 @@ def check_axes(edit: Edit, config: Gemma2Config, reach: tuple[int, int], prompts
         for name in {over.name: None for field, over in overs if field not in edit.targets}:
             for index in range(1, axes[name]):
                 settled(at_place(edit, {name: index}), config, prompts)
-    sizes = sizes_of(first, config, len(prompts.tokens))
-    lengths = prompts.lengths if prompts.known_lengths is None else prompts.known_lengths
+    sizes, lengths = sizes_of(first, config, len(prompts.tokens)), lengths_of(prompts)
     targets = {}
     for field in {field: None for field, _ in overs if field in edit.targets}:
         value, mine = getattr(edit, field), {over.name for name, over in overs if name == field}
         lead = [size if name in mine else 1 for name, size in axes.items()]
-        places = [dict(zip(axes, place, strict=True)) for place in np.ndindex(*lead)]
-        each = [settle(first, field, at_place(value, p), sizes, prompts, 0) for p in places]
-        targets[field] = jax.tree.map(functools.partial(_stacked, lead), *each)
+        if _is_over(value) and np.ndim(value.values) == 1:
+            # One number a variant: settled as if a single variant named them all.
+            at = settle(first, field, value.values, sizes, prompts, 0)
+            every = Places(at.at.T[..., None]) if isinstance(at, Places) else at[:, None]
+        else:
+            places = [dict(zip(axes, place, strict=True)) for place in np.ndindex(*lead)]
+            each = [settle(first, field, at_place(value, p), sizes, prompts, 0) for p in places]
+            every = jax.tree.map(_stacked, *each)
+        targets[field] = jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), every)  # noqa: B023
     found = judge(dataclasses.replace(first, **targets), sizes, reach, lengths)
     problems = sum(np.broadcast_to(~fine, (*axes.values(),)).astype(int) for fine in found.values())
     for axis, name in enumerate(axes):
@@ -156,11 +161,10 @@ def check_axes(edit: Edit, config: Gemma2Config, reach: tuple[int, int], prompts
             check_edits([at_place(edit, place | {name: index})], config, reach, prompts)
 
 
-def _stacked(lead: Sequence[int], *arrays: Any) -> Any:
-    """A target's values, one after the other, as an array with an axis for each of the sweep."""
+def _stacked(*arrays: Any) -> Any:
+    """Values of one target, a variant each, as one array."""
     xp = jnp if is_traced(arrays) else np
-    array = xp.stack([xp.atleast_1d(x) for x in arrays])
-    return array.reshape(*lead, *array.shape[1:])
+    return xp.stack([xp.atleast_1d(x) for x in arrays])
 
 
 def _on_host(node: Any) -> Any:

@@ -364,6 +364,15 @@ def test_a_combination_that_is_not_there_is_nan():
     assert (ids[0, 1] >= 0).all()  # of NaN: `of` gives what it gives
 
 
+def test_a_value_that_fits_in_no_combination_is_refused():
+    """Each is there in some row, but position 8 and token 13 are in no row together."""
+    where = dict(site="attn_pattern", row=over(0, 2), key=Token(over(13, name="token")))
+    with pytest.raises(EditError, match="prompt 0 has no token|position 8 lies outside prompt 2"):
+        sweep(tiny.model(), PROMPTS, [Scale(2.0, position=over(0, 8), **where)])
+    with pytest.raises(EditError, match="prompt 0 has no token"):  # so row 0 is in none
+        sweep(tiny.model(), PROMPTS, [Scale(2.0, position=0, **where)])
+
+
 SITE = dict(site="mlp_out")
 WRONG = {
     "no axis": (InputError, "No edit has an axis", [Zero(**SITE)], {}),
