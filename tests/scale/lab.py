@@ -3,7 +3,6 @@
 Imported by processes with 1, 2 and 8 devices alike; random numbers are NumPy's, the same in all.
 """
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 
 import jaxtc
 from jaxtc.captures.reducers import Features, Mean, Norm, TopK
+from tests.support import tiny
 
 MOST = 1e-6
 
@@ -38,12 +38,12 @@ def _random(shapes: Any, seed: int, spread: float = 1.0) -> Any:
     return jax.tree.map(draw, shapes)
 
 
-@functools.cache
+@tiny.handed_out
 def model() -> jaxtc.Gemma2:
     return _random(jaxtc.Gemma2.abstract(CONFIG), 1)
 
 
-@functools.cache
+@tiny.handed_out
 def transcoder(layer: int = 1) -> jaxtc.Transcoder:
     """With ties: its features come in pairs that are always equal, one in each half."""
     made = _random(jaxtc.Transcoder.abstract(24, FEATURES, layer=layer, source="lab"), 7 + layer)
