@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import jaxtc
-from jaxtc.embedded import DATA, cli, model_folder, transcoder_folder
+from jaxtc.cli import embedded as cli
+from jaxtc.embedded import DATA, model_folder, transcoder_folder
 from jaxtc.embedded.corpus import default_corpus
 from jaxtc.embedded.report import measure
 from jaxtc.embedded.settings import ModelRecipe

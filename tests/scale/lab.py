@@ -3,6 +3,7 @@
 Imported by processes with 1, 2 and 8 devices alike; random numbers are NumPy's, the same in all.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,7 +44,7 @@ def model() -> jaxtc.Gemma2:
     return _random(jaxtc.Gemma2.abstract(CONFIG), 1)
 
 
-@tiny.handed_out
+@functools.cache
 def transcoder(layer: int = 1) -> jaxtc.Transcoder:
     """With ties: its features come in pairs that are always equal, one in each half."""
     made = _random(jaxtc.Transcoder.abstract(24, FEATURES, layer=layer, source="lab"), 7 + layer)

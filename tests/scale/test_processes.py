@@ -18,8 +18,8 @@ WORKER = str(Path(__file__).with_name("process.py"))
 MB = 1e6
 
 # processes: (devices of each, mesh, another to restore onto)
-SETUPS = {2: (2, "data=2,model=2", "model=4"), 4: (2, "data=2,model=4", "data=4,model=2")}
-COUNTS = pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+MESHES = {2: (2, "data=2,model=2", "model=4"), 4: (2, "data=2,model=4", "data=4,model=2")}
+SETUPS = [2, pytest.param(4, marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def report(folder):
 
     def start(count):
         if count not in held:
-            devices, mesh, other = SETUPS[count]
+            devices, mesh, other = MESHES[count]
             with socket.socket() as probe:
                 probe.bind(("localhost", 0))
                 port = probe.getsockname()[1]
@@ -58,16 +58,16 @@ def report(folder):
     return start
 
 
-@COUNTS
+@pytest.mark.parametrize("count", SETUPS)
 def test_results_equal_one_devices(count, report):
     for told in report(count):
-        assert told["devices"] == count * SETUPS[count][0]
+        assert told["devices"] == count * MESHES[count][0]
         for name in ("run_with_everything", "generation", "dictionary"):
             assert 0 <= told[name] <= lab.MOST
         print({name: f"{value:.1e}" for name, value in told.items() if isinstance(value, float)})
 
 
-@COUNTS
+@pytest.mark.parametrize("count", SETUPS)
 def test_each_process_reads_and_holds_its_share(count, report):
     for told in report(count):
         big = told["big"]
@@ -78,7 +78,7 @@ def test_each_process_reads_and_holds_its_share(count, report):
         assert big["peak"] < big["share"] + 40 * MB
 
 
-@COUNTS
+@pytest.mark.parametrize("count", SETUPS)
 def test_when_one_cannot_load_all_raise(count, report):
     first, second, *others = (told["agreement"] for told in report(count))
     assert second.startswith("SourceError") and "nowhere" in second
@@ -86,14 +86,14 @@ def test_when_one_cannot_load_all_raise(count, report):
         assert told.startswith(f"OtherProcessError: Process 1 of {count} could not load the model")
 
 
-@COUNTS
+@pytest.mark.parametrize("count", SETUPS)
 def test_what_one_process_would_write_is_refused(count, report):
     for told in report(count):
         assert told["refused"].startswith(f"SourceError: This model is spread over {count}")
         assert "save_checkpoint" in told["refused"]
 
 
-@COUNTS
+@pytest.mark.parametrize("count", SETUPS)
 def test_what_many_saved_one_loads(count, report, folder, tmp_path, monkeypatch):
     report(count)  # which restored it onto two meshes
     monkeypatch.setattr(orbax_tree, "SMALL_BYTES", 1000)
