@@ -2,6 +2,8 @@
 
 import gc
 import importlib
+import os
+import signal
 from pathlib import Path
 
 import jax
@@ -21,8 +23,46 @@ from tests.support import tiny
 MANY, TOO_MANY = 10_000, 45_000
 MAPS = Path("/proc/self/maps")
 
+# Programs compiled without LLVM's optimizations take half as long, and most tests' time is that.
+# These folders compare programs with each other or with NumPy, within tolerances that do not depend
+# on it; parity with PyTorch, the model and the transcoders are tested as users run them.
+# JAXTC_OPTIMIZED=1 runs everything as users do.
+QUICK = (
+    "captures", "cli", "edits", "embedded", "experiments", "explore", "programs", "tap", "tests",
+)  # fmt: skip
+OPTIMIZED = bool(os.environ.get("JAXTC_OPTIMIZED"))
+# What takes longest comes first, so that no process is left alone with it at the end.
+LONG = (
+    "test_embedded", "test_patching", "test_processes", "test_readme", "test_generate",
+    "test_sweep", "test_certificate", "test_flow_edits", "parity/test_gradients",
+    "parity/test_notebook", "test_plan", "test_interventions", "test_model", "test_gemma2",
+    "test_hostile_files", "test_transformations", "test_variants", "test_cli", "test_mesh",
+)  # fmt: skip
+
+# Started in the background of a script, pytest and what it starts would ignore Ctrl-C, which some
+# tests send.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # A command that is run in this process would have it keep, and later load, programs on disk.
 jax.config.update("jax_enable_compilation_cache", False)
+
+
+def pytest_collection_modifyitems(items):
+    def order(item):
+        file = item.nodeid.partition(".py")[0]
+        return next((n for n, name in enumerate(LONG) if file.endswith(name)), len(LONG))
+
+    items.sort(key=order)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiles(request):
+    """See :data:`QUICK`."""
+    quick = request.path.parent.name in QUICK and not OPTIMIZED
+    jax.config.update("jax_disable_most_optimizations", quick)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def drop_programs(most: int) -> None:

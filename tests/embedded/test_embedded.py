@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import jaxtc
-from jaxtc.embedded import DATA, cli, model_folder, transcoder_folder
+from jaxtc.cli import embedded as cli
+from jaxtc.embedded import DATA, model_folder, transcoder_folder
 from jaxtc.embedded.corpus import default_corpus
 from jaxtc.embedded.report import measure
 from jaxtc.embedded.settings import ModelRecipe
@@ -63,12 +64,12 @@ def test_the_loss_of_packed_documents_is_that_of_each_alone():
     model = jaxtc.Gemma2(tiny_config(), rngs=nnx.Rngs(0))
     batch = tiny_batches()[0]
     logits, _ = model(batch.tokens, positions=batch.positions, segments=batch.segments)
-    losses = []
-    for row in range(4):
-        for segment in range(1, batch.segments[row].max() + 1):
-            alone = batch.tokens[row][batch.segments[row] == segment]
-            scores = jax.nn.log_softmax(jaxtc.run(model, alone[None]).logits[0])
-            losses.extend(-scores[np.arange(len(alone) - 1), alone[1:]])
+    rows = zip(batch.tokens, batch.segments, strict=True)
+    texts = [row[at == n] for row, at in rows for n in range(1, at.max() + 1)]
+    scores = np.asarray(jax.nn.log_softmax(jaxtc.run(model, texts).logits))
+    losses = [
+        -scores[i, t, text[t + 1]] for i, text in enumerate(texts) for t in range(len(text) - 1)
+    ]
     assert next_token_loss(logits, batch) == pytest.approx(np.mean(losses), rel=1e-5)
 
 

@@ -14,6 +14,7 @@ from jaxtc.parity import torch_side
 from tests.parity import oracles, reference, torch_transcoder
 from tests.parity.lab import Lab
 from tests.parity.oracles import Oracle
+from tests.support import tiny
 
 # These models are so small that a second thread costs torch more than it gives.
 torch.set_num_threads(1)
@@ -55,7 +56,11 @@ def models() -> Callable:
         ours = jaxtc.load_model(source, dtype=jnp.dtype(dtype))
         return ours, torch_side.load(folder, getattr(torch, dtype))
 
-    return lambda oracle, dtype="float32": load(oracle.name, oracle.source, oracle.folder, dtype)
+    def pair(oracle, dtype="float32"):
+        ours, theirs = load(oracle.name, oracle.source, oracle.folder, dtype)
+        return tiny.fresh(ours), theirs
+
+    return pair
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import numpy as np
 
 import jaxtc
 from jaxtc.captures.reducers import Features, Mean, Norm, TopK
+from tests.support import tiny
 
 MOST = 1e-6
 
@@ -38,7 +39,7 @@ def _random(shapes: Any, seed: int, spread: float = 1.0) -> Any:
     return jax.tree.map(draw, shapes)
 
 
-@functools.cache
+@tiny.handed_out
 def model() -> jaxtc.Gemma2:
     return _random(jaxtc.Gemma2.abstract(CONFIG), 1)
 

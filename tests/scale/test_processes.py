@@ -18,7 +18,8 @@ WORKER = str(Path(__file__).with_name("process.py"))
 MB = 1e6
 
 # processes: (devices of each, mesh, another to restore onto)
-SETUPS = {2: (2, "data=2,model=2", "model=4"), 4: (2, "data=2,model=4", "data=4,model=2")}
+MESHES = {2: (2, "data=2,model=2", "model=4"), 4: (2, "data=2,model=4", "data=4,model=2")}
+SETUPS = [2, pytest.param(4, marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def report(folder):
 
     def start(count):
         if count not in held:
-            devices, mesh, other = SETUPS[count]
+            devices, mesh, other = MESHES[count]
             with socket.socket() as probe:
                 probe.bind(("localhost", 0))
                 port = probe.getsockname()[1]
@@ -60,7 +61,7 @@ def report(folder):
 @pytest.mark.parametrize("count", SETUPS)
 def test_results_equal_one_devices(count, report):
     for told in report(count):
-        assert told["devices"] == count * SETUPS[count][0]
+        assert told["devices"] == count * MESHES[count][0]
         for name in ("run_with_everything", "generation", "dictionary"):
             assert 0 <= told[name] <= lab.MOST
         print({name: f"{value:.1e}" for name, value in told.items() if isinstance(value, float)})

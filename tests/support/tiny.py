@@ -26,19 +26,23 @@ def config() -> jaxtc.Gemma2Config:
     )  # fmt: skip
 
 
-def outside_traces(make):
-    """Kept, and made of real arrays even when it is first asked for inside a trace."""
+def handed_out(make):
+    """Made once, of real arrays even inside a trace; each caller gets modules of its own."""
 
     @functools.cache
-    @functools.wraps(make)
     def made(*args, **kwargs):
         with jax.ensure_compile_time_eval():
             return make(*args, **kwargs)
 
-    return made
+    return functools.wraps(make)(lambda *args, **kwargs: fresh(made(*args, **kwargs)))
 
 
-@outside_traces
+def fresh(module):
+    """Other modules and parameters with the same arrays, which nothing can write to."""
+    return jax.tree.map(lambda leaf: leaf, module)
+
+
+@handed_out
 def model() -> jaxtc.Gemma2:
     made = jaxtc.Gemma2(config(), rngs=nnx.Rngs(0))
     # Gains away from 0, so that the site before the gain differs from the one after it.
@@ -50,7 +54,7 @@ def model() -> jaxtc.Gemma2:
     return made
 
 
-@outside_traces
+@handed_out
 def transcoder(layer: int | None, features: int = 50, width: int = 24) -> jaxtc.Transcoder:
     made = jaxtc.Transcoder(
         width, features, layer=layer, source=f"tiny/layer_{layer}", rngs=nnx.Rngs(layer or 0)

@@ -1,6 +1,7 @@
 """Hundreds of mutants of every format: refused by name or read as they are, in time and in memory.
 
-``JAXTC_MUTANTS=2000`` makes it thousands; each is told by its number, so that
+Every run reads some of each, ``pytest -m slow`` hundreds; with ``JAXTC_MUTANTS=2000``, thousands.
+Each is told by its number, so that
 ``python -m tests.weights.hostile.child npz 1234 1`` reads one again.
 """
 
@@ -16,7 +17,7 @@ import pytest
 from jaxtc.errors import WeightsError
 from tests.weights.hostile import child
 
-MUTANTS = int(os.environ.get("JAXTC_MUTANTS", "200"))
+SOME, MUTANTS = 60, int(os.environ.get("JAXTC_MUTANTS", "500"))
 # A process each: a crash is a failure of its batch, and no other's.
 BATCH = 500
 
@@ -33,17 +34,18 @@ def read(format: str, first: int, count: int) -> dict:
 
 
 @pytest.mark.timeout(60 + 2 * MUTANTS)
+@pytest.mark.parametrize("mutants", [SOME, pytest.param(MUTANTS, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("format", child.FORMATS)
-def test_mutants(format):
+def test_mutants(format, mutants):
     loaded = refused = 0
-    for first in range(0, MUTANTS, BATCH):
-        count = min(BATCH, MUTANTS - first)
+    for first in range(0, mutants, BATCH):
+        count = min(BATCH, mutants - first)
         said = read(format, first, count)
         assert said["loaded"] + said["refused"] == count
         loaded, refused = loaded + said["loaded"], refused + said["refused"]
         print(format, first, json.dumps(said))
     # Some mutations change nothing that matters; many must not pass.
-    assert refused > MUTANTS / 3 and loaded > 0
+    assert refused > mutants / 3 and loaded > 0
 
 
 class Made:
