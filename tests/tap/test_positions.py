@@ -233,7 +233,7 @@ def test_targets_together():
         (dict(site="q", head=4), "this model has heads 0 to 3"),
         (dict(site="v", head=[0, 2]), "this model has heads 0 to 1"),
         (dict(site="q", head=-5), "heads 0 to 3"),
-        (dict(site="mlp_out", head=0), r"mlp_out \[B T D\] has no axis for head.*q, k_unrotated, k, v"),
+        (dict(site="mlp_out", head=0), r"mlp_out \[B T D\] has no axis for head.*q, k_un"),
         (dict(site="mlp_out", coordinate=24), "this model has coordinates 0 to 23"),
         (dict(site="mlp_in_scale", coordinate=0), "has no axis for coordinate"),
         (dict(site="attn_pattern", coordinate=0), "has no axis for coordinate"),
