@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
+import orbax.checkpoint.experimental.v1 as ocp
 
 Log = Callable[[str], None]
 #: (carry, batch) -> (carry, figures), traceable; figures are scalars by name.
@@ -30,28 +30,30 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path | None):
-        options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
-        self.manager = folder and ocp.CheckpointManager(Path(folder).absolute(), options=options)
+        latest = ocp.training.preservation_policies.LatestN(1)
+        self.checkpointer = folder and ocp.training.Checkpointer(
+            Path(folder).absolute(), preservation_policy=latest
+        )
 
     def restore(self, carry: Any) -> tuple[int, Any]:
         """(steps done, state); (0, ``carry``) when nothing was saved."""
-        done = self.manager and self.manager.latest_step()
-        if not done:
+        latest = self.checkpointer and self.checkpointer.latest
+        if not latest:
             return 0, carry
         leaves, structure = jax.tree.flatten(carry)
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _named(leaves))
-        saved = self.manager.restore(done, args=ocp.args.StandardRestore(abstract))
-        return done, jax.tree.unflatten(structure, [saved[name] for name in _named(leaves)])
+        abstract = jax.tree.map(ocp.arrays.to_shape_dtype_struct, _named(leaves))
+        saved = self.checkpointer.load(latest.step, abstract)
+        return latest.step, jax.tree.unflatten(structure, [saved[name] for name in abstract])
 
     def save(self, done: int, carry: Any) -> None:
         """Keep ``carry`` as the state after ``done`` steps."""
-        if self.manager:
-            self.manager.save(done, args=ocp.args.StandardSave(_named(jax.tree.leaves(carry))))
+        if self.checkpointer:
+            self.checkpointer.save(done, _named(jax.tree.leaves(carry)))
 
     def close(self) -> None:
         """Wait until what was saved is on disk."""
-        if self.manager:
-            self.manager.close()
+        if self.checkpointer:
+            self.checkpointer.close()
 
 
 def _named(leaves: list) -> dict[str, Any]:

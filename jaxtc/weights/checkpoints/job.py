@@ -212,7 +212,8 @@ class Job:
 
     def _done(self) -> int:
         """The bytes that are written."""
-        return sum(path.stat().st_size for path in self._partial.rglob("*") if path.is_file())
+        paths = self._partial.glob("files*/**/*")
+        return sum(path.stat().st_size for path in paths if path.is_file())
 
     def _free(self) -> int:
         return shutil.disk_usage(self._partial).free

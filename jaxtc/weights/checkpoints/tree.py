@@ -98,7 +98,7 @@ def _copy_metadata(source: Any, target: Any) -> None:
 
 def stored(folder: Any) -> dict[str, Any]:
     """The ``shape`` and ``dtype`` of each array, by name. Raises WeightsError as :func:`load`."""
-    with _orbax() as ocp, _explained(folder):
+    with _orbax(alone=True) as ocp, _explained(folder):
         return _flat(ocp.metadata(folder).metadata or {})  # None: orbax cannot tell
 
 
