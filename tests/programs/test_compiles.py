@@ -340,12 +340,8 @@ def test_a_function_in_place_of_a_score():
 
     of = program("sweep", lambda of: 1.0)
     with compiles() as found:
-        for given in (
-            score,
-            jaxtc.scores.Logit(np.int32([3, 4])),
-            jax.tree_util.Partial(plain),
-            score,
-        ):
+        two = jaxtc.scores.Logit(np.int32([3, 4]))
+        for given in (score, two, jax.tree_util.Partial(plain), score):
             of(given)
     assert [one.because for one in found[1:]] == [
         "of.token: int32[2] (was weak int32[])",
