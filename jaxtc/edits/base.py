@@ -19,13 +19,10 @@ from jaxtc.tap.sites import BY_NAME, parse
 
 
 class Index(NamedTuple):
-    """A target of whole numbers, one or several, each an index of an axis.
+    """A target of whole numbers, each an index of the first axis of the site among ``letters``.
 
-    Attributes:
-        letters: the axis: the first of the site's that is among these; L is the layers, B the rows,
-            others may come from :attr:`Edit.sizes`.
-        back: whether negative ones count from the end.
-        distinct: whether none may be named twice.
+    L is the layers, B the rows; others may come from :attr:`Edit.sizes`. Negative ones count from
+    the end if ``back``; ``distinct`` ones may not be named twice.
     """
 
     letters: str
@@ -36,9 +33,8 @@ class Index(NamedTuple):
 class Tokens(NamedTuple):
     """A target of tokens, in any spelling of :func:`jaxtc.tap.positions.locate`.
 
-    Attributes:
-        rows: the field that names the rows which must have those tokens.
-        keys: whether they are keys (axis S beside T), which are tokens of the prompt only.
+    The rows that the field ``rows`` names must have them. ``keys`` stand along S beside T, and are
+    tokens of the prompt only.
     """
 
     rows: str = "row"

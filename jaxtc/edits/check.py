@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.edits.base import Edit, own_shape
-from jaxtc.edits.conflicts import check_conflicts
-from jaxtc.edits.judge import judge, lengths_of, refusal, settle, sizes_of
+from jaxtc.edits.judge import check_conflicts, judge, lengths_of, refusal, settle, sizes_of
 from jaxtc.errors import EditError
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.prompts import Prompts

@@ -3,10 +3,12 @@
 :func:`settle` counts a target from the front, and :func:`judge` states the rules, once: of NumPy on
 the host, where :func:`refusal` is the error for one that is broken, and of jax.numpy inside a
 trace, where :func:`all_there` makes the result NaN. A sweep judges all values of its axes at once.
+:func:`check_conflicts` compares edits with each other.
 
 Axis letters: B batch, P positions named; "..." are the variants of a sweep.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +18,7 @@ import numpy as np
 from jax.experimental import checkify
 
 from jaxtc.edits.base import Edit, Index, Tokens
+from jaxtc.edits.features import FeatureEdit
 from jaxtc.errors import EditError
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.prompts import Prompts
@@ -191,3 +194,54 @@ def all_there(
                 what = f"{edit} would not fire ({rule})".replace("{", "{{").replace("}", "}}")
                 checkify.check(one, what + ": {}", jax.tree.map(jnp.asarray, given))
     return fine
+
+
+def check_conflicts(edits: Sequence[Edit], layers: int, width: int) -> None:
+    """Refuse edits of what is replaced, and two edits of one feature at one token.
+
+    What is traced cannot be compared, and passes. ``width`` is W, the padded length.
+
+    Raises:
+        EditError: naming both edits.
+    """
+    for (i, a), (j, b) in itertools.permutations(enumerate(edits), 2):
+        # What leads from the site that is read to the one that is replaced is not computed.
+        inside = ORDER["mlp_in"] < ORDER[b.site] < ORDER[a.site]
+        before = b.site == a.site and j < i
+        known = a.replaces and (inside or before) and not is_traced((a.layer, b.layer))
+        if known and _layers_of(b, layers) <= _layers_of(a, layers):
+            raise EditError(
+                f"{b} would have no effect: {a} replaces what it changes. Leave one of them out"
+                + (", or put it after the other." if before else ".")
+            )
+        if i < j and isinstance(a, FeatureEdit) and isinstance(b, FeatureEdit) and a.site == b.site:
+            _check_features(a, b, layers, width)
+
+
+def _check_features(a: FeatureEdit, b: FeatureEdit, layers: int, width: int) -> None:
+    """Each adds its difference from the transcoder's own activation, so two would add up wrong."""
+    if a.transcoder.W_enc[...] is not b.transcoder.W_enc[...]:
+        return
+    if is_traced([getattr(edit, name) for edit in (a, b) for name in edit.targets]):
+        return
+    shared = [_layers_of(a, layers) & _layers_of(b, layers)]
+    for name in ("feature", "row", "coordinate"):
+        mine, others = getattr(a, name), getattr(b, name)
+        if mine is not None and others is not None:
+            shared.append(np.intersect1d(mine, others).size)
+    if a.position is not None and b.position is not None:
+        # As far as the prompts go; what follows them is named by spans and numbers alike.
+        batch = next(iter(vars(a.position).values())).shape[0]
+        at = np.broadcast_to(np.arange(2 * width), (batch, 2 * width))
+        shared.append((a.position.selects(at) & b.position.selects(at)).any())
+    if all(shared):
+        raise EditError(
+            f"{a} and {b} both change feature {np.intersect1d(a.feature, b.feature)[0]} at the "
+            "same tokens, and each adds its difference from what the transcoder itself finds "
+            "there. Make it one edit, or give them different positions."
+        )
+
+
+def _layers_of(edit: Edit, layers: int) -> set[int]:
+    every = range(layers) if edit.layers is None else edit.layers
+    return set(np.atleast_1d(every if edit.layer is None else edit.layer).tolist())
