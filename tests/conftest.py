@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True, scope="module")
 def quick_compiles(request):
     """See :data:`QUICK`."""
-    before = jax.config.jax_disable_most_optimizations  # processes of tests/scale set it themselves
+    before = jax.config.read("jax_disable_most_optimizations")  # set by processes of tests/scale
     quick = request.path.parent.name in QUICK and not OPTIMIZED
     jax.config.update("jax_disable_most_optimizations", before or quick)
     yield
