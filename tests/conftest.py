@@ -59,10 +59,11 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True, scope="module")
 def quick_compiles(request):
     """See :data:`QUICK`."""
+    before = jax.config.read("jax_disable_most_optimizations")  # set by processes of tests/scale
     quick = request.path.parent.name in QUICK and not OPTIMIZED
-    jax.config.update("jax_disable_most_optimizations", quick)
+    jax.config.update("jax_disable_most_optimizations", before or quick)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def drop_programs(most: int) -> None:
