@@ -152,7 +152,10 @@ def sweep(
         if progress is not None:
             jax.block_until_ready(kept)
             progress(min(start + chunk, len(order)), len(order))
-    return Sweep(_join(found, np.argsort(order), shape), owned(axes))
+    return Sweep(
+        _join(found, np.argsort(order), shape),
+        {name: owned(values) for name, values in axes.items()},
+    )
 
 
 @functools.partial(jax.jit, static_argnums=2)

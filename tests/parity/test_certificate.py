@@ -209,7 +209,7 @@ def test_nan_is_caught(folder_of):
         return model
 
     found = checked(folder_of("9b"), "float32", load)
-    caught(found, "layers.1.mlp_act", "isolated")
+    caught(found, "layers.1.mlp_gate", "isolated")
     assert math.isinf(found.first_jump.relative)
 
 

@@ -190,7 +190,8 @@ def scale_rounded_to_bfloat16(monkeypatch):
 def untied(monkeypatch):
     def decode(self, x, tap):
         head = jax.random.normal(jax.random.key(0), self.weight.shape) * 0.1
-        return tap("logits", jnp.tanh(x @ head.T / self.cap) * self.cap)
+        logits = tap("logits_uncapped", x @ head.T)
+        return tap("logits", jnp.tanh(logits / self.cap) * self.cap)
 
     monkeypatch.setattr(Embedder, "decode", decode)
 

@@ -90,11 +90,6 @@ def add(array, x):
     return x + array
 
 
-@tiny.outside_traces
-def transcoder():
-    return tiny.transcoder(1)
-
-
 def run(a):
     found = jaxtc.run(
         tiny.model(), a["tokens"], lengths=a["lengths"], logits="last",
@@ -119,7 +114,7 @@ def run(a):
             jaxtc.Zero(site="q", head=a["head"], layer=2),
             jaxtc.Scale(3.0, site="attn_out", coordinate=a["coordinate"], layer=2),
             jaxtc.Copy(site="resid_mid", position=0, from_row=a["from row"], layer=2),
-            jaxtc.SetFeature(transcoder(), a["feature"], a["amount"]),
+            jaxtc.SetFeature(tiny.transcoder(1), a["feature"], a["amount"]),
             AddSum(a["own"], site="embed"),
         ],
     )  # fmt: skip
@@ -182,7 +177,9 @@ def generated(a):
 
 def transcoded(a):
     """Parameters that are NumPy's."""
-    model, made = (jax.tree.map(lambda x: x, module) for module in (tiny.model(), transcoder()))
+    model, made = (
+        jax.tree.map(lambda x: x, module) for module in (tiny.model(), tiny.transcoder(1))
+    )
     model.final_norm.weight.set_raw_value(a["gain"])
     made.b_dec.set_raw_value(a["bias"])
     return jaxtc.run(model, PROMPTS, edits=[jaxtc.Splice(made)]).logits
@@ -194,7 +191,7 @@ def score(a):
 
 def decoded(a):
     features = SparseFeatures(a["values"], np.tile(whole(*range(50)), (4, 1)), whole(*[50] * 4))
-    return transcoder().decode_sparse(features), transcoder().decode(a["activations"])
+    return tiny.transcoder(1).decode_sparse(features), tiny.transcoder(1).decode(a["activations"])
 
 
 def loss(a):
@@ -233,7 +230,7 @@ CALLS = {
     "generate": (generated, GENERATED),
     "parameters": (transcoded, {"bias": (DRAWN[0], 9), "gain": (DRAWN[1], 9)}),
     "score": (score, {"answer": (whole(3, 4, 5), 6)}),
-    "encode": (lambda a: transcoder().encode(a["x"]), {"x": (DRAWN[:4], 9)}),
+    "encode": (lambda a: tiny.transcoder(1).encode(a["x"]), {"x": (DRAWN[:4], 9)}),
     "decode": (decoded, {"activations": (ACTIVE, 9), "values": (ACTIVE, 9)}),
     "loss": (loss, {"tokens": (BATCH, 7), "logits": (DRAWN[: BATCH.size].reshape(3, -1, D), 9)}),
     "model": (lambda a: tiny.model()(a["tokens"])[0], {"tokens": (BATCH, 7)}),

@@ -156,7 +156,7 @@ def _parse(raw: Any) -> Sidecar:
 
     def array(name: str, one: Any) -> Array:
         shape, dtype, sha256 = map((one if isinstance(one, dict) else {}).get, _ARRAY)
-        sizes = isinstance(shape, list) and shape and all(is_whole(size, 1) for size in shape)
+        sizes = isinstance(shape, list) and all(is_whole(size, 1) for size in shape)
         known = isinstance(dtype, str) and dtype in _DTYPES
         check(
             sizes and known and re.fullmatch(r"\w+(\.\w+)*", name, re.ASCII),
