@@ -230,7 +230,7 @@ def test_of_values(name, labs, make_oracle, transcoders_of):
     coder, t_coder = transcoders_of(make_oracle(name))
     draw = np.random.default_rng(8)
     features = np.array(here.lively(t_coder, coder.layer, 8)[0])
-    vector = lambda site: here.at(site, 3).pair(here.ours.config.hidden_size)[0]  # noqa: E731
+    vector = lambda site: here.at(site, 4).pair(here.ours.config.hidden_size)[0]  # noqa: E731
     peak = np.asarray(draw.uniform(1, 2, len(features)), np.float32)
     layer, some = coder.layer, {"position": slice(1, None)}
     # Kind, site, values to take the gradient of, the hook's change of them, where.

@@ -117,7 +117,9 @@ def test_theirs_feed_ours(pair, oracle):
     norm = theirs.model.layers[LAYER].post_feedforward_layernorm
     kept = []
     handle = norm.register_forward_hook(lambda module, args, out: kept.append(out))
+    norm.weight.requires_grad_(True)
     theirs(torch.tensor([source]))
+    norm.weight.requires_grad_(False)
     handle.remove()
     [tensor] = kept
     assert tensor.requires_grad

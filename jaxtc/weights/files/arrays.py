@@ -9,6 +9,9 @@ from jaxtc.errors import WeightsError
 # What XLA's CPU client needs to use a host array in place.
 _ALIGNMENT = 64
 
+# How much of an array is in memory besides it while it is read, cast or checked.
+CHUNK_BYTES = 8 << 20
+
 _BF16 = np.dtype(jnp.bfloat16)
 
 

@@ -11,8 +11,9 @@ import numpy as np
 from jaxtc.errors import SourceError, WeightsError, some
 from jaxtc.model.config import Gemma2Config
 from jaxtc.weights.files import local
+from jaxtc.weights.files.arrays import CHUNK_BYTES
 from jaxtc.weights.files.safetensors import Entry, SafetensorsFile
-from jaxtc.weights.files.shards import CHUNK_BYTES, read_parts
+from jaxtc.weights.files.shards import read_parts
 from jaxtc.weights.names import EMBEDDING, TIED, Name, is_buffer, parameter_names
 
 SINGLE = "model.safetensors"

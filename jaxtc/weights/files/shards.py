@@ -13,13 +13,10 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jaxtc.weights.files.arrays import all_finite, cast, empty
+from jaxtc.weights.files.arrays import CHUNK_BYTES, all_finite, cast, empty
 
 # (start, stop) along each axis.
 Box = tuple[tuple[int, int], ...]
-
-# How much of an array is in memory in its stored dtype while it is cast.
-CHUNK_BYTES = 8 << 20
 
 # Boxes that lie interleaved in the file are read together, so that it is read in long runs, while
 # all of them take no more than this; otherwise one after another.
