@@ -20,6 +20,9 @@ from jaxtc.weights.load_model import load_tokenizer
 from tests.support import tiny
 from tests.support.weights_files import random_model, same
 
+# Orbax gives up its other reads when one fails, and these then find its event loop closed.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 CHUNK = "state/layers.1.attn.q/0.0.0"
 
 
