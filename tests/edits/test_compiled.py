@@ -121,14 +121,16 @@ def kinds():
 
 
 def test_every_kind_is_among_those_tested_here_and_public():
-    assert kinds() == {type(edit) for edit in whole().values()}
+    tested = {type(edit) for edit in whole().values()}
+    assert kinds() == tested, "add a case to `kinds` and `where` of whole(), above"
     assert all(getattr(jaxtc, kind.__name__, None) is kind for kind in kinds())
 
 
 def test_every_kind_is_compared_with_hooks_on_torch():
     texts = [path.read_text() for path in (Path(__file__).parents[1] / "parity").glob("test_*.py")]
     compared = set(re.findall(r"\bjaxtc\.(\w+)", " ".join(texts)))
-    assert {kind.__name__ for kind in kinds()} <= compared
+    missing = {kind.__name__ for kind in kinds()} - compared
+    assert not missing, "add it to torch_edits.py, and last to KINDS of test_interventions.py"
 
 
 def in_order(edits):
@@ -325,7 +327,8 @@ def test_gradients_are_those_of_finite_differences(kind, transformed):
                 (slope * along).sum(), expected, rtol=3e-2, atol=3e-3, err_msg=name
             )
             moved |= slope.any()
-    assert tried == bool(moved) == (kind not in STILL)
+    moves = kind not in STILL
+    assert tried == bool(moved) == moves, f"{kind}: with nothing to differentiate, add it to STILL"
 
 
 def test_mean_of_positions_that_few_prompts_have_has_a_gradient():
