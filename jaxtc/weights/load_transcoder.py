@@ -15,7 +15,7 @@ from jaxtc.sharding.processes import agreed
 from jaxtc.sharding.rules import RULES, Rules, shardings, variables
 from jaxtc.tap.sites import BY_NAME
 from jaxtc.transcoders.transcoder import Transcoder
-from jaxtc.weights.checkpoints.read import load_converted_transcoder, open_transcoders
+from jaxtc.weights.checkpoints.read import Converted
 from jaxtc.weights.files import arrays
 from jaxtc.weights.files.formats import SITES, sites_of
 from jaxtc.weights.files.layout import sae_site
@@ -177,8 +177,8 @@ def _load(
 ) -> Transcoder:
     """One transcoder; ``places`` says where its parameters go."""
     if found.format == CONVERTED:
-        checkpoint = open_transcoders(found.path)
-        return load_converted_transcoder(checkpoint, found.layer, dtype, places, given)
+        checkpoint = Converted(found.path, TRANSCODERS)
+        return checkpoint.load(checkpoint.transcoder(found.layer, dtype, given), places)
     with open_transcoder(found.file) as opened:
         abstract = _declared(opened, dtype, found, given)
         names = [key for key, _ in variables(abstract)]
