@@ -70,9 +70,7 @@ def load_model(
         found = resolve(source, MODEL, revision=revision)
         folder = found.fetch()
         if found.format == CONVERTED:
-            checkpoint = Converted(folder, MODEL)
-            if verify:
-                checkpoint.verify()
+            checkpoint = Converted(folder, MODEL, verify)
             spread = mesh and functools.partial(shardings, mesh=mesh, rules=rules)
             return checkpoint.load(checkpoint.model(dtype), spread, progress)
         if verify:

@@ -129,14 +129,21 @@ def load_transcoders(
     mesh = None if mesh is None else make_mesh(mesh)
     given = _sites(input_site, output_site)
     places = mesh and functools.partial(shardings, mesh=mesh, rules=rules)
-    if layers != "all" and isinstance(layers, str):
+    with agreed(mesh, "load the transcoders"):
+        found = resolve(source, TRANSCODERS, revision=revision)
+        which = which_layers(found, layers)
+        return {n: _load(found.one(n, width, l0), dtype, given, places) for n in which}
+
+
+def which_layers(found: Source, layers: str | Iterable[int]) -> Iterable[int]:
+    """The layers that are meant. Raises SourceError when that is not said."""
+    if isinstance(layers, str) and layers == "all":
+        return found.layers()
+    if isinstance(layers, str):
         raise SourceError(f"layers is {layers!r}, expected 'all' or whole numbers.")
     if not isinstance(layers, Iterable):
         raise SourceError(f"layers is {layers!r}, expected 'all' or several, such as [{layers}].")
-    with agreed(mesh, "load the transcoders"):
-        found = resolve(source, TRANSCODERS, revision=revision)
-        which = found.layers() if isinstance(layers, str) else layers
-        return {n: _load(found.one(n, width, l0), dtype, given, places) for n in which}
+    return layers
 
 
 def available_layers(source: str | Path = EMBEDDED, revision: str | None = None) -> list[int]:

@@ -266,7 +266,7 @@ def test_a_bucket_is_left_to_orbax(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     with pytest.raises(SourceError, match="exists already"):
         jaxtc.save_checkpoint(random_model(), tmp_path / "out")
-    with pytest.raises(SourceError, match="Convert to a folder on this machine"):
+    with pytest.raises(SourceError, match="Convert to a folder here"):
         jaxtc.convert(tmp_path / "out", "gs://bucket/out")
 
 

@@ -38,18 +38,19 @@ class Job:
 
     Attributes:
         files: the folder that becomes ``out``.
-        finished: ``out`` is there already; an earlier run was killed while it tidied up.
     """
 
     def __init__(self, out: str | Path, what: dict[str, Any], needed: int):
         self.out = Path(os.path.abspath(local.expand(out)))
         self.partial = self.out.with_name(f"{self.out.name}.partial")
         self.files, self.note = self.partial / "files", self.partial / "job.json"
-        self.what, self.needed, self.finished = what, needed, False
+        self.what, self.needed = what, needed
 
     @contextlib.contextmanager
-    def begin(self, *, fresh: bool = False) -> Iterator[None]:
+    def begin(self, *, fresh: bool = False) -> Iterator[bool]:
         """Begin the job, or go on with it unless ``fresh``, and keep others from it meanwhile.
+
+        Yields False when a run that was killed had only not tidied up yet.
 
         Raises:
             SourceError: the folder exists or is being written; another job was begun there; the
@@ -64,15 +65,15 @@ class Job:
                     self.partial.mkdir(parents=True, exist_ok=True)
                     self._lock(stack)
                     self._start(there, fresh)
+                    yield True
                 elif there == self.what and not fresh and not self.files.exists():
-                    self.finished = True
                     self._tidy()
+                    yield False
                 else:
                     raise SourceError(
                         f"{self.out} exists already and is not overwritten. Give another folder, "
                         "or remove it first."
                     )
-                yield
         except (OSError, ValueError) as error:  # orbax gives the system's words in a ValueError
             if any(words in str(error) for words in _FULL):
                 raise self._no_room() from error

@@ -23,23 +23,15 @@ from jaxtc.model.gemma2 import Gemma2
 from jaxtc.sharding.rules import variables
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.checkpoints import tree
-from jaxtc.weights.checkpoints.sidecar import (
-    MODEL,
-    SIDECAR,
-    TRANSCODERS,
-    hash_array,
-    hash_bytes,
-    read_bytes,
-    read_sidecar,
-)
+from jaxtc.weights.checkpoints.sidecar import SIDECAR, read_bytes, read_sidecar, sha256
 from jaxtc.weights.files import arrays, local
 from jaxtc.weights.files.layout import check_layer
 
 _Module = TypeVar("_Module", Gemma2, Transcoder)
 
 _OTHERS = {
-    MODEL: "transcoders, not a model; load them with load_transcoder",
-    TRANSCODERS: "a model, not transcoders; load it with load_model",
+    "model": "transcoders, not a model; load them with load_transcoder",
+    "transcoders": "a model, not transcoders; load it with load_model",
 }
 
 
@@ -55,45 +47,41 @@ class Converted:
     Args:
         folder: a :class:`pathlib.Path`, or its like from etils.
         kind: "model" or "transcoders", if only that will do.
+        verify: compare the content of everything with its hash.
 
     Raises:
         SourceError: it holds the other kind.
-        WeightsError: an unsound sidecar; a link, a pipe or a device in the folder.
+        WeightsError: an unsound sidecar; a link, a pipe or a device in the folder; a wrong hash.
     """
 
-    def __init__(self, folder: Any, kind: str | None = None):
+    def __init__(self, folder: Any, kind: str | None = None, verify: bool = False):
         self.folder, self.sidecar = folder, read_sidecar(folder)
         if isinstance(folder, Path):
             _check_plain(folder)
         if kind not in (None, self.sidecar.kind):
             raise SourceError(f"{folder} holds {_OTHERS[kind]}.")
+        for file in self.sidecar.files if verify else ():
+            self.content(file)
+        for name in self.sidecar.arrays if verify else ():
+            self.fetch(name)
 
     def content(self, file: str) -> bytes:
         """The bytes of a file beside the tree. Raises WeightsError if its hash is another."""
-        raw = read_bytes(self.folder / file)
-        self._check(file, hash_bytes(raw), self.sidecar.files.get(file))
-        return raw
+        return self._checked(file, read_bytes(self.folder / file), self.sidecar.files.get(file))
 
     def fetch(self, name: str) -> np.ndarray:
         """An array as it was written. Raises WeightsError if its hash is another."""
         array = self._load({name: self._stored(name)})[name]
-        self._check(name, hash_array(array), self.sidecar.arrays[name].sha256)
-        return array
+        return self._checked(name, array, self.sidecar.arrays[name].sha256)
 
-    def verify(self) -> None:
-        """Compare the content of everything with its hash. Raises WeightsError."""
-        for file in self.sidecar.files:
-            self.content(file)
-        for name in self.sidecar.arrays:
-            self.fetch(name)
-
-    def _check(self, name: str, found: str, expected: str | None) -> None:
-        if found != expected:
+    def _checked(self, name: str, found: Any, expected: str | None) -> Any:
+        if sha256(found) != expected:
             raise WeightsError(
-                f"{name} in {self.folder} is not what was written (SHA-256 {found[:12]}…, in "
-                f"{SIDECAR} {(expected or 'none')[:12]}…): it was damaged or changed. Copy or "
+                f"{name} in {self.folder} is not what was written (SHA-256 {sha256(found)[:12]}…, "
+                f"in {SIDECAR} {(expected or 'none')[:12]}…): it was damaged or changed. Copy or "
                 "convert the checkpoint again."
             )
+        return found
 
     def model(self, dtype: np.dtype | None = None) -> Gemma2:
         """The model without its values.
@@ -145,14 +133,9 @@ class Converted:
 
     def _declared(self, abstract: _Module, below: str = "") -> _Module:
         """The module, if the arrays of the sidecar that begin with ``below`` are its own."""
-        expected = {name: leaf.shape for name, leaf in named(abstract).items()}
         own = {k: one.shape for k, one in self.sidecar.arrays.items() if k.startswith(below)}
-        problems = _differences(own, expected, "is not a parameter", "shape ")
-        if problems:
-            raise WeightsError(
-                f"The arrays in {self.folder} are not the parameters that its {SIDECAR} "
-                f"describes: {some(problems, 20)}. Convert the checkpoint again."
-            )
+        expected = {name: leaf.shape for name, leaf in named(abstract).items()}
+        self._compare(own, expected, "is not a parameter")
         return abstract
 
     @functools.cached_property
@@ -161,18 +144,27 @@ class Converted:
         found, said = tree.stored(self.folder), self.sidecar.arrays
         for name in said if not found else ():
             tree.load(self.folder, {name: self._stored(name)})  # raises, and tells which
-        found, expected = (
-            {name: f"{one.dtype} {tuple(one.shape)}" for name, one in one_side.items()}
-            for one_side in (found, said)
+        described = (
+            {k: f"{x.dtype} {tuple(x.shape)}" for k, x in y.items()} for y in (found, said)
         )
-        problems = _differences(found, expected, f"is not in {SIDECAR}")
+        self._compare(*described, f"is not in {SIDECAR}")
+        return True
+
+    def _compare(self, found: Mapping, expected: Mapping, extra: str) -> None:
+        """Refuse differences between arrays, each with its description."""
+        problems = [f"{name} is missing" for name in expected if name not in found]
+        problems += [f"{name} {extra}" for name in found if name not in expected]
+        problems += [
+            f"{name} has {'shape ' * isinstance(one, tuple)}{found[name]}, not {one}"
+            for name, one in expected.items()
+            if found.get(name, one) != one
+        ]
         if problems:
             raise WeightsError(
                 f"{self.folder} is not the checkpoint that its {SIDECAR} describes: "
-                f"{some(problems)}. A copy was cut short, or files were changed; copy or convert "
-                "it again."
+                f"{some(problems, 20)}. A copy was cut short, or files were changed; copy or "
+                "convert it again."
             )
-        return True
 
     def _stored(self, name: str, sharding: NamedSharding | None = None) -> jax.ShapeDtypeStruct:
         one = self.sidecar.arrays[name]
@@ -232,19 +224,6 @@ def named(module: Gemma2 | Transcoder) -> dict[str, Any]:
     """The parameters of a module by their names in the tree."""
     below = f"layers.{module.layer}." if isinstance(module, Transcoder) else ""
     return {below + name: leaf for name, leaf in variables(module)}
-
-
-def _differences(found: Mapping, expected: Mapping, extra: str, what: str = "") -> list[str]:
-    """What is wrong with arrays, each with its description."""
-    return [
-        *(f"{name} is missing" for name in expected if name not in found),
-        *(f"{name} {extra}" for name in found if name not in expected),
-        *(
-            f"{name} has {what}{found[name]}, not {one}"
-            for name, one in expected.items()
-            if found.get(name, one) != one
-        ),
-    ]
 
 
 def _is_finite(array: Any) -> bool:

@@ -18,7 +18,7 @@ from jaxtc.sharding.rules import variables
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.checkpoints import tree
 from jaxtc.weights.checkpoints.job import Job
-from jaxtc.weights.checkpoints.sidecar import SIDECAR, Array, describe, hash_array
+from jaxtc.weights.checkpoints.sidecar import SIDECAR, Array, describe, sha256
 
 
 def save_checkpoint(
@@ -69,7 +69,10 @@ def save_checkpoint(
                 )
         with agreed(everyone, f"write its part of {folder}"):
             tree.save(target, values)
-            arrays = {name: _array(array) for name, array in values.items()}
+            arrays = {
+                name: Array(x.shape, np.dtype(x.dtype), sha256(whole(x)))
+                for name, x in values.items()
+            }
         with agreed(everyone, f"finish {folder}"):
             if first:
                 sidecar = describe(arrays, files, None if isinstance(model, Gemma2) else model)
@@ -96,11 +99,6 @@ def _tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
-
-
-def _array(array: jax.Array | np.ndarray) -> Array:
-    here = array if isinstance(array, np.ndarray) else whole(array)
-    return Array(array.shape, np.dtype(array.dtype), hash_array(here))
 
 
 def _values(model: Gemma2 | Mapping[int, Transcoder]) -> dict[str, jax.Array | np.ndarray]:

@@ -43,27 +43,16 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Sidecar:
-    """What ``jaxtc.json`` says.
+    """What ``jaxtc.json`` says; arrays, files and transcoders by name or layer."""
 
-    Attributes:
-        kind: ``"model"`` or ``"transcoders"``.
-        source: what was converted, as it was given.
-        revision: its commit on the hub, None for a local one.
-        arrays: by name in the tree.
-        files: SHA-256 of each file beside the tree (the tokenizer's, ``config.json``), by name.
-        config: the ``config.json`` of a model.
-        transcoders: the :meth:`jaxtc.Transcoder.facts` of each, by layer.
-        jaxtc: the version that wrote it.
-    """
-
-    kind: str
-    source: str
-    revision: str | None
+    kind: str  # "model" or "transcoders"
+    source: str  # what was converted, as it was given
+    revision: str | None  # its commit on the hub
     arrays: Mapping[str, Array]
-    files: Mapping[str, str]
-    config: Mapping[str, Any] | None = None
-    transcoders: Mapping[int, Mapping[str, Any]] | None = None
-    jaxtc: str = JAXTC_VERSION
+    files: Mapping[str, str]  # SHA-256 of those beside the tree (the tokenizer's, config.json)
+    config: Mapping[str, Any] | None = None  # of a model
+    transcoders: Mapping[int, Mapping[str, Any]] | None = None  # Transcoder.facts()
+    jaxtc: str = JAXTC_VERSION  # that wrote it
 
     @property
     def dtype(self) -> str:
@@ -84,7 +73,7 @@ class Sidecar:
         found |= {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         found |= {"dtype": self.dtype, "content_sha256": self.content}
         found["arrays"] = {
-            name: {"shape": list(one.shape), "dtype": one.dtype.name, "sha256": one.sha256}
+            name: dataclasses.asdict(one) | {"dtype": one.dtype.name}
             for name, one in sorted(self.arrays.items())
         }
         return (json.dumps(found, indent=1) + "\n").encode()
@@ -98,7 +87,7 @@ def describe(
     revision: str | None = None,
 ) -> Sidecar:
     """The sidecar of a model, if it has no transcoders, or of transcoders by layer."""
-    hashes = {name: hash_bytes(content) for name, content in files.items()}
+    hashes = {name: sha256(content) for name, content in files.items()}
     if transcoders is None:
         config = json.loads(files["config.json"])
         return Sidecar(MODEL, source, revision, arrays, hashes, config=config)
@@ -106,15 +95,10 @@ def describe(
     return Sidecar(TRANSCODERS, source, revision, arrays, hashes, transcoders=facts)
 
 
-def hash_bytes(content: bytes) -> str:
-    """The SHA-256 of a file's content."""
-    return hashlib.sha256(content).hexdigest()
-
-
-def hash_array(array: np.ndarray) -> str:
-    """The SHA-256 of an array's elements in C order; JAX runs on little-endian machines only."""
+def sha256(content: bytes | np.ndarray) -> str:
+    """Of bytes, or of elements in C order (JAX runs on little-endian machines only)."""
     digest = hashlib.sha256()
-    for piece in pieces(array):
+    for piece in [content] if isinstance(content, bytes) else pieces(content):
         digest.update(piece)
     return digest.hexdigest()
 
@@ -186,10 +170,10 @@ def read_sidecar(folder: Any) -> Sidecar:
     arrays = items("arrays", r"\w+(\.\w+)*", "is no name of an array")
     config = transcoders = None
     if kind == MODEL:
-        config = dict(items("config", "(?s:.*)", ""))
+        config = dict(items("config", "(?s:.*)", "is no name of a size"))
     else:
-        transcoders = dict(items("transcoders", r"\d{1,5}", "is not a layer"))
-        transcoders = {int(layer): facts for layer, facts in transcoders.items()}
+        layers = items("transcoders", r"\d{1,5}", "is not a layer")
+        transcoders = {int(layer): facts for layer, facts in layers}
     for layer, facts in (transcoders or {}).items():
         try:
             Transcoder.from_facts(facts)

@@ -138,7 +138,11 @@ def _orbax(reads: Any = None) -> Iterator[Any]:
         context.multiprocessing.active_processes = {process}
         context.multiprocessing.barrier_sync_key_prefix = f"jaxtc_{process}"
     absl = logging.getLogger("absl")
-    absl.addFilter(_is_news)
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return not any(text in str(record.msg) for text in _EXPECTED)
+
+    absl.addFilter(is_news)
     try:
         with context:
             yield ocp
@@ -151,9 +155,4 @@ def _orbax(reads: Any = None) -> Iterator[Any]:
             "changed; copy or convert the checkpoint again."
         ) from error
     finally:
-        absl.removeFilter(_is_news)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a message of orbax's does not warn of what we mean to do."""
-    return not any(text in str(record.msg) for text in _EXPECTED)
+        absl.removeFilter(is_news)

@@ -1,8 +1,7 @@
 """Conversions between the formats of checkpoints: of models, and of transcoders.
 
-Each writes to ``OUT.partial`` and moves it to ``OUT`` when all is there. One that was killed is
-continued by calling it again. What is in memory is a layer (or the embedding, or a transcoder),
-and a few hundred MB.
+A killed conversion goes on when it is called again. What is in memory is a layer (or the embedding,
+or a parameter of a transcoder), and a few hundred MB.
 """
 
 import contextlib
@@ -17,7 +16,7 @@ import numpy as np
 from jaxtc.errors import SourceError, WeightsError, did_you_mean
 from jaxtc.helpers import JAXTC_VERSION
 from jaxtc.weights.checkpoints.job import FILE_BYTES, Job
-from jaxtc.weights.conversion.files import Files, model_files, transcoder_files
+from jaxtc.weights.conversion.files import model_files, transcoder_files
 from jaxtc.weights.conversion.orbax import write_orbax
 from jaxtc.weights.conversion.source import Content, open_model, open_transcoders
 from jaxtc.weights.files import arrays
@@ -74,7 +73,7 @@ def convert(
         max_shard_size: most bytes of tensors in a safetensors file of a model.
         verify: compare the source with the hub's hashes first; a converted one is always compared
             with its own, with ``verify`` before anything is written.
-        progress: called with (done, in all): bytes.
+        progress: called with (bytes read, bytes in all) after each array that is not there yet.
 
     Returns:
         The folder.
@@ -103,37 +102,29 @@ def convert(
         raise SourceError(f"model_name is {model_name!r}, expected one such as google/gemma-2-2b.")
     if max_shard_size < 1:
         raise SourceError(f"max_shard_size is {max_shard_size} bytes, expected at least 1.")
-    kept = None if dtype is None else arrays.check_dtype(dtype)
-    if to == "npz" and kept not in (None, np.float32):
-        raise WeightsError(f"A params.npz is float32, so it cannot be written as {kept.name}.")
     if "://" in str(out):
-        raise SourceError(
-            f"{out} is in a bucket. Convert to a folder on this machine, and copy it."
-        )
-    if not isinstance(layers, str):
-        layers = list(layers)
-        if not layers:
-            raise SourceError("layers is empty, so there is nothing to convert.")
-    elif layers != "all":
-        raise SourceError(f"layers is {layers!r}, expected 'all' or whole numbers.")
-    sites = {"input_site": input_site, "output_site": output_site}
+        raise SourceError(f"{out} is not on this machine. Convert to a folder here, and copy it.")
+    dtype = None if dtype is None else arrays.check_dtype(dtype)
+    if to == "npz" and dtype not in (None, np.float32):
+        raise WeightsError(f"A params.npz is float32, so it cannot be written as {dtype.name}.")
     options = {
-        "layers": None if layers == "all" else layers, "width": width, "l0": l0, **sites,
-        "without_sites": without_sites, "model_name": model_name,
+        "layers": layers, "width": width, "l0": l0, "input_site": input_site,
+        "output_site": output_site, "without_sites": without_sites, "model_name": model_name,
     }  # fmt: skip
-    unfit = [key for key, value in options.items() if value]
+    unfit = [key for key, value in options.items() if value and value != "all"]
     if kind == MODEL and unfit:
         raise SourceError(f"{unfit[0]} is for transcoders, and {source} is a model.")
     with contextlib.ExitStack() as stack:
         if kind == MODEL:
-            content = stack.enter_context(open_model(found, kept, verify))
+            content = stack.enter_context(open_model(found, dtype, verify))
         else:
-            content = open_transcoders(found, kept, verify, layers, (width, l0), sites)
+            sites = {"input_site": input_site, "output_site": output_site}
+            content = open_transcoders(found, dtype, verify, layers, (width, l0), sites)
             options["layers"] = list(content.transcoders)
-        what = {
-            "source": content.source, "to": to, "dtype": kept and kept.name,
-            "revision": content.revision, "state of its files": content.state,
-            "jaxtc": JAXTC_VERSION, "max_shard_size": max_shard_size, **options,
+        what = options | {
+            "source": content.source, "revision": content.revision,
+            "state of its files": content.state, "to": to, "dtype": dtype and dtype.name,
+            "max_shard_size": max_shard_size, "jaxtc": JAXTC_VERSION,
         }  # fmt: skip
         return _write(content, out, what, progress)
 
@@ -141,33 +132,29 @@ def convert(
 def _write(
     content: Content, out: str | Path, what: dict[str, Any], progress: Progress | None
 ) -> Path:
-    sizes = {n: x.size * x.dtype.itemsize for n, x in content.arrays.items()}
+    sizes = {name: one.size * one.dtype.itemsize for name, one in content.arrays.items()}
     total, done, to = sum(sizes.values()), 0, what["to"]
 
-    def passed(name: str) -> None:
+    def fetch(name: str) -> np.ndarray:
         nonlocal done
+        array = content.fetch(name)
         done += sizes[name]
         if progress:
             progress(done, total)
-
-    def fetch(name: str) -> np.ndarray:
-        array = content.fetch(name)
-        passed(name)
         return array
 
     job = Job(out, what, total + FILE_BYTES * len(sizes))
-    files: Files = {}
+    files = {}
     if to == "safetensors":
         files = model_files(content, fetch, what["max_shard_size"])
     elif to != "orbax":
-        files = transcoder_files(
-            content, fetch, to, job.out, what["without_sites"], what["model_name"]
-        )
-    with job.begin():
-        if not job.finished:
+        holds = what["without_sites"], what["model_name"]
+        files = transcoder_files(content, fetch, to, job.out, *holds)
+    with job.begin() as unfinished:
+        if unfinished:
             for file, make in files.items():
                 job.write(job.files / file, make)
             if to == "orbax":
-                write_orbax(job, content, fetch, passed)
+                write_orbax(job, content, fetch)
             job.finish()
     return job.out

@@ -24,8 +24,9 @@ Files = dict[str, bytes | Callable[[Path], None]]
 Fetch = Callable[[str], np.ndarray]
 
 _TIER = re.compile(r"(?:^|/)(layer_\d+/width_[^/]+/average_l0_[^/]+)$")
-# What circuit-tracer puts around an MLP itself; for other sites it goes by TransformerLens's names.
-_HOOKS = {"mlp_in": "mlp.hook_in", "mlp_proj": "mlp.hook_out"}
+# What circuit-tracer hooks: TransformerLens's names of sites, and its own around an MLP.
+_HOOKS = {x.name: x.tl for x in BY_NAME.values() if x.tl and x.per_layer and x.token_axes}
+_HOOKS |= {"mlp_in": "mlp.hook_in", "mlp_proj": "mlp.hook_out"}
 
 
 def model_files(content: Content, fetch: Fetch, max_shard_size: int) -> Files:
@@ -42,8 +43,8 @@ def model_files(content: Content, fetch: Fetch, max_shard_size: int) -> Files:
     files: Files = {file: functools.partial(write, shard) for file, shard in shards.items()}
     if len(shards) > 1:
         files[INDEX] = index(shards, dtypes)
-    files |= content.files
-    return files | {"config.json": files.pop("config.json")}  # which is written last
+    config_last = sorted(content.files, key="config.json".__eq__)
+    return files | {file: content.files[file] for file in config_last}
 
 
 def transcoder_files(
@@ -92,21 +93,16 @@ def _config_yaml(content: Content, model_name: str | None) -> bytes:
             "circuit-tracer has one input and one output. Convert them apart, with layers=."
         )
     pair = sites.pop()
-    hooks = [_HOOKS.get(site, BY_NAME[site].tl) for site in pair]
-    if not all(hooks):
-        known = [
-            site.name
-            for site in BY_NAME.values()
-            if site.per_layer and site.token_axes and (site.tl or site.name in _HOOKS)
-        ]
+    missing = [site for site in pair if site not in _HOOKS]
+    if missing:
         raise SourceError(
-            f"circuit-tracer has no hook for {pair[not hooks[1]]}, which these transcoders "
-            f"{'write' if hooks[0] else 'read'}; it knows {', '.join(known)}."
+            f"circuit-tracer has no hook for {missing[0]}, which these transcoders read or write; "
+            f"it knows {', '.join(_HOOKS)}."
         )
     scope = re.search(r"gemma-scope-(2b|9b|27b)-", content.source)
     if model_name is None and scope:
         model_name = f"google/gemma-2-{scope[1]}"
     fields = {"model_name": model_name, "model_kind": "transcoder_set"}
-    fields |= {"feature_input_hook": hooks[0], "feature_output_hook": hooks[1]}
+    fields |= {"feature_input_hook": _HOOKS[pair[0]], "feature_output_hook": _HOOKS[pair[1]]}
     lines = (f'{key}: "{value}"\n' for key, value in fields.items() if value is not None)
     return "".join(lines).encode()

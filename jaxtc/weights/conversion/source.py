@@ -3,9 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
-import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,15 +12,16 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
-from jaxtc.errors import WeightsError
+from jaxtc.errors import SourceError, WeightsError
 from jaxtc.model.config import Gemma2Config
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.checkpoints.read import Converted, named
+from jaxtc.weights.checkpoints.sidecar import sha256
 from jaxtc.weights.files import arrays, local
 from jaxtc.weights.files.model import check_tensors, open_checkpoint
 from jaxtc.weights.files.safetensors import FLOATS
 from jaxtc.weights.files.transcoder import open_transcoder
-from jaxtc.weights.load_transcoder import look_up
+from jaxtc.weights.load_transcoder import look_up, which_layers
 from jaxtc.weights.names import parameter_names
 from jaxtc.weights.sources import hub
 from jaxtc.weights.sources.resolve import CONVERTED, MODEL, TRANSCODERS, Source
@@ -38,26 +37,16 @@ Read: TypeAlias = Callable[[str, np.dtype], tuple[np.ndarray, Any, str]]
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """An open model, or transcoders, of which no array is read yet.
+    """An open model, or transcoders, of which no array is read yet."""
 
-    Attributes:
-        source: what it was made from in the first place.
-        revision: the commit of that, None for local files.
-        state: changes when its files do.
-        arrays: shape, and dtype to be converted to, by name in the tree.
-        config: of a model.
-        files: what is written beside the weights of a model, by name.
-        transcoders: by layer, without their values; None for a model.
-    """
-
-    source: str
-    revision: str | None
-    state: str
-    arrays: Mapping[str, jax.ShapeDtypeStruct]
+    source: str  # what it was made from in the first place
+    revision: str | None  # the commit of that on the hub
+    state: str  # changes when its files do
+    arrays: Mapping[str, jax.ShapeDtypeStruct]  # as they will be, by name in the tree
     read: Read
-    config: Gemma2Config | None = None
-    files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
-    transcoders: Mapping[int, Transcoder] | None = None
+    config: Gemma2Config | None = None  # of a model
+    files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)  # beside the weights
+    transcoders: Mapping[int, Transcoder] | None = None  # by layer, without their values
 
     def fetch(self, name: str) -> np.ndarray:
         """An array. Raises WeightsError for values that are not finite, or too large."""
@@ -80,9 +69,7 @@ def open_model(source: Source, dtype: np.dtype | None, verify: bool) -> Iterator
     folder = source.fetch()
     with contextlib.ExitStack() as stack:
         if source.format == CONVERTED:
-            checkpoint = Converted(folder, MODEL)
-            if verify:
-                checkpoint.verify()
+            checkpoint = Converted(folder, MODEL, verify)
             config, sidecar = checkpoint.model().config, checkpoint.sidecar
             files = {name: checkpoint.content(name) for name in _KEPT if name in sidecar.files}
             stored = {name: one.dtype for name, one in sidecar.arrays.items()}
@@ -132,14 +119,14 @@ def open_transcoders(
     Raises:
         SourceError, SiteError, WeightsError: as :func:`jaxtc.load_transcoders`.
     """
-    checkpoint = Converted(source.path, TRANSCODERS) if source.format == CONVERTED else None
-    if checkpoint and verify:
-        checkpoint.verify()
+    checkpoint = None
+    if source.format == CONVERTED:
+        checkpoint = Converted(source.path, TRANSCODERS, verify)
     files: dict[int, Path] = {}
     found: dict[int, Transcoder] = {}
-    for layer in source.layers() if isinstance(layers, str) else layers:
+    for layer in which_layers(source, layers):
         one = source.one(layer, *tier)
-        layer = operator.index(layer)  # JSON knows no integers of NumPy
+        layer = int(layer)  # JSON knows no integers of NumPy
         if checkpoint:
             found[layer] = checkpoint.transcoder(layer, dtype, sites)
             continue
@@ -150,6 +137,8 @@ def open_transcoders(
                 f"{one.file} holds float64, which loses nothing that matters as float32: say so "
                 "with dtype='float32'."
             )
+    if not found:
+        raise SourceError("layers is empty, so there is nothing to convert.")
     found = dict(sorted(found.items()))
     arrays = {
         name: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype))
@@ -196,5 +185,5 @@ def _commit(path: Path) -> str | None:
 
 def _state(files: Iterable[Path]) -> str:
     """A hash that changes when one of these files is written again; they are not read."""
-    seen = [(file.name, (found := file.stat()).st_size, found.st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
+    seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return sha256(json.dumps(seen).encode())
