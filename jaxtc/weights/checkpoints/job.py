@@ -22,9 +22,6 @@ try:
 except ImportError:  # Windows: two conversions to one folder at a time are not noticed there
     fcntl = None
 
-# At most what a file takes on disk beside its arrays: a header, the rest of a block.
-FILE_BYTES = 4096
-
 _FULL = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
 
 
@@ -50,7 +47,7 @@ class Job:
     def begin(self, *, fresh: bool = False) -> Iterator[bool]:
         """Begin the job, or go on with it unless ``fresh``, and keep others from it meanwhile.
 
-        Yields False when a run that was killed had only not tidied up yet.
+        Yields False if nothing is left to do: a run was killed while it tidied up.
 
         Raises:
             SourceError: the folder exists or is being written; another job was begun there; the
@@ -121,11 +118,8 @@ class Job:
             raise self._no_room()
 
     def write(self, target: Path, make: bytes | Callable[[Path], Any]) -> None:
-        """Write a file below :attr:`partial`, unless it is there.
-
-        Args:
-            target: the file.
-            make: its content, or what writes it to the path that it is given.
+        """Write a file below :attr:`partial`, unless it is there: its content, or by a function
+        that writes to the path that it is given.
         """
         if target.exists():
             return

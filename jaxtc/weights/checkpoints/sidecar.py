@@ -144,25 +144,18 @@ def read_sidecar(folder: Any) -> Sidecar:
         return value
 
     def array(name: str, one: Any) -> Array:
-        shape, dtype, sha256 = map((one if isinstance(one, dict) else {}).get, _FIELDS)
+        shape, dtype, hashed = map((one if isinstance(one, dict) else {}).get, _FIELDS)
         sizes = isinstance(shape, list) and all(is_whole(size, 1) for size in shape)
         known = isinstance(dtype, str) and dtype in _DTYPES
         check(sizes and known, f"the array {name!r} has shape {shape!r}, dtype {dtype!r}")
-        return Array(tuple(shape), _DTYPES[dtype], digest(name, sha256))
+        return Array(tuple(shape), _DTYPES[dtype], digest(name, hashed))
 
     ours = isinstance(raw, dict) and raw.get("format") == FORMAT
     check(ours, f"it does not say that it is a {FORMAT}")
     version, kind, source, revision = map(raw.get, ("version", "kind", "source", "revision"))
-    check(
-        version != 1,
-        "it is of version 1, an older layout that is no longer read; run `jaxtc convert` on what "
-        f"it was made from ({source}) again",
-    )
-    check(
-        version == VERSION,
-        f"it is of version {version!r} (written by jaxtc {raw.get('jaxtc')!r}), and this jaxtc "
-        f"reads version {VERSION}; install a newer one",
-    )
+    newer = f"and this jaxtc reads version {VERSION}; install a newer one"
+    older = f"an older layout; run `jaxtc convert` on what it was made from ({source}) again"
+    check(version == VERSION, f"it is of version {version!r}, {older if version == 1 else newer}")
     check(kind in (MODEL, TRANSCODERS), f"its kind is {kind!r}, not {MODEL!r} or {TRANSCODERS!r}")
     texts = isinstance(source, str) and isinstance(revision, str | None)
     check(texts, "its source or revision is not text")

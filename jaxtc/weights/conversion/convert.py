@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxtc.errors import SourceError, WeightsError, did_you_mean
 from jaxtc.helpers import JAXTC_VERSION
-from jaxtc.weights.checkpoints.job import FILE_BYTES, Job
+from jaxtc.weights.checkpoints.job import Job
 from jaxtc.weights.conversion.files import model_files, transcoder_files
 from jaxtc.weights.conversion.orbax import write_orbax
 from jaxtc.weights.conversion.source import Content, open_model, open_transcoders
@@ -107,18 +107,16 @@ def convert(
     dtype = None if dtype is None else arrays.check_dtype(dtype)
     if to == "npz" and dtype not in (None, np.float32):
         raise WeightsError(f"A params.npz is float32, so it cannot be written as {dtype.name}.")
-    options = {
-        "layers": layers, "width": width, "l0": l0, "input_site": input_site,
-        "output_site": output_site, "without_sites": without_sites, "model_name": model_name,
-    }  # fmt: skip
-    unfit = [key for key, value in options.items() if value and value != "all"]
+    sites = {"input_site": input_site, "output_site": output_site}
+    options = {"layers": None if str(layers) == "all" else layers, "width": width, "l0": l0}
+    options |= sites | {"without_sites": without_sites, "model_name": model_name}
+    unfit = [key for key, value in options.items() if value is not None and value is not False]
     if kind == MODEL and unfit:
         raise SourceError(f"{unfit[0]} is for transcoders, and {source} is a model.")
     with contextlib.ExitStack() as stack:
         if kind == MODEL:
             content = stack.enter_context(open_model(found, dtype, verify))
         else:
-            sites = {"input_site": input_site, "output_site": output_site}
             content = open_transcoders(found, dtype, verify, layers, (width, l0), sites)
             options["layers"] = list(content.transcoders)
         what = options | {
@@ -143,7 +141,7 @@ def _write(
             progress(done, total)
         return array
 
-    job = Job(out, what, total + FILE_BYTES * len(sizes))
+    job = Job(out, what, total)
     files = {}
     if to == "safetensors":
         files = model_files(content, fetch, what["max_shard_size"])

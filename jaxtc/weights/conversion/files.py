@@ -13,10 +13,9 @@ from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.conversion.source import Content
 from jaxtc.weights.files.formats import BY_FORMAT
 from jaxtc.weights.files.model import INDEX
-from jaxtc.weights.files.safetensors import pieces
 from jaxtc.weights.files.transcoder import write_transcoder
-from jaxtc.weights.names import Name, parameter_names
-from jaxtc.weights.save_model import begin, index, split
+from jaxtc.weights.names import parameter_names
+from jaxtc.weights.save_model import index, split, write_shard
 from jaxtc.weights.save_transcoder import check_savable
 
 # By the file's name, its content, or what writes it to a path; one array is in memory at a time.
@@ -33,14 +32,9 @@ def model_files(content: Content, fetch: Fetch, max_shard_size: int) -> Files:
     """A model in safetensors, in shards of at most so many bytes of tensors."""
     dtypes = {name: one.dtype for name, one in content.arrays.items()}
     shards = split(parameter_names(content.config), dtypes, max_shard_size)
-
-    def write(shard: list[Name], path: Path) -> None:
-        with path.open("wb") as stream:
-            stream.write(begin(shard, dtypes))
-            for name in shard:
-                stream.writelines(pieces(fetch(name.ours)))
-
-    files: Files = {file: functools.partial(write, shard) for file, shard in shards.items()}
+    files: Files = {
+        file: functools.partial(write_shard, shard, dtypes, fetch) for file, shard in shards.items()
+    }
     if len(shards) > 1:
         files[INDEX] = index(shards, dtypes)
     config_last = sorted(content.files, key="config.json".__eq__)

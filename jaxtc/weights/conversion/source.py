@@ -133,10 +133,7 @@ def open_transcoders(
         stored, found[layer] = look_up(one, dtype, **sites)
         files[layer] = one.file
         if stored == np.float64 and dtype is None:
-            raise WeightsError(
-                f"{one.file} holds float64, which loses nothing that matters as float32: say so "
-                "with dtype='float32'."
-            )
+            raise WeightsError(f"{one.file} holds float64; give dtype='float32', which is enough.")
     if not found:
         raise SourceError("layers is empty, so there is nothing to convert.")
     found = dict(sorted(found.items()))
