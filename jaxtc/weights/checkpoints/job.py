@@ -22,6 +22,9 @@ try:
 except ImportError:  # Windows: two conversions to one folder at a time are not noticed there
     fcntl = None
 
+# At most what a file takes on disk beside its arrays: a header, the rest of a block.
+FILE_BYTES = 4096
+
 _FULL = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
 
 

@@ -153,9 +153,13 @@ def read_sidecar(folder: Any) -> Sidecar:
     ours = isinstance(raw, dict) and raw.get("format") == FORMAT
     check(ours, f"it does not say that it is a {FORMAT}")
     version, kind, source, revision = map(raw.get, ("version", "kind", "source", "revision"))
-    newer = f"and this jaxtc reads version {VERSION}; install a newer one"
-    older = f"an older layout; run `jaxtc convert` on what it was made from ({source}) again"
-    check(version == VERSION, f"it is of version {version!r}, {older if version == 1 else newer}")
+    way = f" of jaxtc {raw.get('jaxtc')!r}, and this reads version {VERSION}; install a newer one"
+    if version == 1:
+        way = (
+            ", an older layout that is no longer read; run `jaxtc convert` on what it was made "
+            f"from ({source}) again"
+        )
+    check(version == VERSION, f"it is of version {version!r}{way}")
     check(kind in (MODEL, TRANSCODERS), f"its kind is {kind!r}, not {MODEL!r} or {TRANSCODERS!r}")
     texts = isinstance(source, str) and isinstance(revision, str | None)
     check(texts, "its source or revision is not text")

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxtc.errors import SourceError, WeightsError, did_you_mean
 from jaxtc.helpers import JAXTC_VERSION
-from jaxtc.weights.checkpoints.job import Job
+from jaxtc.weights.checkpoints.job import FILE_BYTES, Job
 from jaxtc.weights.conversion.files import model_files, transcoder_files
 from jaxtc.weights.conversion.orbax import write_orbax
 from jaxtc.weights.conversion.source import Content, open_model, open_transcoders
@@ -141,7 +141,7 @@ def _write(
             progress(done, total)
         return array
 
-    job = Job(out, what, total)
+    job = Job(out, what, total + FILE_BYTES * len(sizes))
     files = {}
     if to == "safetensors":
         files = model_files(content, fetch, what["max_shard_size"])
