@@ -62,8 +62,8 @@ def check_here(tree: Any, what: str) -> None:
         )
 
 
-def whole(x: jax.Array) -> np.ndarray:
+def whole(x: jax.Array | np.ndarray) -> np.ndarray:
     """``x`` on the host; if it lies on several processes, all of them must call this."""
-    if x.is_fully_addressable or x.is_fully_replicated:
+    if isinstance(x, np.ndarray) or x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))

@@ -1,5 +1,6 @@
 """Models and tokenizers from a source: a hub id, a local folder, or the embedded ones."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,7 +16,7 @@ from jaxtc.model.gemma2 import Gemma2
 from jaxtc.sharding.mesh import MeshLike, make_mesh
 from jaxtc.sharding.processes import agreed
 from jaxtc.sharding.rules import RULES, Rules, shardings, variables
-from jaxtc.weights.checkpoints.read import Converted, load_converted_model
+from jaxtc.weights.checkpoints.read import Converted
 from jaxtc.weights.files import arrays, local
 from jaxtc.weights.files.model import Checkpoint, check_tensors, open_checkpoint
 from jaxtc.weights.names import Name, parameter_names
@@ -69,8 +70,9 @@ def load_model(
         found = resolve(source, MODEL, revision=revision)
         folder = found.fetch()
         if found.format == CONVERTED:
-            laid_out = None if mesh is None else lambda config: _places(config, mesh, rules)
-            return load_converted_model(folder, dtype, laid_out, verify, progress)
+            checkpoint = Converted(folder, MODEL, verify)
+            spread = mesh and functools.partial(shardings, mesh=mesh, rules=rules)
+            return checkpoint.load(checkpoint.model(dtype), spread, progress)
         if verify:
             verify_files(model_files(folder))
         config = Gemma2Config.from_file(folder / "config.json")

@@ -15,7 +15,7 @@ from jaxtc.sharding.processes import agreed
 from jaxtc.sharding.rules import RULES, Rules, shardings, variables
 from jaxtc.tap.sites import BY_NAME
 from jaxtc.transcoders.transcoder import Transcoder
-from jaxtc.weights.checkpoints.read import load_converted_transcoder, open_transcoders
+from jaxtc.weights.checkpoints.read import Converted
 from jaxtc.weights.files import arrays
 from jaxtc.weights.files.formats import SITES, sites_of
 from jaxtc.weights.files.layout import sae_site
@@ -129,14 +129,21 @@ def load_transcoders(
     mesh = None if mesh is None else make_mesh(mesh)
     given = _sites(input_site, output_site)
     places = mesh and functools.partial(shardings, mesh=mesh, rules=rules)
-    if layers != "all" and isinstance(layers, str):
+    with agreed(mesh, "load the transcoders"):
+        found = resolve(source, TRANSCODERS, revision=revision)
+        which = which_layers(found, layers)
+        return {n: _load(found.one(n, width, l0), dtype, given, places) for n in which}
+
+
+def which_layers(found: Source, layers: str | Iterable[int]) -> Iterable[int]:
+    """The layers that are meant. Raises SourceError when that is not said."""
+    if isinstance(layers, str) and layers == "all":
+        return found.layers()
+    if isinstance(layers, str):
         raise SourceError(f"layers is {layers!r}, expected 'all' or whole numbers.")
     if not isinstance(layers, Iterable):
         raise SourceError(f"layers is {layers!r}, expected 'all' or several, such as [{layers}].")
-    with agreed(mesh, "load the transcoders"):
-        found = resolve(source, TRANSCODERS, revision=revision)
-        which = found.layers() if isinstance(layers, str) else layers
-        return {n: _load(found.one(n, width, l0), dtype, given, places) for n in which}
+    return layers
 
 
 def available_layers(source: str | Path = EMBEDDED, revision: str | None = None) -> list[int]:
@@ -177,8 +184,8 @@ def _load(
 ) -> Transcoder:
     """One transcoder; ``places`` says where its parameters go."""
     if found.format == CONVERTED:
-        checkpoint = open_transcoders(found.path)
-        return load_converted_transcoder(checkpoint, found.layer, dtype, places, given)
+        checkpoint = Converted(found.path, TRANSCODERS)
+        return checkpoint.load(checkpoint.transcoder(found.layer, dtype, given), places)
     with open_transcoder(found.file) as opened:
         abstract = _declared(opened, dtype, found, given)
         names = [key for key, _ in variables(abstract)]

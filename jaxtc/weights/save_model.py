@@ -5,7 +5,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +105,7 @@ def _write(model: Gemma2, folder: Path, tokenizer: Any, max_shard_size: int) -> 
     if len(shards) > 1:
         (folder / INDEX).write_bytes(index(shards, dtypes))
     for file, shard in shards.items():
-        with (folder / file).open("wb") as stream:
-            stream.write(begin(shard, dtypes))
-            for name in shard:
-                stream.writelines(pieces(np.asarray(jax.device_get(values[name.ours]))))
+        write_shard(shard, dtypes, lambda ours: jax.device_get(values[ours]), folder / file)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     config = {**model.config.to_dict(), "dtype": model.dtype.name}
@@ -152,10 +149,18 @@ def index(shards: Mapping[str, Sequence[Name]], dtypes: Mapping[str, np.dtype]) 
     })  # fmt: skip
 
 
-def begin(names: Sequence[Name], dtypes: Mapping[str, np.dtype]) -> bytes:
-    """The beginning of a safetensors file of these parameters, up to the bytes of the first."""
+def write_shard(
+    names: Sequence[Name],
+    dtypes: Mapping[str, np.dtype],
+    fetch: Callable[[str], np.ndarray],
+    path: Path,
+) -> None:
+    """Write some parameters as a safetensors file; ``fetch`` gives each by our name."""
     tensors = ((name.hf, dtypes[name.ours], name.hf_shape) for name in names)
-    return header(tensors, {"format": "pt"})
+    with path.open("wb") as stream:
+        stream.write(header(tensors, {"format": "pt"}))
+        for name in names:
+            stream.writelines(pieces(fetch(name.ours)))
 
 
 def _json(value: dict[str, Any]) -> bytes:

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 import jaxtc
 from jaxtc.errors import JaxtcError, SiteError, SourceError, WeightsError
-from jaxtc.weights.checkpoints.sidecar import hash_array, read_sidecar
+from jaxtc.weights.checkpoints.sidecar import read_sidecar, sha256
 from jaxtc.weights.conversion.convert import convert
 from jaxtc.weights.files.safetensors import SafetensorsFile
 from jaxtc.weights.load_transcoder import available_layers
@@ -63,7 +63,7 @@ def test_the_hashes_are_of_the_elements_in_c_order(hf, tmp_path):
                 digest = hashlib.sha256(raw[name.hf].tobytes()).hexdigest()
                 assert found[name.ours].sha256 == digest
                 turned = np.asfortranarray(raw[name.hf])
-                assert hash_array(turned) == digest
+                assert sha256(turned) == digest
 
 
 def test_orbax_restores_it(hf, tmp_path, caplog):

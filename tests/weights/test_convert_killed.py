@@ -136,14 +136,13 @@ def test_a_disk_that_is_really_full(model, tmp_path):
         # What is there by then was not there when it began.
         with (
             pytest.raises(SourceError, match=r"no room .* of which .* are done"),
-            Job(disk / "other", {}, 10) as job,
+            (job := Job(disk / "other", {}, 10)).begin(),
         ):
-            job.write("small", [b"1" * 1000])
-            job.write("large", (b"1" * 65536 for _ in range(100)))
+            job.write(job.files / "small", b"1" * 1000)
+            job.write(job.files / "large", lambda path: path.write_bytes(b"1" * (100 * 65536)))
         with (
             pytest.raises(SourceError, match="no room"),
-            Job(disk / "tree", {}, 10) as job,
-            job.explained(),
+            (job := Job(disk / "tree", {}, 10)).begin(),
         ):
             tree.save_part(job.files, {"large": np.zeros(1 << 20)}, {})
     finally:
@@ -198,7 +197,7 @@ def test_saving_does_not_replace_what_a_conversion_has_begun(model, tmp_path, mo
 
 def test_two_at_a_time_do_not_mix(model, tmp_path):
     busy = pytest.raises(SourceError, match="being written by another process")
-    with Job(tmp_path / "out", {"to": "orbax"}, 10), busy:
+    with Job(tmp_path / "out", {"to": "orbax"}, 10).begin(), busy:
         convert(model, tmp_path / "out")
 
 

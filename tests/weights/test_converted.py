@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 import jaxtc
 from jaxtc.errors import ConfigError, JaxtcError, SourceError, WeightsError
-from jaxtc.weights.checkpoints import job
+from jaxtc.weights.checkpoints import save
 from jaxtc.weights.checkpoints import tree as checkpoint_tree
 from jaxtc.weights.checkpoints.sidecar import read_sidecar
 from jaxtc.weights.load_model import load_tokenizer
@@ -256,10 +257,17 @@ def test_only_a_layer_is_read_at_a_time(tree, monkeypatch):
 
 
 def test_a_bucket_is_left_to_orbax(tmp_path, monkeypatch):
-    """A path with ``://`` reaches orbax as it is, its folder is not staged beside it."""
-    out = job.destination("gs://bucket/deep/out")
-    assert str(out) == "gs://bucket/deep/out" and job.files_of(out) == out
-    assert job.files_of(job.destination(tmp_path / "out")) == tmp_path / "out.partial/files"
+    """A path with ``://`` reaches orbax as it is; folders cannot be moved there."""
+    assert str(save._bucket("gs://bucket/deep/out")) == "gs://bucket/deep/out"
+    monkeypatch.setattr(save, "_bucket", epath.Path)
+    saved = jaxtc.save_checkpoint(random_model(), tmp_path / "out")
+    assert saved == epath.Path(tmp_path / "out")
+    assert same(load(tmp_path / "out"), random_model())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(SourceError, match="exists already"):
+        jaxtc.save_checkpoint(random_model(), tmp_path / "out")
+    with pytest.raises(SourceError, match="Convert to a folder here"):
+        jaxtc.convert(tmp_path / "out", "gs://bucket/out")
 
 
 @pytest.mark.parametrize("what", ["text", 3, {"a": 1}, {3: "x"}])
@@ -275,7 +283,7 @@ def test_saving_does_not_write_over(tree, tmp_path):
     # What a save that was killed has left is ours to replace.
     partial = tmp_path / "new.partial"
     (partial / "files").mkdir(parents=True)
-    (partial / "job.json").write_text(json.dumps({"saving": "model", "arrays": 3}))
+    (partial / "job.json").write_text(json.dumps({"saving": "from memory"}))
     (partial / "files/junk").write_text("")
     (partial / "writing.tmp").write_text("")
     jaxtc.save_checkpoint(random_model(), tmp_path / "new")

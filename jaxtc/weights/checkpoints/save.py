@@ -16,17 +16,9 @@ from jaxtc.model.gemma2 import Gemma2
 from jaxtc.sharding.processes import agreed, whole
 from jaxtc.sharding.rules import variables
 from jaxtc.transcoders.transcoder import Transcoder
-from jaxtc.weights.checkpoints import job as jobs
 from jaxtc.weights.checkpoints import tree
-from jaxtc.weights.checkpoints.sidecar import (
-    MODEL,
-    SIDECAR,
-    TRANSCODERS,
-    Array,
-    Sidecar,
-    hash_array,
-    hash_bytes,
-)
+from jaxtc.weights.checkpoints.job import Job
+from jaxtc.weights.checkpoints.sidecar import SIDECAR, Array, describe, sha256
 
 
 def save_checkpoint(
@@ -41,8 +33,8 @@ def save_checkpoint(
 
     Args:
         model: in memory, in the dtype it has.
-        folder: new or empty; or one in a bucket, such as ``gs://bucket/folder``, where orbax has
-            what that needs.
+        folder: new or empty; or a new one in a bucket, such as ``gs://bucket/folder``, where orbax
+            has what that needs.
         tokenizer: of ``transformers``, saved along with a model when given.
 
     Returns:
@@ -52,58 +44,61 @@ def save_checkpoint(
         SourceError: the folder exists, cannot be written, or the disk is full.
         OtherProcessError: another process failed.
     """
-    values, config, told = _values(model), None, None
-    files: dict[str, bytes] = {}
+    values, files = _values(model), {}
     if isinstance(model, Gemma2):
         config = model.config.to_dict() | {"dtype": model.dtype.name}
         files["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-    else:
-        told = {layer: transcoder.facts() for layer, transcoder in model.items()}
-    kind = TRANSCODERS if config is None else MODEL
-    what = {"saving": kind, "arrays": len(values)}
     first, everyone = jax.process_index() == 0, Mesh(np.array(jax.devices()), ("all",))
-    out, job = jobs.destination(folder), None
-    try:
+    needed = sum(x.nbytes for x in values.values())
+    bucket = _bucket(folder)
+    job = Job("." if bucket else folder, {"saving": "from memory"}, needed)
+    target = bucket or job.files
+    with contextlib.ExitStack() as stack:
         with agreed(everyone, f"begin to save to {folder}"):
             if first:
-                files |= tokenizer_files(tokenizer)
-                job = jobs.Job(folder, what, sum(x.nbytes for x in values.values()), fresh=True)
+                files |= _tokenizer_files(tokenizer)
+                if bucket is None:
+                    stack.enter_context(job.begin(fresh=True))
+                elif bucket.exists():
+                    raise SourceError(f"{bucket} exists already and is not overwritten.")
         with agreed(everyone, f"find {folder}"):
-            if not jobs.describes(out, what):
+            if bucket is None and not job.note.exists():
                 raise SourceError(
-                    f"Process {jax.process_index()} does not see the folder beside {out} that "
-                    "process 0 made. All processes must save to one folder on a file system that "
-                    "they share."
+                    f"Process {jax.process_index()} does not see {job.partial}, which process 0 "
+                    "made. All processes must save to one folder on a file system that they share."
                 )
-        explained = contextlib.nullcontext() if job is None else job.explained()
-        with agreed(everyone, f"write its part of {folder}"), explained:
-            tree.save(jobs.files_of(out), values)
-            arrays = {name: _array(array) for name, array in values.items()}
+        with agreed(everyone, f"write its part of {folder}"):
+            tree.save(target, values)
+            arrays = {
+                name: Array(x.shape, np.dtype(x.dtype), sha256(whole(x)))
+                for name, x in values.items()
+            }
         with agreed(everyone, f"finish {folder}"):
-            if job is not None:
-                hashes = {name: hash_bytes(content) for name, content in files.items()}
-                sidecar = Sidecar(kind, "memory", None, arrays, hashes, config, told)
+            if first:
+                sidecar = describe(arrays, files, None if isinstance(model, Gemma2) else model)
                 for file, content in {**files, SIDECAR: sidecar.encode()}.items():
-                    job.write(file, [content])
-                job.finish()
-    finally:
-        if job is not None:
-            job.close()
-    return out
+                    (target / file).write_bytes(content)
+                if bucket is None:
+                    job.finish()
+    return bucket or job.out
 
 
-def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
+def _bucket(folder: str | Path) -> Any:
+    """A folder in a bucket, where none can be moved: it is complete when it has its sidecar."""
+    if "://" in str(folder):
+        from etils import epath
+
+        return epath.Path(folder)
+    return None
+
+
+def _tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
     """The files that a tokenizer of ``transformers`` saves, by name."""
     if tokenizer is None:
         return {}
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
-
-
-def _array(array: jax.Array | np.ndarray) -> Array:
-    here = array if isinstance(array, np.ndarray) else whole(array)
-    return Array(array.shape, np.dtype(array.dtype), hash_array(here))
 
 
 def _values(model: Gemma2 | Mapping[int, Transcoder]) -> dict[str, jax.Array | np.ndarray]:

@@ -1,6 +1,6 @@
 """``jaxtc.json``: what a converted checkpoint is, and the SHA-256 of the content of each array.
 
-Nothing in it is believed before it was checked: it may come from anywhere.
+It may come from anywhere, so all of it is checked.
 """
 
 import dataclasses
@@ -25,10 +25,10 @@ SIDECAR = "jaxtc.json"
 FORMAT, VERSION = "jaxtc-checkpoint", 2
 MODEL, TRANSCODERS = "model", "transcoders"
 
-# Of jaxtc.json, or of a file of a tokenizer.
-MOST_BYTES = 100_000_000
+# The most that jaxtc.json, or a file of a tokenizer, may have.
+_MOST_BYTES = 100_000_000
 _DTYPES = {np.dtype(d).name: np.dtype(d) for d in (jnp.bfloat16, "f2", "f4", "f8")}
-_ARRAY = ("shape", "dtype", "sha256")
+_FIELDS = ("shape", "dtype", "sha256")
 _BROKEN = "It was damaged or changed by hand; convert the checkpoint again, or fetch it again."
 
 
@@ -43,27 +43,16 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Sidecar:
-    """What ``jaxtc.json`` says.
+    """What ``jaxtc.json`` says; arrays, files and transcoders by name or layer."""
 
-    Attributes:
-        kind: ``"model"`` or ``"transcoders"``.
-        source: what was converted, as it was given.
-        revision: its commit on the hub, None for a local one.
-        arrays: each array of the tree, by name.
-        files: SHA-256 of each file beside the tree (the tokenizer's, ``config.json``), by name.
-        config: of a model, the contents of its ``config.json``; None for transcoders.
-        transcoders: by layer, the :meth:`jaxtc.Transcoder.facts` of each; None for a model.
-        jaxtc: the version that wrote it.
-    """
-
-    kind: str
-    source: str
-    revision: str | None
+    kind: str  # "model" or "transcoders"
+    source: str  # what was converted, as it was given
+    revision: str | None  # its commit on the hub
     arrays: Mapping[str, Array]
-    files: Mapping[str, str]
-    config: Mapping[str, Any] | None = None
-    transcoders: Mapping[int, Mapping[str, Any]] | None = None
-    jaxtc: str = JAXTC_VERSION
+    files: Mapping[str, str]  # SHA-256 of those beside the tree (the tokenizer's, config.json)
+    config: Mapping[str, Any] | None = None  # of a model
+    transcoders: Mapping[int, Mapping[str, Any]] | None = None  # Transcoder.facts()
+    jaxtc: str = JAXTC_VERSION  # that wrote it
 
     @property
     def dtype(self) -> str:
@@ -84,23 +73,47 @@ class Sidecar:
         found |= {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         found |= {"dtype": self.dtype, "content_sha256": self.content}
         found["arrays"] = {
-            name: {"shape": list(one.shape), "dtype": one.dtype.name, "sha256": one.sha256}
+            name: dataclasses.asdict(one) | {"dtype": one.dtype.name}
             for name, one in sorted(self.arrays.items())
         }
         return (json.dumps(found, indent=1) + "\n").encode()
 
 
-def hash_bytes(content: bytes) -> str:
-    """The SHA-256 of a file's content."""
-    return hashlib.sha256(content).hexdigest()
+def describe(
+    arrays: Mapping[str, Array],
+    files: Mapping[str, bytes],
+    transcoders: Mapping[int, Transcoder] | None = None,
+    source: str = "memory",
+    revision: str | None = None,
+) -> Sidecar:
+    """The sidecar of a model, if it has no transcoders, or of transcoders by layer."""
+    hashes = {name: sha256(content) for name, content in files.items()}
+    if transcoders is None:
+        config = json.loads(files["config.json"])
+        return Sidecar(MODEL, source, revision, arrays, hashes, config=config)
+    facts = {layer: one.facts() for layer, one in transcoders.items()}
+    return Sidecar(TRANSCODERS, source, revision, arrays, hashes, transcoders=facts)
 
 
-def hash_array(array: np.ndarray) -> str:
-    """The SHA-256 of an array's elements in C order; JAX runs on little-endian machines only."""
+def sha256(content: bytes | np.ndarray) -> str:
+    """Of bytes, or of elements in C order (JAX runs on little-endian machines only)."""
     digest = hashlib.sha256()
-    for piece in pieces(array):
+    for piece in [content] if isinstance(content, bytes) else pieces(content):
         digest.update(piece)
     return digest.hexdigest()
+
+
+def read_bytes(path: Any) -> bytes:
+    """The content of a plain file, here or in a bucket. Raises WeightsError if it is too large."""
+    try:
+        if not isinstance(path, Path):
+            return path.read_bytes()
+        with local.open_plain(path) as file:
+            if os.fstat(file.fileno()).st_size <= _MOST_BYTES:
+                return file.read()
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror}.") from error
+    raise WeightsError(f"{path} has more than {_MOST_BYTES} bytes, which none of ours has.")
 
 
 def read_sidecar(folder: Any) -> Sidecar:
@@ -110,44 +123,20 @@ def read_sidecar(folder: Any) -> Sidecar:
         WeightsError: not a sidecar, of another version, or one that contradicts itself.
     """
     path = folder / SIDECAR
-    content = read_bytes(path, MOST_BYTES)
     try:
-        return _parse(json.loads(content.decode("utf-8")))
-    except _Unsound as error:
-        raise WeightsError(f"{path} is not sound: {error}. {_BROKEN}") from error
-    except (ValueError, RecursionError) as error:
+        raw = json.loads(read_bytes(path).decode())
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise WeightsError(f"{path} is not JSON ({error}). {_BROKEN}") from error
 
-
-def read_bytes(path: Any, most: int) -> bytes:
-    """The content of a plain file of at most so many bytes, here or in a bucket.
-
-    Raises:
-        WeightsError: it cannot be read, or is larger.
-    """
-    try:
-        if not isinstance(path, Path):
-            return path.read_bytes()
-        with local.open_plain(path) as file:
-            if os.fstat(file.fileno()).st_size <= most:
-                return file.read()
-    except OSError as error:
-        raise WeightsError(f"{path} cannot be read: {error.strerror}.") from error
-    raise WeightsError(f"{path} has more than {most} bytes, which none of ours has.")
-
-
-class _Unsound(Exception):
-    """What is wrong with a sidecar."""
-
-
-def _parse(raw: Any) -> Sidecar:
     def check(sound: Any, problem: str) -> None:
         if not sound:
-            raise _Unsound(problem)
+            raise WeightsError(f"{path} is not sound: {problem}. {_BROKEN}")
 
-    def get(key: str) -> dict:
+    def items(key: str, pattern: str, problem: str) -> list[tuple[str, Any]]:
         check(isinstance(raw.get(key), dict), f"it has no {key}")
-        return raw[key]
+        for name in raw[key]:
+            check(re.fullmatch(pattern, name, re.ASCII), f"{name!r} {problem}")
+        return list(raw[key].items())
 
     def digest(name: str, value: Any) -> str:
         sound = isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value)
@@ -155,49 +144,43 @@ def _parse(raw: Any) -> Sidecar:
         return value
 
     def array(name: str, one: Any) -> Array:
-        shape, dtype, sha256 = map((one if isinstance(one, dict) else {}).get, _ARRAY)
+        shape, dtype, hashed = map((one if isinstance(one, dict) else {}).get, _FIELDS)
         sizes = isinstance(shape, list) and all(is_whole(size, 1) for size in shape)
         known = isinstance(dtype, str) and dtype in _DTYPES
-        check(
-            sizes and known and re.fullmatch(r"\w+(\.\w+)*", name, re.ASCII),
-            f"the array {name!r} has shape {shape!r}, dtype {dtype!r}",
-        )
-        return Array(tuple(shape), _DTYPES[dtype], digest(name, sha256))
+        check(sizes and known, f"the array {name!r} has shape {shape!r}, dtype {dtype!r}")
+        return Array(tuple(shape), _DTYPES[dtype], digest(name, hashed))
 
-    told = isinstance(raw, dict) and raw.get("format") == FORMAT
-    check(told, f"it does not say that it is a {FORMAT}")
-    check(
-        raw.get("version") != 1,
-        "it is of version 1, an older layout that is no longer read; run `jaxtc convert` on what "
-        f"it was made from ({raw.get('source')}) again",
-    )
-    check(
-        raw.get("version") == VERSION,
-        f"it is of version {raw.get('version')!r} (written by jaxtc {raw.get('jaxtc')!r}), and "
-        f"this jaxtc reads version {VERSION}; install a newer one",
-    )
-    kind, source, revision = raw.get("kind"), raw.get("source"), raw.get("revision")
+    ours = isinstance(raw, dict) and raw.get("format") == FORMAT
+    check(ours, f"it does not say that it is a {FORMAT}")
+    version, kind, source, revision = map(raw.get, ("version", "kind", "source", "revision"))
+    way = f" of jaxtc {raw.get('jaxtc')!r}, and this reads version {VERSION}; install a newer one"
+    if version == 1:
+        way = (
+            ", an older layout that is no longer read; run `jaxtc convert` on what it was made "
+            f"from ({source}) again"
+        )
+    check(version == VERSION, f"it is of version {version!r}{way}")
     check(kind in (MODEL, TRANSCODERS), f"its kind is {kind!r}, not {MODEL!r} or {TRANSCODERS!r}")
     texts = isinstance(source, str) and isinstance(revision, str | None)
     check(texts, "its source or revision is not text")
-    files = {name: digest(name, value) for name, value in get("files").items()}
-    for name in files:
-        plain = re.fullmatch(r"\w[\w.-]*", name, re.ASCII)
-        check(plain, f"it names the file {name!r}, which is not one right in its folder")
-    transcoders = get("transcoders") if kind == TRANSCODERS else None
+    files = items("files", r"\w[\w.-]*", "is a file that is not one right in its folder")
+    arrays = items("arrays", r"\w+(\.\w+)*", "is no name of an array")
+    config = transcoders = None
+    if kind == MODEL:
+        config = dict(items("config", "(?s:.*)", "is no name of a size"))
+    else:
+        layers = items("transcoders", r"\d{1,5}", "is not a layer")
+        transcoders = {int(layer): facts for layer, facts in layers}
     for layer, facts in (transcoders or {}).items():
-        named = re.fullmatch(r"\d{1,5}", layer, re.ASCII) and isinstance(facts, dict)
-        check(named, f"{layer!r} is not a layer with a transcoder")
         try:
             Transcoder.from_facts(facts)
-        except JaxtcError as error:
-            raise _Unsound(f"the transcoder of layer {layer}: {error}") from error
+        except (JaxtcError, AttributeError) as error:
+            check(False, f"the transcoder of layer {layer}: {error}")
     found = Sidecar(
         kind, source, revision,
-        {name: array(name, one) for name, one in get("arrays").items()}, files,
-        get("config") if kind == MODEL else None,
-        transcoders and {int(layer): facts for layer, facts in transcoders.items()},
-        str(raw.get("jaxtc")),
+        {name: array(name, one) for name, one in arrays},
+        {name: digest(name, value) for name, value in files},
+        config, transcoders, str(raw.get("jaxtc")),
     )  # fmt: skip
     fits = raw.get("content_sha256") == found.content
     check(fits, "its content_sha256 is not that of its arrays and files")

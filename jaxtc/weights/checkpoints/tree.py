@@ -9,18 +9,26 @@ it is killed, while moving folders can. Weights hardly compress.
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxtc.errors import WeightsError
 
 # Arrays are cut along their longest axis into chunks of at most this.
 CHUNK_BYTES = 16 << 20
 
-# That there is no database; that what a killed save has left is removed; what we raise.
+# Of the metadata of an orbax checkpoint.
+_METADATA = ("_CHECKPOINT_METADATA", "state/_METADATA")
+
+# Warnings that there is no database, that what a killed save has left is removed, and of what
+# becomes our errors.
 _EXPECTED = (
     "Skipping merge of OCDBT",
     "Attempted to create temporary directory",
@@ -28,33 +36,27 @@ _EXPECTED = (
 )
 
 
-def part_of(name: str) -> str:
-    """The part of a model, or of a set of transcoders, that is saved and loaded at a time."""
-    first, second, *_ = (*name.split("."), "")
-    return f"layers.{second}" if first == "layers" else first
-
-
-def parts(names: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The names of each part, in order."""
+def parts(names: Iterable[str]) -> list[list[str]]:
+    """The names of each layer, and each name outside of the layers, which are moved at a time."""
     found: dict[str, list[str]] = {}
     for name in names:
-        found.setdefault(part_of(name), []).append(name)
-    return found
+        found.setdefault(re.match(r"layers\.\d+|.*", name)[0], []).append(name)
+    return list(found.values())
 
 
 def save(folder: Any, arrays: Mapping[str, jax.Array]) -> None:
     """Save arrays, possibly sharded over many processes, which all call this."""
     with _orbax() as ocp:
-        ocp.save(folder, _nested(arrays), overwrite=True)
+        ocp.save(folder, unflatten_dict(arrays, sep="."), overwrite=True)
 
 
 def save_part(folder: Any, arrays: Mapping[str, np.ndarray], notes: Mapping[str, str]) -> None:
     """Save some of the arrays of a checkpoint, with notes; :func:`finalize` makes it whole."""
     with _orbax() as ocp:
-        ocp.partial.save(folder, _nested(arrays), custom_metadata=dict(notes))
+        ocp.partial.save(folder, unflatten_dict(arrays, sep="."), custom_metadata=dict(notes))
 
 
-def saved_notes(folder: Any) -> dict[str, str]:
+def saved_notes(folder: Path) -> dict[str, str]:
     """The notes of all parts that were saved."""
     found: dict[str, str] = {}
     with _orbax() as ocp:
@@ -64,20 +66,18 @@ def saved_notes(folder: Any) -> dict[str, str]:
     return found
 
 
-def finalize(folder: Any) -> None:
+def finalize(folder: Path) -> None:
     """Merge the parts that were saved into the checkpoint ``folder``; if killed, call it again.
 
     Orbax removes and rewrites the merged metadata with each part, and a kill between the two loses
     it (tests/weights/killed_conversions.py). So the metadata of the parts is kept until the end.
     """
-    from etils import epath
-
     partial, kept, new = (
-        epath.Path(folder.parent) / f"{folder.name}.{suffix}"
+        folder.with_name(f"{folder.name}.{suffix}")
         for suffix in ("partial_save", "metadata", "metadata.new")
     )
     if kept.exists():  # an earlier merge was cut short
-        for name in ("_CHECKPOINT_METADATA", "state/_METADATA"):
+        for name in _METADATA:
             (partial / name).unlink(missing_ok=True)
         _copy_metadata(kept, partial)
     else:
@@ -85,21 +85,20 @@ def finalize(folder: Any) -> None:
         new.rename(kept)
     with _orbax() as ocp:
         ocp.partial.finalize(folder)
-    kept.rmtree()
+    shutil.rmtree(kept)
 
 
-def _copy_metadata(source: Any, target: Any) -> None:
-    for name in ("_CHECKPOINT_METADATA", "state/_METADATA"):
-        for path in source.glob(f"*.pending_*/{name}"):
-            copy = target / path.relative_to(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            path.copy(copy, overwrite=True)
+def _copy_metadata(source: Path, target: Path) -> None:
+    for path in (path for name in _METADATA for path in source.glob(f"*.pending_*/{name}")):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
 
 
 def stored(folder: Any) -> dict[str, Any]:
-    """The ``shape`` and ``dtype`` of each array, by name. Raises WeightsError as :func:`load`."""
-    with _orbax(alone=True) as ocp, _explained(folder):
-        return _flat(ocp.metadata(folder).metadata or {})  # None: orbax cannot tell
+    """The ``shape`` and ``dtype`` of each array, none if orbax cannot tell. Raises WeightsError."""
+    with _orbax(folder) as ocp:
+        return flatten_dict(ocp.metadata(folder).metadata or {}, sep=".")
 
 
 def load(folder: Any, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
@@ -113,8 +112,8 @@ def load(folder: Any, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, A
         name: one if one.sharding else np.broadcast_to(np.zeros((), one.dtype), one.shape)
         for name, one in wanted.items()
     }
-    with _orbax(alone=True) as ocp, _explained(folder):
-        found = _flat(ocp.load(folder, _nested(abstract)))
+    with _orbax(folder) as ocp:
+        found = flatten_dict(ocp.load(folder, unflatten_dict(abstract, sep=".")), sep=".")
         wrong = [name for name, one in wanted.items() if found[name].shape != one.shape]
         if wrong:
             raise ValueError(f"{wrong[0]} has shape {found[wrong[0]].shape}")
@@ -122,8 +121,8 @@ def load(folder: Any, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, A
 
 
 @contextlib.contextmanager
-def _orbax(*, alone: bool = False) -> Iterator[Any]:
-    """Orbax with our options; ``alone``: each process for itself, without waiting for others."""
+def _orbax(reads: Any = None) -> Iterator[Any]:
+    """Orbax with our options; a folder is read by each process without waiting for the others."""
     import orbax.checkpoint.experimental.v1 as ocp  # slow to import
 
     context = ocp.Context()
@@ -133,51 +132,27 @@ def _orbax(*, alone: bool = False) -> Iterator[Any]:
     saving.storage_options.chunk_byte_size = CHUNK_BYTES
     context.memory.deepcopy_host_arrays = False
     context.pytree.loading.partial_load = True
-    if alone:
+    if reads is not None:
         process = jax.process_index()
         context.multiprocessing.primary_host = process
         context.multiprocessing.active_processes = {process}
         context.multiprocessing.barrier_sync_key_prefix = f"jaxtc_{process}"
     absl = logging.getLogger("absl")
-    absl.addFilter(_is_news)
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return not any(text in str(record.msg) for text in _EXPECTED)
+
+    absl.addFilter(is_news)
     try:
         with context:
             yield ocp
-    finally:
-        absl.removeFilter(_is_news)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a message of orbax's does not warn of what we mean to do."""
-    return not any(text in str(record.msg) for text in _EXPECTED)
-
-
-@contextlib.contextmanager
-def _explained(folder: Any) -> Iterator[None]:
-    try:
-        yield
     except Exception as error:  # orbax raises whatever a damaged file leads to
+        if reads is None:
+            raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         raise WeightsError(
-            f"The arrays in {folder} cannot be read: {reason}. A copy was cut short, or files were "
+            f"The arrays in {reads} cannot be read: {reason}. A copy was cut short, or files were "
             "changed; copy or convert the checkpoint again."
         ) from error
-
-
-def _nested(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name, array in arrays.items():
-        *path, last = name.split(".")
-        at = tree
-        for key in path:
-            at = at.setdefault(key, {})
-        at[last] = array
-    return tree
-
-
-def _flat(tree: Any, below: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        nested = isinstance(value, Mapping)
-        found |= _flat(value, f"{below}{key}.") if nested else {f"{below}{key}": value}
-    return found
+    finally:
+        absl.removeFilter(is_news)

@@ -1,18 +1,24 @@
 """Conversions between the formats of checkpoints: of models, and of transcoders.
 
-Each writes to ``OUT.partial`` and moves it to ``OUT`` when all is there. One that was killed is
-continued by calling it again. What is in memory is a layer (or the embedding, or a transcoder),
-and a few hundred MB.
+A killed conversion goes on when it is called again. What is in memory is a layer (or the embedding,
+or a parameter of a transcoder), and a few hundred MB.
 """
 
+import contextlib
+import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
-from jaxtc.errors import SourceError, did_you_mean
-from jaxtc.weights.conversion.model import convert_model
-from jaxtc.weights.conversion.transcoders import check_dtype, check_model_name, convert_transcoders
+from jaxtc.errors import SourceError, WeightsError, did_you_mean
+from jaxtc.helpers import JAXTC_VERSION
+from jaxtc.weights.checkpoints.job import FILE_BYTES, Job
+from jaxtc.weights.conversion.files import model_files, transcoder_files
+from jaxtc.weights.conversion.orbax import write_orbax
+from jaxtc.weights.conversion.source import Content, open_model, open_transcoders
 from jaxtc.weights.files import arrays
 from jaxtc.weights.load_model import Progress
 from jaxtc.weights.sources.resolve import MODEL, TRANSCODERS, resolve
@@ -67,7 +73,7 @@ def convert(
         max_shard_size: most bytes of tensors in a safetensors file of a model.
         verify: compare the source with the hub's hashes first; a converted one is always compared
             with its own, with ``verify`` before anything is written.
-        progress: called with (done, in all): bytes of a model, or transcoders.
+        progress: called with (bytes read, bytes in all) after each array that is not there yet.
 
     Returns:
         The folder.
@@ -92,21 +98,61 @@ def convert(
             f"{to!r} is not a format for {'a ' if kind == MODEL else ''}{kind}, which {source} "
             f"{'is' if kind == MODEL else 'are'}; choose {' or '.join(map(repr, fitting))}."
         )
-    options = {"width": width, "l0": l0, "input_site": input_site, "output_site": output_site}
-    if kind == TRANSCODERS:
-        return convert_transcoders(
-            found, out, to, layers=layers, dtype=check_dtype(dtype, to),
-            without_sites=without_sites, model_name=check_model_name(model_name), verify=verify,
-            progress=progress, **{key: value for key, value in options.items() if value},
-        )  # fmt: skip
-    options |= {"without_sites": without_sites, "model_name": model_name}
-    options |= {"layers": None if layers == "all" else layers}
-    unfit = [key for key, value in options.items() if value]
-    if unfit:
-        raise SourceError(f"{unfit[0]} is for transcoders, and {source} is a model.")
+    if model_name is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_name):
+        raise SourceError(f"model_name is {model_name!r}, expected one such as google/gemma-2-2b.")
     if max_shard_size < 1:
         raise SourceError(f"max_shard_size is {max_shard_size} bytes, expected at least 1.")
-    return convert_model(
-        found, out, to, dtype=None if dtype is None else arrays.check_dtype(dtype),
-        verify=verify, max_shard_size=max_shard_size, progress=progress,
-    )  # fmt: skip
+    if "://" in str(out):
+        raise SourceError(f"{out} is not on this machine. Convert to a folder here, and copy it.")
+    dtype = None if dtype is None else arrays.check_dtype(dtype)
+    if to == "npz" and dtype not in (None, np.float32):
+        raise WeightsError(f"A params.npz is float32, so it cannot be written as {dtype.name}.")
+    sites = {"input_site": input_site, "output_site": output_site}
+    options = {"layers": None if str(layers) == "all" else layers, "width": width, "l0": l0}
+    options |= sites | {"without_sites": without_sites, "model_name": model_name}
+    unfit = [key for key, value in options.items() if value is not None and value is not False]
+    if kind == MODEL and unfit:
+        raise SourceError(f"{unfit[0]} is for transcoders, and {source} is a model.")
+    with contextlib.ExitStack() as stack:
+        if kind == MODEL:
+            content = stack.enter_context(open_model(found, dtype, verify))
+        else:
+            content = open_transcoders(found, dtype, verify, layers, (width, l0), sites)
+            options["layers"] = list(content.transcoders)
+        what = options | {
+            "source": content.source, "revision": content.revision,
+            "state of its files": content.state, "to": to, "dtype": dtype and dtype.name,
+            "max_shard_size": max_shard_size, "jaxtc": JAXTC_VERSION,
+        }  # fmt: skip
+        return _write(content, out, what, progress)
+
+
+def _write(
+    content: Content, out: str | Path, what: dict[str, Any], progress: Progress | None
+) -> Path:
+    sizes = {name: one.size * one.dtype.itemsize for name, one in content.arrays.items()}
+    total, done, to = sum(sizes.values()), 0, what["to"]
+
+    def fetch(name: str) -> np.ndarray:
+        nonlocal done
+        array = content.fetch(name)
+        done += sizes[name]
+        if progress:
+            progress(done, total)
+        return array
+
+    job = Job(out, what, total + FILE_BYTES * len(sizes))
+    files = {}
+    if to == "safetensors":
+        files = model_files(content, fetch, what["max_shard_size"])
+    elif to != "orbax":
+        holds = what["without_sites"], what["model_name"]
+        files = transcoder_files(content, fetch, to, job.out, *holds)
+    with job.begin() as unfinished:
+        if unfinished:
+            for file, make in files.items():
+                job.write(job.files / file, make)
+            if to == "orbax":
+                write_orbax(job, content, fetch)
+            job.finish()
+    return job.out

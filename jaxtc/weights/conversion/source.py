@@ -1,165 +1,186 @@
-"""Where a conversion takes a model from: Hugging Face's format or a converted checkpoint."""
+"""What is converted: a model or transcoders, in files of others or in a converted checkpoint."""
 
 import contextlib
 import dataclasses
-import hashlib
+import functools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import jax
 import numpy as np
 
-from jaxtc.errors import ConfigError, WeightsError
+from jaxtc.errors import SourceError, WeightsError
 from jaxtc.model.config import Gemma2Config
-from jaxtc.weights.checkpoints.read import Converted, open_model
+from jaxtc.transcoders.transcoder import Transcoder
+from jaxtc.weights.checkpoints.read import Converted, named
+from jaxtc.weights.checkpoints.sidecar import sha256
 from jaxtc.weights.files import arrays, local
 from jaxtc.weights.files.model import check_tensors, open_checkpoint
 from jaxtc.weights.files.safetensors import FLOATS
-from jaxtc.weights.names import Name, parameter_names
+from jaxtc.weights.files.transcoder import open_transcoder
+from jaxtc.weights.load_transcoder import look_up, which_layers
+from jaxtc.weights.names import parameter_names
 from jaxtc.weights.sources import hub
-from jaxtc.weights.sources.resolve import CONVERTED, Source
+from jaxtc.weights.sources.resolve import CONVERTED, MODEL, TRANSCODERS, Source
 from jaxtc.weights.sources.verify import model_files, verify_files
 
-# What is taken along as it is, beside the weights and config.json.
-_KEPT = (*hub.TOKENIZER_FILES, "generation_config.json")
+# What is written beside the weights of a model.
+_KEPT = ("config.json", *hub.TOKENIZER_FILES, "generation_config.json")
+
+
+# (name in the tree, dtype) -> (the array, where it comes from, what is wrong with it or "").
+Read: TypeAlias = Callable[[str, np.dtype], tuple[np.ndarray, Any, str]]
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelSource:
-    """An open model.
+class Content:
+    """An open model, or transcoders, of which no array is read yet."""
 
-    Attributes:
-        config: its sizes.
-        config_json: the bytes of its ``config.json``.
-        names: its parameters under both names, in the order of the forward pass.
-        dtypes: the dtype that each parameter is stored in, by our name.
-        kept: other files that go along, by name: the tokenizer's.
-        revision: the commit, of a hub id or of what a converted checkpoint was made from.
-        origin: where a converted checkpoint was made from; None of another source.
-        state: changes when its files do.
-        fetch: (name, dtype) -> a parameter in our shape; raises WeightsError when its values are
-            not finite in this dtype.
-    """
+    source: str  # what it was made from in the first place
+    revision: str | None  # the commit of that on the hub
+    state: str  # changes when its files do
+    arrays: Mapping[str, jax.ShapeDtypeStruct]  # as they will be, by name in the tree
+    read: Read
+    config: Gemma2Config | None = None  # of a model
+    files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)  # beside the weights
+    transcoders: Mapping[int, Transcoder] | None = None  # by layer, without their values
 
-    config: Gemma2Config
-    config_json: bytes
-    names: list[Name]
-    dtypes: Mapping[str, np.dtype]
-    kept: Mapping[str, bytes]
-    revision: str | None
-    origin: str | None
-    state: str
-    fetch: Callable[[Name, np.dtype], np.ndarray]
+    def fetch(self, name: str) -> np.ndarray:
+        """An array. Raises WeightsError for values that are not finite, or too large."""
+        array, place, problem = self.read(name, self.arrays[name].dtype)
+        if problem:
+            raise WeightsError(
+                f"{place} cannot be used and was not converted: {problem}. Fetch or train it again"
+                + (", or convert to a wider dtype." if "too large" in problem else ".")
+            )
+        return array
 
 
 @contextlib.contextmanager
-def open_model_source(source: Source, *, verify: bool = False) -> Iterator[ModelSource]:
-    """A model whose tensors are those of its config; none is read yet.
-
-    Args:
-        source: of a model.
-        verify: hash all files first.
+def open_model(source: Source, dtype: np.dtype | None, verify: bool) -> Iterator[Content]:
+    """A model whose tensors are those of its config; ``dtype`` None keeps that of each.
 
     Raises:
         SourceError, ConfigError, WeightsError: as :func:`jaxtc.load_model`.
     """
     folder = source.fetch()
+    with contextlib.ExitStack() as stack:
+        if source.format == CONVERTED:
+            checkpoint = Converted(folder, MODEL, verify)
+            config, sidecar = checkpoint.model().config, checkpoint.sidecar
+            files = {name: checkpoint.content(name) for name in _KEPT if name in sidecar.files}
+            stored = {name: one.dtype for name, one in sidecar.arrays.items()}
+            read = functools.partial(_read_converted, checkpoint)
+            origin = sidecar.source, sidecar.revision, sidecar.content
+        else:
+            if source.repo:  # have the tokenizer in the cache beside the weights
+                for name in _KEPT:
+                    hub.download_if_there(source.repo, name, folder.name)
+            kept, weights = [folder / n for n in _KEPT if local.has(folder, n)], model_files(folder)
+            if verify:
+                verify_files(dict.fromkeys([*weights, *kept]))
+            config = Gemma2Config.from_file(folder / "config.json")
+            opened = stack.enter_context(open_checkpoint(folder))
+            check_tensors(opened, config)
+            files = {path.name: path.read_bytes() for path in kept}
+            names = {name.ours: name for name in parameter_names(config)}
+            stored = {ours: FLOATS[opened.entry(name.hf).dtype] for ours, name in names.items()}
+            origin = source.name, _commit(folder), _state(weights)
+
+            def read(ours: str, dtype: np.dtype) -> tuple[np.ndarray, Any, str]:
+                name = names[ours]
+                array, problem = opened.files[name.hf].read(name.hf, dtype)
+                return array.reshape(name.shape), folder, problem and f"{name.hf} {problem}"
+
+        raw = json.loads(files["config.json"])
+        key = "torch_dtype" if "torch_dtype" in raw else "dtype"
+        if dtype is not None and raw.get(key) != dtype.name:
+            files["config.json"] = (json.dumps(raw | {key: dtype.name}, indent=2) + "\n").encode()
+        arrays = {
+            name.ours: jax.ShapeDtypeStruct(name.shape, dtype or stored[name.ours])
+            for name in parameter_names(config)
+        }
+        yield Content(*origin, arrays, read, config, files)
+
+
+def open_transcoders(
+    source: Source,
+    dtype: np.dtype | None,
+    verify: bool,
+    layers: str | Iterable[int],
+    tier: tuple[str | None, int | str | None],
+    sites: Mapping[str, str | None],
+) -> Content:
+    """Transcoders, of which only headers are read; see :func:`jaxtc.convert` for the arguments.
+
+    Raises:
+        SourceError, SiteError, WeightsError: as :func:`jaxtc.load_transcoders`.
+    """
+    checkpoint = None
     if source.format == CONVERTED:
-        yield _from_converted(open_model(folder), verify)
-        return
-    if source.repo:  # have the tokenizer in the cache beside the weights
-        for name in _KEPT:
-            hub.download_if_there(source.repo, name, folder.name)
-    kept = [folder / name for name in _KEPT if local.has(folder, name)]
-    files = model_files(folder)
-    if verify:
-        verify_files([*files, *kept])
-    config_json = (folder / "config.json").read_bytes()
-    config = Gemma2Config.from_file(folder / "config.json")
-    with open_checkpoint(folder) as checkpoint:
-        check_tensors(checkpoint, config)
+        checkpoint = Converted(source.path, TRANSCODERS, verify)
+    files: dict[int, Path] = {}
+    found: dict[int, Transcoder] = {}
+    for layer in which_layers(source, layers):
+        one = source.one(layer, *tier)
+        layer = int(layer)  # JSON knows no integers of NumPy
+        if checkpoint:
+            found[layer] = checkpoint.transcoder(layer, dtype, sites)
+            continue
+        stored, found[layer] = look_up(one, dtype, **sites)
+        files[layer] = one.file
+        if stored == np.float64 and dtype is None:
+            raise WeightsError(f"{one.file} holds float64; give dtype='float32', which is enough.")
+    if not found:
+        raise SourceError("layers is empty, so there is nothing to convert.")
+    found = dict(sorted(found.items()))
+    arrays = {
+        name: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype))
+        for one in found.values()
+        for name, leaf in named(one).items()
+    }
+    if checkpoint:
+        sidecar, read = checkpoint.sidecar, functools.partial(_read_converted, checkpoint)
+        origin = sidecar.source, sidecar.revision, sidecar.content
+    else:
+        paths = list(files.values())
+        if verify:
+            verify_files(paths)
+        origin = source.name, _commit(paths[0]), _state(paths)
 
-        def fetch(name: Name, dtype: np.dtype) -> np.ndarray:
-            array, problem = checkpoint.files[name.hf].read(name.hf, dtype)
-            return sound(array.reshape(name.shape), folder, name.hf, problem)
+        def read(full: str, dtype: np.dtype) -> tuple[np.ndarray, Any, str]:
+            _, layer, name = full.split(".")
+            with open_transcoder(files[int(layer)]) as opened:
+                array, problem = opened.read(name, dtype)
+            return array, opened.path, problem
 
-        names = parameter_names(config)
-        yield ModelSource(
-            config,
-            config_json,
-            names,
-            {name.ours: FLOATS[checkpoint.entry(name.hf).dtype] for name in names},
-            {path.name: path.read_bytes() for path in kept},
-            folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else None,
-            None,
-            state_of(files),
-            fetch,
-        )
-
-
-def _from_converted(checkpoint: Converted, verify: bool) -> ModelSource:
-    if verify:
-        checkpoint.verify()
-    sidecar = checkpoint.sidecar
-    config = checkpoint.config()
-    names = parameter_names(config)
-    checkpoint.account({name.ours: name.shape for name in names})
-    return ModelSource(
-        config,
-        checkpoint.content("config.json"),
-        names,
-        {name.ours: sidecar.arrays[name.ours].dtype for name in names},
-        {file: checkpoint.content(file) for file in sidecar.files if file in _KEPT},
-        sidecar.revision,
-        sidecar.source,
-        sidecar.content,
-        lambda name, dtype: fetch_converted(checkpoint, name.ours, dtype),
-    )
+    return Content(*origin, arrays, read, transcoders=found)
 
 
-def fetch_converted(checkpoint: Converted, name: str, dtype: np.dtype) -> np.ndarray:
+def _read_converted(
+    checkpoint: Converted, name: str, dtype: np.dtype
+) -> tuple[np.ndarray, Any, str]:
     """An array of a converted checkpoint, compared with its hash, and cast."""
     stored = checkpoint.fetch(name)
-    problem = "" if arrays.all_finite(stored) else "holds NaN or infinity"
-    array = stored
+    array, problem = stored, "" if arrays.all_finite(stored) else "holds NaN or infinity"
     if stored.dtype != dtype:
         array = arrays.empty(stored.shape, dtype)
         arrays.cast(stored, array)
         if not problem and not arrays.all_finite(array):
             problem = f"holds values too large for {dtype.name}"
-    return sound(array, checkpoint.folder, name, problem)
+    return array, checkpoint.folder, problem and f"{name} {problem}"
 
 
-def sound(array: np.ndarray, place: Any, name: str, problem: str) -> np.ndarray:
-    """The array, if there is no problem with it. Raises WeightsError otherwise."""
-    if problem:
-        raise WeightsError(
-            f"{place} cannot be used and was not converted: {name} {problem}. Fetch or train it "
-            "again" + (", or convert to a wider dtype." if "too large" in problem else ".")
-        )
-    return array
+def _commit(path: Path) -> str | None:
+    """The commit of a file or folder in the hub's cache."""
+    found = re.search(r"/snapshots/([0-9a-f]{40})(?![^/])", path.absolute().as_posix())
+    return found and found[1]
 
 
-def state_of(files: Sequence[Path]) -> str:
+def _state(files: Iterable[Path]) -> str:
     """A hash that changes when one of these files is written again; they are not read."""
-    seen = ((file.name, (found := file.stat()).st_size, found.st_mtime_ns) for file in files)
-    return hashlib.sha256(json.dumps(list(seen)).encode()).hexdigest()
-
-
-def with_dtype(config_json: bytes, dtype: np.dtype | None) -> tuple[bytes, dict[str, Any]]:
-    """A ``config.json`` that names this dtype: its bytes as they were when it does, or for None.
-
-    Returns:
-        (the bytes, the parsed object).
-    """
-    try:
-        raw = json.loads(config_json)
-    except ValueError as error:
-        raise ConfigError(f"The config.json is not JSON: {error}.") from error
-    key = "torch_dtype" if "torch_dtype" in raw else "dtype"
-    if dtype is None or raw.get(key) == dtype.name:
-        return config_json, raw
-    raw[key] = dtype.name
-    return (json.dumps(raw, indent=2) + "\n").encode(), raw
+    seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return sha256(json.dumps(seen).encode())

@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 
 from jaxtc.errors import SourceError, did_you_mean, first_line
-from jaxtc.weights.checkpoints.read import is_converted, open_transcoders
+from jaxtc.weights.checkpoints.read import Converted, is_converted
 from jaxtc.weights.checkpoints.sidecar import read_sidecar
 from jaxtc.weights.files import local
 from jaxtc.weights.files.layout import (
@@ -119,7 +119,7 @@ class Source:
             SourceError: there are none, or a file that no ``layer_N`` folder is around.
         """
         if self.format == CONVERTED:
-            return sorted(open_transcoders(self.path).sidecar.transcoders)
+            return sorted(Converted(self.path, TRANSCODERS).sidecar.transcoders)
         if self.format == FILE:
             named = layer_of(self.path.absolute().as_posix())
             if named is None:

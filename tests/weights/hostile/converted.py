@@ -135,7 +135,7 @@ class ConvertedTranscoders(ConvertedFolder):
 
     def whole(self, deep: int) -> dict[str, np.ndarray]:
         """The parameters of all layers, and their sites."""
-        Converted(self.folder).verify()
+        Converted(self.folder, verify=True)
         found = {}
         for layer in available_layers(self.folder):
             made = jaxtc.load_transcoder(self.folder, layer, mesh=MESHES[deep])
