@@ -223,7 +223,7 @@ def test_metadata_that_is_no_text(tmp_path, metadata):
     path = write(tmp_path / "layer_1.safetensors", circuit_tracer())
     header, data = parse(path)
     compose(path, {**header, "__metadata__": metadata}, data)
-    with pytest.raises(WeightsError, match="its __metadata__ is not an object of texts"):
+    with pytest.raises(WeightsError, match="expected a (map|string)|__metadata__ is null"):
         jaxtc.load_transcoder(path, **SITES)
     compose(path, {**header, "__metadata__": {"a": json.dumps(metadata)}}, data)
     assert jaxtc.load_transcoder(path, **SITES).layer == 1

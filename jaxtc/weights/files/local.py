@@ -6,7 +6,7 @@ import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, ClassVar, Self
 
 from jaxtc.errors import SourceError, WeightsError
 
@@ -55,6 +55,47 @@ def open_plain(path: Path) -> BinaryIO:
         file.close()
         raise WeightsError(f"{path} is a pipe or a device, not a regular file, and is not read.")
     return file
+
+
+class PlainFile:
+    """A regular file open for reading, to be used in a ``with`` statement.
+
+    Attributes:
+        path: of the file.
+        format: what its format is called.
+        size: in bytes.
+
+    Raises:
+        WeightsError: as :func:`open_plain`; the file is damaged.
+    """
+
+    format: ClassVar[str]
+
+    def __init__(self, path: Path):
+        self.path, self.file = path, open_plain(path)
+        try:
+            self.size = os.fstat(self.file.fileno()).st_size
+            self.read_header()
+        except BaseException:
+            self.file.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.file.close()
+
+    def read_header(self) -> None:
+        """Check what the file claims. Raises WeightsError when its bytes cannot hold it."""
+        raise NotImplementedError
+
+    def unsound(self, problem: str) -> WeightsError:
+        """The error for a damaged file."""
+        return WeightsError(
+            f"{self.path} is not a sound {self.format} file: {problem}. Most likely a download or "
+            "copy was cut short or damaged; fetch the file again."
+        )
 
 
 def has(folder: Path, name: str) -> bool:
