@@ -4,14 +4,13 @@ Axis letters: I width of what is read, O width of what is written, M features.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeAlias
 
 from jaxtc.errors import SourceError, did_you_mean
 from jaxtc.transcoders.activations import keys_in, optional_in, parameter_names
-from jaxtc.weights.files.layout import sae_site
 
 # Our parameters and their axes.
 AXES: Mapping[str, str] = MappingProxyType({
@@ -52,11 +51,10 @@ class Format:
 
     def describe(self) -> str:
         """Its arrays, for messages."""
-        parts = [
+        return ", ".join(
             f"{key} {_letters(axes)}" + (" if any" if ours in self.optional else "")
             for ours, (key, axes) in self.keys.items()
-        ]
-        return ", ".join(parts)
+        )
 
 
 def _letters(axes: str) -> str:
@@ -117,16 +115,14 @@ def by_name(name: str | None, path: Path) -> Format:
     return found
 
 
-def sites_of(parts: Iterable[str], usual: tuple[str, str] | None) -> dict[str, str]:
-    """The sites that folders' names say, or a format's usual ones; empty without either."""
-    site = sae_site(parts)
-    pair = (site, site) if site else usual
+def sites_of(site: str | None, format: Format) -> dict[str, str]:
+    """The site of an autoencoder, read and written, or a format's sites; empty without either."""
+    pair = (site, site) if site else format.sites
     return dict(zip(SITES, pair, strict=True)) if pair else {}
 
 
-def format_of(path: Path, claims: Claims) -> Format:
+def format_of(suffix: str, claims: Claims) -> Format:
     """The format with this suffix that has most of these keys."""
-    suffix = path.suffix if path.suffix in SUFFIXES else ".npz"
 
     def known(format: Format) -> int:
         return sum(key in claims for key, _ in format.keys.values())
@@ -168,32 +164,29 @@ def account(format: Format, claims: Claims) -> tuple[list[str], dict[str, tuple[
 
 def _misshapen(format: Format, given: Mapping[str, tuple[int, ...]]) -> list[str]:
     """What is wrong with these shapes, by our names but in the file's order of axes."""
-
-    def says(name: str) -> str:
-        key, axes = format.keys[name]
-        return f"{key} has shape {given[name]}, not {_letters(axes)}"
-
-    if "W_enc" not in given:
+    encoder, decoder = given.get("W_enc"), given.get("W_dec", ())
+    if encoder is None:
         return []
-    if len(given["W_enc"]) != 2 or 0 in given["W_enc"]:
-        return [says("W_enc")]
-    sizes = dict(zip(format.keys["W_enc"][1].split(), given["W_enc"], strict=True))
-    decoder, bias = given.get("W_dec", ()), given.get("b_dec", ())
+    key, axes = format.keys["W_enc"]
+    if len(encoder) != 2 or 0 in encoder:
+        return [f"{key} has shape {encoder}, not {_letters(axes)}"]
     if len(decoder) == 3:
-        return [says("W_dec") + ": jaxtc does not read cross-layer transcoders"]
-    sizes["O"] = sizes["I"]
-    if len(decoder) == 2 and decoder[0] == sizes["M"] and bias == decoder[1:] and decoder[1]:
-        sizes["O"] = decoder[1]  # a transcoder between two widths: both arrays that say so agree
-    expected = {
-        name: tuple(sizes[letter] for letter in format.keys[name][1].split()) for name in given
-    }
-    sizes_from = f"({format.keys['W_enc'][0]} says D={sizes['I']}, M={sizes['M']})"
-    problems = [
-        f"{format.keys[name][0]} has shape {given[name]}, not {expected[name]} {sizes_from}"
-        for name in given
-        if given[name] != expected[name]
-    ]
+        name, order = format.keys["W_dec"]
+        return [
+            f"{name} has shape {decoder}, not {_letters(order)}: jaxtc does not read cross-layer "
+            "transcoders"
+        ]
+    sizes = dict(zip(axes.split(), encoder, strict=True))
+    # A transcoder between two widths: both arrays that say so agree.
+    wide = len(decoder) == 2 and decoder[0] == sizes["M"] and given.get("b_dec") == decoder[1:]
+    sizes["O"] = decoder[1] if wide and decoder[1] else sizes["I"]
+    problems = []
+    for name, shape in given.items():
+        spelled, order = format.keys[name]
+        expected = tuple(sizes[letter] for letter in order.split())
+        if shape != expected:
+            source = f"({key} says D={sizes['I']}, M={sizes['M']})"
+            problems.append(f"{spelled} has shape {shape}, not {expected} {source}")
     if problems and given.get("b_enc") == (sizes["I"],) != (sizes["M"],):
-        key, axes = format.keys["W_enc"]
         problems.append(f"{key} may be transposed: this format keeps it as {_letters(axes)}")
     return problems

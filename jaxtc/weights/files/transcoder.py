@@ -77,16 +77,25 @@ def open_transcoder(path: Path) -> Iterator[TranscoderFile]:
         WeightsError: a damaged file; arrays that are missing, extra, misshapen or not of floats,
             all of them named at once.
     """
-    with (SafetensorsFile if path.suffix == ".safetensors" else NpzFile)(path) as file:
+    suffix = ".safetensors" if path.suffix == ".safetensors" else ".npz"
+    with {".npz": NpzFile, ".safetensors": SafetensorsFile}[suffix](path) as file:
         claims = {name: (entry.shape, entry.fault) for name, entry in file.entries.items()}
-        sites = _sites(path, getattr(file, "metadata", {}))
-        format = format_of(path, claims)
+        format = format_of(suffix, claims)
         problems, shapes = account(format, claims)
         if problems:
             raise WeightsError(
                 f"{path} is not a transcoder that jaxtc can read: {some(problems, 20)}. Its keys "
                 f"are taken for the format {format.name!r}, which has {format.describe()}."
             )
+        metadata = getattr(file, "metadata", {})
+        sites = {key: metadata[key] for key in SITES if key in metadata}
+        for key, site in sites.items():
+            if site not in BY_NAME:
+                raise WeightsError(
+                    f"{path} says that its {key} is {site!r}, which is no site."
+                    f"{did_you_mean(site, BY_NAME)} `jaxtc sites` lists them; the file was written "
+                    "by another version of jaxtc or by hand."
+                )
         yield TranscoderFile(path, format, shapes, sites, file)
 
 
@@ -110,18 +119,6 @@ def read_all(
     return found
 
 
-def _sites(path: Path, metadata: Mapping[str, str]) -> dict[str, str]:
-    found = {key: metadata[key] for key in SITES if key in metadata}
-    for key, site in found.items():
-        if site not in BY_NAME:
-            raise WeightsError(
-                f"{path} says that its {key} is {site!r}, which is no site."
-                f"{did_you_mean(site, BY_NAME)} `jaxtc sites` lists them; the file was written by "
-                "another version of jaxtc or by hand."
-            )
-    return found
-
-
 def write_transcoder(
     format: Format, path: Path, declared: Transcoder, fetch: Callable[[str], np.ndarray]
 ) -> None:
@@ -141,24 +138,21 @@ def write_transcoder(
     made = {} if format.name in activation.files else {"threshold"}
     names = [name for name in format.keys if name in made or getattr(declared, name) is not None]
 
-    def arrays() -> Iterator[tuple[str, np.ndarray]]:
-        for name in names:
-            key, axes = format.keys[name]
-            if name in made:
-                own = {parameter: fetch(parameter) for parameter in activation.parameters}
-                value = np.broadcast_to(activation.as_threshold(own), declared.features)
-                value = value.astype(dtype)
-            else:
-                value = fetch(name)
-            if name == "threshold" and not format.negative:
-                value = np.maximum(value, 0)  # which has no effect on what it computes
-            value = value if axes == AXES[name] else value.T
-            # NumPy would write a transposed view in the order that it has in memory.
-            yield key, np.ascontiguousarray(value, np.float32) if npz else value
-            del value  # before the next one is fetched
+    def value_of(name: str) -> np.ndarray:
+        if name in made:
+            own = {parameter: fetch(parameter) for parameter in activation.parameters}
+            value = np.broadcast_to(activation.as_threshold(own), declared.features).astype(dtype)
+        else:
+            value = fetch(name)
+        if name == "threshold" and not format.negative:
+            value = np.maximum(value, 0)  # which has no effect on what it computes
+        value = value if format.keys[name][1] == AXES[name] else value.T
+        # NumPy would write a transposed view in the order that it has in memory.
+        return np.ascontiguousarray(value, np.float32) if npz else value
 
+    arrays = ((format.keys[name][0], value_of(name)) for name in names)
     if npz:
-        return write_params(path, arrays())
+        return write_params(path, arrays)
     tensors = []
     for name in names:
         key, axes = format.keys[name]
@@ -167,4 +161,4 @@ def write_transcoder(
     facts = {"format": "pt", "variant": declared.variant}
     facts |= {key: getattr(declared, key) for key in SITES}
     facts |= {} if declared.layer is None else {"layer": str(declared.layer)}
-    write_tensors(path, tensors, arrays(), facts)
+    write_tensors(path, tensors, arrays, facts)

@@ -34,6 +34,7 @@ TOKENIZER_FILES = (
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_UNREACHABLE = (HTTPError, EntryNotFoundError, OfflineModeIsEnabled)
 
 
 def split_id(source: str) -> tuple[str, str] | None:
@@ -116,11 +117,10 @@ def _pin(file: Path, revision: str | None) -> str | None:
 
 @contextlib.contextmanager
 def _explained(repo: str, file: str, revision: str | None) -> Iterator[None]:
-    # HTTPError covers what the HTTP client itself raises; OSError a full disk.
-    faults = (HTTPError, EntryNotFoundError, OfflineModeIsEnabled, HFValidationError, OSError)
     try:
         yield
-    except faults as error:
+    # HTTPError covers what the HTTP client itself raises; OSError a full disk.
+    except (*_UNREACHABLE, HFValidationError, OSError) as error:
         raise SourceError(_explain(error, repo, file, revision)) from error
 
 
@@ -136,7 +136,12 @@ def _explain(error: Exception, repo: str, file: str, revision: str | None) -> st
             "HF_TOKEN. A local folder must exist to be taken as one."
         )
     if isinstance(error, GatedRepoError) or status in (401, 403):
-        return _gated(repo)
+        return (
+            f"{repo} is gated: its files are given only to people who accepted its licence. Accept "
+            f"it at https://huggingface.co/{repo}, then log in with `hf auth login` (or set "
+            "HF_TOKEN to a token of that account, with read access to gated repositories) and try "
+            "again."
+        )
     if isinstance(error, RevisionNotFoundError):
         return (
             f"{repo} on the Hugging Face hub has no revision {revision!r}; give a branch, a tag "
@@ -149,7 +154,7 @@ def _explain(error: Exception, repo: str, file: str, revision: str | None) -> st
         )
     if status is not None:
         return f"The Hugging Face hub answered {what} with status {status}. Try again later."
-    if isinstance(error, HTTPError | EntryNotFoundError | OfflineModeIsEnabled):
+    if isinstance(error, _UNREACHABLE):
         return (
             f"{what} is not in the local cache, and the Hugging Face hub cannot be reached. Check "
             "the network (and that HF_HUB_OFFLINE is not set), give a local folder instead, or use "
@@ -165,11 +170,3 @@ def _status(error: BaseException | None) -> int | None:
             return error.response.status_code
         error = error.__cause__
     return None
-
-
-def _gated(repo: str) -> str:
-    return (
-        f"{repo} is gated: its files are given only to people who accepted its licence. Accept it "
-        f"at https://huggingface.co/{repo}, then log in with `hf auth login` (or set HF_TOKEN to a "
-        "token of that account, with read access to gated repositories) and try again."
-    )

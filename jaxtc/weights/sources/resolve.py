@@ -165,22 +165,21 @@ class Source:
             check_layer(wish.layer, range(len(DEFAULT_L0)), root)
             inside = default_path(wish.layer)
         for place in files_of(inside):
-            file = self._get(place, listed=False)
-            if file is not None:
+            if file := self._get_if_there(place):
                 break
         else:
             parts = self.repo.split("/") if self.repo else self.path.absolute().parts
             usual = sae_site(parts) is None
             place = choose(self.tiers, place_of(inside), wish, root, usual=usual).path
-            file = self._get(place, listed=True)
+            found = self.path and self.path / place
+            file = found or hub.download(self.repo, place, self.revision)
         return file, "/".join(filter(None, (root.rstrip("/"), place_of(place))))
 
-    def _get(self, place: str, listed: bool) -> Path | None:
-        """The local copy of a file below the source, None when it has none of that name."""
-        if self.format == FOLDER:
-            return self.path / place if listed or local.has(self.path, place) else None
-        if listed:
-            return hub.download(self.repo, place, self.revision)
+    def _get_if_there(self, place: str) -> Path | None:
+        """The local copy of a file below the source."""
+        if self.path:
+            return self.path / place if local.has(self.path, place) else None
+        # Asking for what follows no layout would be in vain.
         return hub.download_if_there(self.repo, place, self.revision) if tiers_of([place]) else None
 
 
@@ -208,13 +207,11 @@ def resolve(
     """
     if path is not None and (os.path.isabs(path) or ".." in PurePosixPath(path).parts):
         raise SourceError(f"path={path!r} leaves {source}; give a path below it.")
-    bucket = str(source).startswith(_BUCKETS)
-    there = None if bucket or source == EMBEDDED else local.find(source)
     if source == EMBEDDED:
         found = _embedded(kind or default)
-    elif bucket:
+    elif str(source).startswith(_BUCKETS):
         found = _in_bucket(str(source), kind)
-    elif there is not None:
+    elif there := local.find(source):
         found = _local(str(source), there, kind)
     else:
         return _on_hub(source, kind, revision, path or "", default)
@@ -258,9 +255,9 @@ def _in_bucket(name: str, kind: str | None) -> Source:
 
 def _local(name: str, path: Path, kind: str | None) -> Source:
     if not path.is_dir():
-        if kind not in (None, TRANSCODERS):
-            raise SourceError(f"{name} is a file; give the folder that holds config.json.")
-        return Source(name, TRANSCODERS, FILE, path)
+        if kind in (None, TRANSCODERS):
+            return Source(name, TRANSCODERS, FILE, path)
+        raise SourceError(f"{name} is a file; give the folder that holds config.json.")
     if is_converted(path):
         return Source(name, kind or read_sidecar(path).kind, CONVERTED, path)
     has_config = local.has(path, "config.json")
@@ -296,13 +293,11 @@ def _on_hub(
 
 
 def _nothing(name: str, kind: str) -> str:
+    what, example = "folder", "google/gemma-2-2b"
     if kind == TRANSCODERS:
-        return (
-            f"There is no file or folder {name}, and it is not a hub id such as {GEMMA_SCOPE_2B}."
-        )
-    if kind == CONFIG:
-        return (
-            f"There is no folder {name}, and it is neither a hub id such as google/gemma-2-2b nor "
-            f"one of {', '.join(SIZES)}.{did_you_mean(name.lower(), _NAMES)}"
-        )
-    return f"There is no folder {name}, and it is not a hub id such as google/gemma-2-2b."
+        what, example = "file or folder", GEMMA_SCOPE_2B
+    end = f", nor one of {', '.join(SIZES)}.{did_you_mean(name.lower(), _NAMES)}"
+    return (
+        f"There is no {what} {name}, and it is not a hub id such as {example}"
+        f"{end if kind == CONFIG else '.'}"
+    )

@@ -15,7 +15,6 @@ from jaxtc.weights.files import local
 from jaxtc.weights.files.model import INDEX, SINGLE, read_index
 
 _HASH = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
-_READ_BYTES = 8 << 20
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -75,14 +74,12 @@ def hub_hash(file: Path) -> str | None:
 
 def _hash(file: Path, digits: int) -> str:
     try:
+        # git's hash of a blob begins with its size; not for security, but it is the hub's name.
+        blob = f"blob {file.stat().st_size}\0".encode()
+        start = (
+            hashlib.sha256 if digits == 64 else lambda: hashlib.sha1(blob, usedforsecurity=False)
+        )
         with file.open("rb") as stream:
-            if digits == 64:
-                return hashlib.file_digest(stream, "sha256").hexdigest()
-            # git's hash of a blob begins with its size; not for security, but it is the hub's name.
-            size = file.stat().st_size
-            digest = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
-            while piece := stream.read(_READ_BYTES):
-                digest.update(piece)
-            return digest.hexdigest()
+            return hashlib.file_digest(stream, start).hexdigest()
     except OSError as error:
         raise WeightsError(f"{file} cannot be read: {error.strerror}.") from error
