@@ -78,18 +78,10 @@ def load_transcoder(
 def look_up(
     found: Source, dtype: jnp.dtype | None = None, **sites: str | None
 ) -> tuple[np.dtype, Transcoder]:
-    """What :func:`load_transcoder` would load, of which only the file's headers are read.
+    """(the widest dtype in a transcoder's file, what :func:`load_transcoder` would load from it).
 
-    Args:
-        found: the source of one transcoder.
-        dtype: of the parameters; by default the widest dtype in the file.
-        sites: ``input_site`` and ``output_site``, as there.
-
-    Returns:
-        (the widest dtype in the file, the transcoder without its values).
-
-    Raises:
-        SourceError, SiteError, WeightsError: as there.
+    The latter is without values, by default of the former dtype: only headers are read. Sites and
+    errors are as there.
     """
     with open_transcoder(found.file) as opened:
         stored = opened.dtype

@@ -6,17 +6,16 @@ Axis letters: I width of what is read, O width of what is written, M features.
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import TypeAlias
 
 from jaxtc.errors import SourceError, did_you_mean
 from jaxtc.transcoders.activations import keys_in, optional_in, parameter_names
 
 # Our parameters and their axes.
-AXES: Mapping[str, str] = MappingProxyType({
+AXES: Mapping[str, str] = {
     "W_enc": "I M", "W_dec": "M O", "b_enc": "M", "b_dec": "O",
-    **{name: "M" for name in parameter_names()}, "W_skip": "O I",
-})  # fmt: skip
+    **dict.fromkeys(parameter_names(), "M"), "W_skip": "O I",
+}  # fmt: skip
 
 # What transcoders read and write; a safetensors header may say it.
 SITES = ("input_site", "output_site")
@@ -27,11 +26,9 @@ Claims: TypeAlias = Mapping[str, tuple[tuple[int, ...], str]]
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """How one kind of file spells a transcoder.
+    """How the files that ``save_transcoder(format=name)`` writes spell a transcoder.
 
     Attributes:
-        name: what ``save_transcoder(format=...)`` calls it.
-        suffix: of its files.
         keys: (their key, their order of axes) of each of our parameters that it has.
         sites: (read, written) by such files where nothing says otherwise; None when that differs
             from release to release.
@@ -97,8 +94,7 @@ SUFFIXES = tuple(sorted({format.suffix for format in FORMATS}))
 def by_name(name: str | None, path: Path) -> Format:
     """The format that is meant by its name or, without one, by a file's suffix.
 
-    Raises:
-        SourceError: no such format, or a file whose suffix belongs to another.
+    Raises SourceError for no such format, or a file whose suffix belongs to another.
     """
     if name is None:
         return next((f for f in FORMATS if f.suffix == path.suffix), FORMATS[0])

@@ -54,11 +54,6 @@ class Tier:
     width: str
     l0: str
 
-    @property
-    def place(self) -> str:
-        """What names it below the source: its folder, or its file where that is one of several."""
-        return place_of(self.path)
-
     def is_below(self, folder: str) -> bool:
         """Whether it lies in this folder of the source; the empty one is the source itself."""
         return not folder or self.path == folder or self.path.startswith(f"{folder}/")
@@ -107,12 +102,12 @@ def layer_of(path: str) -> int | None:
 
 def tiers_of(paths: Iterable[str], root: str = "") -> list[Tier]:
     """Those of ``paths`` that follow a layout, possibly only together with their ``root``."""
-    found = []
-    for path in paths:
-        for layout in _LAYOUTS:
-            match = layout.fullmatch(f"{root}/{path}")
-            if match:
-                found.append(Tier(path, int(match["layer"]), match["width"], match["l0"]))
+    found = [
+        Tier(path, int(match["layer"]), match["width"], match["l0"])
+        for path in paths
+        for layout in _LAYOUTS
+        if (match := layout.fullmatch(f"{root}/{path}"))
+    ]
     return sorted(found, key=lambda tier: (tier.layer, len(tier.path), tier.path))
 
 
@@ -143,37 +138,26 @@ def wish_of(layer: int | None, width: str | None, l0: int | str | None) -> Wish:
     except TypeError:
         number = -1
     if number is not None and number < 0:
-        place = f" A place below the source is given as path={layer!r}."
-        raise SourceError(
-            f"layer is {layer!r}, expected a whole number from 0."
-            + (place if isinstance(layer, str) else "")
-        )
+        hint = isinstance(layer, str) * f" A place below the source is given as path={layer!r}."
+        raise SourceError(f"layer is {layer!r}, expected a whole number from 0.{hint}")
     width = None if width is None else str(width).removeprefix("width_")
     return Wish(number, width, None if l0 is None else str(l0).removeprefix("average_l0_"))
 
 
 def choose(tiers: list[Tier], below: str, wish: Wish, source: str, *, usual: bool = True) -> Tier:
-    """The one that is meant, below a folder of the layout (or an empty string).
+    """The one that is meant, below a folder of the layout (or an empty string) in ``source``.
 
-    Args:
-        tiers: to choose from.
-        below: the folder.
-        wish: which of them.
-        source: for messages.
-        usual: whether each layer has a default, as it has in releases of transcoders.
-
-    Raises:
-        SourceError: none is, or several could be; they are listed.
+    Raises SourceError, with a list, when none is, or several could be; ``usual`` is whether each
+    layer has a default, as it has in releases of transcoders.
     """
     if not tiers:
         raise SourceError(f"{source} holds no transcoders; expected {SHAPE} in it.")
     inside = [tier for tier in tiers if tier.is_below(below)]
     if not inside:
-        folders = [tier.place for tier in tiers]
         named = layer_of(below)
         if named is not None:
             check_layer(named, {tier.layer for tier in tiers}, source)
-            folders = [tier.place for tier in tiers if tier.layer == named]
+        folders = [place_of(tier.path) for tier in tiers if named in (None, tier.layer)]
         near = did_you_mean(below, folders)
         raise SourceError(f"{source} has no {below!r}.{near} It has {some(folders, 20)}.")
     if wish.layer is not None:
@@ -197,7 +181,7 @@ def choose(tiers: list[Tier], below: str, wish: Wish, source: str, *, usual: boo
     if len(chosen) > 1:
         raise SourceError(
             f"{source} has {len(chosen)} transcoders for layer {layers[0]}; choose one by its "
-            f"path, or by width and l0: {some([tier.place for tier in chosen], 20)}."
+            f"path, or by width and l0: {some([place_of(tier.path) for tier in chosen], 20)}."
         )
     return chosen[0]
 
@@ -206,7 +190,5 @@ def check_layer(layer: int, layers: Iterable[int], source: str) -> None:
     """Raise SourceError for a layer that is not among these."""
     layers = sorted(layers)
     if layer not in layers:
-        raise SourceError(
-            f"{source} has no transcoder for layer {layer}; it has layers "
-            f"{some([*map(str, layers)], 50)}."
-        )
+        known = some([*map(str, layers)], 50)
+        raise SourceError(f"{source} has no transcoder for layer {layer}; it has layers {known}.")

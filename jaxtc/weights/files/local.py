@@ -12,11 +12,7 @@ from jaxtc.errors import SourceError, WeightsError
 
 
 def expand(source: str | Path) -> Path:
-    """``source`` as a path, ``~`` at its start replaced by the home folder.
-
-    Raises:
-        SourceError: no such home folder.
-    """
+    """A path with the home folder for ``~``. Raises SourceError when there is no such folder."""
     with _explained(source):
         return Path(source).expanduser()
 
@@ -24,8 +20,7 @@ def expand(source: str | Path) -> Path:
 def find(source: str | Path) -> Path | None:
     """The file or folder that a source names, None when there is none.
 
-    Raises:
-        SourceError: it cannot be looked up: too long a name, no permission.
+    Raises SourceError when it cannot be looked up: too long a name, no permission.
     """
     path = expand(source)
     with _explained(source):
@@ -37,10 +32,9 @@ def find(source: str | Path) -> Path | None:
 
 
 def open_plain(path: Path) -> BinaryIO:
-    """A regular file opened for reading, unbuffered; anything else is refused without waiting.
+    """A regular file opened for reading, unbuffered.
 
-    Raises:
-        WeightsError: it cannot be opened, or is a folder, a pipe or a device.
+    Raises WeightsError, without waiting, when it cannot be opened, or is a folder, pipe or device.
     """
 
     def opener(name: str, flags: int) -> int:
@@ -58,15 +52,9 @@ def open_plain(path: Path) -> BinaryIO:
 
 
 class PlainFile:
-    """A regular file open for reading, to be used in a ``with`` statement.
+    """A regular file of ``size`` bytes open for reading, to be used in a ``with`` statement.
 
-    Attributes:
-        path: of the file.
-        format: what its format is called.
-        size: in bytes.
-
-    Raises:
-        WeightsError: as :func:`open_plain`; the file is damaged.
+    Raises WeightsError as :func:`open_plain`, and for a file that is damaged.
     """
 
     format: ClassVar[str]

@@ -40,14 +40,9 @@ _BEST_DEFLATE_RATIO = 1032
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """What one npy header says of an array, and where in the zip it is.
+    """What one npy header says of an array: ``fault`` is why it cannot be read as numbers, or "".
 
-    Attributes:
-        shape: of the array.
-        dtype: as stored.
-        fortran: whether the first axis is the fastest.
-        fault: why it cannot be read as numbers, or empty.
-        info: its entry in the zip's directory.
+    In ``fortran`` order the first axis is the fastest. ``info`` is from the zip's directory.
     """
 
     shape: tuple[int, ...]
@@ -99,9 +94,7 @@ class NpzFile(local.PlainFile):
         """An array without a fault as :func:`~jaxtc.weights.files.shards.read` has it.
 
         A member of a zip is a stream: every process reads all of it, and keeps its own shards.
-
-        Raises:
-            WeightsError: the file ended or failed while it was read.
+        Raises WeightsError when the file ends or fails while it is read.
         """
         member = self.entries[name]
         shape = member.shape[::-1] if member.fortran else member.shape

@@ -98,8 +98,7 @@ class SafetensorsFile(local.PlainFile):
     ) -> tuple[np.ndarray | jax.Array, str]:
         """A tensor as :func:`~jaxtc.weights.files.shards.read` has it.
 
-        Raises:
-            WeightsError: the file ended or failed while it was read.
+        Raises WeightsError when the file ends or fails while it is read.
         """
         return shards.read(self.raw(name, shape), dtype, sharding, transposed=transposed)
 
@@ -136,9 +135,8 @@ def header(
 ) -> bytes:
     """The beginning of a file, up to the bytes of its first tensor.
 
-    Args:
-        tensors: (name, dtype, shape) of each, in the order of their bytes.
-        metadata: free text; transformers insists on ``format``.
+    Tensors are (name, dtype, shape) in the order of their bytes; transformers insists on the
+    metadata ``format``.
     """
     found, end = {"__metadata__": dict(metadata)}, 0
     for name, dtype, shape in tensors:
@@ -160,15 +158,10 @@ def pieces(array: np.ndarray) -> Iterator[memoryview]:
         yield memoryview(part.reshape(-1).view(np.uint8))
 
 
-def write_tensors(
-    path: Path,
-    tensors: Sequence[tuple[str, np.dtype, Sequence[int]]],
-    arrays: Iterable[tuple[str, np.ndarray]],
-    metadata: Mapping[str, str],
-) -> None:
+def write_tensors(path: Path, header: bytes, arrays: Iterable[np.ndarray]) -> None:
     """Write a file, whole or not at all; each array is asked for when its turn comes."""
     with local.replacing(path) as partial, partial.open("wb") as file:
-        file.write(header(tensors, metadata))
-        for _, array in arrays:
+        file.write(header)
+        for array in arrays:
             file.writelines(pieces(array))
             del array  # before the next one is made

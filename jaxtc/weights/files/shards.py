@@ -34,15 +34,10 @@ def boxes_of(shape: Sequence[int], sharding: NamedSharding) -> dict[Box, list[ja
 
 @dataclasses.dataclass(frozen=True)
 class Raw:
-    """An array in a file: its elements in C order.
+    """An array in a file: its elements in C order from the offset ``start`` on.
 
-    Attributes:
-        read_at: (offset, buffer) fills the buffer with the file's bytes from the offset on.
-        start: the offset of the first byte.
-        dtype: in the file.
-        shape: in the file.
-        stream: whether it can only be read from the first byte to the last, once; offsets are then
-            not looked at.
+    ``read_at(offset, buffer)`` fills the buffer. A ``stream`` can only be read from the first byte
+    to the last, once, and ignores offsets.
     """
 
     read_at: Callable[[int, memoryview], None]
@@ -58,12 +53,7 @@ class Raw:
 
 
 class Parts:
-    """Host arrays for some boxes of an array, to be filled block by block.
-
-    Args:
-        boxes: which.
-        dtype: of the arrays.
-    """
+    """Host arrays for some boxes of an array, to be filled block by block."""
 
     def __init__(self, boxes: Iterable[Box], dtype: np.dtype):
         self.arrays = {box: empty(tuple(b - a for a, b in box), dtype) for box in boxes}
@@ -116,8 +106,7 @@ def read(
         sharding: of the array, after it was transposed.
         transposed: whether to reverse its axes; on the host that is a view.
 
-    Returns:
-        (the array, what is wrong with the values read here or an empty string).
+    Returns (the array, what is wrong with the values read here or an empty string).
     """
     if not raw.shape:
         array, problem = read(dataclasses.replace(raw, shape=(1,)), dtype)

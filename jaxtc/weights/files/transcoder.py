@@ -17,18 +17,15 @@ from jaxtc.transcoders.activations import Activation, activation_in, parameter_n
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.files.formats import AXES, SITES, Format, account, format_of
 from jaxtc.weights.files.npz import NpzFile, write_params
-from jaxtc.weights.files.safetensors import FLOATS, SafetensorsFile, write_tensors
+from jaxtc.weights.files.safetensors import FLOATS, SafetensorsFile, header, write_tensors
 
 
 @dataclasses.dataclass(frozen=True)
 class TranscoderFile:
-    """An open file whose arrays are those of a transcoder.
+    """An open file whose arrays are those of a transcoder, as ``format`` spells them.
 
-    Attributes:
-        path: of the file.
-        format: how it spells them.
-        shapes: of our parameters that it has, in our orientation.
-        sites: what the file itself says of ``input_site`` and ``output_site``.
+    ``shapes`` are of our parameters that it has, in our orientation; ``sites`` what the file itself
+    says of ``input_site`` and ``output_site``.
     """
 
     path: Path
@@ -51,14 +48,9 @@ class TranscoderFile:
     def read(
         self, name: str, dtype: np.dtype, sharding: NamedSharding | None = None
     ) -> tuple[np.ndarray | jax.Array, str]:
-        """One of our parameters, in our orientation, cast to ``dtype``.
+        """One of our parameters, in our orientation, as :func:`jaxtc.weights.files.shards.read`.
 
-        Returns:
-            (the array, on the host perhaps a transposed view; what is wrong with the values read
-            here, or an empty string).
-
-        Raises:
-            WeightsError: the file ended or failed while it was read.
+        Raises WeightsError when the file ends or fails while it is read.
         """
         key, axes = self.format.keys[name]
         array, problem = self._file.read(key, dtype, sharding, transposed=axes != AXES[name])
@@ -73,9 +65,8 @@ class TranscoderFile:
 def open_transcoder(path: Path) -> Iterator[TranscoderFile]:
     """A transcoder's file, in whichever format it is; nothing but headers is read.
 
-    Raises:
-        WeightsError: a damaged file; arrays that are missing, extra, misshapen or not of floats,
-            all of them named at once.
+    Raises WeightsError for a damaged file, and for arrays that are missing, extra, misshapen or not
+    of floats, all of them named at once.
     """
     suffix = ".safetensors" if path.suffix == ".safetensors" else ".npz"
     with {".npz": NpzFile, ".safetensors": SafetensorsFile}[suffix](path) as file:
@@ -104,8 +95,7 @@ def read_all(
 ) -> dict[str, np.ndarray | jax.Array]:
     """All parameters of an open file, in memory or where ``places`` says.
 
-    Raises:
-        WeightsError: as :meth:`TranscoderFile.read`; values that are not finite.
+    Raises WeightsError as :meth:`TranscoderFile.read`, and for values that are not finite.
     """
     found, problems = {}, []
     for name in file.shapes:
@@ -122,16 +112,10 @@ def read_all(
 def write_transcoder(
     format: Format, path: Path, declared: Transcoder, fetch: Callable[[str], np.ndarray]
 ) -> None:
-    """Write the file, whole or not at all; one parameter is in memory at a time.
+    """Write the file, whole or not at all; one parameter, as ``fetch`` gives it, is in memory.
 
     A safetensors file has the transcoder's dtype and says its layer and its sites; an npz is
-    float32.
-
-    Args:
-        format: one that has all of the transcoder's parameters.
-        path: the file.
-        declared: the transcoder, with or without its values.
-        fetch: a parameter's values by its name.
+    float32. Of ``declared`` no values are read.
     """
     npz, dtype = format.suffix == ".npz", np.dtype(declared.W_enc.dtype)
     activation = declared.activation
@@ -150,9 +134,8 @@ def write_transcoder(
         # NumPy would write a transposed view in the order that it has in memory.
         return np.ascontiguousarray(value, np.float32) if npz else value
 
-    arrays = ((format.keys[name][0], value_of(name)) for name in names)
     if npz:
-        return write_params(path, arrays)
+        return write_params(path, ((format.keys[name][0], value_of(name)) for name in names))
     tensors = []
     for name in names:
         key, axes = format.keys[name]
@@ -161,4 +144,4 @@ def write_transcoder(
     facts = {"format": "pt", "variant": declared.variant}
     facts |= {key: getattr(declared, key) for key in SITES}
     facts |= {} if declared.layer is None else {"layer": str(declared.layer)}
-    write_tensors(path, tensors, arrays, facts)
+    write_tensors(path, header(tensors, facts), map(value_of, names))

@@ -49,8 +49,7 @@ def split_id(source: str) -> tuple[str, str] | None:
 def download(repo: str, file: str, revision: str | None = None) -> Path:
     """The local copy of one file, fetched when the cache lacks it.
 
-    Raises:
-        SourceError: no access, no such repository, revision or file, or no network.
+    Raises SourceError: no access, no such repository, revision or file, or no network.
     """
     with _explained(repo, file, revision):
         return Path(hf_hub_download(repo, file, revision=revision))
@@ -80,10 +79,8 @@ def list_files(repo: str, revision: str | None = None) -> list[str]:
 def download_model(repo: str, revision: str | None = None) -> Path:
     """The local folder with a model's config and weights; nothing else is fetched.
 
-    Raises:
-        SourceError: as :func:`download`.
-        ConfigError: not a Gemma-2; found before the weights are fetched.
-        WeightsError: an unsound index of shards.
+    Raises SourceError as :func:`download`; before the weights are fetched, ConfigError when it is
+    not a Gemma-2 and WeightsError for an unsound index of shards.
     """
     config = download(repo, "config.json", revision)
     Gemma2Config.from_file(config)
@@ -148,10 +145,8 @@ def _explain(error: Exception, repo: str, file: str, revision: str | None) -> st
             "or a commit hash of it."
         )
     if isinstance(error, RemoteEntryNotFoundError):
-        return (
-            f"The Hugging Face hub has no file {what}; see "
-            f"https://huggingface.co/{repo}/tree/{revision or 'main'}."
-        )
+        place = f"https://huggingface.co/{repo}/tree/{revision or 'main'}"
+        return f"The Hugging Face hub has no file {what}; see {place}."
     if status is not None:
         return f"The Hugging Face hub answered {what} with status {status}. Try again later."
     if isinstance(error, _UNREACHABLE):

@@ -71,8 +71,7 @@ class Source:
             transcoders), "file", "converted", or "released" (a model whose config is known).
         path: the folder or file on this machine; None while it is on the hub only.
         inside: which transcoder below the folder or repository, "" when that is not said.
-        repo: the repository on the hub.
-        revision: its branch, tag or commit.
+        repo, revision: the repository on the hub; its branch, tag or commit.
         layer: of one transcoder, where it is known.
         size: "2b", "9b" or "27b" of a released model.
     """
@@ -90,8 +89,7 @@ class Source:
     def fetch(self) -> Path:
         """The folder or file on this machine, downloaded first when it is on the hub.
 
-        Raises:
-            SourceError, ConfigError, WeightsError: as :func:`jaxtc.weights.sources.hub.download`.
+        Raises SourceError, ConfigError, WeightsError as :mod:`jaxtc.weights.sources.hub`.
         """
         return self.path or _DOWNLOADS[self.kind](self.repo, self.revision)
 
@@ -115,8 +113,7 @@ class Source:
     def layers(self) -> list[int]:
         """The layers that there are transcoders for.
 
-        Raises:
-            SourceError: there are none, or a file that no ``layer_N`` folder is around.
+        Raises SourceError if there are none, or for a file that no ``layer_N`` folder is around.
         """
         if self.format == CONVERTED:
             return sorted(open_transcoders(self.path).sidecar.transcoders)
@@ -140,8 +137,7 @@ class Source:
     ) -> "Source":
         """The one transcoder that is meant; its file is fetched when it is on the hub.
 
-        Raises:
-            SourceError: there is none, no access to it, or more than one candidate (all listed).
+        Raises SourceError: there is none, no access to it, or several candidates (all listed).
         """
         wish = wish_of(layer, width, l0)
         if self.format == CONVERTED:

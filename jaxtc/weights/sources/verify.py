@@ -20,8 +20,7 @@ _HASH = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
 def model_files(folder: Path) -> list[Path]:
     """The files of a model in Hugging Face's format that are read: its config and its weights.
 
-    Raises:
-        WeightsError: an unsound index of shards.
+    Raises WeightsError for an unsound index of shards.
     """
     names = ["config.json", SINGLE]
     if not local.has(folder, SINGLE) and local.has(folder, INDEX):
@@ -32,17 +31,16 @@ def model_files(folder: Path) -> list[Path]:
 def verify_files(files: Iterable[Path]) -> None:
     """Hash files as the hub does and compare.
 
-    Raises:
-        WeightsError: a file is not what the hub has, or nothing here says what that is.
+    Raises WeightsError when a file is not what the hub has, or nothing here says what that is.
     """
-    files = list(files)
     expected = {file: hub_hash(file) for file in files}
-    unknown = [file.name for file, digest in expected.items() if digest is None]
+    unknown = [file for file, digest in expected.items() if digest is None]
     if unknown:
         raise WeightsError(
-            f"{files[0].parent} cannot be verified: nothing says what the hub's hashes of "
-            f"{some(unknown)} are. They are known of a hub id's files in the hub's own cache, and "
-            "of a folder that `hf download --local-dir` made; for other folders leave verify out."
+            f"{unknown[0].parent} cannot be verified: nothing says what the hub's hashes of "
+            f"{some([file.name for file in unknown])} are. They are known of a hub id's files in "
+            "the hub's own cache, and of a folder that `hf download --local-dir` made; for other "
+            "folders leave verify out."
         )
     wrong = [file for file, digest in expected.items() if _hash(file, len(digest)) != digest]
     if wrong:
@@ -61,14 +59,13 @@ def hub_hash(file: Path) -> str | None:
         return blob.name
     for folder in file.absolute().parents:
         kept = folder / ".cache/huggingface/download"
-        if not kept.is_dir():
-            continue
-        relative = file.absolute().relative_to(folder).as_posix()
-        try:
-            lines = (kept / f"{relative}.metadata").read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError):
-            return None
-        return lines[1] if len(lines) > 1 and _HASH.fullmatch(lines[1]) else None
+        if kept.is_dir():
+            relative = file.absolute().relative_to(folder).as_posix()
+            try:
+                lines = (kept / f"{relative}.metadata").read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError):
+                return None
+            return lines[1] if len(lines) > 1 and _HASH.fullmatch(lines[1]) else None
     return None
 
 
