@@ -109,15 +109,21 @@ def load_transcoders(
     Raises:
         SourceError, SiteError, ShardingError, WeightsError: as :func:`load_transcoder`.
     """
-    if layers != "all" and (isinstance(layers, str) or not isinstance(layers, Iterable)):
-        raise SourceError(
-            f"layers is {layers!r}, expected 'all' or several whole numbers, such as [20]."
-        )
     mesh, load = _loader(dtype, mesh, rules, input_site, output_site)
     with agreed(mesh, "load the transcoders"):
         found = resolve(source, TRANSCODERS, revision=revision)
-        which = found.layers() if isinstance(layers, str) else layers
-        return {n: load(found.one(n, width, l0)) for n in which}
+        return {n: load(found.one(n, width, l0)) for n in which_layers(found, layers)}
+
+
+def which_layers(found: Source, layers: str | Iterable[int]) -> Iterable[int]:
+    """The layers that are meant. Raises SourceError when that is not said."""
+    if isinstance(layers, str) and layers == "all":
+        return found.layers()
+    if isinstance(layers, str):
+        raise SourceError(f"layers is {layers!r}, expected 'all' or whole numbers.")
+    if not isinstance(layers, Iterable):
+        raise SourceError(f"layers is {layers!r}, expected 'all' or several, such as [{layers}].")
+    return layers
 
 
 def available_layers(source: str | Path = EMBEDDED, revision: str | None = None) -> list[int]:

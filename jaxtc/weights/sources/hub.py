@@ -93,11 +93,6 @@ def download_model(repo: str, revision: str | None = None) -> Path:
     return config.parent
 
 
-def download_config(repo: str, revision: str | None = None) -> Path:
-    """The local folder with a model's ``config.json``. Raises SourceError as :func:`download`."""
-    return download(repo, "config.json", revision).parent
-
-
 def download_tokenizer(repo: str, revision: str | None = None) -> Path:
     """The local folder with a tokenizer's files. Raises SourceError as :func:`download`."""
     config = download(repo, "tokenizer_config.json", revision)

@@ -12,8 +12,8 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 
 from jaxtc.errors import SourceError, did_you_mean, first_line
-from jaxtc.weights.checkpoints.read import is_converted, open_transcoders
-from jaxtc.weights.checkpoints.sidecar import read_sidecar
+from jaxtc.weights.checkpoints.read import open_transcoders
+from jaxtc.weights.checkpoints.sidecar import SIDECAR, read_sidecar
 from jaxtc.weights.files import local
 from jaxtc.weights.files.layout import (
     DEFAULT_L0,
@@ -55,9 +55,6 @@ _NAMES = {
     for size in SIZES
     for name in (size, f"gemma-2-{size}", f"google/gemma-2-{size}", f"google/gemma-2-{size}-it")
 }
-_DOWNLOADS = {
-    MODEL: hub.download_model, TOKENIZER: hub.download_tokenizer, CONFIG: hub.download_config,
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +88,12 @@ class Source:
 
         Raises SourceError, ConfigError, WeightsError as :mod:`jaxtc.weights.sources.hub`.
         """
-        return self.path or _DOWNLOADS[self.kind](self.repo, self.revision)
+        if self.path:
+            return self.path
+        if self.kind == CONFIG:
+            return hub.download(self.repo, "config.json", self.revision).parent
+        download = hub.download_tokenizer if self.kind == TOKENIZER else hub.download_model
+        return download(self.repo, self.revision)
 
     @property
     def file(self) -> Path:
@@ -237,7 +239,7 @@ def _in_bucket(name: str, kind: str | None) -> Source:
 
     folder = epath.Path(name)
     try:
-        there = is_converted(folder)
+        there = (folder / SIDECAR).exists()
     except Exception as error:  # of whichever library reads these paths
         raise SourceError(f"{name} cannot be looked up: {first_line(error)}.") from error
     if not there or kind == TOKENIZER:
@@ -254,7 +256,7 @@ def _local(name: str, path: Path, kind: str | None) -> Source:
         if kind in (None, TRANSCODERS):
             return Source(name, TRANSCODERS, FILE, path)
         raise SourceError(f"{name} is a file; give the folder that holds config.json.")
-    if is_converted(path):
+    if local.has(path, SIDECAR):
         return Source(name, kind or read_sidecar(path).kind, CONVERTED, path)
     has_config = local.has(path, "config.json")
     if kind in (MODEL, CONFIG) and not has_config:
