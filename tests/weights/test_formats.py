@@ -139,7 +139,7 @@ def test_sites_that_nothing_tells_are_asked_for(tmp_path):
         with pytest.raises(SiteError, match=f"'{site}' .* is not a vector for each token"):
             jaxtc.load_transcoder(path, input_site=site, output_site="mlp_out")
     write(path, circuit_tracer(), metadata={"input_site": "mlp_inn", "output_site": "mlp_out"})
-    with pytest.raises(WeightsError, match="its input_site is 'mlp_inn', which is no site. Did"):
+    with pytest.raises(WeightsError, match="its input_site is 'mlp_inn', which is not a site. Did"):
         jaxtc.load_transcoder(path)
 
 

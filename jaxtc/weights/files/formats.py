@@ -92,7 +92,7 @@ SUFFIXES = tuple(sorted({format.suffix for format in FORMATS}))
 
 
 def by_name(name: str | None, path: Path) -> Format:
-    """The format that is meant by its name or, without one, by a file's suffix.
+    """The format of this name or, without one, of a file's suffix.
 
     Raises SourceError for no such format, or a file whose suffix belongs to another.
     """
@@ -139,7 +139,7 @@ def account(format: Format, claims: Claims) -> tuple[list[str], dict[str, tuple[
     if both:
         problems.append(
             f"{' and '.join(sorted(skips))} are two spellings of a skip connection, one the "
-            "transpose of the other; keep the one that is meant"
+            "transpose of the other; keep the right one"
         )
     problems += [
         f"{key} is not part of a transcoder"

@@ -36,7 +36,7 @@ class TranscoderFile:
 
     @property
     def activation(self) -> Activation | None:
-        """Told by which parameters it has."""
+        """Recognised by the parameters in the file."""
         return activation_in(self.format.name, self.shapes.keys() & parameter_names())
 
     @property
@@ -83,7 +83,7 @@ def open_transcoder(path: Path) -> Iterator[TranscoderFile]:
         for key, site in sites.items():
             if site not in BY_NAME:
                 raise WeightsError(
-                    f"{path} says that its {key} is {site!r}, which is no site."
+                    f"{path} says that its {key} is {site!r}, which is not a site."
                     f"{did_you_mean(site, BY_NAME)} `jaxtc sites` lists them; the file was written "
                     "by another version of jaxtc or by hand."
                 )

@@ -20,7 +20,7 @@ from jaxtc.weights.files.layout import (
     GEMMA_SCOPE_2B,
     SHAPE,
     Tier,
-    Wish,
+    Query,
     check_layer,
     choose,
     default_path,
@@ -31,7 +31,7 @@ from jaxtc.weights.files.layout import (
     sae_site,
     tiers_in,
     tiers_of,
-    wish_of,
+    query_of,
 )
 from jaxtc.weights.sources import hub
 
@@ -137,38 +137,38 @@ class Source:
     def one(
         self, layer: int | None = None, width: str | None = None, l0: int | str | None = None
     ) -> "Source":
-        """The one transcoder that is meant; its file is fetched when it is on the hub.
+        """The one transcoder that matches; its file is fetched when it is on the hub.
 
         Raises SourceError: there is none, no access to it, or several candidates (all listed).
         """
-        wish = wish_of(layer, width, l0)
+        query = query_of(layer, width, l0)
         if self.format == CONVERTED:
             if self.inside or width is not None or l0 is not None:
                 raise SourceError(
                     f"{self.name} is a converted checkpoint with one transcoder a layer: give "
                     "layer only, not path, width or l0."
                 )
-            return dataclasses.replace(self, layer=wish.layer)
-        file, name = (self.path, self.name) if self.format == FILE else self._find(wish)
+            return dataclasses.replace(self, layer=query.layer)
+        file, name = (self.path, self.name) if self.format == FILE else self._find(query)
         named = layer_of(file.absolute().as_posix())
-        if None not in (named, wish.layer) and named != wish.layer:
-            raise SourceError(f"layer={wish.layer} was asked for, but {name} is of layer {named}.")
-        layer = wish.layer if named is None else named
+        if None not in (named, query.layer) and named != query.layer:
+            raise SourceError(f"layer={query.layer} was asked for, but {name} is of layer {named}.")
+        layer = query.layer if named is None else named
         return dataclasses.replace(self, name=name, format=FILE, path=file, layer=layer)
 
-    def _find(self, wish: Wish) -> tuple[Path, str]:
-        """The local file of the transcoder that is meant, and the name it goes by."""
+    def _find(self, query: Query) -> tuple[Path, str]:
+        """The local file of the one transcoder that matches, and the name it goes by."""
         root, inside = self.repo or self.name, self.inside.strip("/")
-        if self.repo == GEMMA_SCOPE_2B and not inside and wish.is_default:
-            check_layer(wish.layer, range(len(DEFAULT_L0)), root)
-            inside = default_path(wish.layer)
+        if self.repo == GEMMA_SCOPE_2B and not inside and query.is_default:
+            check_layer(query.layer, range(len(DEFAULT_L0)), root)
+            inside = default_path(query.layer)
         for place in files_of(inside):
             if file := self._get_if_there(place):
                 break
         else:
             parts = self.repo.split("/") if self.repo else self.path.absolute().parts
             usual = sae_site(parts) is None
-            place = choose(self.tiers, place_of(inside), wish, root, usual=usual).path
+            place = choose(self.tiers, place_of(inside), query, root, usual=usual).path
             found = self.path and self.path / place
             file = found or hub.download(self.repo, place, self.revision)
         return file, "/".join(filter(None, (root.rstrip("/"), place_of(place))))
