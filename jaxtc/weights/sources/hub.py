@@ -7,20 +7,10 @@ from pathlib import Path
 
 from huggingface_hub import (
     _CACHED_NO_EXIST,
+    errors,
     hf_hub_download,
     list_repo_files,
     try_to_load_from_cache,
-)
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
 )
 
 from jaxtc.errors import SourceError, first_line
@@ -34,7 +24,7 @@ TOKENIZER_FILES = (
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_UNREACHABLE = (HTTPError, EntryNotFoundError, OfflineModeIsEnabled)
+_UNREACHABLE = (errors.HTTPError, errors.EntryNotFoundError, errors.OfflineModeIsEnabled)
 
 
 def split_id(source: str) -> tuple[str, str] | None:
@@ -65,7 +55,7 @@ def download_if_there(repo: str, file: str, revision: str | None = None) -> Path
     try:
         return download(repo, file, revision)
     except SourceError as error:
-        if isinstance(error.__cause__, RemoteEntryNotFoundError):
+        if isinstance(error.__cause__, errors.RemoteEntryNotFoundError):
             return None
         raise
 
@@ -111,35 +101,37 @@ def _pin(file: Path, revision: str | None) -> str | None:
 def _explained(repo: str, file: str, revision: str | None) -> Iterator[None]:
     try:
         yield
-    # HTTPError covers what the HTTP client itself raises; OSError a full disk.
-    except (*_UNREACHABLE, HFValidationError, OSError) as error:
+    # errors.HTTPError covers what the HTTP client itself raises; OSError a full disk.
+    except (*_UNREACHABLE, errors.HFValidationError, OSError) as error:
         raise SourceError(_explain(error, repo, file, revision)) from error
 
 
 def _explain(error: Exception, repo: str, file: str, revision: str | None) -> str:
     what = (f"{repo}/{file}" if file else repo) + (f" at revision {revision!r}" if revision else "")
     status = _status(error)
-    if isinstance(error, HFValidationError):
+    if isinstance(error, errors.HFValidationError):
         return f"{repo!r} is not a hub id: {first_line(error)}."
-    if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
+    if isinstance(error, errors.RepositoryNotFoundError) and not isinstance(
+        error, errors.GatedRepoError
+    ):
         return (
             f"The Hugging Face hub has no repository {repo!r} that you may see. Check the "
             "spelling (owner/name); if it is private or gated, log in with `hf auth login` or set "
             "HF_TOKEN. A local folder must exist to be taken as one."
         )
-    if isinstance(error, GatedRepoError) or status in (401, 403):
+    if isinstance(error, errors.GatedRepoError) or status in (401, 403):
         return (
             f"{repo} is gated: its files are given only to people who accepted its licence. Accept "
             f"it at https://huggingface.co/{repo}, then log in with `hf auth login` (or set "
             "HF_TOKEN to a token of that account, with read access to gated repositories) and try "
             "again."
         )
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, errors.RevisionNotFoundError):
         return (
             f"{repo} on the Hugging Face hub has no revision {revision!r}; give a branch, a tag "
             "or a commit hash of it."
         )
-    if isinstance(error, RemoteEntryNotFoundError):
+    if isinstance(error, errors.RemoteEntryNotFoundError):
         place = f"https://huggingface.co/{repo}/tree/{revision or 'main'}"
         return f"The Hugging Face hub has no file {what}; see {place}."
     if status is not None:
@@ -156,7 +148,7 @@ def _explain(error: Exception, repo: str, file: str, revision: str | None) -> st
 def _status(error: BaseException | None) -> int | None:
     """The HTTP status behind an error; the hub wraps some answers into "not in the cache"."""
     while error is not None:
-        if isinstance(error, HfHubHTTPError) and error.response is not None:
+        if isinstance(error, errors.HfHubHTTPError) and error.response is not None:
             return error.response.status_code
         error = error.__cause__
     return None

@@ -14,25 +14,7 @@ from pathlib import Path, PurePosixPath
 from jaxtc.errors import SourceError, did_you_mean, first_line
 from jaxtc.weights.checkpoints.read import open_transcoders
 from jaxtc.weights.checkpoints.sidecar import SIDECAR, read_sidecar
-from jaxtc.weights.files import local
-from jaxtc.weights.files.layout import (
-    DEFAULT_L0,
-    GEMMA_SCOPE_2B,
-    SHAPE,
-    Tier,
-    Query,
-    check_layer,
-    choose,
-    default_path,
-    files_of,
-    is_file,
-    layer_of,
-    place_of,
-    sae_site,
-    tiers_in,
-    tiers_of,
-    query_of,
-)
+from jaxtc.weights.files import layout, local
 from jaxtc.weights.sources import hub
 
 EMBEDDED = "embedded"
@@ -106,11 +88,11 @@ class Source:
         return self.path
 
     @functools.cached_property
-    def tiers(self) -> list[Tier]:
+    def tiers(self) -> list[layout.Tier]:
         """All transcoders of a folder or a repository, listed once."""
         if self.format == HUB:
-            return tiers_of(hub.list_files(self.repo, self.revision))
-        return tiers_in(self.path)
+            return layout.tiers_of(hub.list_files(self.repo, self.revision))
+        return layout.tiers_in(self.path)
 
     def layers(self) -> list[int]:
         """The layers that there are transcoders for.
@@ -120,18 +102,18 @@ class Source:
         if self.format == CONVERTED:
             return sorted(open_transcoders(self.path).sidecar.transcoders)
         if self.format == FILE:
-            named = layer_of(self.path.absolute().as_posix())
+            named = layout.layer_of(self.path.absolute().as_posix())
             if named is None:
                 raise SourceError(
                     f"{self.path} is one transcoder, and no folder around it (layer_N) says of "
                     "which layer; say which layer, as a number."
                 )
             return [named]
-        if self.repo == GEMMA_SCOPE_2B and not self.inside:
-            return list(range(len(DEFAULT_L0)))
+        if self.repo == layout.GEMMA_SCOPE_2B and not self.inside:
+            return list(range(len(layout.DEFAULT_L0)))
         layers = sorted({tier.layer for tier in self.tiers if tier.is_below(self.inside)})
         if not layers:
-            raise SourceError(f"{self.name} holds no transcoders; expected {SHAPE} in it.")
+            raise SourceError(f"{self.name} holds no transcoders; expected {layout.SHAPE} in it.")
         return layers
 
     def one(
@@ -141,7 +123,7 @@ class Source:
 
         Raises SourceError: there is none, no access to it, or several candidates (all listed).
         """
-        query = query_of(layer, width, l0)
+        query = layout.query_of(layer, width, l0)
         if self.format == CONVERTED:
             if self.inside or width is not None or l0 is not None:
                 raise SourceError(
@@ -150,35 +132,36 @@ class Source:
                 )
             return dataclasses.replace(self, layer=query.layer)
         file, name = (self.path, self.name) if self.format == FILE else self._find(query)
-        named = layer_of(file.absolute().as_posix())
+        named = layout.layer_of(file.absolute().as_posix())
         if None not in (named, query.layer) and named != query.layer:
             raise SourceError(f"layer={query.layer} was asked for, but {name} is of layer {named}.")
         layer = query.layer if named is None else named
         return dataclasses.replace(self, name=name, format=FILE, path=file, layer=layer)
 
-    def _find(self, query: Query) -> tuple[Path, str]:
+    def _find(self, query: layout.Query) -> tuple[Path, str]:
         """The local file of the one transcoder that matches, and the name it goes by."""
         root, inside = self.repo or self.name, self.inside.strip("/")
-        if self.repo == GEMMA_SCOPE_2B and not inside and query.is_default:
-            check_layer(query.layer, range(len(DEFAULT_L0)), root)
-            inside = default_path(query.layer)
-        for place in files_of(inside):
+        if self.repo == layout.GEMMA_SCOPE_2B and not inside and query.is_default:
+            layout.check_layer(query.layer, range(len(layout.DEFAULT_L0)), root)
+            inside = layout.default_path(query.layer)
+        for place in layout.files_of(inside):
             if file := self._get_if_there(place):
                 break
         else:
-            parts = self.repo.split("/") if self.repo else self.path.absolute().parts
-            usual = sae_site(parts) is None
-            place = choose(self.tiers, place_of(inside), query, root, usual=usual).path
+            folders = (self.repo or self.path.absolute().as_posix()).split("/")
+            usual, below = layout.sae_site(folders) is None, layout.place_of(inside)
+            place = layout.choose(self.tiers, below, query, root, usual=usual).path
             found = self.path and self.path / place
             file = found or hub.download(self.repo, place, self.revision)
-        return file, "/".join(filter(None, (root.rstrip("/"), place_of(place))))
+        return file, "/".join(filter(None, (root.rstrip("/"), layout.place_of(place))))
 
     def _get_if_there(self, place: str) -> Path | None:
         """The local copy of a file below the source."""
         if self.path:
             return self.path / place if local.has(self.path, place) else None
-        # Asking for what follows no layout would be in vain.
-        return hub.download_if_there(self.repo, place, self.revision) if tiers_of([place]) else None
+        if not layout.tiers_of([place]):
+            return None  # no repository has it
+        return hub.download_if_there(self.repo, place, self.revision)
 
 
 def resolve(
@@ -276,7 +259,7 @@ def _on_hub(
     repo, inside = (hub.split_id(source) if isinstance(source, str) else None) or ("", "")
     kind = kind or (default if not repo else TRANSCODERS if inside else None)
     # Every hub id may look like a relative path; none of a repository's ends like a file of ours.
-    if not repo or (kind == TRANSCODERS and is_file(repo)):
+    if not repo or (kind == TRANSCODERS and layout.is_file(repo)):
         raise SourceError(_nothing(name, kind))
     if kind is None:
         config = hub.download_if_there(repo, "config.json", revision)
@@ -293,7 +276,7 @@ def _on_hub(
 def _nothing(name: str, kind: str) -> str:
     what, example = "folder", "google/gemma-2-2b"
     if kind == TRANSCODERS:
-        what, example = "file or folder", GEMMA_SCOPE_2B
+        what, example = "file or folder", layout.GEMMA_SCOPE_2B
     end = f", nor one of {', '.join(SIZES)}.{did_you_mean(name.lower(), _NAMES)}"
     return (
         f"There is no {what} {name}, and it is not a hub id such as {example}"
