@@ -129,8 +129,7 @@ def which_layers(found: Source, layers: str | Iterable[int]) -> Iterable[int]:
 def available_layers(source: str | Path = EMBEDDED, revision: str | None = None) -> list[int]:
     """The layers that a source has transcoders for.
 
-    Raises:
-        SourceError: as :func:`load_transcoder`, or a file that no ``layer_N`` folder is around.
+    Raises SourceError as :func:`load_transcoder`, or for a file without a ``layer_N`` folder.
     """
     return resolve(source, TRANSCODERS, revision=revision).layers()
 

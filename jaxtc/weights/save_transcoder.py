@@ -66,11 +66,7 @@ def save_transcoder(
 def check_savable(
     transcoder: Transcoder, made: Format, file: Path, without_sites: bool = False
 ) -> None:
-    """Refuse to write a transcoder to a file that could not give it back.
-
-    Raises:
-        SourceError, SiteError: as :func:`save_transcoder`.
-    """
+    """Raise, as :func:`save_transcoder`, for a file that could not give the transcoder back."""
     if transcoder.W_skip is not None and "W_skip" not in made.keys:
         others = [other.name for other in BY_FORMAT.values() if "W_skip" in other.keys]
         raise SourceError(

@@ -59,30 +59,24 @@ def _letters(axes: str) -> str:
     return f"({axes})".replace(" ", ", ").replace("I", "D").replace("O", "D")
 
 
-def _activations(format: str) -> dict[str, tuple[str, str]]:
-    """The parameters of its activations."""
-    return {name: (key, AXES[name]) for name, key in keys_in(format).items()}
+def _keys(format: str, **others: tuple[str, str]) -> dict[str, tuple[str, str]]:
+    """A format's (key, axes) by our names: as ours but for its activations' and ``others``."""
+    spelled = {name: (name, AXES[name]) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+    return spelled | {name: (key, AXES[name]) for name, key in keys_in(format).items()} | others
 
 
 FORMATS = (
-    Format(
-        "gemma-scope", ".npz",
-        {"W_enc": ("W_enc", "I M"), "W_dec": ("W_dec", "M O"), "b_enc": ("b_enc", "M"),
-         "b_dec": ("b_dec", "O"), **_activations("gemma-scope")},
-        ("mlp_in_normed", "mlp_out"),
-    ),
+    Format("gemma-scope", ".npz", _keys("gemma-scope"), ("mlp_in_normed", "mlp_out")),
     # Its JumpReLU is z * (z > threshold), so below a negative threshold z < 0 would pass.
     Format(
         "circuit-tracer", ".safetensors",
-        {"W_enc": ("W_enc", "M I"), "W_dec": ("W_dec", "M O"), "b_enc": ("b_enc", "M"),
-         "b_dec": ("b_dec", "O"), **_activations("circuit-tracer"), "W_skip": ("W_skip", "O I")},
+        _keys("circuit-tracer", W_enc=("W_enc", "M I"), W_skip=("W_skip", "O I")),
         None, negative=False,
     ),
     Format(
         "gemma-scope-2", ".safetensors",
-        {"W_enc": ("w_enc", "I M"), "W_dec": ("w_dec", "M O"), "b_enc": ("b_enc", "M"),
-         "b_dec": ("b_dec", "O"), **_activations("gemma-scope-2"),
-         "W_skip": ("affine_skip_connection", "I O")},
+        _keys("gemma-scope-2", W_enc=("w_enc", "I M"), W_dec=("w_dec", "M O"),
+              W_skip=("affine_skip_connection", "I O")),
         ("mlp_in", "mlp_out"),
     ),
 )  # fmt: skip
