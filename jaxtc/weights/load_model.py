@@ -88,8 +88,8 @@ def load_model(
 def _places(config: Gemma2Config, mesh: Mesh, rules: Rules) -> dict[str, NamedSharding]:
     """Where each parameter goes, by our names."""
     model = Gemma2.abstract(config)
-    names = [name for name, _ in variables(model)]
-    return dict(zip(names, shardings(model, mesh, rules), strict=True))
+    where = shardings(model, mesh, rules)
+    return {name: place for (name, _), place in zip(variables(model), where, strict=True)}
 
 
 def load_tokenizer(source: str | Path = EMBEDDED, *, revision: str | None = None) -> Any:
@@ -137,12 +137,11 @@ def _read(
     values, problems, done = {}, [], 0
     total = sum(map(size, names))
     for name in sorted(names, key=size, reverse=True):
-        file = checkpoint.files[name.hf]
         place = places and places[name.ours]
+        file = checkpoint.files[name.hf]
         array, problem = file.read(name.hf, dtype, place, shape=name.shape)
         values[name.ours] = arrays.to_jax(array) if place is None else array
-        if problem:
-            problems.append(f"{name.hf} {problem}")
+        problems += [f"{name.hf} {problem}"] if problem else []
         done += size(name)
         if progress:
             progress(done, total)

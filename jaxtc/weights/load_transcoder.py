@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from jaxtc.errors import SiteError, SourceError, did_you_mean
 from jaxtc.sharding.mesh import MeshLike, make_mesh
@@ -68,40 +68,24 @@ def load_transcoder(
         SiteError: no such site, or not a layer's; a file of which nothing says the sites.
         WeightsError: a damaged file; arrays missing, extra, misshapen, or not finite.
     """
-    dtype = arrays.check_dtype(dtype)
-    mesh = None if mesh is None else make_mesh(mesh)
-    given = _sites(input_site, output_site)
+    mesh, load = _loader(dtype, mesh, rules, input_site, output_site)
     with agreed(mesh, "load the transcoder"):
-        places = mesh and functools.partial(shardings, mesh=mesh, rules=rules)
-        found = resolve(source, TRANSCODERS, revision=revision, path=path)
-        return _load(found.one(layer, width, l0), dtype, given, places)
+        return load(
+            resolve(source, TRANSCODERS, revision=revision, path=path).one(layer, width, l0)
+        )
 
 
 def look_up(
-    found: Source,
-    dtype: jnp.dtype | None = None,
-    *,
-    input_site: str | None = None,
-    output_site: str | None = None,
+    found: Source, dtype: jnp.dtype | None = None, **sites: str | None
 ) -> tuple[np.dtype, Transcoder]:
-    """What :func:`load_transcoder` would load, of which only the file's headers are read.
+    """(the widest dtype in a transcoder's file, what :func:`load_transcoder` would load from it).
 
-    Args:
-        found: the source of one transcoder.
-        dtype: of the parameters; by default the widest dtype in the file.
-        input_site: as there.
-        output_site: as there.
-
-    Returns:
-        (the widest dtype in the file, the transcoder without its values).
-
-    Raises:
-        SourceError, SiteError, WeightsError: as there.
+    The latter is without values, by default of the former dtype: only headers are read. Sites and
+    errors are as there.
     """
-    given = {"input_site": input_site, "output_site": output_site}
     with open_transcoder(found.file) as opened:
         stored = opened.dtype
-        return stored, _declared(opened, stored if dtype is None else dtype, found, given)
+        return stored, _declared(opened, stored if dtype is None else dtype, found, sites)
 
 
 def load_transcoders(
@@ -125,14 +109,10 @@ def load_transcoders(
     Raises:
         SourceError, SiteError, ShardingError, WeightsError: as :func:`load_transcoder`.
     """
-    dtype = arrays.check_dtype(dtype)
-    mesh = None if mesh is None else make_mesh(mesh)
-    given = _sites(input_site, output_site)
-    places = mesh and functools.partial(shardings, mesh=mesh, rules=rules)
+    mesh, load = _loader(dtype, mesh, rules, input_site, output_site)
     with agreed(mesh, "load the transcoders"):
         found = resolve(source, TRANSCODERS, revision=revision)
-        which = which_layers(found, layers)
-        return {n: _load(found.one(n, width, l0), dtype, given, places) for n in which}
+        return {n: load(found.one(n, width, l0)) for n in which_layers(found, layers)}
 
 
 def which_layers(found: Source, layers: str | Iterable[int]) -> Iterable[int]:
@@ -149,18 +129,26 @@ def which_layers(found: Source, layers: str | Iterable[int]) -> Iterable[int]:
 def available_layers(source: str | Path = EMBEDDED, revision: str | None = None) -> list[int]:
     """The layers that a source has transcoders for.
 
-    Raises:
-        SourceError: as :func:`load_transcoder`, or a file that no ``layer_N`` folder is around.
+    Raises SourceError as :func:`load_transcoder`, or for a file without a ``layer_N`` folder.
     """
     return resolve(source, TRANSCODERS, revision=revision).layers()
 
 
-def _sites(input_site: str | None, output_site: str | None) -> dict[str, str | None]:
-    """What the caller says of the sites."""
-    given = {"input_site": input_site, "output_site": output_site}
-    for site in filter(None, given.values()):
+def _loader(
+    dtype: jnp.dtype | str,
+    mesh: MeshLike | None,
+    rules: Rules,
+    input_site: str | None,
+    output_site: str | None,
+) -> tuple[Mesh | None, Callable[[Source], Transcoder]]:
+    """(the mesh, what loads one transcoder), once the arguments are checked."""
+    mesh = None if mesh is None else make_mesh(mesh)
+    sites = {"input_site": input_site, "output_site": output_site}
+    for site in filter(None, sites.values()):
         _check_site(site)
-    return given
+    places = mesh and functools.partial(shardings, mesh=mesh, rules=rules)
+    dtype = arrays.check_dtype(dtype)
+    return mesh, functools.partial(_load, dtype=dtype, given=sites, places=places)
 
 
 def _check_site(name: str) -> None:
@@ -201,13 +189,14 @@ def _declared(
     opened: TranscoderFile, dtype: np.dtype, found: Source, given: dict[str, str | None]
 ) -> Transcoder:
     """The transcoder in an open file, without its values."""
-    file, name = opened.path, found.name
-    if sae_site(file.absolute().parts) and "embedding" in file.absolute().parts:
+    name, folders = found.name, opened.path.absolute().parts
+    site = sae_site(folders)
+    if site and "embedding" in folders:
         raise SourceError(
             f"{name} is an autoencoder of the token embedding, which the model has once; jaxtc "
             "reads those of layers (layer_N)."
         )
-    sites = sites_of(file.absolute().parts, opened.format.sites) | opened.sites
+    sites = sites_of(site, opened.format) | opened.sites
     sites |= {key: site for key, site in given.items() if site}
     missing = [key for key in SITES if key not in sites]
     if missing:

@@ -32,7 +32,7 @@ _TABLE = (
 )  # fmt: skip
 
 # Tensors that checkpoints may hold beside the parameters: frequencies computed from the config.
-_BUFFERS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+BUFFERS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 # The output matrix is the embedding; some writers store it a second time.
 TIED = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -40,14 +40,8 @@ EMBEDDING = "model.embed_tokens.weight"
 
 @dataclasses.dataclass(frozen=True)
 class Name:
-    """One parameter under both names.
-
-    Attributes:
-        ours: its path in the tree of :class:`jaxtc.Gemma2`, such as ``layers.3.attn.q``.
-        shape: its shape there.
-        hf: the tensor's name in a checkpoint.
-        hf_shape: its shape there.
-        hf_axes: the axis letters there, merged axes written together (``NH D``).
+    """One parameter: its path in the tree of :class:`jaxtc.Gemma2` (``layers.3.attn.q``) and shape,
+    and the tensor's name in a checkpoint, shape and axis letters (``NH D``: N and H are merged).
     """
 
     ours: str
@@ -68,12 +62,6 @@ def parameter_names(config: Gemma2Config) -> list[Name]:
         ours, axes, hf, hf_axes = row
         return Name(ours.format(l=layer), shape(axes), hf.format(l=layer), shape(hf_axes), hf_axes)
 
-    layered = [row for row in _TABLE if "{l}" in row[0]]
-    start, stop = _TABLE.index(layered[0]), _TABLE.index(layered[-1]) + 1
+    embedding, *layered, final_norm = _TABLE
     blocks = [name(row, layer) for layer in range(config.num_hidden_layers) for row in layered]
-    return [*map(name, _TABLE[:start]), *blocks, *map(name, _TABLE[stop:])]
-
-
-def is_buffer(hf: str) -> bool:
-    """Whether a checkpoint's tensor of this name holds nothing that was learned."""
-    return _BUFFERS.fullmatch(hf) is not None
+    return [name(embedding), *blocks, name(final_norm)]

@@ -18,7 +18,7 @@ from jaxtc.sharding.processes import check_here
 from jaxtc.sharding.rules import variables
 from jaxtc.weights.files import local
 from jaxtc.weights.files.model import INDEX, SINGLE
-from jaxtc.weights.files.safetensors import header, pieces
+from jaxtc.weights.files.safetensors import header
 from jaxtc.weights.names import Name, parameter_names
 
 # What may be in a folder that is replaced.
@@ -98,14 +98,14 @@ def _replace(folder: Path, partial: Path) -> None:
 def _write(model: Gemma2, folder: Path, tokenizer: Any, max_shard_size: int) -> None:
     values = dict(zip((name for name, _ in variables(model)), jax.tree.leaves(model), strict=True))
     names = parameter_names(model.config)
-    assert sorted(values) == sorted(name.ours for name in names)
-
     dtypes = {ours: np.dtype(value.dtype) for ours, value in values.items()}
     shards = split(names, dtypes, max_shard_size)
     if len(shards) > 1:
         (folder / INDEX).write_bytes(index(shards, dtypes))
     for file, shard in shards.items():
-        write_shard(shard, dtypes, lambda ours: jax.device_get(values[ours]), folder / file)
+        write_shard(
+            shard, dtypes, lambda ours: np.asarray(jax.device_get(values[ours])), folder / file
+        )
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     config = {**model.config.to_dict(), "dtype": model.dtype.name}
@@ -115,13 +115,7 @@ def _write(model: Gemma2, folder: Path, tokenizer: Any, max_shard_size: int) -> 
 def split(
     names: Sequence[Name], dtypes: Mapping[str, np.dtype], max_shard_size: int
 ) -> dict[str, list[Name]]:
-    """The tensors of each file of a model, by the file's name; a tensor is never cut.
-
-    Args:
-        names: of all parameters.
-        dtypes: of each, by our name.
-        max_shard_size: most bytes of tensors in a file.
-    """
+    """The tensors of each file of a model, by the file's name; a tensor is never cut."""
     shards, room = [], 0
     for name in names:
         size = size_of(name, dtypes)
@@ -131,8 +125,9 @@ def split(
         shards[-1].append(name)
         room -= size
     count = len(shards)
-    files = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-    return dict(zip([SINGLE] if count == 1 else files, shards, strict=True))
+    if count == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{i:05}-of-{count:05}.safetensors": part for i, part in enumerate(shards, 1)}
 
 
 def size_of(name: Name, dtypes: Mapping[str, np.dtype]) -> int:
@@ -157,10 +152,8 @@ def write_shard(
 ) -> None:
     """Write some parameters as a safetensors file; ``fetch`` gives each by our name."""
     tensors = ((name.hf, dtypes[name.ours], name.hf_shape) for name in names)
-    with path.open("wb") as stream:
-        stream.write(header(tensors, {"format": "pt"}))
-        for name in names:
-            stream.writelines(pieces(fetch(name.ours)))
+    arrays = (fetch(name.ours) for name in names)
+    write_tensors(path, header(tensors, {"format": "pt"}), arrays)
 
 
 def _json(value: dict[str, Any]) -> bytes:

@@ -8,7 +8,8 @@ from jaxtc.errors import SiteError, SourceError
 from jaxtc.sharding.processes import check_here
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.files import local
-from jaxtc.weights.files.formats import BY_FORMAT, Format, by_name, sites_of
+from jaxtc.weights.files.formats import BY_FORMAT, SITES, Format, by_name, sites_of
+from jaxtc.weights.files.layout import sae_site
 from jaxtc.weights.files.transcoder import write_transcoder
 
 
@@ -47,9 +48,10 @@ def save_transcoder(
             is false.
     """
     check_here(transcoder, "transcoder")
-    path = local.expand(path)
-    made = by_name(format, path)
-    file = path if path.suffix == made.suffix else path / _file_name(made.name, transcoder)
+    file = local.expand(path)
+    made = by_name(format, file)
+    if file.suffix != made.suffix:
+        file /= _file_name(made, transcoder)
     check_savable(transcoder, made, file, without_sites)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -64,11 +66,7 @@ def save_transcoder(
 def check_savable(
     transcoder: Transcoder, made: Format, file: Path, without_sites: bool = False
 ) -> None:
-    """Refuse to write a transcoder to a file that could not give it back.
-
-    Raises:
-        SourceError, SiteError: as :func:`save_transcoder`.
-    """
+    """Raise, as :func:`save_transcoder`, for a file that could not give the transcoder back."""
     if transcoder.W_skip is not None and "W_skip" not in made.keys:
         others = [other.name for other in BY_FORMAT.values() if "W_skip" in other.keys]
         raise SourceError(
@@ -83,8 +81,8 @@ def check_savable(
             f"save_checkpoint({{{transcoder.layer or 0}: transcoder}}, folder); load_transcoder "
             "reads it."
         )
-    own = {"input_site": transcoder.input_site, "output_site": transcoder.output_site}
-    usual = sites_of(file.absolute().parts, made.sites)
+    own = {key: getattr(transcoder, key) for key in SITES}
+    usual = sites_of(sae_site(file.absolute().parts), made)
     if made.suffix == ".npz" and own != usual and not without_sites:
         given = ", ".join(f"{key}={value!r}" for key, value in own.items())
         raise SiteError(
@@ -95,10 +93,10 @@ def check_savable(
         )
 
 
-def _file_name(format: str, transcoder: Transcoder) -> str:
+def _file_name(made: Format, transcoder: Transcoder) -> str:
     """The file in a folder that a transcoder is written to."""
-    if format != "circuit-tracer":
-        return "params" + BY_FORMAT[format].suffix
+    if made.name != "circuit-tracer":
+        return "params" + made.suffix
     if transcoder.layer is None:
         raise SourceError(
             "This transcoder does not know its layer, which names its file in a folder of this "

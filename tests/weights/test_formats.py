@@ -139,7 +139,7 @@ def test_sites_that_nothing_tells_are_asked_for(tmp_path):
         with pytest.raises(SiteError, match=f"'{site}' .* is not a vector for each token"):
             jaxtc.load_transcoder(path, input_site=site, output_site="mlp_out")
     write(path, circuit_tracer(), metadata={"input_site": "mlp_inn", "output_site": "mlp_out"})
-    with pytest.raises(WeightsError, match="its input_site is 'mlp_inn', which is no site. Did"):
+    with pytest.raises(WeightsError, match="its input_site is 'mlp_inn', which is not a site. Did"):
         jaxtc.load_transcoder(path)
 
 
@@ -223,7 +223,7 @@ def test_metadata_that_is_no_text(tmp_path, metadata):
     path = write(tmp_path / "layer_1.safetensors", circuit_tracer())
     header, data = parse(path)
     compose(path, {**header, "__metadata__": metadata}, data)
-    with pytest.raises(WeightsError, match="its __metadata__ is not an object of texts"):
+    with pytest.raises(WeightsError, match="expected a (map|string)|__metadata__ is null"):
         jaxtc.load_transcoder(path, **SITES)
     compose(path, {**header, "__metadata__": {"a": json.dumps(metadata)}}, data)
     assert jaxtc.load_transcoder(path, **SITES).layer == 1

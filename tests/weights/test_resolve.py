@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
+from etils import epath
 from flax import nnx
 
 import jaxtc
 from jaxtc.errors import SourceError
 from jaxtc.weights.files.layout import GEMMA_SCOPE_2B
 from jaxtc.weights.sources import hub
-from jaxtc.weights.sources import resolve as where
 from jaxtc.weights.sources.resolve import EMBEDDED_DATA, resolve
 from tests.support.weights_files import params, random_model, write_tier
 
@@ -82,7 +82,8 @@ def test_a_folder_is_listed_once(places, monkeypatch):
 
 
 def test_a_checkpoint_in_a_bucket(monkeypatch):
-    monkeypatch.setattr(where, "is_converted", lambda folder: str(folder) == "gs://bucket/tree")
+    there = lambda path: str(path) == "gs://bucket/tree/jaxtc.json"  # noqa: E731
+    monkeypatch.setattr(type(epath.Path("gs://bucket")), "exists", there)
     found = resolve("gs://bucket/tree", "model")
     assert (found.format, str(found.fetch())) == ("converted", "gs://bucket/tree")
     for source, kind in (("gs://bucket/other", "model"), ("gs://bucket/tree", "tokenizer")):

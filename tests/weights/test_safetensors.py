@@ -51,12 +51,12 @@ def test_truncated_anywhere(path):
 
 def test_bytes_too_many(path):
     path.write_bytes(path.read_bytes() + b"\0")
-    refused(path, "its tensors take")
+    refused(path, "not fully covered")
 
 
 def test_header_that_claims_more_than_the_limit(path):
     path.write_bytes((2**40).to_bytes(8, "little") + b"{}")
-    refused(path, "claim a header of 1099511627776 bytes")
+    refused(path, "header too large")
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_header_that_claims_more_than_the_limit(path):
 )
 def test_header_that_is_no_object(path, header):
     compose(path, header, b"")
-    refused(path, "its header is not")
+    refused(path, "Error while deserializing header: invalid")
 
 
 def test_name_given_twice(path):
@@ -77,18 +77,19 @@ def test_name_given_twice(path):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"dtype": "F99"}, "unknown dtype 'F99'"),
-        ({"dtype": ["F32"]}, "unknown dtype"),
-        ({"shape": [4, 4]}, "does not fill its 48 bytes"),
-        ({"shape": [-3, -4]}, "has shape"),
-        ({"shape": [3.0, 4.0]}, "has shape"),
-        ({"shape": [True, 12]}, "has shape"),
-        ({"shape": "34"}, "has shape"),
-        ({"shape": [3, 10**30]}, "does not fill"),
-        ({"data_offsets": [0]}, "data_offsets"),
-        ({"data_offsets": [-48, 0]}, "data_offsets"),
-        ({"data_offsets": [48, 0]}, "does not fill"),
-        ({"data_offsets": [10**9, 10**9 + 48]}, "leave a gap"),
+        ({"dtype": "F99"}, "unknown variant `F99`"),
+        ({"dtype": ["F32"]}, "invalid JSON in header"),
+        ({"shape": [4, 4]}, "invalid shape"),
+        ({"shape": [-3, -4]}, "expected usize"),
+        ({"shape": [3.0, 4.0]}, "expected usize"),
+        ({"shape": [True, 12]}, "expected usize"),
+        ({"shape": "34"}, "expected a sequence"),
+        ({"shape": [3, 10**30]}, "expected usize"),
+        ({"shape": [3, 4] + [1] * 70}, "of an array"),
+        ({"data_offsets": [0]}, "expected a tuple of size 2"),
+        ({"data_offsets": [-48, 0]}, "expected usize"),
+        ({"data_offsets": [48, 0]}, "invalid offset for tensor `a`"),
+        ({"data_offsets": [10**9, 10**9 + 48]}, "invalid offset for tensor `c`"),
         ({"more": 1}, "is not dtype, shape and data_offsets"),
     ],
 )
@@ -103,7 +104,7 @@ def test_tensors_that_share_bytes(path):
     header, data = parse(path)
     header["again"] = header["a"]
     compose(path, header, data)
-    refused(path, "overlap")
+    refused(path, "invalid offset for tensor")
 
 
 def test_gap_between_tensors(path):
@@ -111,7 +112,7 @@ def test_gap_between_tensors(path):
     last = max(header.keys() - {"__metadata__"}, key=lambda name: header[name]["data_offsets"])
     header[last]["data_offsets"] = [offset + 4 for offset in header[last]["data_offsets"]]
     compose(path, header, data + b"\0" * 4)
-    refused(path, "leave a gap")
+    refused(path, "invalid offset for tensor")
 
 
 def test_file_that_shrinks_while_it_is_read(path):

@@ -1,10 +1,15 @@
 """Parts of arrays read from a file: the right ones, and no other byte."""
 
+import dataclasses
+
+import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxtc.weights.files import shards
-from jaxtc.weights.files.shards import Parts, Raw, hull, read_parts
+from jaxtc.weights.files.shards import Parts, Raw, read_parts
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float16))
 
@@ -89,14 +94,16 @@ def test_what_is_wrong_with_the_values_is_told():
 
 def test_the_other_order_of_axes():
     array = np.arange(24, dtype=np.float32).reshape(4, 6)
-    parts = Parts([((0, 2), (0, 6)), ((2, 4), (0, 6))], array.dtype)
-    parts.take(array, (0, 0))
-    turned = parts.transposed()
-    assert not parts.arrays
-    for box, found in turned.arrays.items():
-        assert found.flags.c_contiguous
-        assert np.array_equal(found, cut(array.T, box))
-    assert hull(list(turned.arrays)) == ((0, 6), (0, 4))
+    raw = Raw(File(array, start=0).read_at, 0, array.dtype, array.shape)
+    mesh = jax.make_mesh((len(jax.devices()[:2]),), ("model",), devices=jax.devices()[:2])
+    for spec in (P(None, "model"), P("model", None)):
+        for stream in (False, True):
+            at = dataclasses.replace(raw, stream=stream)
+            found, problem = shards.read(
+                at, array.dtype, NamedSharding(mesh, spec), transposed=True
+            )
+            assert not problem and found.sharding.spec == spec
+            assert np.array_equal(found, array.T)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -16,11 +16,7 @@ _BF16 = np.dtype(jnp.bfloat16)
 
 
 def check_dtype(dtype: jnp.dtype | str) -> np.dtype:
-    """``dtype`` as numpy's, when weights can have it.
-
-    Raises:
-        WeightsError: it is not a float dtype that jax has switched on.
-    """
+    """``dtype`` as numpy's. Raises WeightsError unless it is a float dtype that jax has enabled."""
     try:
         found = np.dtype(dtype)
     except TypeError:

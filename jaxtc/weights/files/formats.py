@@ -4,20 +4,18 @@ Axis letters: I width of what is read, O width of what is written, M features.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import TypeAlias
 
 from jaxtc.errors import SourceError, did_you_mean
 from jaxtc.transcoders.activations import keys_in, optional_in, parameter_names
-from jaxtc.weights.files.layout import sae_site
 
 # Our parameters and their axes.
-AXES: Mapping[str, str] = MappingProxyType({
+AXES: Mapping[str, str] = {
     "W_enc": "I M", "W_dec": "M O", "b_enc": "M", "b_dec": "O",
-    **{name: "M" for name in parameter_names()}, "W_skip": "O I",
-})  # fmt: skip
+    **dict.fromkeys(parameter_names(), "M"), "W_skip": "O I",
+}  # fmt: skip
 
 # What transcoders read and write; a safetensors header may say it.
 SITES = ("input_site", "output_site")
@@ -28,11 +26,9 @@ Claims: TypeAlias = Mapping[str, tuple[tuple[int, ...], str]]
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """How one kind of file spells a transcoder.
+    """How the files that ``save_transcoder(format=name)`` writes spell a transcoder.
 
     Attributes:
-        name: what ``save_transcoder(format=...)`` calls it.
-        suffix: of its files.
         keys: (their key, their order of axes) of each of our parameters that it has.
         sites: (read, written) by such files where nothing says otherwise; None when that differs
             from release to release.
@@ -52,11 +48,10 @@ class Format:
 
     def describe(self) -> str:
         """Its arrays, for messages."""
-        parts = [
+        return ", ".join(
             f"{key} {_letters(axes)}" + (" if any" if ours in self.optional else "")
             for ours, (key, axes) in self.keys.items()
-        ]
-        return ", ".join(parts)
+        )
 
 
 def _letters(axes: str) -> str:
@@ -64,30 +59,24 @@ def _letters(axes: str) -> str:
     return f"({axes})".replace(" ", ", ").replace("I", "D").replace("O", "D")
 
 
-def _activations(format: str) -> dict[str, tuple[str, str]]:
-    """The parameters of its activations."""
-    return {name: (key, AXES[name]) for name, key in keys_in(format).items()}
+def _keys(format: str, **others: tuple[str, str]) -> dict[str, tuple[str, str]]:
+    """A format's (key, axes) by our names: as ours but for its activations' and ``others``."""
+    spelled = {name: (name, AXES[name]) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+    return spelled | {name: (key, AXES[name]) for name, key in keys_in(format).items()} | others
 
 
 FORMATS = (
-    Format(
-        "gemma-scope", ".npz",
-        {"W_enc": ("W_enc", "I M"), "W_dec": ("W_dec", "M O"), "b_enc": ("b_enc", "M"),
-         "b_dec": ("b_dec", "O"), **_activations("gemma-scope")},
-        ("mlp_in_normed", "mlp_out"),
-    ),
+    Format("gemma-scope", ".npz", _keys("gemma-scope"), ("mlp_in_normed", "mlp_out")),
     # Its JumpReLU is z * (z > threshold), so below a negative threshold z < 0 would pass.
     Format(
         "circuit-tracer", ".safetensors",
-        {"W_enc": ("W_enc", "M I"), "W_dec": ("W_dec", "M O"), "b_enc": ("b_enc", "M"),
-         "b_dec": ("b_dec", "O"), **_activations("circuit-tracer"), "W_skip": ("W_skip", "O I")},
+        _keys("circuit-tracer", W_enc=("W_enc", "M I"), W_skip=("W_skip", "O I")),
         None, negative=False,
     ),
     Format(
         "gemma-scope-2", ".safetensors",
-        {"W_enc": ("w_enc", "I M"), "W_dec": ("w_dec", "M O"), "b_enc": ("b_enc", "M"),
-         "b_dec": ("b_dec", "O"), **_activations("gemma-scope-2"),
-         "W_skip": ("affine_skip_connection", "I O")},
+        _keys("gemma-scope-2", W_enc=("w_enc", "I M"), W_dec=("w_dec", "M O"),
+              W_skip=("affine_skip_connection", "I O")),
         ("mlp_in", "mlp_out"),
     ),
 )  # fmt: skip
@@ -97,10 +86,9 @@ SUFFIXES = tuple(sorted({format.suffix for format in FORMATS}))
 
 
 def by_name(name: str | None, path: Path) -> Format:
-    """The format that is meant by its name or, without one, by a file's suffix.
+    """The format of this name or, without one, of a file's suffix.
 
-    Raises:
-        SourceError: no such format, or a file whose suffix belongs to another.
+    Raises SourceError for no such format, or a file whose suffix belongs to another.
     """
     if name is None:
         return next((f for f in FORMATS if f.suffix == path.suffix), FORMATS[0])
@@ -117,16 +105,14 @@ def by_name(name: str | None, path: Path) -> Format:
     return found
 
 
-def sites_of(parts: Iterable[str], usual: tuple[str, str] | None) -> dict[str, str]:
-    """The sites that folders' names say, or a format's usual ones; empty without either."""
-    site = sae_site(parts)
-    pair = (site, site) if site else usual
+def sites_of(site: str | None, format: Format) -> dict[str, str]:
+    """The site of an autoencoder, read and written, or a format's sites; empty without either."""
+    pair = (site, site) if site else format.sites
     return dict(zip(SITES, pair, strict=True)) if pair else {}
 
 
-def format_of(path: Path, claims: Claims) -> Format:
+def format_of(suffix: str, claims: Claims) -> Format:
     """The format with this suffix that has most of these keys."""
-    suffix = path.suffix if path.suffix in SUFFIXES else ".npz"
 
     def known(format: Format) -> int:
         return sum(key in claims for key, _ in format.keys.values())
@@ -147,7 +133,7 @@ def account(format: Format, claims: Claims) -> tuple[list[str], dict[str, tuple[
     if both:
         problems.append(
             f"{' and '.join(sorted(skips))} are two spellings of a skip connection, one the "
-            "transpose of the other; keep the one that is meant"
+            "transpose of the other; keep the right one"
         )
     problems += [
         f"{key} is not part of a transcoder"
@@ -168,32 +154,29 @@ def account(format: Format, claims: Claims) -> tuple[list[str], dict[str, tuple[
 
 def _misshapen(format: Format, given: Mapping[str, tuple[int, ...]]) -> list[str]:
     """What is wrong with these shapes, by our names but in the file's order of axes."""
-
-    def says(name: str) -> str:
-        key, axes = format.keys[name]
-        return f"{key} has shape {given[name]}, not {_letters(axes)}"
-
-    if "W_enc" not in given:
+    encoder, decoder = given.get("W_enc"), given.get("W_dec", ())
+    if encoder is None:
         return []
-    if len(given["W_enc"]) != 2 or 0 in given["W_enc"]:
-        return [says("W_enc")]
-    sizes = dict(zip(format.keys["W_enc"][1].split(), given["W_enc"], strict=True))
-    decoder, bias = given.get("W_dec", ()), given.get("b_dec", ())
+    key, axes = format.keys["W_enc"]
+    if len(encoder) != 2 or 0 in encoder:
+        return [f"{key} has shape {encoder}, not {_letters(axes)}"]
     if len(decoder) == 3:
-        return [says("W_dec") + ": jaxtc does not read cross-layer transcoders"]
-    sizes["O"] = sizes["I"]
-    if len(decoder) == 2 and decoder[0] == sizes["M"] and bias == decoder[1:] and decoder[1]:
-        sizes["O"] = decoder[1]  # a transcoder between two widths: both arrays that say so agree
-    expected = {
-        name: tuple(sizes[letter] for letter in format.keys[name][1].split()) for name in given
-    }
-    sizes_from = f"({format.keys['W_enc'][0]} says D={sizes['I']}, M={sizes['M']})"
-    problems = [
-        f"{format.keys[name][0]} has shape {given[name]}, not {expected[name]} {sizes_from}"
-        for name in given
-        if given[name] != expected[name]
-    ]
+        name, order = format.keys["W_dec"]
+        return [
+            f"{name} has shape {decoder}, not {_letters(order)}: jaxtc does not read cross-layer "
+            "transcoders"
+        ]
+    sizes = dict(zip(axes.split(), encoder, strict=True))
+    # A transcoder between two widths: both arrays that say so agree.
+    wide = len(decoder) == 2 and decoder[0] == sizes["M"] and given.get("b_dec") == decoder[1:]
+    sizes["O"] = decoder[1] if wide and decoder[1] else sizes["I"]
+    problems = []
+    for name, shape in given.items():
+        spelled, order = format.keys[name]
+        expected = tuple(sizes[letter] for letter in order.split())
+        if shape != expected:
+            source = f"({key} says D={sizes['I']}, M={sizes['M']})"
+            problems.append(f"{spelled} has shape {shape}, not {expected} {source}")
     if problems and given.get("b_enc") == (sizes["I"],) != (sizes["M"],):
-        key, axes = format.keys["W_enc"]
         problems.append(f"{key} may be transposed: this format keeps it as {_letters(axes)}")
     return problems

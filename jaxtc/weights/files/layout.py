@@ -14,7 +14,7 @@ SHAPE = f"layer_N/width_W/average_l0_L/{PARAMS}"
 
 GEMMA_SCOPE_2B = "google/gemma-scope-2b-pt-transcoders"
 
-# The average L0 of the transcoder that is usually meant for each layer of Gemma-2 2B: the choice
+# The average L0 of the default transcoder for each layer of Gemma-2 2B: the choice
 # that circuit-tracer, SAELens and Neuronpedia make among those of GEMMA_SCOPE_2B.
 DEFAULT_L0 = (
     76, 65, 49, 54, 88, 87, 95, 70, 52, 72, 88, 5, 6, 8, 8, 8, 10, 12, 13, 12, 11, 13, 15, 25, 37,
@@ -54,24 +54,19 @@ class Tier:
     width: str
     l0: str
 
-    @property
-    def place(self) -> str:
-        """What names it below the source: its folder, or its file where that is one of several."""
-        return place_of(self.path)
-
     def is_below(self, folder: str) -> bool:
         """Whether it lies in this folder of the source; the empty one is the source itself."""
         return not folder or self.path == folder or self.path.startswith(f"{folder}/")
 
     @property
     def is_default(self) -> bool:
-        """Whether it is the one that is meant when only the layer is named."""
+        """Whether it is the default of its layer."""
         known = self.layer < len(DEFAULT_L0) and self.width == DEFAULT_WIDTH
         return known and self.l0 == str(DEFAULT_L0[self.layer])
 
 
 def default_path(layer: int) -> str:
-    """The file of GEMMA_SCOPE_2B that is meant by a layer."""
+    """The file of a layer's default transcoder in GEMMA_SCOPE_2B."""
     return f"layer_{layer}/width_{DEFAULT_WIDTH}/average_l0_{DEFAULT_L0[layer]}/{PARAMS}"
 
 
@@ -107,12 +102,12 @@ def layer_of(path: str) -> int | None:
 
 def tiers_of(paths: Iterable[str], root: str = "") -> list[Tier]:
     """Those of ``paths`` that follow a layout, possibly only together with their ``root``."""
-    found = []
-    for path in paths:
-        for layout in _LAYOUTS:
-            match = layout.fullmatch(f"{root}/{path}")
-            if match:
-                found.append(Tier(path, int(match["layer"]), match["width"], match["l0"]))
+    found = [
+        Tier(path, int(match["layer"]), match["width"], match["l0"])
+        for path in paths
+        for layout in _LAYOUTS
+        if (match := layout.fullmatch(f"{root}/{path}"))
+    ]
     return sorted(found, key=lambda tier: (tier.layer, len(tier.path), tier.path))
 
 
@@ -123,8 +118,8 @@ def tiers_in(folder: Path) -> list[Tier]:
     return tiers_of(paths, folder.absolute().as_posix())
 
 
-class Wish(NamedTuple):
-    """Which transcoder of a source is meant ("16k", "71"); None where that was not said."""
+class Query(NamedTuple):
+    """Which transcoder of a source is asked for ("16k", "71"); None stands for any."""
 
     layer: int | None
     width: str | None
@@ -132,53 +127,42 @@ class Wish(NamedTuple):
 
     @property
     def is_default(self) -> bool:
-        """Whether the default transcoder of a layer of GEMMA_SCOPE_2B is meant."""
+        """Whether this asks for the default transcoder of a layer of GEMMA_SCOPE_2B."""
         return self.layer is not None and self.width in (None, DEFAULT_WIDTH) and self.l0 is None
 
 
-def wish_of(layer: int | None, width: str | None, l0: int | str | None) -> Wish:
-    """What was asked for, the layer as an index from 0. Raises SourceError for no such index."""
+def query_of(layer: int | None, width: str | None, l0: int | str | None) -> Query:
+    """The arguments, normalised. Raises SourceError for a layer that is not an index from 0."""
     try:
         number = None if layer is None else operator.index(layer)
     except TypeError:
         number = -1
     if number is not None and number < 0:
-        place = f" A place below the source is given as path={layer!r}."
-        raise SourceError(
-            f"layer is {layer!r}, expected a whole number from 0."
-            + (place if isinstance(layer, str) else "")
-        )
+        hint = isinstance(layer, str) * f" A place below the source is given as path={layer!r}."
+        raise SourceError(f"layer is {layer!r}, expected a whole number from 0.{hint}")
     width = None if width is None else str(width).removeprefix("width_")
-    return Wish(number, width, None if l0 is None else str(l0).removeprefix("average_l0_"))
+    return Query(number, width, None if l0 is None else str(l0).removeprefix("average_l0_"))
 
 
-def choose(tiers: list[Tier], below: str, wish: Wish, source: str, *, usual: bool = True) -> Tier:
-    """The one that is meant, below a folder of the layout (or an empty string).
+def choose(tiers: list[Tier], below: str, query: Query, source: str, *, usual: bool = True) -> Tier:
+    """The one match in the folder ``below`` of ``source`` ("" for the source itself).
 
-    Args:
-        tiers: to choose from.
-        below: the folder.
-        wish: which of them.
-        source: for messages.
-        usual: whether each layer has a default, as it has in releases of transcoders.
-
-    Raises:
-        SourceError: none is, or several could be; they are listed.
+    ``usual`` says whether each layer has a default, as it has in releases of transcoders. Raises
+    SourceError, with a list of what there is, for no match or several.
     """
     if not tiers:
         raise SourceError(f"{source} holds no transcoders; expected {SHAPE} in it.")
     inside = [tier for tier in tiers if tier.is_below(below)]
     if not inside:
-        folders = [tier.place for tier in tiers]
         named = layer_of(below)
         if named is not None:
             check_layer(named, {tier.layer for tier in tiers}, source)
-            folders = [tier.place for tier in tiers if tier.layer == named]
+        folders = [place_of(tier.path) for tier in tiers if named in (None, tier.layer)]
         near = did_you_mean(below, folders)
         raise SourceError(f"{source} has no {below!r}.{near} It has {some(folders, 20)}.")
-    if wish.layer is not None:
-        check_layer(wish.layer, {tier.layer for tier in inside}, source)
-        inside = [tier for tier in inside if tier.layer == wish.layer]
+    if query.layer is not None:
+        check_layer(query.layer, {tier.layer for tier in inside}, source)
+        inside = [tier for tier in inside if tier.layer == query.layer]
     layers = sorted({tier.layer for tier in inside})
     if len(layers) > 1:
         raise SourceError(
@@ -186,18 +170,18 @@ def choose(tiers: list[Tier], below: str, wish: Wish, source: str, *, usual: boo
             f"(layer={layers[0]})."
         )
     for name in ("width", "l0"):
-        wanted, there = getattr(wish, name), sorted({getattr(tier, name) for tier in inside})
+        wanted, there = getattr(query, name), sorted({getattr(tier, name) for tier in inside})
         if wanted is not None and wanted not in there:
             raise SourceError(
                 f"{source} has no transcoder with {name}={wanted!r} for layer {layers[0]}; there "
                 f"is {some([repr(one) for one in there if one] or ['only one'], 20)}."
             )
         inside = [tier for tier in inside if wanted in (None, getattr(tier, name))]
-    chosen = [tier for tier in inside if usual and wish.l0 is None and tier.is_default] or inside
+    chosen = [tier for tier in inside if usual and query.l0 is None and tier.is_default] or inside
     if len(chosen) > 1:
         raise SourceError(
             f"{source} has {len(chosen)} transcoders for layer {layers[0]}; choose one by its "
-            f"path, or by width and l0: {some([tier.place for tier in chosen], 20)}."
+            f"path, or by width and l0: {some([place_of(tier.path) for tier in chosen], 20)}."
         )
     return chosen[0]
 
@@ -206,7 +190,5 @@ def check_layer(layer: int, layers: Iterable[int], source: str) -> None:
     """Raise SourceError for a layer that is not among these."""
     layers = sorted(layers)
     if layer not in layers:
-        raise SourceError(
-            f"{source} has no transcoder for layer {layer}; it has layers "
-            f"{some([*map(str, layers)], 50)}."
-        )
+        known = some([*map(str, layers)], 50)
+        raise SourceError(f"{source} has no transcoder for layer {layer}; it has layers {known}.")

@@ -6,17 +6,13 @@ import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, ClassVar, Self
 
 from jaxtc.errors import SourceError, WeightsError
 
 
 def expand(source: str | Path) -> Path:
-    """``source`` as a path, ``~`` at its start replaced by the home folder.
-
-    Raises:
-        SourceError: no such home folder.
-    """
+    """A path with the home folder for ``~``. Raises SourceError when there is no such folder."""
     with _explained(source):
         return Path(source).expanduser()
 
@@ -24,8 +20,7 @@ def expand(source: str | Path) -> Path:
 def find(source: str | Path) -> Path | None:
     """The file or folder that a source names, None when there is none.
 
-    Raises:
-        SourceError: it cannot be looked up: too long a name, no permission.
+    Raises SourceError when it cannot be looked up: too long a name, no permission.
     """
     path = expand(source)
     with _explained(source):
@@ -37,10 +32,9 @@ def find(source: str | Path) -> Path | None:
 
 
 def open_plain(path: Path) -> BinaryIO:
-    """A regular file opened for reading, unbuffered; anything else is refused without waiting.
+    """A regular file opened for reading, unbuffered.
 
-    Raises:
-        WeightsError: it cannot be opened, or is a folder, a pipe or a device.
+    Raises WeightsError, without waiting, when it cannot be opened, or is a folder, pipe or device.
     """
 
     def opener(name: str, flags: int) -> int:
@@ -55,6 +49,41 @@ def open_plain(path: Path) -> BinaryIO:
         file.close()
         raise WeightsError(f"{path} is a pipe or a device, not a regular file, and is not read.")
     return file
+
+
+class PlainFile:
+    """A regular file of ``size`` bytes open for reading, to be used in a ``with`` statement.
+
+    Raises WeightsError as :func:`open_plain`, and for a file that is damaged.
+    """
+
+    format: ClassVar[str]
+
+    def __init__(self, path: Path):
+        self.path, self.file = path, open_plain(path)
+        try:
+            self.size = os.fstat(self.file.fileno()).st_size
+            self.read_header()
+        except BaseException:
+            self.file.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.file.close()
+
+    def read_header(self) -> None:
+        """Check what the file claims. Raises WeightsError when its bytes cannot hold it."""
+        raise NotImplementedError
+
+    def unsound(self, problem: str) -> WeightsError:
+        """The error for a damaged file."""
+        return WeightsError(
+            f"{self.path} is not a sound {self.format} file: {problem}. Most likely a download or "
+            "copy was cut short or damaged; fetch the file again."
+        )
 
 
 def has(folder: Path, name: str) -> bool:

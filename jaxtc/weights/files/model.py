@@ -1,6 +1,7 @@
 """A model's folder in Hugging Face's layout: one safetensors file, or shards and their index."""
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -14,22 +15,19 @@ from jaxtc.weights.files import local
 from jaxtc.weights.files.arrays import CHUNK_BYTES
 from jaxtc.weights.files.safetensors import Entry, SafetensorsFile
 from jaxtc.weights.files.shards import read_parts
-from jaxtc.weights.names import EMBEDDING, TIED, Name, is_buffer, parameter_names
+from jaxtc.weights.names import BUFFERS, EMBEDDING, TIED, Name, parameter_names
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt")
 
 
+@dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """The open safetensors files of one model.
+    """The open safetensors files of the model in a folder, by the names of their tensors."""
 
-    Attributes:
-        folder: where they are.
-        files: the file that holds each tensor, by tensor name.
-    """
-
-    def __init__(self, folder: Path, files: dict[str, SafetensorsFile]):
-        self.folder, self.files = folder, files
+    folder: Path
+    files: dict[str, SafetensorsFile]
 
     def entry(self, name: str) -> Entry:
         """What the header of its file says of a tensor."""
@@ -40,9 +38,7 @@ class Checkpoint:
 def open_checkpoint(folder: Path) -> Iterator[Checkpoint]:
     """The checkpoint in ``folder``, its files closed at the end.
 
-    Raises:
-        SourceError: no checkpoint there.
-        WeightsError: an unsound file or index, a missing shard.
+    Raises SourceError for a folder without one, WeightsError for unsound files or a missing shard.
     """
     with contextlib.ExitStack() as stack:
         if local.has(folder, SINGLE):
@@ -50,7 +46,12 @@ def open_checkpoint(folder: Path) -> Iterator[Checkpoint]:
             yield Checkpoint(folder, dict.fromkeys(file.entries, file))
             return
         if not local.has(folder, INDEX):
-            raise SourceError(_no_weights(folder))
+            others = sorted(path.name for path in folder.iterdir() if path.suffix in _WEIGHTS)
+            found = f"; what it has is {some(others)}" if others else ""
+            raise SourceError(
+                f"{folder} has neither {SINGLE} nor {INDEX}{found}. jaxtc reads Hugging Face "
+                "checkpoints in safetensors format; save_pretrained of transformers writes one."
+            )
         shards = read_index(folder / INDEX)
         names = sorted(set(shards.values()))
         missing = [name for name in names if not local.has(folder, name)]
@@ -68,8 +69,7 @@ def open_checkpoint(folder: Path) -> Iterator[Checkpoint]:
 def read_index(path: Path) -> dict[str, str]:
     """The ``weight_map`` of an index: the file name of each tensor.
 
-    Raises:
-        WeightsError: not an index, or it names files outside its folder.
+    Raises WeightsError when it is not an index, or names files outside its folder.
     """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -111,10 +111,12 @@ def _check_inside(folder: Path, name: str) -> None:
 def _merge(
     folder: Path, shards: dict[str, str], opened: dict[str, SafetensorsFile]
 ) -> dict[str, SafetensorsFile]:
-    problems, files = [], {}
-    for tensor, name in shards.items():
-        if tensor not in opened[name].entries:
-            problems.append(f"{tensor} is not in {name}, where the index says it is")
+    files: dict[str, SafetensorsFile] = {}
+    problems = [
+        f"{tensor} is not in {name}, where the index says it is"
+        for tensor, name in shards.items()
+        if tensor not in opened[name].entries
+    ]
     for name, file in opened.items():
         for tensor in file.entries:
             if tensor in files:
@@ -130,25 +132,8 @@ def _merge(
     return files
 
 
-def _no_weights(folder: Path) -> str:
-    others = sorted(
-        path.name
-        for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.ckpt")
-        for path in folder.glob(pattern)
-    )
-    found = f"; what it has is {some(others)}" if others else ""
-    return (
-        f"{folder} has neither {SINGLE} nor {INDEX}{found}. jaxtc reads Hugging Face checkpoints "
-        "in safetensors format; save_pretrained of transformers writes one."
-    )
-
-
 def check_tensors(checkpoint: Checkpoint, config: Gemma2Config) -> None:
-    """Refuse a checkpoint whose tensors are not exactly a model's parameters.
-
-    Raises:
-        WeightsError: they are not; everything that is wrong is named.
-    """
+    """Raise WeightsError, naming all faults, unless the tensors are exactly the parameters."""
     problems = _account(checkpoint, parameter_names(config)) or _untied(checkpoint)
     if problems:
         raise WeightsError(
@@ -165,8 +150,8 @@ def _account(checkpoint: Checkpoint, names: list[Name]) -> list[str]:
         entry, name = checkpoint.entry(hf), expected.get(hf)
         if hf == TIED:
             name = expected[EMBEDDING]
-        elif name is None:
-            if not is_buffer(hf):
+        if name is None:
+            if not BUFFERS.fullmatch(hf):
                 problems.append(f"{hf} is not a tensor of this model")
             continue
         if entry.shape != name.hf_shape:

@@ -6,7 +6,6 @@ the others and against the bytes that are there before anything large is allocat
 
 import dataclasses
 import math
-import os
 import tokenize
 import warnings
 import zipfile
@@ -24,17 +23,10 @@ from jaxtc.errors import WeightsError, first_line
 from jaxtc.weights.files import local, shards
 from jaxtc.weights.files.shards import Raw
 
-# What numpy's reader of headers lets through: they are Python literals, parsed as such.
-_HEADER_FAULTS = (
-    ValueError, TypeError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError,
-)  # fmt: skip
-
-# What Python's zip reader lets through. RuntimeError: encrypted; NotImplementedError: a compression
-# or a feature of zip that it does not know.
-_ZIP_FAULTS = (
-    zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError,
-    NotImplementedError,
-)  # fmt: skip
+# What Python's zip reader raises for damage; RuntimeError also for encryption and unknown features.
+_ZIP_FAULTS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError)
+# And NumPy's reader of headers, which are Python literals and parsed as such.
+_HEADER_FAULTS = (TypeError, SyntaxError, tokenize.TokenError, MemoryError)
 
 # A zip file begins with its first member, or with its end if it has none.
 _STARTS = (b"PK\x03\x04", b"PK\x05\x06")
@@ -48,14 +40,9 @@ _BEST_DEFLATE_RATIO = 1032
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """What one npy header says of an array, and where in the zip it is.
+    """What one npy header says of an array: ``fault`` is why it cannot be read as numbers, or "".
 
-    Attributes:
-        shape: of the array.
-        dtype: as stored.
-        fortran: whether the first axis is the fastest.
-        fault: why it cannot be read as numbers, or empty.
-        info: its entry in the zip's directory.
+    In ``fortran`` order the first axis is the fastest. ``info`` is from the zip's directory.
     """
 
     shape: tuple[int, ...]
@@ -65,38 +52,36 @@ class Member:
     info: zipfile.ZipInfo
 
 
-class NpzFile:
-    """An open npz file, to be used in a ``with`` statement.
+class NpzFile(local.PlainFile):
+    """An open npz file, see :class:`~jaxtc.weights.files.local.PlainFile`.
 
     Attributes:
-        path: of the file.
         entries: what the headers say, by array name.
-
-    Raises:
-        WeightsError: the file is damaged, or a header claims what its bytes cannot hold.
     """
 
-    def __init__(self, path: Path):
-        self.path, self._file = path, local.open_plain(path)
-        try:
-            self._size = os.fstat(self._file.fileno()).st_size
-            # Python's reader lets anything stand before a zip, and other programs do not.
-            if self._file.read(4) not in _STARTS:
-                raise self._damaged("it does not begin as a zip file does")
-            self._archive = zipfile.ZipFile(self._file)
-            self.entries = self._members()
-        except BaseException as error:
-            self._file.close()
-            if isinstance(error, _ZIP_FAULTS) and not isinstance(error, WeightsError):
-                raise self._damaged(first_line(error)) from error
-            raise
+    format = "npz"
 
-    def __enter__(self) -> "NpzFile":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._archive.close()
-        self._file.close()
+    def read_header(self) -> None:
+        """Check the zip's directory and each array's header against the bytes that are there."""
+        # Python's reader lets anything stand before a zip, and other programs do not.
+        if self.file.read(4) not in _STARTS:
+            raise self.unsound("it does not begin as a zip file does")
+        with self._explained():
+            self._archive = zipfile.ZipFile(self.file)
+        infos = self._archive.infolist()
+        for info in infos:
+            self._check_size(info)
+        unpacked = sum(info.file_size for info in infos)
+        if unpacked > max(_FREE_BYTES, _MOST_RATIO * self.size):
+            raise self.unsound(
+                f"its {self.size} bytes claim to unpack to {unpacked}, which no weights do"
+            )
+        self.entries: dict[str, Member] = {}
+        for info in infos:
+            name = info.filename.removesuffix(".npy")
+            if name in self.entries:
+                raise self.unsound(f"it holds {info.filename} twice")
+            self.entries[name] = self._member(info)
 
     def read(
         self,
@@ -109,13 +94,11 @@ class NpzFile:
         """An array without a fault as :func:`~jaxtc.weights.files.shards.read` has it.
 
         A member of a zip is a stream: every process reads all of it, and keeps its own shards.
-
-        Raises:
-            WeightsError: the file ended or failed while it was read.
+        Raises WeightsError when the file ends or fails while it is read.
         """
         member = self.entries[name]
         shape = member.shape[::-1] if member.fortran else member.shape
-        with self._open(member.info) as stream:
+        with self._explained(member.info), self._archive.open(member.info) as stream:
             _header(stream)
 
             def read_at(_: int, view: memoryview) -> None:
@@ -128,65 +111,42 @@ class NpzFile:
             raw = Raw(read_at, 0, member.dtype, shape, stream=True)
             return shards.read(raw, dtype, sharding, transposed=member.fortran != transposed)
 
-    def _damaged(self, problem: str) -> WeightsError:
-        return WeightsError(
-            f"{self.path} is not a sound npz file: {problem}. Most likely a download or copy was "
-            "cut short or damaged; fetch the file again."
-        )
-
     @contextmanager
-    def _open(self, info: zipfile.ZipInfo) -> Iterator[IO[bytes]]:
-        """An open member; damage found while it is read becomes a WeightsError."""
+    def _explained(self, info: zipfile.ZipInfo | None = None, *more: type) -> Iterator[None]:
+        """What Python's reader, or ``more``, raises for a damaged file becomes a WeightsError."""
         try:
-            with self._archive.open(info) as stream:
-                yield stream
+            yield
         except WeightsError:
             raise
-        except _ZIP_FAULTS as error:
-            raise self._damaged(f"{info.filename}: {first_line(error)}") from error
+        except (*_ZIP_FAULTS, *more) as error:
+            where = f"{info.filename}: " if info else ""
+            raise self.unsound(where + first_line(error)) from error
 
     def _check_size(self, info: zipfile.ZipInfo) -> None:
         """Refuse a member whose claimed size its stored bytes cannot yield."""
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise self._damaged(f"{info.filename} is compressed in a way that npz files are not")
+            raise self.unsound(f"{info.filename} is compressed in a way that npz files are not")
         ratio = 1 if info.compress_type == zipfile.ZIP_STORED else _BEST_DEFLATE_RATIO
-        there = min(info.compress_size, self._size - info.header_offset)
+        there = min(info.compress_size, self.size - info.header_offset)
         # A deflated block has a few bytes beside its data.
         if info.file_size > max(there, 0) * ratio + (ratio > 1) * 1024:
-            raise self._damaged(f"{info.filename} claims {info.file_size} bytes, {there} are there")
+            raise self.unsound(f"{info.filename} claims {info.file_size} bytes, {there} are there")
 
-    def _members(self) -> dict[str, Member]:
-        found: dict[str, Member] = {}
-        infos = self._archive.infolist()
-        for info in infos:
-            self._check_size(info)
-        unpacked = sum(info.file_size for info in infos)
-        if unpacked > max(_FREE_BYTES, _MOST_RATIO * self._size):
-            raise self._damaged(
-                f"its {self._size} bytes claim to unpack to {unpacked}, which no weights do"
+    def _member(self, info: zipfile.ZipInfo) -> Member:
+        with self._explained(info, *_HEADER_FAULTS), self._archive.open(info) as stream:
+            shape, fortran, dtype = _header(stream)
+            size = stream.tell() + math.prod(shape) * dtype.itemsize
+        fault = ""
+        if dtype.hasobject:
+            fault = "holds pickled Python objects, which jaxtc never loads"
+        elif size != info.file_size or min(shape, default=0) < 0:
+            raise self.unsound(
+                f"{info.filename} has {info.file_size} bytes, its header of shape {shape} and "
+                f"dtype {dtype} would take {size}"
             )
-        for info in infos:
-            name = info.filename.removesuffix(".npy")
-            if name in found:
-                raise self._damaged(f"it holds {info.filename} twice")
-            with self._open(info) as stream:
-                try:
-                    shape, fortran, dtype = _header(stream)
-                except _HEADER_FAULTS as error:
-                    raise self._damaged(f"{info.filename}: {first_line(error)}") from error
-                size = stream.tell() + math.prod(shape) * dtype.itemsize
-            fault = ""
-            if dtype.hasobject:
-                fault = "holds pickled Python objects, which jaxtc never loads"
-            elif size != info.file_size or min(shape, default=0) < 0:
-                raise self._damaged(
-                    f"{info.filename} has {info.file_size} bytes, its header of shape {shape} and "
-                    f"dtype {dtype} would take {size}"
-                )
-            elif dtype.kind != "f" or dtype.itemsize > 8:
-                fault = f"has dtype {dtype}, not a float of 16, 32 or 64 bits"
-            found[name] = Member(shape, dtype, fortran, fault, info)
-        return found
+        elif dtype.kind != "f" or dtype.itemsize > 8:
+            fault = f"has dtype {dtype}, not a float of 16, 32 or 64 bits"
+        return Member(shape, dtype, fortran, fault, info)
 
 
 def write_params(path: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:

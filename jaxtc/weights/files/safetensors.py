@@ -1,4 +1,4 @@
-"""Safetensors files: every claim of a header is checked before anything is allocated.
+"""Safetensors files: a header is checked whole before anything is allocated.
 
 The format: 8 bytes, the header's length as a little-endian integer; the header, a JSON object
 that gives each tensor's dtype, shape and the range of its bytes; the bytes.
@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,22 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
+from safetensors import SafetensorError, safe_open
 
-from jaxtc.errors import WeightsError
+from jaxtc.errors import WeightsError, first_line
 from jaxtc.weights.files import local, shards
 from jaxtc.weights.files.shards import Raw
 
-MAX_HEADER_BYTES = 100_000_000
-
-_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16,
-    "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
-    "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-}  # fmt: skip
-
-# NumPy's own limit.
-_MOST_AXES = 64
-
+_MOST_AXES = 64  # of a NumPy array
 _PIECE_BYTES = 8 << 20
 
 # The dtypes that weights are read from.
@@ -61,33 +53,33 @@ class Entry:
         return f"has dtype {self.dtype}, not one of {', '.join(FLOATS)}"
 
 
-class SafetensorsFile:
-    """An open safetensors file, to be used in a ``with`` statement.
+class SafetensorsFile(local.PlainFile):
+    """An open safetensors file, see :class:`~jaxtc.weights.files.local.PlainFile`.
 
     Attributes:
-        path: of the file.
         entries: what the header says, by tensor name.
         metadata: the header's free text, by key.
-
-    Raises:
-        WeightsError: the file is truncated, or its header is not sound.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
-        self._file = local.open_plain(path)
+    format = "safetensors"
+
+    def read_header(self) -> None:
+        """Have the header checked by the library, then read it: the library hides the offsets."""
         try:
-            self.metadata: dict[str, str] = {}
-            self._data_start, self.entries = self._read_header()
-        except BaseException:
-            self._file.close()
-            raise
-
-    def __enter__(self) -> "SafetensorsFile":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._file.close()
+            with safe_open(self.path, "numpy"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise self.unsound(first_line(error)) from error
+        length = bytearray(8)
+        self._read_at(0, memoryview(length))
+        header = bytearray(int.from_bytes(length, "little"))
+        self._read_at(8, memoryview(header))
+        raw = json.loads(header.decode(), object_pairs_hook=self._unique)
+        self.metadata: dict[str, str] = raw.pop("__metadata__", {})
+        if self.metadata is None:
+            raise self.unsound("its __metadata__ is null")
+        self.entries = {name: self._entry(name, claim) for name, claim in raw.items()}
+        self._data_start = 8 + len(header)
 
     def raw(self, name: str, shape: tuple[int, ...] | None = None) -> Raw:
         """A tensor whose dtype is in :data:`FLOATS`, perhaps with its axes split or merged."""
@@ -106,94 +98,36 @@ class SafetensorsFile:
     ) -> tuple[np.ndarray | jax.Array, str]:
         """A tensor as :func:`~jaxtc.weights.files.shards.read` has it.
 
-        Raises:
-            WeightsError: the file ended or failed while it was read.
+        Raises WeightsError when the file ends or fails while it is read.
         """
         return shards.read(self.raw(name, shape), dtype, sharding, transposed=transposed)
 
     def _read_at(self, offset: int, view: memoryview) -> None:
+        # Not through a memory map, where a file that shrinks or a failing disk kills the process.
         while view:
             try:
-                count = os.preadv(self._file.fileno(), [view], offset)
+                count = os.preadv(self.file.fileno(), [view], offset)
             except OSError as error:
                 raise WeightsError(f"{self.path} cannot be read: {error.strerror}.") from error
             if not count:
-                raise self._unsound("it ended while it was being read")
+                raise self.unsound("it ended while it was being read")
             view, offset = view[count:], offset + count
-
-    def _unsound(self, problem: str) -> WeightsError:
-        return WeightsError(
-            f"{self.path} is not a sound safetensors file: {problem}. Most likely a download or "
-            "copy was cut short or damaged; fetch the file again."
-        )
-
-    def _read_header(self) -> tuple[int, dict[str, Entry]]:
-        size = os.fstat(self._file.fileno()).st_size
-        if size < 8:
-            raise self._unsound(f"it has {size} bytes, not even the 8 of the header's length")
-        prefix = bytearray(8)
-        self._read_at(0, memoryview(prefix))
-        length = int.from_bytes(prefix, "little")
-        if length > MAX_HEADER_BYTES:
-            raise self._unsound(
-                f"its first 8 bytes claim a header of {length} bytes (at most {MAX_HEADER_BYTES})"
-            )
-        if 8 + length > size:
-            raise self._unsound(f"its header should take {length} bytes, the file has {size - 8}")
-        header = bytearray(length)
-        self._read_at(8, memoryview(header))
-        try:
-            raw = json.loads(header.decode("utf-8"), object_pairs_hook=self._unique)
-        except WeightsError:
-            raise
-        # ValueError: also integers too long to convert; RecursionError: brackets nested too deep.
-        except (ValueError, RecursionError) as error:
-            raise self._unsound(f"its header is not JSON ({error})") from error
-        if not isinstance(raw, dict):
-            raise self._unsound("its header is not a JSON object")
-        self.metadata = raw.pop("__metadata__", {})
-        texts = isinstance(self.metadata, dict) and self.metadata.values()
-        if texts is False or not all(isinstance(text, str) for text in texts):
-            raise self._unsound("its __metadata__ is not an object of texts")
-        entries = {name: self._entry(name, claim) for name, claim in raw.items()}
-        self._check_ranges(entries, size - 8 - length)
-        return 8 + length, entries
 
     def _unique(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
-        if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise self._unsound(f"its header names {twice!r} twice")
+        if len(found) != len(pairs):  # of which the library silently takes one
+            [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+            raise self.unsound(f"its header names {twice!r} twice")
         return found
 
     def _entry(self, name: str, claim: Any) -> Entry:
-        def whole(values: Any) -> bool:
-            return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
-
-        if not isinstance(claim, dict) or set(claim) != {"dtype", "shape", "data_offsets"}:
-            raise self._unsound(f"the entry of {name!r} is not dtype, shape and data_offsets")
-        dtype, shape, offsets = claim["dtype"], claim["shape"], claim["data_offsets"]
-        if not isinstance(dtype, str) or dtype not in _BITS:
-            raise self._unsound(f"{name!r} has the unknown dtype {dtype!r}")
-        if not whole(shape) or len(shape) > _MOST_AXES or not whole(offsets) or len(offsets) != 2:
-            raise self._unsound(f"{name!r} has shape {shape!r} and data_offsets {offsets!r}")
-        start, stop = offsets
-        if (stop - start) * 8 != math.prod(shape) * _BITS[dtype]:
-            raise self._unsound(
-                f"{name!r} is {dtype} {shape}, which does not fill its {stop - start} bytes"
+        # The library also takes a list of the three, more fields, and more axes than NumPy has.
+        exact = isinstance(claim, dict) and claim.keys() == {"dtype", "shape", "data_offsets"}
+        if not exact or len(claim["shape"]) > _MOST_AXES:
+            raise self.unsound(
+                f"the entry of {name!r} is not dtype, shape and data_offsets of an array"
             )
-        return Entry(dtype, tuple(shape), start, stop)
-
-    def _check_ranges(self, entries: dict[str, Entry], size: int) -> None:
-        end = 0
-        for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
-            if entry.start != end:
-                fault = "overlap with another tensor" if entry.start < end else "leave a gap before"
-                raise self._unsound(f"the bytes of {name!r} {fault} (at {entry.start})")
-            end = entry.stop
-        if end != size:
-            raise self._unsound(f"its tensors take {end} bytes, the file holds {size} of them")
+        return Entry(claim["dtype"], tuple(claim["shape"]), *claim["data_offsets"])
 
 
 def header(
@@ -201,9 +135,8 @@ def header(
 ) -> bytes:
     """The beginning of a file, up to the bytes of its first tensor.
 
-    Args:
-        tensors: (name, dtype, shape) of each, in the order of their bytes.
-        metadata: free text; transformers insists on ``format``.
+    Tensors are (name, dtype, shape) in the order of their bytes; transformers insists on the
+    metadata ``format``.
     """
     found, end = {"__metadata__": dict(metadata)}, 0
     for name, dtype, shape in tensors:
@@ -225,15 +158,10 @@ def pieces(array: np.ndarray) -> Iterator[memoryview]:
         yield memoryview(part.reshape(-1).view(np.uint8))
 
 
-def write_tensors(
-    path: Path,
-    tensors: Sequence[tuple[str, np.dtype, Sequence[int]]],
-    arrays: Iterable[tuple[str, np.ndarray]],
-    metadata: Mapping[str, str],
-) -> None:
+def write_tensors(path: Path, header: bytes, arrays: Iterable[np.ndarray]) -> None:
     """Write a file, whole or not at all; each array is asked for when its turn comes."""
     with local.replacing(path) as partial, partial.open("wb") as file:
-        file.write(header(tensors, metadata))
-        for _, array in arrays:
+        file.write(header)
+        for array in arrays:
             file.writelines(pieces(array))
             del array  # before the next one is made

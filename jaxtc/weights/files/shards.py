@@ -34,15 +34,10 @@ def boxes_of(shape: Sequence[int], sharding: NamedSharding) -> dict[Box, list[ja
 
 @dataclasses.dataclass(frozen=True)
 class Raw:
-    """An array in a file: its elements in C order.
+    """An array in a file: its elements in C order from the offset ``start`` on.
 
-    Attributes:
-        read_at: (offset, buffer) fills the buffer with the file's bytes from the offset on.
-        start: the offset of the first byte.
-        dtype: in the file.
-        shape: in the file.
-        stream: whether it can only be read from the first byte to the last, once; offsets are then
-            not looked at.
+    ``read_at(offset, buffer)`` fills the buffer. A ``stream`` can only be read from the first byte
+    to the last, once, and ignores offsets.
     """
 
     read_at: Callable[[int, memoryview], None]
@@ -58,12 +53,7 @@ class Raw:
 
 
 class Parts:
-    """Host arrays for some boxes of an array, to be filled block by block.
-
-    Args:
-        boxes: which.
-        dtype: of the arrays.
-    """
+    """Host arrays for some boxes of an array, to be filled block by block."""
 
     def __init__(self, boxes: Iterable[Box], dtype: np.dtype):
         self.arrays = {box: empty(tuple(b - a for a, b in box), dtype) for box in boxes}
@@ -84,16 +74,6 @@ class Parts:
             cast(source, target)
             if source.dtype != target.dtype:
                 self.kept &= all_finite(target)
-
-    def transposed(self) -> "Parts":
-        """The same parts of the array with its axes in the other order; these are given up."""
-        twin = Parts((), self.dtype)
-        twin.finite, twin.kept = self.finite, self.kept
-        while self.arrays:
-            box, array = self.arrays.popitem()
-            twin.arrays[box[::-1]] = turned = empty(array.shape[::-1], self.dtype)
-            np.copyto(turned, array.T)
-        return twin
 
     def problem(self) -> str:
         """What is wrong with the values so far, or an empty string."""
@@ -116,8 +96,7 @@ def read(
         sharding: of the array, after it was transposed.
         transposed: whether to reverse its axes; on the host that is a view.
 
-    Returns:
-        (the array, what is wrong with the values read here or an empty string).
+    Returns (the array, what is wrong with the values read here or an empty string).
     """
     if not raw.shape:
         array, problem = read(dataclasses.replace(raw, shape=(1,)), dtype)
@@ -132,7 +111,15 @@ def read(
     for group in [list(boxes)] if raw.stream else _groups(list(boxes), dtype):
         parts = read_parts(raw, dtype, [box[::-1] for box in group] if transposed else group)
         problems.append(parts.problem())
-        placed += place(parts.transposed() if transposed else parts, boxes)
+        while parts.arrays:  # no longer there once it is on its devices
+            box, array = parts.arrays.popitem()
+            if transposed:
+                box, untransposed = box[::-1], array
+                array = empty(untransposed.shape[::-1], dtype)
+                np.copyto(array, untransposed.T)
+                del untransposed
+            # Waiting keeps one host copy at a time where the devices have memory of their own.
+            placed += jax.block_until_ready([jax.device_put(array, x) for x in boxes[box]])
     array = jax.make_array_from_single_device_arrays(shape, sharding, placed)
     return array, next(filter(None, problems), "")
 
@@ -148,16 +135,6 @@ def read_parts(raw: Raw, dtype: np.dtype, boxes: Sequence[Box]) -> Parts:
         else:
             parts.take(block, corner)
     return parts
-
-
-def place(parts: Parts, boxes: dict[Box, list[jax.Device]]) -> list[jax.Array]:
-    """Each part on its devices, and no longer in ``parts``."""
-    found = []
-    while parts.arrays:
-        box, array = parts.arrays.popitem()
-        # Waiting keeps one host copy at a time where the devices have memory of their own.
-        found += jax.block_until_ready([jax.device_put(array, device) for device in boxes[box]])
-    return found
 
 
 def hull(boxes: Sequence[Box]) -> Box:
@@ -178,14 +155,6 @@ def _groups(boxes: list[Box], dtype: np.dtype) -> list[list[Box]]:
     return [[box] for box in boxes]
 
 
-def _rows(shape: Sequence[int], stored: np.dtype) -> Iterator[tuple[int, int]]:
-    """Ranges of the first axis that take about :data:`CHUNK_BYTES` each."""
-    row = math.prod(shape[1:]) * stored.itemsize
-    step = max(1, CHUNK_BYTES // max(row, 1))
-    for low in range(0, shape[0] if row else 0, step):
-        yield low, min(low + step, shape[0])
-
-
 def _blocks(
     raw: Raw, box: Box, into: np.ndarray | None
 ) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
@@ -200,7 +169,10 @@ def _blocks(
     last = max([axis for axis, n in enumerate(sizes) if n != shape[axis]], default=0)
     steps = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     first = box[0][0]
-    for low, high in _rows(sizes, raw.dtype):
+    row = math.prod(sizes[1:]) * size
+    step = max(1, CHUNK_BYTES // max(row, 1))
+    for low in range(0, sizes[0] if row else 0, step):
+        high = min(low + step, sizes[0])
         block = np.empty((high - low, *sizes[1:]), raw.dtype) if into is None else into[low:high]
         ranges = [(first + low, first + high), *box[1:]]
         leading = [range(*ranges[axis]) for axis in range(last)]

@@ -17,18 +17,15 @@ from jaxtc.transcoders.activations import Activation, activation_in, parameter_n
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.files.formats import AXES, SITES, Format, account, format_of
 from jaxtc.weights.files.npz import NpzFile, write_params
-from jaxtc.weights.files.safetensors import FLOATS, SafetensorsFile, write_tensors
+from jaxtc.weights.files.safetensors import FLOATS, SafetensorsFile, header, write_tensors
 
 
 @dataclasses.dataclass(frozen=True)
 class TranscoderFile:
-    """An open file whose arrays are those of a transcoder.
+    """An open file whose arrays are those of a transcoder, as ``format`` spells them.
 
-    Attributes:
-        path: of the file.
-        format: how it spells them.
-        shapes: of our parameters that it has, in our orientation.
-        sites: what the file itself says of ``input_site`` and ``output_site``.
+    ``shapes`` are of our parameters that it has, in our orientation; ``sites`` what the file itself
+    says of ``input_site`` and ``output_site``.
     """
 
     path: Path
@@ -39,7 +36,7 @@ class TranscoderFile:
 
     @property
     def activation(self) -> Activation | None:
-        """Told by which parameters it has."""
+        """Recognised by the parameters in the file."""
         return activation_in(self.format.name, self.shapes.keys() & parameter_names())
 
     @property
@@ -51,14 +48,9 @@ class TranscoderFile:
     def read(
         self, name: str, dtype: np.dtype, sharding: NamedSharding | None = None
     ) -> tuple[np.ndarray | jax.Array, str]:
-        """One of our parameters, in our orientation, cast to ``dtype``.
+        """One of our parameters, in our orientation, as :func:`jaxtc.weights.files.shards.read`.
 
-        Returns:
-            (the array, on the host perhaps a transposed view; what is wrong with the values read
-            here, or an empty string).
-
-        Raises:
-            WeightsError: the file ended or failed while it was read.
+        Raises WeightsError when the file ends or fails while it is read.
         """
         key, axes = self.format.keys[name]
         array, problem = self._file.read(key, dtype, sharding, transposed=axes != AXES[name])
@@ -73,20 +65,28 @@ class TranscoderFile:
 def open_transcoder(path: Path) -> Iterator[TranscoderFile]:
     """A transcoder's file, in whichever format it is; nothing but headers is read.
 
-    Raises:
-        WeightsError: a damaged file; arrays that are missing, extra, misshapen or not of floats,
-            all of them named at once.
+    Raises WeightsError for a damaged file, and for arrays that are missing, extra, misshapen or not
+    of floats, all of them named at once.
     """
-    with (SafetensorsFile if path.suffix == ".safetensors" else NpzFile)(path) as file:
+    suffix = ".safetensors" if path.suffix == ".safetensors" else ".npz"
+    with {".npz": NpzFile, ".safetensors": SafetensorsFile}[suffix](path) as file:
         claims = {name: (entry.shape, entry.fault) for name, entry in file.entries.items()}
-        sites = _sites(path, getattr(file, "metadata", {}))
-        format = format_of(path, claims)
+        format = format_of(suffix, claims)
         problems, shapes = account(format, claims)
         if problems:
             raise WeightsError(
                 f"{path} is not a transcoder that jaxtc can read: {some(problems, 20)}. Its keys "
                 f"are taken for the format {format.name!r}, which has {format.describe()}."
             )
+        metadata = getattr(file, "metadata", {})
+        sites = {key: metadata[key] for key in SITES if key in metadata}
+        for key, site in sites.items():
+            if site not in BY_NAME:
+                raise WeightsError(
+                    f"{path} says that its {key} is {site!r}, which is not a site."
+                    f"{did_you_mean(site, BY_NAME)} `jaxtc sites` lists them; the file was written "
+                    "by another version of jaxtc or by hand."
+                )
         yield TranscoderFile(path, format, shapes, sites, file)
 
 
@@ -95,8 +95,7 @@ def read_all(
 ) -> dict[str, np.ndarray | jax.Array]:
     """All parameters of an open file, in memory or where ``places`` says.
 
-    Raises:
-        WeightsError: as :meth:`TranscoderFile.read`; values that are not finite.
+    Raises WeightsError as :meth:`TranscoderFile.read`, and for values that are not finite.
     """
     found, problems = {}, []
     for name in file.shapes:
@@ -110,55 +109,33 @@ def read_all(
     return found
 
 
-def _sites(path: Path, metadata: Mapping[str, str]) -> dict[str, str]:
-    found = {key: metadata[key] for key in SITES if key in metadata}
-    for key, site in found.items():
-        if site not in BY_NAME:
-            raise WeightsError(
-                f"{path} says that its {key} is {site!r}, which is no site."
-                f"{did_you_mean(site, BY_NAME)} `jaxtc sites` lists them; the file was written by "
-                "another version of jaxtc or by hand."
-            )
-    return found
-
-
 def write_transcoder(
     format: Format, path: Path, declared: Transcoder, fetch: Callable[[str], np.ndarray]
 ) -> None:
-    """Write the file, whole or not at all; one parameter is in memory at a time.
+    """Write the file, whole or not at all; one parameter, as ``fetch`` gives it, is in memory.
 
     A safetensors file has the transcoder's dtype and says its layer and its sites; an npz is
-    float32.
-
-    Args:
-        format: one that has all of the transcoder's parameters.
-        path: the file.
-        declared: the transcoder, with or without its values.
-        fetch: a parameter's values by its name.
+    float32. Of ``declared`` no values are read.
     """
     npz, dtype = format.suffix == ".npz", np.dtype(declared.W_enc.dtype)
     activation = declared.activation
     made = {} if format.name in activation.files else {"threshold"}
     names = [name for name in format.keys if name in made or getattr(declared, name) is not None]
 
-    def arrays() -> Iterator[tuple[str, np.ndarray]]:
-        for name in names:
-            key, axes = format.keys[name]
-            if name in made:
-                own = {parameter: fetch(parameter) for parameter in activation.parameters}
-                value = np.broadcast_to(activation.as_threshold(own), declared.features)
-                value = value.astype(dtype)
-            else:
-                value = fetch(name)
-            if name == "threshold" and not format.negative:
-                value = np.maximum(value, 0)  # which has no effect on what it computes
-            value = value if axes == AXES[name] else value.T
-            # NumPy would write a transposed view in the order that it has in memory.
-            yield key, np.ascontiguousarray(value, np.float32) if npz else value
-            del value  # before the next one is fetched
+    def value_of(name: str) -> np.ndarray:
+        if name in made:
+            own = {parameter: fetch(parameter) for parameter in activation.parameters}
+            value = np.broadcast_to(activation.as_threshold(own), declared.features).astype(dtype)
+        else:
+            value = fetch(name)
+        if name == "threshold" and not format.negative:
+            value = np.maximum(value, 0)  # which has no effect on what it computes
+        value = value if format.keys[name][1] == AXES[name] else value.T
+        # NumPy would write a transposed view in the order that it has in memory.
+        return np.ascontiguousarray(value, np.float32) if npz else value
 
     if npz:
-        return write_params(path, arrays())
+        return write_params(path, ((format.keys[name][0], value_of(name)) for name in names))
     tensors = []
     for name in names:
         key, axes = format.keys[name]
@@ -167,4 +144,4 @@ def write_transcoder(
     facts = {"format": "pt", "variant": declared.variant}
     facts |= {key: getattr(declared, key) for key in SITES}
     facts |= {} if declared.layer is None else {"layer": str(declared.layer)}
-    write_tensors(path, tensors, arrays(), facts)
+    write_tensors(path, header(tensors, facts), map(value_of, names))

@@ -7,20 +7,10 @@ from pathlib import Path
 
 from huggingface_hub import (
     _CACHED_NO_EXIST,
+    errors,
     hf_hub_download,
     list_repo_files,
     try_to_load_from_cache,
-)
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
 )
 
 from jaxtc.errors import SourceError, first_line
@@ -34,6 +24,7 @@ TOKENIZER_FILES = (
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_UNREACHABLE = (errors.HTTPError, errors.EntryNotFoundError, errors.OfflineModeIsEnabled)
 
 
 def split_id(source: str) -> tuple[str, str] | None:
@@ -48,8 +39,7 @@ def split_id(source: str) -> tuple[str, str] | None:
 def download(repo: str, file: str, revision: str | None = None) -> Path:
     """The local copy of one file, fetched when the cache lacks it.
 
-    Raises:
-        SourceError: no access, no such repository, revision or file, or no network.
+    Raises SourceError: no access, no such repository, revision or file, or no network.
     """
     with _explained(repo, file, revision):
         return Path(hf_hub_download(repo, file, revision=revision))
@@ -65,7 +55,7 @@ def download_if_there(repo: str, file: str, revision: str | None = None) -> Path
     try:
         return download(repo, file, revision)
     except SourceError as error:
-        if isinstance(error.__cause__, RemoteEntryNotFoundError):
+        if isinstance(error.__cause__, errors.RemoteEntryNotFoundError):
             return None
         raise
 
@@ -79,10 +69,8 @@ def list_files(repo: str, revision: str | None = None) -> list[str]:
 def download_model(repo: str, revision: str | None = None) -> Path:
     """The local folder with a model's config and weights; nothing else is fetched.
 
-    Raises:
-        SourceError: as :func:`download`.
-        ConfigError: not a Gemma-2; found before the weights are fetched.
-        WeightsError: an unsound index of shards.
+    Raises SourceError as :func:`download`; before the weights are fetched, ConfigError when it is
+    not a Gemma-2 and WeightsError for an unsound index of shards.
     """
     config = download(repo, "config.json", revision)
     Gemma2Config.from_file(config)
@@ -93,11 +81,6 @@ def download_model(repo: str, revision: str | None = None) -> Path:
     for name in names:
         download(repo, name, commit)
     return config.parent
-
-
-def download_config(repo: str, revision: str | None = None) -> Path:
-    """The local folder with a model's ``config.json``. Raises SourceError as :func:`download`."""
-    return download(repo, "config.json", revision).parent
 
 
 def download_tokenizer(repo: str, revision: str | None = None) -> Path:
@@ -116,40 +99,44 @@ def _pin(file: Path, revision: str | None) -> str | None:
 
 @contextlib.contextmanager
 def _explained(repo: str, file: str, revision: str | None) -> Iterator[None]:
-    # HTTPError covers what the HTTP client itself raises; OSError a full disk.
-    faults = (HTTPError, EntryNotFoundError, OfflineModeIsEnabled, HFValidationError, OSError)
     try:
         yield
-    except faults as error:
+    # errors.HTTPError covers what the HTTP client itself raises; OSError a full disk.
+    except (*_UNREACHABLE, errors.HFValidationError, OSError) as error:
         raise SourceError(_explain(error, repo, file, revision)) from error
 
 
 def _explain(error: Exception, repo: str, file: str, revision: str | None) -> str:
     what = (f"{repo}/{file}" if file else repo) + (f" at revision {revision!r}" if revision else "")
     status = _status(error)
-    if isinstance(error, HFValidationError):
+    if isinstance(error, errors.HFValidationError):
         return f"{repo!r} is not a hub id: {first_line(error)}."
-    if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
+    if isinstance(error, errors.RepositoryNotFoundError) and not isinstance(
+        error, errors.GatedRepoError
+    ):
         return (
             f"The Hugging Face hub has no repository {repo!r} that you may see. Check the "
             "spelling (owner/name); if it is private or gated, log in with `hf auth login` or set "
             "HF_TOKEN. A local folder must exist to be taken as one."
         )
-    if isinstance(error, GatedRepoError) or status in (401, 403):
-        return _gated(repo)
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, errors.GatedRepoError) or status in (401, 403):
+        return (
+            f"{repo} is gated: its files are given only to people who accepted its licence. Accept "
+            f"it at https://huggingface.co/{repo}, then log in with `hf auth login` (or set "
+            "HF_TOKEN to a token of that account, with read access to gated repositories) and try "
+            "again."
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
         return (
             f"{repo} on the Hugging Face hub has no revision {revision!r}; give a branch, a tag "
             "or a commit hash of it."
         )
-    if isinstance(error, RemoteEntryNotFoundError):
-        return (
-            f"The Hugging Face hub has no file {what}; see "
-            f"https://huggingface.co/{repo}/tree/{revision or 'main'}."
-        )
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        place = f"https://huggingface.co/{repo}/tree/{revision or 'main'}"
+        return f"The Hugging Face hub has no file {what}; see {place}."
     if status is not None:
         return f"The Hugging Face hub answered {what} with status {status}. Try again later."
-    if isinstance(error, HTTPError | EntryNotFoundError | OfflineModeIsEnabled):
+    if isinstance(error, _UNREACHABLE):
         return (
             f"{what} is not in the local cache, and the Hugging Face hub cannot be reached. Check "
             "the network (and that HF_HUB_OFFLINE is not set), give a local folder instead, or use "
@@ -161,15 +148,7 @@ def _explain(error: Exception, repo: str, file: str, revision: str | None) -> st
 def _status(error: BaseException | None) -> int | None:
     """The HTTP status behind an error; the hub wraps some answers into "not in the cache"."""
     while error is not None:
-        if isinstance(error, HfHubHTTPError) and error.response is not None:
+        if isinstance(error, errors.HfHubHTTPError) and error.response is not None:
             return error.response.status_code
         error = error.__cause__
     return None
-
-
-def _gated(repo: str) -> str:
-    return (
-        f"{repo} is gated: its files are given only to people who accepted its licence. Accept it "
-        f"at https://huggingface.co/{repo}, then log in with `hf auth login` (or set HF_TOKEN to a "
-        "token of that account, with read access to gated repositories) and try again."
-    )

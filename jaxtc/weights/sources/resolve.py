@@ -12,27 +12,9 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 
 from jaxtc.errors import SourceError, did_you_mean, first_line
-from jaxtc.weights.checkpoints.read import Converted, is_converted
-from jaxtc.weights.checkpoints.sidecar import read_sidecar
-from jaxtc.weights.files import local
-from jaxtc.weights.files.layout import (
-    DEFAULT_L0,
-    GEMMA_SCOPE_2B,
-    SHAPE,
-    Tier,
-    Wish,
-    check_layer,
-    choose,
-    default_path,
-    files_of,
-    is_file,
-    layer_of,
-    place_of,
-    sae_site,
-    tiers_in,
-    tiers_of,
-    wish_of,
-)
+from jaxtc.weights.checkpoints.read import Converted
+from jaxtc.weights.checkpoints.sidecar import SIDECAR, read_sidecar
+from jaxtc.weights.files import layout, local
 from jaxtc.weights.sources import hub
 
 EMBEDDED = "embedded"
@@ -55,9 +37,6 @@ _NAMES = {
     for size in SIZES
     for name in (size, f"gemma-2-{size}", f"google/gemma-2-{size}", f"google/gemma-2-{size}-it")
 }
-_DOWNLOADS = {
-    MODEL: hub.download_model, TOKENIZER: hub.download_tokenizer, CONFIG: hub.download_config,
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +50,7 @@ class Source:
             transcoders), "file", "converted", or "released" (a model whose config is known).
         path: the folder or file on this machine; None while it is on the hub only.
         inside: which transcoder below the folder or repository, "" when that is not said.
-        repo: the repository on the hub.
-        revision: its branch, tag or commit.
+        repo, revision: the repository on the hub; its branch, tag or commit.
         layer: of one transcoder, where it is known.
         size: "2b", "9b" or "27b" of a released model.
     """
@@ -90,10 +68,14 @@ class Source:
     def fetch(self) -> Path:
         """The folder or file on this machine, downloaded first when it is on the hub.
 
-        Raises:
-            SourceError, ConfigError, WeightsError: as :func:`jaxtc.weights.sources.hub.download`.
+        Raises SourceError, ConfigError, WeightsError as :mod:`jaxtc.weights.sources.hub`.
         """
-        return self.path or _DOWNLOADS[self.kind](self.repo, self.revision)
+        if self.path:
+            return self.path
+        if self.kind == CONFIG:
+            return hub.download(self.repo, "config.json", self.revision).parent
+        download = hub.download_tokenizer if self.kind == TOKENIZER else hub.download_model
+        return download(self.repo, self.revision)
 
     @property
     def file(self) -> Path:
@@ -106,82 +88,80 @@ class Source:
         return self.path
 
     @functools.cached_property
-    def tiers(self) -> list[Tier]:
+    def tiers(self) -> list[layout.Tier]:
         """All transcoders of a folder or a repository, listed once."""
         if self.format == HUB:
-            return tiers_of(hub.list_files(self.repo, self.revision))
-        return tiers_in(self.path)
+            return layout.tiers_of(hub.list_files(self.repo, self.revision))
+        return layout.tiers_in(self.path)
 
     def layers(self) -> list[int]:
         """The layers that there are transcoders for.
 
-        Raises:
-            SourceError: there are none, or a file that no ``layer_N`` folder is around.
+        Raises SourceError if there are none, or for a file that no ``layer_N`` folder is around.
         """
         if self.format == CONVERTED:
             return sorted(Converted(self.path, TRANSCODERS).sidecar.transcoders)
         if self.format == FILE:
-            named = layer_of(self.path.absolute().as_posix())
+            named = layout.layer_of(self.path.absolute().as_posix())
             if named is None:
                 raise SourceError(
                     f"{self.path} is one transcoder, and no folder around it (layer_N) says of "
                     "which layer; say which layer, as a number."
                 )
             return [named]
-        if self.repo == GEMMA_SCOPE_2B and not self.inside:
-            return list(range(len(DEFAULT_L0)))
+        if self.repo == layout.GEMMA_SCOPE_2B and not self.inside:
+            return list(range(len(layout.DEFAULT_L0)))
         layers = sorted({tier.layer for tier in self.tiers if tier.is_below(self.inside)})
         if not layers:
-            raise SourceError(f"{self.name} holds no transcoders; expected {SHAPE} in it.")
+            raise SourceError(f"{self.name} holds no transcoders; expected {layout.SHAPE} in it.")
         return layers
 
     def one(
         self, layer: int | None = None, width: str | None = None, l0: int | str | None = None
     ) -> "Source":
-        """The one transcoder that is meant; its file is fetched when it is on the hub.
+        """The one transcoder that matches; its file is fetched when it is on the hub.
 
-        Raises:
-            SourceError: there is none, no access to it, or more than one candidate (all listed).
+        Raises SourceError: there is none, no access to it, or several candidates (all listed).
         """
-        wish = wish_of(layer, width, l0)
+        query = layout.query_of(layer, width, l0)
         if self.format == CONVERTED:
             if self.inside or width is not None or l0 is not None:
                 raise SourceError(
                     f"{self.name} is a converted checkpoint with one transcoder a layer: give "
                     "layer only, not path, width or l0."
                 )
-            return dataclasses.replace(self, layer=wish.layer)
-        file, name = (self.path, self.name) if self.format == FILE else self._find(wish)
-        named = layer_of(file.absolute().as_posix())
-        if None not in (named, wish.layer) and named != wish.layer:
-            raise SourceError(f"layer={wish.layer} was asked for, but {name} is of layer {named}.")
-        layer = wish.layer if named is None else named
+            return dataclasses.replace(self, layer=query.layer)
+        file, name = (self.path, self.name) if self.format == FILE else self._find(query)
+        named = layout.layer_of(file.absolute().as_posix())
+        if None not in (named, query.layer) and named != query.layer:
+            raise SourceError(f"layer={query.layer} was asked for, but {name} is of layer {named}.")
+        layer = query.layer if named is None else named
         return dataclasses.replace(self, name=name, format=FILE, path=file, layer=layer)
 
-    def _find(self, wish: Wish) -> tuple[Path, str]:
-        """The local file of the transcoder that is meant, and the name it goes by."""
+    def _find(self, query: layout.Query) -> tuple[Path, str]:
+        """The local file of the one transcoder that matches, and the name it goes by."""
         root, inside = self.repo or self.name, self.inside.strip("/")
-        if self.repo == GEMMA_SCOPE_2B and not inside and wish.is_default:
-            check_layer(wish.layer, range(len(DEFAULT_L0)), root)
-            inside = default_path(wish.layer)
-        for place in files_of(inside):
-            file = self._get(place, listed=False)
-            if file is not None:
+        if self.repo == layout.GEMMA_SCOPE_2B and not inside and query.is_default:
+            layout.check_layer(query.layer, range(len(layout.DEFAULT_L0)), root)
+            inside = layout.default_path(query.layer)
+        for place in layout.files_of(inside):
+            if file := self._get_if_there(place):
                 break
         else:
-            parts = self.repo.split("/") if self.repo else self.path.absolute().parts
-            usual = sae_site(parts) is None
-            place = choose(self.tiers, place_of(inside), wish, root, usual=usual).path
-            file = self._get(place, listed=True)
-        return file, "/".join(filter(None, (root.rstrip("/"), place_of(place))))
+            folders = (self.repo or self.path.absolute().as_posix()).split("/")
+            usual, below = layout.sae_site(folders) is None, layout.place_of(inside)
+            place = layout.choose(self.tiers, below, query, root, usual=usual).path
+            found = self.path and self.path / place
+            file = found or hub.download(self.repo, place, self.revision)
+        return file, "/".join(filter(None, (root.rstrip("/"), layout.place_of(place))))
 
-    def _get(self, place: str, listed: bool) -> Path | None:
-        """The local copy of a file below the source, None when it has none of that name."""
-        if self.format == FOLDER:
-            return self.path / place if listed or local.has(self.path, place) else None
-        if listed:
-            return hub.download(self.repo, place, self.revision)
-        return hub.download_if_there(self.repo, place, self.revision) if tiers_of([place]) else None
+    def _get_if_there(self, place: str) -> Path | None:
+        """The local copy of a file below the source."""
+        if self.path:
+            return self.path / place if local.has(self.path, place) else None
+        if not layout.tiers_of([place]):
+            return None  # no repository has it
+        return hub.download_if_there(self.repo, place, self.revision)
 
 
 def resolve(
@@ -208,13 +188,11 @@ def resolve(
     """
     if path is not None and (os.path.isabs(path) or ".." in PurePosixPath(path).parts):
         raise SourceError(f"path={path!r} leaves {source}; give a path below it.")
-    bucket = str(source).startswith(_BUCKETS)
-    there = None if bucket or source == EMBEDDED else local.find(source)
     if source == EMBEDDED:
         found = _embedded(kind or default)
-    elif bucket:
+    elif str(source).startswith(_BUCKETS):
         found = _in_bucket(str(source), kind)
-    elif there is not None:
+    elif there := local.find(source):
         found = _local(str(source), there, kind)
     else:
         return _on_hub(source, kind, revision, path or "", default)
@@ -244,7 +222,7 @@ def _in_bucket(name: str, kind: str | None) -> Source:
 
     folder = epath.Path(name)
     try:
-        there = is_converted(folder)
+        there = (folder / SIDECAR).exists()
     except Exception as error:  # of whichever library reads these paths
         raise SourceError(f"{name} cannot be looked up: {first_line(error)}.") from error
     if not there or kind == TOKENIZER:
@@ -258,10 +236,10 @@ def _in_bucket(name: str, kind: str | None) -> Source:
 
 def _local(name: str, path: Path, kind: str | None) -> Source:
     if not path.is_dir():
-        if kind not in (None, TRANSCODERS):
-            raise SourceError(f"{name} is a file; give the folder that holds config.json.")
-        return Source(name, TRANSCODERS, FILE, path)
-    if is_converted(path):
+        if kind in (None, TRANSCODERS):
+            return Source(name, TRANSCODERS, FILE, path)
+        raise SourceError(f"{name} is a file; give the folder that holds config.json.")
+    if local.has(path, SIDECAR):
         return Source(name, kind or read_sidecar(path).kind, CONVERTED, path)
     has_config = local.has(path, "config.json")
     if kind in (MODEL, CONFIG) and not has_config:
@@ -281,7 +259,7 @@ def _on_hub(
     repo, inside = (hub.split_id(source) if isinstance(source, str) else None) or ("", "")
     kind = kind or (default if not repo else TRANSCODERS if inside else None)
     # Every hub id may look like a relative path; none of a repository's ends like a file of ours.
-    if not repo or (kind == TRANSCODERS and is_file(repo)):
+    if not repo or (kind == TRANSCODERS and layout.is_file(repo)):
         raise SourceError(_nothing(name, kind))
     if kind is None:
         config = hub.download_if_there(repo, "config.json", revision)
@@ -296,13 +274,11 @@ def _on_hub(
 
 
 def _nothing(name: str, kind: str) -> str:
+    what, example = "folder", "google/gemma-2-2b"
     if kind == TRANSCODERS:
-        return (
-            f"There is no file or folder {name}, and it is not a hub id such as {GEMMA_SCOPE_2B}."
-        )
-    if kind == CONFIG:
-        return (
-            f"There is no folder {name}, and it is neither a hub id such as google/gemma-2-2b nor "
-            f"one of {', '.join(SIZES)}.{did_you_mean(name.lower(), _NAMES)}"
-        )
-    return f"There is no folder {name}, and it is not a hub id such as google/gemma-2-2b."
+        what, example = "file or folder", layout.GEMMA_SCOPE_2B
+    end = f", nor one of {', '.join(SIZES)}.{did_you_mean(name.lower(), _NAMES)}"
+    return (
+        f"There is no {what} {name}, and it is not a hub id such as {example}"
+        f"{end if kind == CONFIG else '.'}"
+    )

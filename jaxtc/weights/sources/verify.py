@@ -15,14 +15,12 @@ from jaxtc.weights.files import local
 from jaxtc.weights.files.model import INDEX, SINGLE, read_index
 
 _HASH = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
-_READ_BYTES = 8 << 20
 
 
 def model_files(folder: Path) -> list[Path]:
     """The files of a model in Hugging Face's format that are read: its config and its weights.
 
-    Raises:
-        WeightsError: an unsound index of shards.
+    Raises WeightsError for an unsound index of shards.
     """
     names = ["config.json", SINGLE]
     if not local.has(folder, SINGLE) and local.has(folder, INDEX):
@@ -33,17 +31,16 @@ def model_files(folder: Path) -> list[Path]:
 def verify_files(files: Iterable[Path]) -> None:
     """Hash files as the hub does and compare.
 
-    Raises:
-        WeightsError: a file is not what the hub has, or nothing here says what that is.
+    Raises WeightsError when a file is not what the hub has, or nothing here says what that is.
     """
-    files = list(files)
     expected = {file: hub_hash(file) for file in files}
-    unknown = [file.name for file, digest in expected.items() if digest is None]
+    unknown = [file for file, digest in expected.items() if digest is None]
     if unknown:
         raise WeightsError(
-            f"{files[0].parent} cannot be verified: nothing says what the hub's hashes of "
-            f"{some(unknown)} are. They are known of a hub id's files in the hub's own cache, and "
-            "of a folder that `hf download --local-dir` made; for other folders leave verify out."
+            f"{unknown[0].parent} cannot be verified: nothing says what the hub's hashes of "
+            f"{some([file.name for file in unknown])} are. They are known of a hub id's files in "
+            "the hub's own cache, and of a folder that `hf download --local-dir` made; for other "
+            "folders leave verify out."
         )
     wrong = [file for file, digest in expected.items() if _hash(file, len(digest)) != digest]
     if wrong:
@@ -62,27 +59,24 @@ def hub_hash(file: Path) -> str | None:
         return blob.name
     for folder in file.absolute().parents:
         kept = folder / ".cache/huggingface/download"
-        if not kept.is_dir():
-            continue
-        relative = file.absolute().relative_to(folder).as_posix()
-        try:
-            lines = (kept / f"{relative}.metadata").read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError):
-            return None
-        return lines[1] if len(lines) > 1 and _HASH.fullmatch(lines[1]) else None
+        if kept.is_dir():
+            relative = file.absolute().relative_to(folder).as_posix()
+            try:
+                lines = (kept / f"{relative}.metadata").read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError):
+                return None
+            return lines[1] if len(lines) > 1 and _HASH.fullmatch(lines[1]) else None
     return None
 
 
 def _hash(file: Path, digits: int) -> str:
     try:
+        # git's hash of a blob begins with its size; not for security, but it is the hub's name.
+        blob = f"blob {file.stat().st_size}\0".encode()
+        start = (
+            hashlib.sha256 if digits == 64 else lambda: hashlib.sha1(blob, usedforsecurity=False)
+        )
         with file.open("rb") as stream:
-            if digits == 64:
-                return hashlib.file_digest(stream, "sha256").hexdigest()
-            # git's hash of a blob begins with its size; not for security, but it is the hub's name.
-            size = file.stat().st_size
-            digest = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
-            while piece := stream.read(_READ_BYTES):
-                digest.update(piece)
-            return digest.hexdigest()
+            return hashlib.file_digest(stream, start).hexdigest()
     except OSError as error:
         raise WeightsError(f"{file} cannot be read: {error.strerror}.") from error
