@@ -5,8 +5,6 @@ for two places of this world (Portland, Charleston) or for two neighbouring ones
 (Kansas City) may be an answer, as a capital or a largest city is, but nothing is asked of it.
 """
 
-from __future__ import annotations
-
 import csv
 from collections import Counter
 from collections.abc import Iterator
