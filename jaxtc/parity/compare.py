@@ -118,13 +118,8 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
 def generation(
     ours: Sequence[Sequence[int]], theirs: Sequence[dict], tokenizer
 ) -> Generation | None:
-    """Compare the continuations token by token.
-
-    Args:
-        ours: new ids of each prompt.
-        theirs: of each prompt, new "tokens" and the "margins" of the two best logits at each.
-        tokenizer: for the texts of tokens, or None.
-    """
+    """Compare the continuations token by token: ``ours`` has new ids of each prompt, ``theirs`` new
+    "tokens" of each and the "margins" of the two best logits. ``tokenizer`` may be None."""
     if not ours[0]:
         return None
     text = tokenizer.decode if tokenizer else lambda token: ""
@@ -140,12 +135,9 @@ def generation(
 
 
 class Features:
-    """Compares a transcoder's features; see :class:`jaxtc.parity.certificate.Transcoder`.
+    """Compares the features of our transcoder; see :class:`jaxtc.parity.certificate.Transcoder`.
 
-    Args:
-        transcoder: ours.
-        tolerances: of the models' dtype.
-        special: ids of tokens that are left out.
+    Tokens with an id among ``special`` are left out.
     """
 
     def __init__(self, transcoder, tolerances: Tolerances, special: Iterable[int | None]):

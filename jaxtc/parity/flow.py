@@ -96,17 +96,16 @@ def certify(
     # mkdtemp makes it private (mode 0700).
     with tempfile.TemporaryDirectory(prefix="jaxtc-parity-") as root:
         _check_room(Path(root), config, ids, chosen, truth)
-        exact = None
         work = Job(
             name=dtype, root=root, model=str(folder.resolve()), dtype=dtype, truth=False,
             prompts=ids, layers=chosen, new_tokens=new_tokens, transcoder=file and str(file),
             transcoder_layer=of_layer, cpu=jax.config.jax_platforms == "cpu",
         )  # fmt: skip
         reports = {"theirs": job.run(work, say)}
+        exact = None
         if truth:
-            exact = dataclasses.replace(
-                work, name="float64", truth=True, new_tokens=0, transcoder=None
-            )
+            changes = {"truth": True, "new_tokens": 0, "transcoder": None}
+            exact = dataclasses.replace(work, name="float64", **changes)
             reports["truth"] = job.run(exact, say)
         began = time.monotonic()
         say(f"Loading {model} into JAX")
@@ -158,8 +157,7 @@ def certify(
 
 def _layers(asked: Iterable[int] | None, count: int) -> list[int]:
     """Indices from 0, in order."""
-    if asked is None:
-        return list(range(count))
+    asked = range(count) if asked is None else asked
     try:
         found = sorted({check_layer(operator.index(one), count, "layers") for one in asked})
     except TypeError as error:

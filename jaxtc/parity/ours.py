@@ -23,14 +23,9 @@ _CAPTURED = 256 * 2**20
 
 
 class Comparison:
-    """Our model on the prompts, against the files of the reference.
+    """Our model on the prompts, against the files of the reference's pass ``work``.
 
-    Args:
-        model: ours.
-        work: the reference's pass.
-        exact: its float64 pass, or None.
-        tolerances: for the dtype.
-        features: for the transcoder, or None.
+    ``exact`` is its float64 pass, or None; ``features`` compare the transcoder, if there is one.
 
     Attributes:
         accumulated, isolated: a tally per address, in the order of computation.

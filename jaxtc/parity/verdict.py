@@ -23,13 +23,8 @@ from jaxtc.parity.tolerances import Tolerances
 
 
 def certificate(tolerances: Tolerances, side: Comparison, **known: Any) -> Certificate:
-    """The certificate of a finished comparison.
-
-    Args:
-        tolerances: of its dtype.
-        side: our side, after all prompts.
-        known: the other fields; ``config`` as a :class:`Gemma2Config`.
-    """
+    """The certificate of a finished comparison; ``known`` are its other fields, ``config`` a
+    :class:`Gemma2Config`."""
     config, prompts = known.pop("config"), known["prompts"]
     rows = side.rows(tolerances)
     logits, truth = side.predictions.result(), side.truth_rows()
