@@ -12,8 +12,6 @@ from jaxtc.tap.sites import Address
 from jaxtc.tap.tap import Tap
 from jaxtc.training.packing import BOS, EOS, PAD, Batches
 
-_SPECIAL = (PAD, EOS, BOS)
-
 
 @dataclass
 class Harvest:
@@ -57,7 +55,7 @@ class Harvest:
         index, filled = number * self.tokens, 0
         while filled < self.tokens:
             batch = self.batches[index]
-            keep = ~np.isin(batch.tokens, _SPECIAL)
+            keep = ~np.isin(batch.tokens, (PAD, EOS, BOS))
             place = order[filled : filled + keep.sum()]
             for row, values in zip(arrays, self._read(batch), strict=True):
                 row[place] = np.asarray(values)[keep][: len(place)]
