@@ -182,8 +182,7 @@ class Features:
         away = np.abs(theirs["pre_activations"][token, feature] - self.threshold[feature])
         self.differing += len(token)
         self.near += int((away <= room[token] * self.columns[feature]).sum())
-        mine = np.asarray(self.transcoder(x))
-        self.fvu[0].update(theirs["mlp_out"], mine)
+        self.fvu[0].update(theirs["mlp_out"], self.transcoder(x))
         self.fvu[1].update(ours["mlp_out"], theirs["reconstruction"])
         self.fvu[2].update(theirs["mlp_out"], theirs["reconstruction"])
 

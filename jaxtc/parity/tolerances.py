@@ -101,7 +101,7 @@ class Tolerances:
 
 @functools.cache
 def tolerances(dtype: str, layers: int = DEPTH) -> Tolerances:
-    """Of "float32" or "bfloat16", for a model of so many layers."""
+    """Of "float32" or "bfloat16", for a model of this many layers."""
     column = 0 if dtype == "float32" else 2
     deeper = max(1.0, layers / DEPTH)
     rows = {site.name: measured(site.name) for site in SITES}
