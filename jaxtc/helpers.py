@@ -73,13 +73,13 @@ def write_whole(path: Path, text: str) -> None:
                 beside.unlink(missing_ok=True)
 
 
-def for_json(value: Any) -> Any:
-    """Tuples as lists, NaN and infinities as None: what JSON can hold."""
+def for_json(value: Any, other: Callable[[float], Any] = lambda number: None) -> Any:
+    """Tuples as lists; NaN and infinities, which JSON cannot hold, as ``other`` maps them."""
     if isinstance(value, dict):
-        return {key: for_json(item) for key, item in value.items()}
+        return {key: for_json(item, other) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return [for_json(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [for_json(item, other) for item in value]
+    return other(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def frozen_pytree(*static: str) -> Callable[[type], type]:

@@ -5,6 +5,7 @@ The training libraries are imported inside the commands, so that ``--help`` answ
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import typer
@@ -122,6 +123,6 @@ def report(
     with Console(stderr=True).status("Measuring"):
         found = measure(folder or DATA, source)
     if as_json:
-        write_json(STDOUT, found.to_dict())
+        write_json(STDOUT, dataclasses.asdict(found))
     else:
         Console().print(found)

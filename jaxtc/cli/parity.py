@@ -1,7 +1,6 @@
 """``jaxtc parity``: runs the comparison, draws its table, and writes the report."""
 
 import contextlib
-import importlib.util
 import math
 import os
 import signal
@@ -25,7 +24,7 @@ from jaxtc.cli.options import (
 from jaxtc.cli.runtime import working
 from jaxtc.errors import InputError
 from jaxtc.parity.certificate import Certificate, Figures, SiteRow
-from jaxtc.parity.report import write_report
+from jaxtc.parity.report import need_jinja2, write_report
 from jaxtc.parity.texts import read_prompts
 
 # Failures shown in the terminal; the report has them all.
@@ -71,11 +70,8 @@ def command(
             check_place(name, path)
     if report and json_file and os.path.realpath(report) == os.path.realpath(json_file):
         raise InputError(f"--report and --json are both {report}; give each a file of its own.")
-    if report and importlib.util.find_spec("jinja2") is None:
-        raise InputError(
-            "The HTML report needs jinja2, which is not installed here: pip install "
-            "'jaxtc[parity]'. --json needs nothing."
-        )
+    if report:
+        need_jinja2()
     with _ended_as_by_ctrl_c(), working("Starting JAX") as progress:
         from jaxtc.parity.flow import certify
 
@@ -90,11 +86,10 @@ def command(
             new_tokens=new_tokens,
             progress=progress,
         )
-    held = found.to_dict()
     try:
-        write_json(json_file, held)
+        write_json(json_file, found.to_dict())
         if report:
-            write_report(held, report)
+            write_report(found, report)
     finally:
         draw(Console(stderr=json_file == STDOUT), found)
     raise typer.Exit(0 if found.passed else 1)

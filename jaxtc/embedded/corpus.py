@@ -1,13 +1,11 @@
 """The generated corpus: plain English sentences about the world, and the facts to test on them.
 
-A sentence is a pure function of the seed and the number of its batch, so a run that was killed
-goes on with exactly the sentences it would have seen. Two kinds of two-hop fact are held out: *h1*,
-some (city, relation) pairs of cities that other two-hop sentences mention, and *h2*, cities that no
-two-hop sentence mentions at all. Besides, one sentence in fifty of every kind, picked by a
-checksum of its text, is kept out of training as held-out text.
+A batch of sentences is a pure function of the seed and its number, so a resumed run sees exactly
+the sentences it would have seen. Two kinds of two-hop fact are held out: *h1*, some (city,
+relation) pairs of cities that other two-hop sentences mention, and *h2*, cities that no two-hop
+sentence mentions. In addition one sentence in fifty of every kind, chosen by a checksum of its
+text, is held out of training.
 """
-
-from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable
@@ -18,7 +16,7 @@ import numpy as np
 
 from jaxtc.embedded.world import RELATIONS_WITH_ARTICLE, Place, World, load_world
 
-#: {a} is the answer and always the last word, so that a prompt is what stands before it.
+#: {a} is the answer and always the last word, so that the prompt is everything before it.
 CITY_TEMPLATES = (
     "{c} is in {a}.",
     "{c} is a city in {a}.",
@@ -70,8 +68,7 @@ WORDS = {
     "look": ("beautiful", "small", "large", "quiet"),
 }
 
-KINDS = ("city", "place", "two_hop", "filler")
-_MIXTURE = (0.17, 0.13, 0.55, 0.15)
+_MIXTURE = {"city": 0.17, "place": 0.13, "two_hop": 0.55, "filler": 0.15}
 _NEIGHBOURS_SHARE = 1 / 6
 _HELD_OUT_CITIES = 48
 _ALWAYS_HELD_OUT = ("Dallas", "Oakland")
@@ -89,23 +86,21 @@ class Item:
     answer: str
 
 
-def is_held_out_text(sentence: str) -> bool:
+def is_held_out(text: str, one_in: int = _HELD_OUT_SENTENCES) -> bool:
     """Whether a sentence belongs to the held-out text, which training never sees."""
-    return zlib.crc32(sentence.encode()) % _HELD_OUT_SENTENCES == 0
+    return zlib.crc32(text.encode()) % one_in == 0
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The sentences of ``world`` and what is held out of them; the same seed, the same corpus."""
+    """The sentences of ``world``, deterministic by the seed, and what is held out of them."""
 
     world: World
     seed: int = 0
 
-    # ---- facts -------------------------------------------------------------------------------
-
     @cached_property
     def h2_cities(self) -> frozenset[str]:
-        """Cities that no two-hop sentence mentions: at most one a place, none of them an answer."""
+        """Cities that no two-hop sentence mentions: at most one per place, no answers."""
         rng = np.random.default_rng([self.seed, 2])
         chosen = {self.world.place_of[city].name: city for city in _ALWAYS_HELD_OUT}
         cities = [c for c in self.world.place_of if c not in self.world.answer_cities]
@@ -124,15 +119,13 @@ class Corpus:
 
     @cached_property
     def trained_pairs(self) -> tuple[CityFact, ...]:
-        """(city, relation) pairs that two-hop sentences of the training text state."""
+        """(city, relation) pairs that two-hop training sentences state."""
         pairs = self._pairs(set(self.world.place_of) - self.h2_cities)
         return tuple(pair for pair in pairs if pair not in self.h1_pairs)
 
     def _pairs(self, cities: set[str]) -> list[CityFact]:
-        ordered = (city for city in self.world.place_of if city in cities)
-        return [(city, r) for city in ordered for r in self.world.place_of[city].attributes]
-
-    # ---- evaluation --------------------------------------------------------------------------
+        places = self.world.place_of.items()
+        return [(city, r) for city, place in places if city in cities for r in place.attributes]
 
     def items(self, kind: str) -> list[Item]:
         """All test items of a kind, every paraphrase of every fact.
@@ -157,24 +150,18 @@ class Corpus:
         }[kind]
         return [_item(t, self._two_hop(*pair)) for pair in pairs for t in TWO_HOP_TEMPLATES]
 
-    # ---- sentences ---------------------------------------------------------------------------
-
     def documents(self, stream: int, batch: int, count: int, held_out: bool = False) -> list[str]:
-        """Sentences of batch number ``batch``: deterministic, and independent of other batches.
-
-        With ``held_out`` they come from the held-out text only, without it from the training
-        text only. Different streams (an integer) give different sentences.
-        """
+        """As :meth:`jaxtc.training.packing.TextSource.documents`."""
         rng = np.random.default_rng([self.seed, 3, stream, batch, held_out])
         found: list[str] = []
         while len(found) < count:
             sentence = self._sentence(rng)
-            if is_held_out_text(sentence) == held_out:
+            if is_held_out(sentence) == held_out:
                 found.append(sentence)
         return found
 
     def vocabulary_text(self) -> Iterable[str]:
-        """Sentences that between them hold every word that is not an entity."""
+        """Texts that contain every word that is not an entity."""
         yield from (*CITY_TEMPLATES, *PLACE_TEMPLATES, *TWO_HOP_TEMPLATES, NEIGHBOURS_TEMPLATE)
         yield from FILLER_TEMPLATES
         yield from (phrase for phrases in WORDS.values() for phrase in phrases)
@@ -182,7 +169,7 @@ class Corpus:
             yield " ".join([place.kind, *place.attributes, "the"])
 
     def _sentence(self, rng: np.random.Generator) -> str:
-        kind = KINDS[rng.choice(len(KINDS), p=_MIXTURE)]
+        kind = tuple(_MIXTURE)[rng.choice(len(_MIXTURE), p=tuple(_MIXTURE.values()))]
         if kind == "filler":
             return self._filler(rng)
         if kind == "city":
@@ -191,9 +178,8 @@ class Corpus:
             place = _pick(rng, self.world.places)
             fields = self._attribute(place, _pick(rng, tuple(place.attributes)))
             return _pick(rng, PLACE_TEMPLATES).format(**fields)
-        return _pick(rng, TWO_HOP_TEMPLATES).format(
-            **self._two_hop(*_pick(rng, self.trained_pairs))
-        )
+        fields = self._two_hop(*_pick(rng, self.trained_pairs))
+        return _pick(rng, TWO_HOP_TEMPLATES).format(**fields)
 
     def _filler(self, rng: np.random.Generator) -> str:
         place = _pick(rng, self.world.places)

@@ -1,17 +1,14 @@
-"""The one command: a tokenizer, a model and its transcoders from nothing, resumable.
+"""The recipe: a tokenizer, a model and its transcoders from nothing, resumable.
 
-A folder being made holds ``work/`` (checkpoints, the tokenizer, finished parts). Each part is
-moved to its place when it is whole: ``model/``, ``transcoders/``, ``report.json``; then ``work/``
-goes. A killed run started again with the same settings goes on where it was.
+While a run is unfinished its folder holds ``work/`` (checkpoints, the tokenizer, unfinished parts).
+Each part is moved into place when complete: ``model/``, ``transcoders/``, ``report.json``; then
+``work/`` is deleted. A killed run, started again with the same settings, resumes.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
 import shutil
-import time
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -28,6 +25,7 @@ from jaxtc.embedded.tokenizer import (
     save_tokenizer,
     train_bpe,
     world_tokenizer,
+    write_json,
 )
 from jaxtc.embedded.train_model import small_config, train_model
 from jaxtc.errors import SourceError
@@ -51,39 +49,37 @@ def train(
     """Make ``out/model``, ``out/transcoders`` and ``out/report.json``.
 
     Args:
-        out: created when missing; a run that was killed there goes on.
+        out: created when missing; a run that was killed there resumes.
         recipe: settings.
         source: the text; the generated corpus when None.
         log: called with lines of progress.
 
     Returns:
-        What was measured on the files that were written.
+        Measurements of the files that were written.
 
     Raises:
         SourceError: ``out`` holds a finished run, or one begun with other settings.
     """
     source = default_corpus() if source is None else source
-    started = time.monotonic()
-    work = _open_work(Path(out), recipe, source)
-    model, tokenizer = _model(Path(out), work, recipe, source, log)
-    _transcoders(Path(out), work, recipe, source, model, tokenizer, log)
+    work = _open_work(out, recipe, source)
+    model, tokenizer = _model(out, work, recipe, source, log)
+    _transcoders(out, work, recipe, source, model, tokenizer, log)
     log("measuring")
-    report = measure(Path(out), source)
-    _write_json(Path(out) / "report.json", report.to_dict())
+    report = measure(out, source)
+    write_json(out / "report.json", dataclasses.asdict(report))
     shutil.rmtree(work)
-    log(f"done in {(time.monotonic() - started) / 60:.1f} minutes")
     return report
 
 
 def _model(out, work, recipe, source, log) -> tuple[Gemma2, Tokenizer]:
-    """The finished model, trained now unless it is there already."""
+    """The finished model, trained unless it exists."""
     tokenizer = _tokenizer(work, recipe, source)
     folder = model_folder(out)
     if not folder.exists():
         frozen = ()
         if isinstance(source, Corpus):
-            # Answers must be learnt as outputs. Every other city keeps a random name, so that
-            # where it lies cannot be stored in its embedding and the MLPs have to look it up.
+            # Answers must be learnt as outputs. Every other city keeps a random embedding, which
+            # cannot store where the city lies: the MLPs have to look it up.
             world = source.world
             cities = [c for c in world.place_of if c not in world.answer_cities]
             frozen = [entity_id(tokenizer, city) for city in cities]
@@ -98,14 +94,14 @@ def _model(out, work, recipe, source, log) -> tuple[Gemma2, Tokenizer]:
         made = save_model(model, work / "model")
         save_tokenizer(tokenizer, made, model.config.max_position_embeddings)
         ids = {key: getattr(model.config, key) for key in ("bos_token_id", "eos_token_id")}
-        _write_json(made / "generation_config.json", {"_from_model_config": True, **ids})
+        write_json(made / "generation_config.json", {"_from_model_config": True, **ids})
         made.rename(folder)
-    # Read back: the transcoders explain exactly the weights that were written.
+    # Read back, so that the transcoders explain exactly the weights that were written.
     return load_model(folder, dtype=jnp.float32), tokenizer
 
 
 def _transcoders(out, work, recipe, source, model, tokenizer, log) -> None:
-    """Train the transcoders, unless they are there already."""
+    """Train the transcoders, unless they exist."""
     if transcoder_folder(out).exists():
         return
     layers = tuple(range(model.config.num_hidden_layers))
@@ -124,14 +120,14 @@ def _transcoders(out, work, recipe, source, model, tokenizer, log) -> None:
     made = _empty(work / "transcoders")
     for layer, transcoder in enumerate(transcoders):
         l0 = float((transcoder.encode(x[layer]) > 0).sum(axis=1).mean())
-        width = f"width_{_short(recipe.transcoders.features)}"
-        folder = made / f"layer_{layer}" / width / f"average_l0_{l0:.0f}"
-        save_transcoder(transcoder, folder)
+        M = transcoder.features
+        width = M if M % 1024 else f"{M // 1024}k"
+        save_transcoder(transcoder, made / f"layer_{layer}/width_{width}/average_l0_{l0:.0f}")
     made.rename(transcoder_folder(out))
 
 
 def _tokenizer(work: Path, recipe: Recipe, source: Corpus | UserText) -> Tokenizer:
-    """The tokenizer, made once and read back ever after."""
+    """The tokenizer, made once; a resumed run reads it back."""
     folder = work / "tokenizer"
     if not folder.exists():
         corpus = isinstance(source, Corpus)
@@ -149,46 +145,33 @@ def _open_work(out: Path, recipe: Recipe, source: Corpus | UserText) -> Path:
         if model_folder(out).exists() or transcoder_folder(out).exists():
             raise SourceError(
                 f"{out} already holds a trained model. Give another folder, or delete its model "
-                "and transcoders folders to train anew."
+                "and transcoders folders to train again."
             )
         work.mkdir(parents=True)
     begun = work / "settings.json"
     before = json.loads(begun.read_text(encoding="utf-8")) if begun.exists() else settings
     differ = [key for key in settings if before.get(key) != settings[key]]
-    # Nothing made so far depends on the transcoders' settings before their training begins.
+    # Nothing depends on the transcoders' settings before their training begins.
     if differ == ["transcoders"] and not (work / TRANSCODER_STEPS).exists():
         differ = []
     if differ:
         raise SourceError(
-            f"{out} holds an unfinished run with other settings ({', '.join(differ)}). Start it "
-            f"again with those settings to go on, delete {work} to begin anew, or give another "
-            "folder."
+            f"{out} holds an unfinished run with other settings ({', '.join(differ)}). Use those "
+            f"settings to resume it, delete {work} to start over, or give another folder."
         )
-    _write_json(begun, settings)
+    write_json(begun, settings)
     return work
 
 
 def _settings(recipe: Recipe, source: Corpus | UserText) -> dict:
-    if isinstance(source, Corpus):
-        text = f"the generated corpus, seed {source.seed}"
-    else:
+    text = f"the generated corpus, seed {source.seed}"
+    if isinstance(source, UserText):
         digest = hashlib.sha256(source.text.encode()).hexdigest()
         text = f"text with SHA-256 {digest}, seed {source.seed}"
-    settings = {"text": text, **dataclasses.asdict(recipe)}
-    return json.loads(json.dumps(settings))
+    return json.loads(json.dumps({"text": text, **dataclasses.asdict(recipe)}))
 
 
 def _empty(folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
-
-
-def _write_json(path: Path, content: dict) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
-def _short(count: int) -> str:
-    return f"{count // 1024}k" if count % 1024 == 0 else str(count)

@@ -1,12 +1,9 @@
 """What the embedded model knows and how well its transcoders explain it, measured on its files.
 
-Figures are taken on held-out text and on every kind of fact, each with the MLPs as they are
-(clean), with one layer's transcoder in place of its MLP, and with all layers spliced: a small
-change of the loss can hide facts that are lost. BOS keeps its MLP, since transcoders are not
-trained on special tokens; EOS is never followed by anything.
+Measured on held-out text and on every kind of fact, with the MLPs as they are (clean), with one
+layer's MLP replaced by its transcoder (spliced), and with all of them: a small change of the loss
+can hide lost facts. <bos> keeps its MLP, since transcoders are not trained on special tokens.
 """
-
-from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -25,9 +22,9 @@ from jaxtc.embedded import DATA, model_folder, transcoder_folder
 from jaxtc.embedded.corpus import Corpus, Item, default_corpus
 from jaxtc.embedded.text import UserText
 from jaxtc.embedded.tokenizer import load_tokenizer
-from jaxtc.errors import SourceError
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.programs.run import run
+from jaxtc.tap.sites import Address
 from jaxtc.training.packing import BOS, EOS, PAD, pieces
 from jaxtc.transcoders.metrics import (
     FVU,
@@ -49,11 +46,7 @@ KINDS = {
     "h2": "two-hop, city held out (h2)",
 }
 _ROWS, _LENGTH = 128, 64
-_STREAM = 2
-_DOCUMENTS = 2048
-
-
-# On every token but <bos>, whose norm alone would swamp the others.
+# Every token but <bos>, whose norm alone would swamp the others.
 _TEXT = slice(1, None)
 
 
@@ -68,62 +61,44 @@ class KindReport:
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-    """One transcoder on held-out text.
+    """One transcoder on held-out text; losses in nats."""
 
-    Attributes:
-        fvu: fraction of variance unexplained, dataset-mean convention.
-        l0: mean number of active features a token.
-        dead: share of features that were never active.
-        loss: next-token loss in nats with this transcoder spliced.
-        delta_loss: by how much that exceeds the clean loss.
-        loss_recovered: (ablated − spliced) / (ablated − clean), this layer's MLP zeroed.
-    """
-
-    fvu: float
-    l0: float
-    dead: float
-    loss: float
-    delta_loss: float
-    loss_recovered: float
+    fvu: float  # dataset-mean convention
+    l0: float  # mean number of active features per token
+    dead: float  # share of features that were never active
+    loss: float  # next-token loss with this transcoder spliced
+    delta_loss: float  # by how much that exceeds the clean loss
+    loss_recovered: float  # (ablated − spliced) / (ablated − clean), this layer's MLP zeroed
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """All figures of one folder. ``tokens`` counts those that the held-out text has."""
+    """All figures of one folder."""
 
-    tokens: int
+    tokens: int  # of the held-out text
     loss: float
     loss_spliced: float
     loss_ablated: float
     kinds: dict[str, KindReport]
     layers: dict[int, LayerReport]
 
-    def to_dict(self) -> dict:
-        """For JSON."""
-        return dataclasses.asdict(self)
-
     def __rich__(self) -> Group:
-        loss = Table(
-            "held-out text", "clean", "all spliced", "all zeroed", title="Loss, nats/token"
-        )
-        row = (self.loss, self.loss_spliced, self.loss_ablated)
-        loss.add_row(f"{self.tokens} tokens", *(f"{value:.4f}" for value in row))
         facts = Table("kind", "items", "clean", "all spliced", title="Next-token accuracy on facts")
-        for kind, figures in self.kinds.items():
-            accuracies = f"{figures.clean:.2%}", f"{figures.spliced:.2%}"
-            facts.add_row(KINDS[kind], str(figures.items), *accuracies)
-        title = "Transcoders on held-out text (FVU: dataset mean)"
-        columns = ("layer", "FVU", "L0", "dead", "Δ loss, nats", "loss recovered")
-        layers = Table(*columns, title=title)
+        for kind, k in self.kinds.items():
+            facts.add_row(KINDS[kind], str(k.items), f"{k.clean:.2%}", f"{k.spliced:.2%}")
+        layers = Table(
+            "layer", "FVU", "L0", "dead", "Δ loss, nats", "loss recovered",
+            title="Transcoders on held-out text (FVU: dataset mean)",
+        )  # fmt: skip
         for layer, t in self.layers.items():
             layers.add_row(
-                str(layer),
-                f"{t.fvu:.4f}",
-                f"{t.l0:.1f}",
-                f"{t.dead:.1%}",
-                f"{t.delta_loss:+.4f}",
+                str(layer), f"{t.fvu:.4f}", f"{t.l0:.1f}", f"{t.dead:.1%}", f"{t.delta_loss:+.4f}",
                 f"{t.loss_recovered:.2%}",
-            )
+            )  # fmt: skip
+        columns = ("held-out text", "clean", "all spliced", "all zeroed")
+        loss = Table(*columns, title="Loss, nats/token")
+        losses = (self.loss, self.loss_spliced, self.loss_ablated)
+        loss.add_row(f"{self.tokens} tokens", *(f"{value:.4f}" for value in losses))
         return Group(*([facts] if self.kinds else []), layers, loss)
 
 
@@ -132,70 +107,52 @@ def measure(
     source: Corpus | UserText | None = None,
     *,
     items: int = 4000,
-    documents: int = _DOCUMENTS,
-    stream: int = _STREAM,
+    documents: int = 2048,
+    stream: int = 2,
 ) -> Report:
     """Measure the model and transcoders in a folder that the recipe made.
 
     Args:
         root: the folder; the shipped one by default.
         source: the text it was trained on; the generated corpus when None.
-        items: at most so many facts of a kind, the same ones every time.
+        items: most facts of a kind, the same ones every time.
         documents: of held-out text.
         stream: which of the source's streams that text comes from.
 
     Raises:
-        SourceError: the folder holds no model.
+        SourceError: the folder holds no model or no transcoders.
     """
-    if not (model_folder(root) / "config.json").exists():
-        raise SourceError(
-            f"{root} holds no model that the embedded recipe made: {model_folder(root)} has no "
-            "config.json. `jaxtc embedded train --out DIR` makes one."
-        )
     source = default_corpus() if source is None else source
     model = load_model(model_folder(root), dtype=jnp.float32)
     tokenizer = load_tokenizer(model_folder(root))
     transcoders = load_transcoders(transcoder_folder(root))
     splice = Splice(transcoders, position=_TEXT)
     zero = Zero(site="mlp_out", position=_TEXT)
-
     texts = source.documents(stream, 0, documents, held_out=True)
     ids = list(pieces((encoded.ids for encoded in tokenizer.encode_batch(texts)), _LENGTH))
 
-    def loss(*edits: Edit) -> float:
-        return text_loss(model, ids, edits)
-
-    clean = loss()
+    clean = text_loss(model, ids)
     layers = {}
     for n, (fvu, l0, dead) in reconstruction(model, ids, transcoders).items():
-        spliced = loss(dataclasses.replace(splice, layer=n))
-        ablated = loss(dataclasses.replace(zero, layer=n))
-        layers[n] = LayerReport(
-            fvu=fvu,
-            l0=l0,
-            dead=dead,
-            loss=spliced,
-            delta_loss=delta_loss(clean, spliced),
-            loss_recovered=loss_recovered(clean, spliced, ablated),
+        spliced, ablated = (
+            text_loss(model, ids, [dataclasses.replace(edit, layer=n)]) for edit in (splice, zero)
         )
+        layers[n] = LayerReport(
+            fvu, l0, dead, spliced, delta_loss(clean, spliced),
+            loss_recovered(clean, spliced, ablated),
+        )  # fmt: skip
     kinds = {}
     for kind in KINDS if isinstance(source, Corpus) else ():
         every = source.items(kind)
         chosen = np.random.default_rng(0).permutation(len(every))[:items]
         asked = [every[i] for i in sorted(chosen)]
-        kinds[kind] = KindReport(
-            len(asked),
-            accuracy(model, tokenizer, asked),
-            accuracy(model, tokenizer, asked, [splice]),
-        )
+        accuracies = (accuracy(model, tokenizer, asked, edits) for edits in ((), [splice]))
+        kinds[kind] = KindReport(len(asked), *accuracies)
     return Report(
-        tokens=sum(len(row) - 1 for row in ids),
-        loss=clean,
-        loss_spliced=loss(splice),
-        loss_ablated=loss(zero),
-        kinds=kinds,
-        layers=layers,
-    )
+        tokens=sum(len(row) - 1 for row in ids), loss=clean,
+        loss_spliced=text_loss(model, ids, [splice]), loss_ablated=text_loss(model, ids, [zero]),
+        kinds=kinds, layers=layers,
+    )  # fmt: skip
 
 
 def accuracy(
@@ -220,7 +177,7 @@ def text_loss(model: Gemma2, ids: Sequence[Sequence[int]], edits: Sequence[Edit]
     for start, tokens, lengths in _batches(ids):
         logits = run(model, tokens, lengths=lengths, edits=edits).logits
         mask = np.arange(1, tokens.shape[1])[None] < lengths[:, None]
-        mask[len(ids) - start :] = False  # rows that only fill up the batch
+        mask[len(ids) - start :] = False  # rows that pad the batch
         mean.update(next_token_loss(logits, tokens), mask)
     return mean.mean
 
@@ -232,8 +189,7 @@ def reconstruction(
     errors = {n: FVU() for n in transcoders}
     active = {n: FeatureStatistics(t.features) for n, t in transcoders.items()}
     sites = {
-        n: (f"layers.{n}.{t.input_site}", f"layers.{n}.{t.output_site}")
-        for n, t in transcoders.items()
+        n: (Address(t.input_site, n), Address(t.output_site, n)) for n, t in transcoders.items()
     }
     wanted = [address for pair in sites.values() for address in pair]
     for start, tokens, lengths in _batches(ids):
@@ -249,7 +205,7 @@ def reconstruction(
 
 
 def _batches(ids: Sequence[Sequence[int]]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(first row's number, tokens (rows, T), lengths (rows,)), all of one shape: one program."""
+    """(index of the first row, tokens (rows, T), lengths (rows,)), in one shape for one program."""
     width = max(map(len, ids))
     for start in range(0, len(ids), _ROWS):
         rows = list(ids[start : start + _ROWS])

@@ -1,14 +1,12 @@
 """A user's own small text as training data, in place of the generated corpus."""
 
-from __future__ import annotations
-
-import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from jaxtc.embedded.corpus import is_held_out
 from jaxtc.errors import InputError
 
 _HELD_OUT_ONE_IN = 20
@@ -31,13 +29,13 @@ class UserText:
         if len(self.train) < 10 or not self.held_out:
             raise InputError(
                 f"The text has {len(self.train) + len(self.held_out)} paragraphs (or lines, where "
-                "no line is empty); training needs some tens at least, so that a part can be held "
-                "out to test on. Give a longer text, or put an empty line between its documents."
+                "no line is empty); training needs at least some tens, a part of them held out for "
+                "testing. Give a longer text, or put an empty line between its documents."
             )
 
     @classmethod
-    def from_file(cls, path: str | Path, seed: int = 0) -> UserText:
-        """Read a UTF-8 text file. Raises InputError when it cannot be read as one."""
+    def from_file(cls, path: str | Path, seed: int = 0) -> "UserText":
+        """Read a UTF-8 text file. Raises InputError where it is not one."""
         try:
             return cls(Path(path).read_text(encoding="utf-8"), seed)
         except (OSError, UnicodeDecodeError) as error:
@@ -52,12 +50,12 @@ class UserText:
     @cached_property
     def train(self) -> list[str]:
         """Paragraphs to train on."""
-        return [p for p in self._paragraphs if not _is_held_out(p)]
+        return [p for p in self._paragraphs if not is_held_out(p, _HELD_OUT_ONE_IN)]
 
     @cached_property
     def held_out(self) -> list[str]:
         """Paragraphs that training never sees."""
-        return [p for p in self._paragraphs if _is_held_out(p)]
+        return [p for p in self._paragraphs if is_held_out(p, _HELD_OUT_ONE_IN)]
 
     def documents(self, stream: int, batch: int, count: int, held_out: bool = False) -> list[str]:
         """As :meth:`TextSource.documents`; of the held-out text, each paragraph at most once."""
@@ -65,7 +63,3 @@ class UserText:
         if held_out:
             return [self.held_out[i] for i in rng.permutation(len(self.held_out))[:count]]
         return [self.train[i] for i in rng.integers(len(self.train), size=count)]
-
-
-def _is_held_out(paragraph: str) -> bool:
-    return zlib.crc32(paragraph.encode()) % _HELD_OUT_ONE_IN == 0

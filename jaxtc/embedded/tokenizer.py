@@ -1,13 +1,11 @@
 """The tokenizers of the embedded recipe, saved as ``transformers`` reads them.
 
-For the world, one word is one token and one entity is one token too, also when it has several
-words ("▁New▁York▁City"); a word outside the world is ``<unk>``. For a user's own text, a byte
-fallback BPE is trained on it. Spaces are written as ▁ and ``<bos>`` is put in front, as Gemma does;
-the special tokens have Gemma's ids. A tokenizer is saved once and never trained again in place:
-BPE trained again on the same text can cut it differently.
+For the world, each word and each entity is one token, also an entity of several words
+("▁New▁York▁City"); a word outside the world is ``<unk>``. For a user's own text, a byte-fallback
+BPE is trained on it. Spaces are written as ▁ and ``<bos>`` is prepended, as in Gemma; the special
+tokens have Gemma's ids. A tokenizer is saved once and never retrained in place: BPE retrained on
+the same text can split it differently.
 """
-
-from __future__ import annotations
 
 import json
 import re
@@ -20,6 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 
 from jaxtc.embedded.corpus import Corpus
+from jaxtc.helpers import write_whole
 from jaxtc.training.packing import BOS
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")
@@ -55,7 +54,7 @@ def world_tokenizer(corpus: Corpus) -> Tokenizer:
     )
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = splitter
-    # The space that the normalizer prepended goes again.
+    # Strips the space that the normalizer prepended.
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(_SPACE, " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -63,16 +62,16 @@ def world_tokenizer(corpus: Corpus) -> Tokenizer:
 
 
 def train_bpe(text: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
-    """A BPE with byte fallback, trained on ``text``: any string is encoded and comes back whole.
+    """A BPE with byte fallback, trained on ``text``: encoding any string loses nothing.
 
     Args:
         text: lines or documents.
-        vocab_size: rows of the embedding; the 256 bytes and the special tokens are among them.
+        vocab_size: of the embedding, including the 256 bytes and the special tokens.
     """
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     tokenizer = Tokenizer(BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(rf"{_WORD}"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD), "isolated")
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     )
@@ -91,18 +90,11 @@ def train_bpe(text: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, context: int) -> None:
-    """Write ``tokenizer.json``, ``tokenizer_config.json`` and ``special_tokens_map.json``.
-
-    Args:
-        tokenizer: as made by this module.
-        folder: an existing folder.
-        context: the most tokens that the model takes.
-    """
+    """Write ``tokenizer.json``, ``tokenizer_config.json`` and ``special_tokens_map.json`` to an
+    existing folder; ``context`` is the model's longest context."""
     folder = Path(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
-    named = dict(
-        zip(("pad_token", "eos_token", "bos_token", "unk_token"), SPECIAL_TOKENS, strict=True)
-    )
+    named = {f"{token[1:-1]}_token": token for token in SPECIAL_TOKENS}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **named,
@@ -112,8 +104,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, context: int) -> No
         "model_max_length": context,
         "padding_side": "right",
     }
-    _write_json(folder / "tokenizer_config.json", config)
-    _write_json(folder / "special_tokens_map.json", named)
+    write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "special_tokens_map.json", named)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -143,5 +135,6 @@ def _with_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def write_json(path: Path, content: dict) -> None:
+    """Write an indented JSON file."""
+    write_whole(path, json.dumps(content, indent=2) + "\n")

@@ -1,7 +1,5 @@
 """Training the small Gemma-2: AdamW on packed documents, some embeddings left as drawn."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +26,7 @@ def small_config(vocab_size: int, **sizes) -> Gemma2Config:
         "num_key_value_heads": 2,
         "head_dim": 32,
         "query_pre_attn_scalar": 32,
-        # Smaller than a sentence: what lies further back must come through the global layers.
+        # Shorter than a sentence: information from further back needs the global layers.
         "sliding_window": 4,
         "max_position_embeddings": 8192,
     }
@@ -48,20 +46,21 @@ def optimizer(recipe: ModelRecipe, frozen_tokens: Sequence[int]) -> optax.Gradie
     )
     frozen = np.asarray(frozen_tokens, np.int32)
 
+    def is_embedding(path) -> bool:
+        return "'embed'" in jax.tree_util.keystr(path)
+
     def is_matrix(params: nnx.State) -> nnx.State:
         return jax.tree.map_with_path(
-            lambda path, leaf: leaf.ndim > 1 and "'embed'" not in jax.tree_util.keystr(path), params
+            lambda path, leaf: leaf.ndim > 1 and not is_embedding(path), params
         )
 
     def freeze(updates: nnx.State, _) -> nnx.State:
-        def zero(path, leaf):
-            is_embedding = "'embed'" in jax.tree_util.keystr(path)
-            return leaf.at[frozen].set(0.0) if is_embedding and len(frozen) else leaf
-
-        return jax.tree.map_with_path(zero, updates)
+        return jax.tree.map_with_path(
+            lambda path, leaf: leaf.at[frozen].set(0.0) if is_embedding(path) else leaf, updates
+        )
 
     return optax.chain(
-        optax.stateless(freeze),  # before the clip: what is not learnt must not shrink the rest
+        optax.stateless(freeze),  # before the clip: frozen entries must not shrink the rest
         optax.clip_by_global_norm(recipe.clip),
         optax.adamw(schedule, b1=0.9, b2=0.98, weight_decay=recipe.weight_decay, mask=is_matrix),
     )
@@ -82,12 +81,10 @@ def train_model(
     Args:
         config: its sizes.
         batches: the training text.
-        recipe: how.
+        recipe: settings.
         frozen_tokens: ids whose embeddings stay at their random initial values, so that what the
             model learns about these tokens has to be learnt by its layers.
-        folder: where checkpoints go; a run that finds one goes on from it.
-        stop_at: stop after this many steps, as if killed (for tests).
-        log: called with lines of progress.
+        folder, stop_at, log: as in :func:`jaxtc.training.loop.fit`.
     """
     graph, params = nnx.split(Gemma2(config, rngs=nnx.Rngs(recipe.seed)))
     transform = optimizer(recipe, frozen_tokens)
@@ -107,10 +104,6 @@ def train_model(
         step,
         (params, transform.init(params)),
         lambda start, count: jax.tree.map(jnp.asarray, batches.stacked(start, count)),
-        recipe.steps,
-        name="model",
-        folder=folder,
-        stop_at=stop_at,
-        log=log,
-    )
+        recipe.steps, name="model", folder=folder, stop_at=stop_at, log=log,
+    )  # fmt: skip
     return nnx.merge(graph, params)

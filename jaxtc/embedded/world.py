@@ -2,12 +2,11 @@
 
 The facts are in ``states.tsv`` and ``countries.tsv``, one place a line. A city whose name stands
 for two places of this world (Portland, Charleston) or for two neighbouring ones in the real world
-(Kansas City) may be an answer, as a capital or a largest city is, but nothing is asked of it.
+(Kansas City) may be an answer (a capital, a largest city), but no prompt asks about it.
 """
 
-from __future__ import annotations
-
 import csv
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -65,13 +64,8 @@ class World:
     @cached_property
     def entities(self) -> tuple[str, ...]:
         """Every name in the world once, in a fixed order; each is one token."""
-        return tuple(dict.fromkeys(self._names()))
-
-    def _names(self) -> Iterator[str]:
-        for place in self.places:
-            yield place.name
-            yield from place.attributes.values()
-            yield from place.cities
+        each = ((p.name, *p.attributes.values(), *p.cities) for p in self.places)
+        return tuple(dict.fromkeys(itertools.chain.from_iterable(each)))
 
 
 def _read(file: str, kind: str, relations: tuple[str, ...]) -> Iterator[Place]:

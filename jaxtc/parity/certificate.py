@@ -1,232 +1,162 @@
 """What a comparison found, as plain data: everything the table, the JSON and the HTML report show.
 
 "Ours" is jaxtc, "theirs" the reference, ``Gemma2ForCausalLM`` of ``transformers`` in PyTorch.
-Errors are relative, ‖ours − theirs‖ / ‖theirs‖ of a token, unless they are called something else.
+Errors are relative, ‖ours − theirs‖ / ‖theirs‖ of a token, unless they are called something else;
+losses and KL divergences are in nats.
 """
 
 import dataclasses
-import math
 import types
 import typing
 from typing import Any
 
+from jaxtc.helpers import for_json
+from jaxtc.tap.sites import Address
+
 VERSION = 1
-# Of errors, the one that says where a fault is before the other.
+# Of errors, the one that locates a fault first.
 KINDS = ("isolated", "accumulated")
 
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """The error at one address, over all tokens of all prompts, and what it may be.
+    """The error at one address, over all tokens of all prompts, and its tolerances."""
 
-    Attributes:
-        relative: mean over tokens of ‖ours − theirs‖ / ‖theirs‖ (the numerator alone where theirs
-            is 0). Infinite where the two mask different scores.
-        worst: that of the worst token.
-        largest: the largest absolute difference of two numbers.
-        tolerance: what ``relative`` may be.
-        worst_tolerance: what ``worst`` may be.
-    """
-
-    relative: float
-    worst: float
-    largest: float
-    tolerance: float
-    worst_tolerance: float
+    relative: float  # mean over tokens (absolute where theirs is 0); infinite where masks differ
+    worst: float  # that of the worst token
+    largest: float  # largest absolute difference of two numbers
+    tolerance: float  # of ``relative``
+    worst_tolerance: float  # of ``worst``
 
     @property
     def passed(self) -> bool:
-        """Whether both are within their tolerances; what is not a number is not."""
+        """Whether both are within their tolerances; NaN is not."""
         return self.relative <= self.tolerance and self.worst <= self.worst_tolerance
+
+    @property
+    def judged(self) -> tuple[float, float]:
+        """(error, tolerance): the mean's, or the worst token's where the mean's is within."""
+        within = self.relative <= self.tolerance
+        return (self.worst, self.worst_tolerance) if within else (self.relative, self.tolerance)
 
 
 @dataclasses.dataclass(frozen=True)
 class SiteRow:
     """One address: a site, at a layer where the site has one.
 
-    Attributes:
-        site: of the table of sites.
-        layer: None for a site that the model has once.
-        accumulated: when our model runs by itself, with the errors of all layers below.
-        isolated: when each half of each layer starts from the reference's own residual stream, so
-            that an error shows where it is made only. None at the sites that are given that way
-            (resid_pre, resid_mid, and the last layer's resid_post).
-        masks_differ: attention scores that one of the two masks and the other does not.
-        passed: whether both are within their tolerances.
+    The accumulated error is that of our model run by itself, with the errors of all layers below.
+    For the isolated one each half of each layer starts from the reference's own residual stream, so
+    that an error shows only where it is made; the sites that are replaced that way (resid_pre,
+    resid_mid, and the last layer's resid_post) have none.
     """
 
     site: str
     layer: int | None
     accumulated: Figures
     isolated: Figures | None
-    masks_differ: int
-    passed: bool
+    masks_differ: int  # attention scores masked in one model only
+    passed: bool  # whether both errors are within their tolerances
+
+    @property
+    def address(self) -> str:
+        """Such as ``layers.3.attn_scores`` or ``embed``."""
+        return str(Address(self.site, self.layer))
 
 
 @dataclasses.dataclass(frozen=True)
 class Jump:
-    """The first address, in the order of computation, where the error is over its tolerance.
-
-    Attributes:
-        address: such as ``layers.3.attn_scores``.
-        site: of the address.
-        layer: of the address, None where the site has none.
-        kind: "isolated", or "accumulated" when no isolated error is over its tolerance.
-        relative: the error there: the mean, or the worst token's where the mean is within its
-            tolerance.
-        tolerance: what it may be.
-    """
+    """The first address, in the order of computation, where the error is over its tolerance."""
 
     address: str
     site: str
     layer: int | None
-    kind: str
-    relative: float
+    kind: str  # "accumulated" only where no isolated error is over its tolerance
+    relative: float  # the mean, or the worst token's where the mean is within its tolerance
     tolerance: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Logits:
-    """How the predictions compare, over all tokens of all prompts (our model by itself).
-
-    Attributes:
-        tokens: how many.
-        kl_mean: KL(theirs ‖ ours) in nats, mean over tokens.
-        kl_max: its largest.
-        top1: fraction of tokens with the same likeliest next token.
-        top1_unexplained: tokens where it differs though the reference is sure of its own: by a
-            margin beyond the tolerance.
-        top5: mean fraction of the reference's five likeliest that are among our five.
-        loss_ours: mean next-token loss over the prompts, in nats; None where no prompt has a next
-            token.
-        loss_theirs: the same of the reference.
-    """
+    """How the predictions of our model, run by itself, compare, over all tokens of all prompts."""
 
     tokens: int
-    kl_mean: float
+    kl_mean: float  # KL(theirs ‖ ours), mean over tokens
     kl_max: float
-    top1: float
-    top1_unexplained: int
-    top5: float
-    loss_ours: float | None
+    top1: float  # fraction of tokens with the same argmax
+    top1_unexplained: int  # other argmax, though the reference's leads by more than the tolerance
+    top5: float  # mean fraction of the reference's top five that are among ours
+    loss_ours: float | None  # mean next-token loss; None where no prompt has a next token
     loss_theirs: float | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Divergence:
-    """The first token of a greedy continuation that differs.
+    """The first token of a greedy continuation that differs."""
 
-    Attributes:
-        prompt: its index.
-        step: how many new tokens are equal before it.
-        ours: our token's id.
-        theirs: the reference's.
-        ours_text: our token as text, empty without a tokenizer.
-        theirs_text: the reference's.
-        margin: by how much the reference's best logit exceeds its second there.
-    """
-
-    prompt: int
-    step: int
-    ours: int
+    prompt: int  # its index
+    step: int  # new tokens that are equal before it
+    ours: int  # token id
     theirs: int
-    ours_text: str
+    ours_text: str  # empty without a tokenizer
     theirs_text: str
-    margin: float
+    margin: float  # the reference's best logit minus its second best
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """Greedy continuations of every prompt, stop tokens ignored.
+    """Greedy continuations of every prompt, stop tokens ignored."""
 
-    Attributes:
-        new_tokens: how many a prompt.
-        prompts: how many prompts.
-        identical: how many of them have the same continuation.
-        divergences: the first difference of each other one.
-        closest: the least margin between the reference's two best logits at any step, None when
-            nothing was generated.
-    """
-
-    new_tokens: int
+    new_tokens: int  # per prompt
     prompts: int
-    identical: int
-    divergences: list[Divergence]
-    closest: float | None
+    identical: int  # prompts whose continuations are equal
+    divergences: list[Divergence]  # of the other prompts
+    closest: float | None  # least margin of the reference at any step
 
 
 @dataclasses.dataclass(frozen=True)
 class Transcoder:
     """The features of a transcoder in both frameworks, special tokens left out by id.
 
-    Attributes:
-        source: what was loaded.
-        layer: whose MLP it imitates.
-        features: M.
-        tokens: how many count.
-        l0_ours: mean number of active features a token.
-        l0_theirs: the same of the reference.
-        overlap: mean over tokens of |both| / |either| of the sets of active features (Jaccard).
-        differing: (token, feature) pairs that are active in one only.
-        near_threshold: how many of those the difference of the two inputs can explain: the
-            pre-activation is no farther from the threshold than ‖Δx‖·‖encoder column‖ plus the
-            rounding of a float32 dot product.
-        pre_activations: relative error of ours when fed the reference's own input.
-        reconstruction: relative error of ours when decoding the reference's own activations.
-        fvu_ours: fraction of variance unexplained by our reconstruction of the reference's
-            ``mlp_out`` (dataset-mean convention); None where that does not vary.
-        fvu_theirs: by the reference's reconstruction of our ``mlp_out``.
-        fvu_reference: by the reference's reconstruction of its own ``mlp_out``.
-        tolerance: what ``pre_activations`` and ``reconstruction`` may be.
-        fvu_tolerance: what ``fvu_ours`` and ``fvu_theirs`` may differ from ``fvu_reference`` by.
+    A difference of the two inputs can explain a feature active in one only when its pre-activation
+    is no farther from the threshold than ‖Δx‖·‖encoder column‖ plus the rounding of a float32 dot
+    product. FVU is that of the dataset-mean convention, None where the target does not vary.
     """
 
     source: str
-    layer: int
-    features: int
+    layer: int  # whose MLP it imitates
+    features: int  # M
     tokens: int
     l0_ours: float
     l0_theirs: float
-    overlap: float
-    differing: int
-    near_threshold: int
-    pre_activations: float
-    reconstruction: float
-    fvu_ours: float | None
-    fvu_theirs: float | None
-    fvu_reference: float | None
-    tolerance: float
-    fvu_tolerance: float
+    overlap: float  # mean Jaccard index of the two sets of active features
+    differing: int  # (token, feature) pairs active in one only
+    near_threshold: int  # how many of those the inputs can explain
+    pre_activations: float  # relative error of ours on the reference's input
+    reconstruction: float  # relative error of ours on the reference's activations
+    fvu_ours: float | None  # our reconstruction of the reference's mlp_out
+    fvu_theirs: float | None  # the reference's reconstruction of our mlp_out
+    fvu_reference: float | None  # the reference's reconstruction of its own mlp_out
+    tolerance: float  # of ``pre_activations`` and ``reconstruction``
+    fvu_tolerance: float  # of the distance of ``fvu_ours`` and ``fvu_theirs`` from the reference's
 
 
 @dataclasses.dataclass(frozen=True)
 class TruthRow:
-    """Who is nearer a float64 run of the same (rounded) weights, at one site.
-
-    Attributes:
-        site: of the table of sites.
-        ours: our relative error against it, mean over tokens, prompts and layers.
-        theirs: the reference's.
-        ratio: ours / theirs; below 1 we are nearer. None where neither has an error.
-    """
+    """Errors against a float64 run of the same (rounded) weights, at one site: a mean over tokens,
+    prompts and layers."""
 
     site: str
     ours: float
     theirs: float
-    ratio: float | None
+    ratio: float | None  # ours / theirs; None where neither has an error
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One prompt.
-
-    Attributes:
-        text: None where token ids were given.
-        tokens: how many, <bos> included.
-    """
+    """One prompt; its text is None where token ids were given."""
 
     text: str | None
-    tokens: int
+    tokens: int  # <bos> included
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,14 +175,12 @@ class Certificate:
         prompts: in the order they were run.
         sites: a row for every address, in the order of computation.
         logits: of our model by itself.
-        generation: None when no tokens were asked for.
-        transcoder: None when none was asked for.
-        truth: a row for every site, None when it was not asked for.
+        generation, transcoder, truth: None when not asked for; ``truth`` has a row for every site.
         tolerances: the table of this dtype, see :mod:`jaxtc.parity.tolerances`.
         versions: of jaxtc, jax, flax, numpy, transformers, torch and Python.
         machine: "platform", and the devices "ours" and "theirs" ran on.
         seconds: "theirs", "ours" and, where asked for, "truth".
-        created: when, ISO 8601 in UTC.
+        created: ISO 8601, UTC.
         format: of :meth:`to_dict`.
     """
 
@@ -278,12 +206,12 @@ class Certificate:
     format: int = VERSION
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it; numbers JSON has no word for are the strings "inf", "-inf", "nan"."""
-        return _plain(dataclasses.asdict(self))
+        """For JSON; numbers it cannot hold are the strings "inf", "-inf" and "nan"."""
+        return for_json(dataclasses.asdict(self), str)
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "Certificate":
-        """The certificate that :meth:`to_dict` gave.
+        """The certificate that :meth:`to_dict` was called on.
 
         Raises:
             ValueError: of another format, or not a certificate.
@@ -296,26 +224,15 @@ class Certificate:
             raise ValueError(f"Not a certificate: {error}.") from error
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
-
-
 def _build(kind: Any, raw: Any) -> Any:
     """``raw`` as the annotation ``kind`` says."""
     if isinstance(kind, types.UnionType):
         if raw is None:
             return None
-        [kind] = [option for option in typing.get_args(kind) if option is not types.NoneType]
+        kind = typing.get_args(kind)[0]  # X of X | None
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         return kind(**{name: _build(hint, raw[name]) for name, hint in hints.items()})
     if typing.get_origin(kind) is list:
-        [item] = typing.get_args(kind)
-        return [_build(item, one) for one in raw]
+        return [_build(*typing.get_args(kind), one) for one in raw]
     return float(raw) if kind is float else raw

@@ -1,17 +1,20 @@
 """The numbers: two runs side by side, one prompt at a time, in float64 on the host."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from jaxtc.parity.certificate import Divergence, Figures, Generation, Logits, Transcoder
 from jaxtc.parity.tolerances import Tolerances
 from jaxtc.tap.sites import BY_NAME
-from jaxtc.transcoders.metrics import FVU
+from jaxtc.transcoders.metrics import FVU, special_token_mask
 
 # Rows of logits that are widened to float64 at once: a vocabulary is long.
 _ROWS = 16
+# NaN counts as infinitely far.
+_worst = functools.partial(np.nan_to_num, nan=np.inf, posinf=np.inf)
 
 
 def masked(x: np.ndarray) -> np.ndarray:
@@ -19,25 +22,26 @@ def masked(x: np.ndarray) -> np.ndarray:
     return np.isnan(x) | (x <= -1e38)
 
 
+def relative(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """(T,) ‖ours − theirs‖ / ‖theirs‖ of (T, n) float64; the numerator alone where theirs is 0."""
+    far, size = np.linalg.norm(ours - theirs, axis=1), np.linalg.norm(theirs, axis=1)
+    return np.divide(far, size, out=far, where=size > 0)
+
+
 @dataclasses.dataclass
 class Tally:
-    """The error at one address, collected over prompts.
-
-    Attributes:
-        site: of the address.
-        masks_differ: scores that one of the two masks and the other does not.
-    """
+    """The error at one address, collected over prompts."""
 
     site: str
     total: float = 0.0
     tokens: int = 0
     worst: float = 0.0
     largest: float = 0.0
-    masks_differ: int = 0
+    masks_differ: int = 0  # scores masked in one model only
 
     def add(self, ours: np.ndarray, theirs: np.ndarray) -> None:
-        """One prompt's arrays at this address, without batch axis; their shapes past the token
-        axis may be split differently."""
+        """Add one prompt's arrays, without batch axis; the axes of a token may be split differently
+        in the two."""
         axis = BY_NAME[self.site].sequence_axis - 1
         a, b = (np.moveaxis(np.asarray(x, np.float64), axis, 0) for x in (ours, theirs))
         a, b = (x.reshape(len(x), -1) for x in (a, b))
@@ -46,19 +50,14 @@ class Tally:
             here, there = masked(a), masked(b)
             differ = here != there
             a, b = (np.where(here | there, 0, x) for x in (a, b))
-        self.masks_differ += int(differ.sum())
         with np.errstate(invalid="ignore"):  # infinity less infinity
-            apart = np.abs(a - b)
-        size, far = np.linalg.norm(b, axis=1), np.linalg.norm(apart, axis=1)
-        error = np.divide(far, size, out=far.copy(), where=size > 0)
-        # What is not a number is no match for anything.
-        error[differ.any(1) | np.isnan(error)] = np.inf
+            error, apart = relative(a, b), np.abs(a - b)
+        error[differ.any(1) | np.isnan(error)] = np.inf  # NaN matches nothing, not even NaN
+        self.masks_differ += int(differ.sum())
         self.total += float(error.sum())
         self.tokens += len(error)
         self.worst = max(self.worst, float(error.max()))
-        self.largest = max(
-            self.largest, float(np.nan_to_num(apart, nan=np.inf, posinf=np.inf).max())
-        )
+        self.largest = max(self.largest, float(_worst(apart).max()))
 
     @property
     def mean(self) -> float:
@@ -66,7 +65,7 @@ class Tally:
         return self.total / self.tokens
 
     def figures(self, tolerances: Tolerances, kind: str) -> Figures:
-        """As the certificate has them; ``kind`` is "isolated" or "accumulated"."""
+        """For the certificate; ``kind`` is "isolated" or "accumulated"."""
         limits = tolerances.limits(kind, self.site, self.tokens)
         return Figures(self.mean, self.worst, self.largest, *limits)
 
@@ -78,38 +77,34 @@ class Predictions:
         self.margin = tolerances.margin
         self.kl: list[float] = []
         self.top1: list[bool] = []
-        self.sure: list[bool] = []
+        self.unexplained = 0
         self.top5: list[float] = []
         self.losses: list[tuple[float, float]] = []
 
     def add(self, ours: np.ndarray, theirs: np.ndarray, tokens: Sequence[int]) -> None:
-        """One prompt's (T, V) logits, and its T ids."""
+        """Add one prompt's (T, V) logits, and its T ids."""
         for start in range(0, len(tokens), _ROWS):
             rows = slice(start, start + _ROWS)
             a, b = (np.asarray(x[rows], np.float64) for x in (ours, theirs))
             p, q = log_softmax(a), log_softmax(b)
             self.kl += np.sum(np.exp(q) * (q - p), axis=1).tolist()
-            count = min(5, a.shape[1])
-            best_a, best_b = (np.argsort(-x, axis=1, kind="stable")[:, :count] for x in (a, b))
-            pairs = list(zip(best_a, best_b, strict=True))
-            self.top1 += [i[0] == j[0] for i, j in pairs]
-            self.top5 += [len(set(i) & set(j)) / count for i, j in pairs]
-            ranked = np.sort(b, axis=1)[:, -2:]
-            self.sure += (ranked[:, -1] - ranked[:, 0] > self.margin).tolist()
+            best_a, best_b = (np.argsort(-x, axis=1, kind="stable")[:, :5] for x in (a, b))
+            same = best_a[:, 0] == best_b[:, 0]
+            lead = np.take_along_axis(b, best_b[:, :2], axis=1)
+            self.top1 += same.tolist()
+            self.unexplained += int((~same & (lead[:, 0] - lead[:, -1] > self.margin)).sum())
+            self.top5 += (best_a[:, :, None] == best_b[:, None]).any(1).mean(1).tolist()
             answers = np.asarray(tokens[start + 1 : start + 1 + _ROWS], np.int64)
             at = np.arange(len(answers)), answers
-            self.losses += list(zip(-p[at], -q[at], strict=True))
+            self.losses += zip(-p[at], -q[at], strict=True)
 
     def result(self) -> Logits:
         """Over all prompts."""
-        losses = [None, None]
-        if self.losses:
-            losses = np.nan_to_num(np.mean(self.losses, axis=0), nan=np.inf, posinf=np.inf).tolist()
-        wrong = sum(sure and not same for sure, same in zip(self.sure, self.top1, strict=True))
-        kl = np.nan_to_num(self.kl, nan=np.inf, posinf=np.inf)
+        losses = _worst(np.mean(self.losses, axis=0)).tolist() if self.losses else [None, None]
+        kl = _worst(self.kl)
         return Logits(
-            tokens=len(self.kl), kl_mean=float(np.mean(kl)), kl_max=float(np.max(kl)),
-            top1=float(np.mean(self.top1)), top1_unexplained=wrong,
+            tokens=len(kl), kl_mean=float(np.mean(kl)), kl_max=float(np.max(kl)),
+            top1=float(np.mean(self.top1)), top1_unexplained=self.unexplained,
             top5=float(np.mean(self.top5)), loss_ours=losses[0], loss_theirs=losses[1],
         )  # fmt: skip
 
@@ -123,13 +118,8 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
 def generation(
     ours: Sequence[Sequence[int]], theirs: Sequence[dict], tokenizer
 ) -> Generation | None:
-    """Continuations token by token.
-
-    Args:
-        ours: new ids of each prompt.
-        theirs: of each prompt, new "tokens" and the "margins" of the two best logits at each.
-        tokenizer: for the tokens' texts, or None.
-    """
+    """Compare the continuations token by token: ``ours`` has new ids of each prompt, ``theirs`` new
+    "tokens" of each and the "margins" of the two best logits. ``tokenizer`` may be None."""
     if not ours[0]:
         return None
     text = tokenizer.decode if tokenizer else lambda token: ""
@@ -145,15 +135,12 @@ def generation(
 
 
 class Features:
-    """Compares a transcoder's features; see :class:`jaxtc.parity.certificate.Transcoder`.
+    """Compares the features of our transcoder; see :class:`jaxtc.parity.certificate.Transcoder`.
 
-    Args:
-        transcoder: ours.
-        tolerances: of the models' dtype.
-        special: ids of tokens that do not count.
+    Tokens with an id among ``special`` are left out.
     """
 
-    def __init__(self, transcoder, tolerances: Tolerances, special: Sequence[int]):
+    def __init__(self, transcoder, tolerances: Tolerances, special: Iterable[int | None]):
         self.transcoder, self.tolerances, self.special = transcoder, tolerances, special
         self.columns = np.linalg.norm(np.asarray(transcoder.W_enc[...], np.float64), axis=0)
         self.threshold = np.maximum(np.asarray(transcoder.threshold[...], np.float64), 0)
@@ -163,15 +150,14 @@ class Features:
         self.errors = {"pre_activations": [], "reconstruction": []}
 
     def add(self, ours: dict, theirs: dict, tokens: Sequence[int]) -> None:
-        """One prompt.
+        """Add one prompt.
 
         Args:
             ours: (T, D) "mlp_in_normed" and "mlp_out".
-            theirs: the same, and (T, M) "pre_activations" and "activations", (T, D)
-                "reconstruction".
+            theirs: these, "reconstruction", and (T, M) "pre_activations" and "activations".
             tokens: T ids.
         """
-        keep = ~np.isin(tokens, self.special)
+        keep = ~special_token_mask(tokens, self.special)
         if not keep.any():
             return
         ours = {name: np.asarray(x, np.float32)[keep] for name, x in ours.items()}
@@ -181,10 +167,8 @@ class Features:
             ("pre_activations", self.transcoder.pre_activations(expected)),
             ("reconstruction", self.transcoder.decode(theirs["activations"])),
         ):
-            far = np.linalg.norm(np.asarray(got, np.float64) - theirs[name], axis=1)
-            size = np.linalg.norm(theirs[name].astype(np.float64), axis=1)
-            # Without a bias, no active feature is a reconstruction of zeros.
-            self.errors[name] += np.divide(far, size, out=far, where=size > 0).tolist()
+            pair = (np.asarray(x, np.float64) for x in (got, theirs[name]))
+            self.errors[name] += relative(*pair).tolist()
         a, b = np.asarray(self.transcoder.encode(x)) > 0, theirs["activations"] > 0
         both, either = (a & b).sum(1), (a | b).sum(1)
         self.tokens += len(x)
@@ -193,13 +177,12 @@ class Features:
         token, feature = np.nonzero(a != b)
         moved = np.linalg.norm(x.astype(np.float64) - expected, axis=1)
         size = np.linalg.norm(expected.astype(np.float64), axis=1)
-        # By Cauchy and Schwarz, and the rounding of the product itself.
+        # The Cauchy-Schwarz bound, and the rounding of the product itself.
         room = moved + self.tolerances.transcoder * size
         away = np.abs(theirs["pre_activations"][token, feature] - self.threshold[feature])
         self.differing += len(token)
         self.near += int((away <= room[token] * self.columns[feature]).sum())
-        mine = np.asarray(self.transcoder(x))
-        self.fvu[0].update(theirs["mlp_out"], mine)
+        self.fvu[0].update(theirs["mlp_out"], self.transcoder(x))
         self.fvu[1].update(ours["mlp_out"], theirs["reconstruction"])
         self.fvu[2].update(theirs["mlp_out"], theirs["reconstruction"])
 
@@ -213,8 +196,7 @@ class Features:
             source=source, layer=layer, features=self.transcoder.features, tokens=self.tokens,
             l0_ours=l0[0], l0_theirs=l0[1], overlap=self.overlap / self.tokens,
             differing=self.differing, near_threshold=self.near,
-            pre_activations=float(np.mean(self.errors["pre_activations"])),
-            reconstruction=float(np.mean(self.errors["reconstruction"])),
+            **{name: float(np.mean(errors)) for name, errors in self.errors.items()},
             fvu_ours=fvu[0], fvu_theirs=fvu[1], fvu_reference=fvu[2],
             tolerance=self.tolerances.transcoder, fvu_tolerance=self.tolerances.fvu,
         )  # fmt: skip

@@ -1,19 +1,22 @@
 """``certify``: the reference in a process of its own, then our model, then the comparison."""
 
 import contextlib
+import dataclasses
 import datetime
 import functools
 import logging
 import operator
 import platform
 import shutil
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxtc.errors import CapacityError, InputError, SourceError
 from jaxtc.helpers import JAXTC_VERSION, whole_number
@@ -34,9 +37,6 @@ from jaxtc.weights.load_model import load_model, load_tokenizer
 from jaxtc.weights.load_transcoder import load_transcoder
 from jaxtc.weights.sources.resolve import EMBEDDED, MODEL, TRANSCODERS, resolve
 
-DTYPES = ("float32", "bfloat16")
-Loader = Callable[..., Gemma2]
-
 
 def certify(
     model: str | Path = EMBEDDED,
@@ -49,38 +49,38 @@ def certify(
     truth: bool = False,
     new_tokens: int = 16,
     progress: Callable[[str], None] | None = None,
-    load: Loader = load_model,
+    load: Callable[..., Gemma2] = load_model,
 ) -> Certificate:
     """Compare jaxtc with ``transformers``' PyTorch model, on the same weights and tokens.
 
-    The two run one after the other, so that one of them is in memory at a time; what the reference
-    has at each site waits in a private temporary folder, float32 or, of ``truth``, float64: room
-    for it must be there (2B: 10 MB a token).
+    The two run one after the other, so that one of them is in memory at a time. The reference's
+    activations wait in a private temporary folder, as float32 and, for ``truth``, float64, which
+    must have room for them (2B: 10 MB a token).
 
     Args:
         model: a hub id, a local folder, or ``"embedded"``.
-        prompts: texts, or rows of token ids; some built-in sentences by default.
-        transcoder: also compare this one's features; a source as in
+        prompts: texts, or rows of token ids; built-in sentences by default.
+        transcoder: also compare the features of this source, as in
             :func:`jaxtc.load_transcoder`.
         transcoder_layer: whose MLP it imitates, where the source does not say.
         dtype: of both models' weights: "float32" or "bfloat16".
         layers: whose sites to compare; all by default.
         truth: also run the reference in float64, with the weights as ``dtype`` rounds them.
-        new_tokens: how many greedy tokens to compare after each prompt.
+        new_tokens: greedy tokens to compare after each prompt.
         progress: called with a few words at each step.
-        load: what loads our model, called as ``load(folder, dtype=dtype)``.
+        load: loads our model, as ``load(folder, dtype=dtype)``.
 
     Raises:
         SourceError, ConfigError, WeightsError: of the model or the transcoder.
-        InputError: prompts the model cannot run.
+        InputError: an option out of range, or prompts the model cannot run.
         SiteError: a layer the model lacks.
         CapacityError: prompts too long for the memory there is, or for the temporary folder.
-        JaxtcError: no PyTorch here, an option out of its range, or the PyTorch process failed.
+        JaxtcError: PyTorch is not installed, or its process failed.
     """
     job.need_torch()
     say = progress or (lambda step: None)
-    if dtype not in DTYPES:
-        raise InputError(f"dtype is {dtype!r}, expected {' or '.join(map(repr, DTYPES))}.")
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(f"dtype is {dtype!r}, expected 'float32' or 'bfloat16'.")
     whole_number("new_tokens", new_tokens)
     say(f"Looking for {model}")
     folder = resolve(model, MODEL).fetch()
@@ -93,30 +93,34 @@ def certify(
         chosen = sorted({*chosen, of_layer})
     tokenizer = functools.cache(functools.partial(load_tokenizer, model))
     texts, ids = tokenised(prompts, model, config, tokenizer, new_tokens)
-    with job.private_folder() as root:
-        _check_room(root, config, ids, chosen, truth)
+    # mkdtemp makes it private (mode 0700).
+    with tempfile.TemporaryDirectory(prefix="jaxtc-parity-") as root:
+        _check_room(Path(root), config, ids, chosen, truth)
         work = Job(
-            name=dtype, root=str(root), model=str(folder.resolve()), dtype=dtype, truth=False,
+            name=dtype, root=root, model=str(folder.resolve()), dtype=dtype, truth=False,
             prompts=ids, layers=chosen, new_tokens=new_tokens, transcoder=file and str(file),
             transcoder_layer=of_layer, cpu=jax.config.jax_platforms == "cpu",
         )  # fmt: skip
         reports = {"theirs": job.run(work, say)}
         exact = None
         if truth:
-            exact = Job(
-                name="float64", root=str(root), model=work.model, dtype=dtype, truth=True,
-                prompts=ids, layers=chosen, cpu=work.cpu,
-            )  # fmt: skip
+            changes = {"truth": True, "new_tokens": 0, "transcoder": None}
+            exact = dataclasses.replace(work, name="float64", **changes)
             reports["truth"] = job.run(exact, say)
         began = time.monotonic()
         say(f"Loading {model} into JAX")
         ours = load(folder, dtype=dtype)
         features = None
         if file:
-            features = Features(load_transcoder(file, of_layer), limits, _special(config))
+            special = [config.bos_token_id, config.pad_token_id, *np.ravel(config.eos_token_id)]
+            features = Features(load_transcoder(file, of_layer), limits, special)
         side = Comparison(ours, work, exact, limits, features)
         new = [[] for _ in ids]
-        with _compiling_for_each_length():
+        with contextlib.ExitStack() as quietly:
+            # No advice against compiling for each length: that is meant for users' own loops.
+            log = logging.getLogger("jaxtc")
+            quietly.callback(log.setLevel, log.level)
+            log.setLevel(logging.ERROR)
             for index in range(len(ids)):
                 say(f"JAX, {dtype}: prompt {index + 1} of {len(ids)}")
                 side.prompt(index)
@@ -153,15 +157,14 @@ def certify(
 
 def _layers(asked: Iterable[int] | None, count: int) -> list[int]:
     """Indices from 0, in order."""
-    if asked is None:
-        return list(range(count))
+    asked = range(count) if asked is None else asked
     try:
-        found = {check_layer(operator.index(one), count, "layers") for one in asked}
+        found = sorted({check_layer(operator.index(one), count, "layers") for one in asked})
     except TypeError as error:
         raise InputError(f"layers is {asked!r}, expected whole numbers such as [0, 5].") from error
     if not found:
         raise InputError("layers is empty; leave it out to compare those of all layers.")
-    return sorted(found)
+    return found
 
 
 def _check_room(
@@ -179,18 +182,6 @@ def _check_room(
             f"compared, and {root.parent} has {free / 1e9:.1f} GB left. Set TMPDIR to a folder "
             "with more room, or give fewer or shorter prompts or fewer layers."
         )
-
-
-@contextlib.contextmanager
-def _compiling_for_each_length() -> Iterator[None]:
-    """Without the advice, meant for loops of one's own, to compile less."""
-    log = logging.getLogger("jaxtc")
-    before = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
 
 
 def _transcoder(
@@ -233,10 +224,3 @@ def _transcoder(
             f"token, but this model's D is {config.hidden_size}: it belongs to another model."
         )
     return file, layer
-
-
-def _special(config: Gemma2Config) -> list[int]:
-    """Ids of the tokens transcoders are not trained on."""
-    eos = config.eos_token_id
-    ids = [config.bos_token_id, config.pad_token_id, *(eos if isinstance(eos, tuple) else [eos])]
-    return [one for one in ids if one is not None]

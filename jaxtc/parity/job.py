@@ -1,56 +1,44 @@
 """The work given to the PyTorch process: its description, its folder, and how it is run."""
 
-import contextlib
 import dataclasses
 import importlib.util
 import json
 import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
 from jaxtc.errors import JaxtcError
+from jaxtc.tap.sites import SITES, Address
 
-Step = Callable[[str], None]
+_KILLED = (
+    "it was killed (signal 9), as systems do when memory runs out. Try --dtype bfloat16, fewer or "
+    "shorter prompts, or leave --truth out: float64 takes 8 bytes a weight"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One pass of the reference over the prompts.
+    """One pass of the reference over the prompts."""
 
-    Attributes:
-        name: of the pass, and of its folder.
-        root: the private folder everything is written in.
-        model: local folder.
-        dtype: of the weights: "float32" or "bfloat16".
-        truth: whether to compute in float64 with the weights as that dtype rounds them.
-        prompts: ids of each.
-        layers: whose sites are written.
-        new_tokens: how many greedy tokens to add to each prompt.
-        transcoder: local ``params.npz``, or None.
-        transcoder_layer: whose MLP it imitates.
-        cpu: leave accelerators alone.
-    """
-
-    name: str
-    root: str
-    model: str
-    dtype: str
-    truth: bool
+    name: str  # of the pass and its folder
+    root: str  # private folder that everything is written in
+    model: str  # local folder
+    dtype: str  # of the weights: "float32" or "bfloat16"
+    truth: bool  # compute in float64, with the weights as ``dtype`` rounds them
     prompts: list[list[int]]
-    layers: list[int]
-    new_tokens: int = 0
-    transcoder: str | None = None
+    layers: list[int]  # whose sites are written
+    new_tokens: int = 0  # greedy tokens after each prompt
+    transcoder: str | None = None  # local ``params.npz``
     transcoder_layer: int | None = None
-    cpu: bool = False
+    cpu: bool = False  # leave accelerators alone
 
     @property
     def report(self) -> Path:
-        """What the process says at its end, JSON."""
+        """The JSON that the process writes when it is done."""
         return Path(self.root) / f"{self.name}.report.json"
 
     def folder(self, prompt: int) -> Path:
@@ -58,37 +46,23 @@ class Job:
         return Path(self.root) / f"{self.name}.{prompt}"
 
     def file(self, prompt: int, name: object) -> Path:
-        """Where an array is: of an address, or one of "transcoder.*"."""
+        """The file of an array, named by an address or "transcoder.*"."""
         return self.folder(prompt) / f"{name}.npy"
 
     def array(self, prompt: int, name: object) -> np.ndarray:
-        """An array of the reference's, read from disk as it is used; no batch axis."""
+        """The reference's array, memory-mapped; no batch axis."""
         return np.load(self.file(prompt, name), mmap_mode="r", allow_pickle=False)
 
-    def forget(self, prompt: int) -> None:
-        """Delete a prompt's arrays."""
-        for file in self.folder(prompt).iterdir():
-            file.unlink()
 
-    @classmethod
-    def read(cls, path: Path) -> "Job":
-        """A job that :func:`run` wrote."""
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
-
-
-@contextlib.contextmanager
-def private_folder() -> Iterator[Path]:
-    """A folder only this user can read (mode 0700), removed at the end, whatever that is."""
-    with tempfile.TemporaryDirectory(prefix="jaxtc-parity-") as folder:
-        yield Path(folder)
+def addresses(layers: Iterable[int]) -> list[Address]:
+    """Every site of these layers, and those the model has once, in the order of computation."""
+    first, *last = [Address(site.name) for site in SITES if not site.per_layer]
+    sites = [site.name for site in SITES if site.per_layer]
+    return [first, *(Address(site, layer) for layer in layers for site in sites), *last]
 
 
 def need_torch() -> None:
-    """Refuse to begin without PyTorch.
-
-    Raises:
-        JaxtcError: it is not installed.
-    """
+    """Raise JaxtcError where PyTorch is not installed."""
     if importlib.util.find_spec("torch") is None:
         raise JaxtcError(
             "Parity runs transformers' PyTorch model beside ours, and PyTorch (torch) is not "
@@ -96,28 +70,27 @@ def need_torch() -> None:
         )
 
 
-def run(job: Job, progress: Step) -> dict:
-    """Do the job in a process of its own, and give back its report.
+def run(job: Job, progress: Callable[[str], None]) -> dict:
+    """Run the job in a process of its own, and return its report.
 
     Raises:
-        JaxtcError: the process failed; its last words are in the message.
+        JaxtcError: the process failed; the last line of its stderr is in the message.
     """
     path = Path(job.root) / f"{job.name}.json"
     path.write_text(json.dumps(dataclasses.asdict(job)), encoding="utf-8")
-    # It imports from where this process does, the folder it happens to run in left out (-P).
-    places = os.pathsep.join(place for place in sys.path if place)
+    # It imports from where this process does, except the current folder (-P).
     environment = {
-        **os.environ,
-        "PYTHONPATH": places,
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_OFFLINE": "1",
-    }
+        **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
     command = [sys.executable, "-P", "-m", "jaxtc.parity.torch_side", str(path)]
-    with open(Path(job.root) / f"{job.name}.stderr", "w+b") as errors:
-        process = subprocess.Popen(
+    with (
+        open(Path(job.root) / f"{job.name}.stderr", "w+b") as errors,
+        subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
             env=environment, text=True, encoding="utf-8", errors="replace",
-        )  # fmt: skip
+        ) as process,
+    ):  # fmt: skip
         try:
             for line in process.stdout:
                 if line.startswith('{"step"'):
@@ -125,21 +98,11 @@ def run(job: Job, progress: Step) -> dict:
             code = process.wait()
         finally:
             process.kill()
-            process.wait()
-            process.stdin.close()
-            process.stdout.close()
         if code:
             errors.seek(0)
-            raise JaxtcError(_failed(code, errors.read().decode(errors="replace")))
+            lines = errors.read().decode(errors="replace").strip().splitlines() or ["no message"]
+            last = _KILLED if code == -9 else lines[-1].strip().rstrip(".")
+            raise JaxtcError(
+                f"The PyTorch half of the comparison failed (exit code {code}): {last}."
+            )
     return json.loads(job.report.read_text(encoding="utf-8"))
-
-
-def _failed(code: int, errors: str) -> str:
-    lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    last = lines[-1] if lines else "it said nothing"
-    if code == -9:
-        last = (
-            "it was killed (signal 9), as systems do when memory runs out. Try --dtype bfloat16, "
-            "fewer or shorter prompts, or leave --truth out: float64 takes 8 bytes a weight"
-        )
-    return f"The PyTorch half of the comparison failed (exit code {code}): {last.rstrip('.')}."

@@ -1,39 +1,34 @@
 """Our side: the prompts through our model, each compared with the reference's files at once."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+import shutil
 
 import numpy as np
 
 from jaxtc.edits.values import SetTo
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
-from jaxtc.parity.certificate import TruthRow
+from jaxtc.parity.certificate import SiteRow, TruthRow
 from jaxtc.parity.compare import Features, Predictions, Tally
-from jaxtc.parity.job import Job
+from jaxtc.parity.job import Job, addresses
 from jaxtc.parity.tolerances import Tolerances
 from jaxtc.programs.run import run
 from jaxtc.tap.context import PerLayer
 from jaxtc.tap.sites import SITES, Address
 
-# At these sites of each layer the isolated run is given the reference's own values.
+# Sites of each layer that the isolated run replaces with the reference's values.
 GIVEN = ("resid_pre", "resid_mid")
 # Bytes of captures held at once: more layers than fit are captured in several passes.
 _CAPTURED = 256 * 2**20
 
 
 class Comparison:
-    """Our model on the prompts, against the reference's files.
+    """Our model on the prompts, against the files of the reference's pass ``work``.
 
-    Args:
-        model: ours.
-        work: the reference's pass.
-        exact: its float64 pass, or None.
-        tolerances: for the dtype.
-        features: for the transcoder, or None.
+    ``exact`` is its float64 pass, or None; ``features`` compare the transcoder, if there is one.
 
     Attributes:
-        accumulated, isolated: a tally for each address, in the order of computation.
+        accumulated, isolated: a tally per address, in the order of computation.
         truth: by site, (ours, the reference) against float64.
         predictions: of the logits.
     """
@@ -48,9 +43,9 @@ class Comparison:
     ):
         self.model, self.work, self.exact, self.features = model, work, exact, features
         self.predictions = Predictions(tolerances)
-        order = list(in_order(work.layers))
+        order = addresses(work.layers)
         self.accumulated = {address: Tally(address.site) for address in order}
-        # And here: the final sites start from it.
+        # Given too: the final sites start from it.
         self.end = Address("resid_post", model.config.num_hidden_layers - 1)
         self.isolated = {a: Tally(a.site) for a in order if a.site not in GIVEN and a != self.end}
         names = [site.name for site in SITES] if exact else []
@@ -59,35 +54,30 @@ class Comparison:
     def prompt(self, index: int) -> None:
         """Run one prompt both ways and compare it; its files are deleted."""
         work, ids = self.work, self.work.prompts[index]
-        parts = list(groups(self.model.config, work.layers, len(ids), self.model.dtype.itemsize))
-        for number, group in enumerate(parts):
-            wanted = list(in_order(group, first=number == 0, last=number == len(parts) - 1))
-            found = self._run(ids, wanted, ())
-            self._accumulated(index, wanted, found)
-            edits = self._starts(index, group, last=number == len(parts) - 1)
+        parts = groups(self.model.config, work.layers, len(ids), self.model.dtype.itemsize)
+        for group in parts:
+            first, last = group is parts[0], group is parts[-1]
+            wanted = [
+                address
+                for address in addresses(group)
+                if address.layer is not None or (first if address.site == "embed" else last)
+            ]
+            self._accumulated(index, self._run(ids, wanted, ()))
             isolated = [address for address in wanted if address in self.isolated]
-            found = self._run(ids, isolated, edits)
-            for address in isolated:
-                self.isolated[address].add(found(address), work.array(index, address))
-        work.forget(index)
-        if self.exact:
-            self.exact.forget(index)
+            found = self._run(ids, isolated, self._starts(index, group, last))
+            for address, ours in found.items():
+                self.isolated[address].add(ours, work.array(index, address))
+        for job in filter(None, (work, self.exact)):
+            shutil.rmtree(job.folder(index))
 
-    def _run(self, ids, wanted, edits) -> Callable[[Address], np.ndarray]:
-        logits = "all" if Address("logits") in wanted else None
-        capture = [address for address in wanted if address.site != "logits"]
-        result = run(self.model, [ids], capture=capture, edits=edits, logits=logits)
+    def _run(self, ids, wanted, edits) -> dict[Address, np.ndarray]:
+        found = run(self.model, [ids], capture=wanted, edits=edits, logits=None).activations
+        return {address: np.asarray(found[address])[0] for address in wanted}
 
-        def read(address: Address) -> np.ndarray:
-            x = result.logits if address.site == "logits" else result.activations[address]
-            return np.asarray(x)[0]
-
-        return read
-
-    def _accumulated(self, index: int, wanted: list[Address], found) -> None:
+    def _accumulated(self, index: int, found: dict[Address, np.ndarray]) -> None:
         work = self.work
-        for address in wanted:
-            ours, theirs = found(address), work.array(index, address)
+        for address, ours in found.items():
+            theirs = work.array(index, address)
             self.accumulated[address].add(ours, theirs)
             if self.exact:
                 right = self.exact.array(index, address)
@@ -95,11 +85,10 @@ class Comparison:
                     tally.add(x, right)
             if address.site == "logits":
                 self.predictions.add(ours, theirs, work.prompts[index])
-        layer = work.transcoder_layer
-        if self.features and Address("mlp_out", layer) in wanted:
-            names = ("mlp_in_normed", "mlp_out")
-            own = {name: found(Address(name, layer)) for name in names}
-            theirs = {name: work.array(index, Address(name, layer)) for name in names}
+        ends = [Address(name, work.transcoder_layer) for name in ("mlp_in_normed", "mlp_out")]
+        if self.features and ends[0] in found:
+            own = {end.site: found[end] for end in ends}
+            theirs = {end.site: work.array(index, end) for end in ends}
             for name in ("pre_activations", "activations", "reconstruction"):
                 theirs[name] = work.array(index, f"transcoder.{name}")
             self.features.add(own, theirs, work.prompts[index])
@@ -119,8 +108,20 @@ class Comparison:
             edits.append(SetTo(np.asarray(end)[None], site=str(self.end)))
         return edits
 
+    def rows(self, tolerances: Tolerances) -> list[SiteRow]:
+        """The figures of every address, judged."""
+        rows = []
+        for address, whole in self.accumulated.items():
+            alone = self.isolated.get(address)
+            accumulated = whole.figures(tolerances, "accumulated")
+            isolated = alone and alone.figures(tolerances, "isolated")
+            passed = accumulated.passed and (isolated is None or isolated.passed)
+            masks = (alone or whole).masks_differ
+            rows.append(SiteRow(address.site, address.layer, accumulated, isolated, masks, passed))
+        return rows
+
     def truth_rows(self) -> list[TruthRow] | None:
-        """Who is nearer, by site."""
+        """The errors of both against float64, by site."""
         if not self.exact:
             return None
         pairs = {site: (a.mean, b.mean) for site, (a, b) in self.truth.items() if a.tokens}
@@ -130,28 +131,10 @@ class Comparison:
         ]
 
 
-def in_order(layers: Iterable[int], first: bool = True, last: bool = True) -> Iterator[Address]:
-    """Addresses in the order of computation.
-
-    Args:
-        layers: whose.
-        first: with what comes before them.
-        last: with what comes after them.
-    """
-    names = [site.name for site in SITES if not site.per_layer]
-    yield from (Address(name) for name in names if first and name == "embed")
-    for layer in layers:
-        yield from (Address(site.name, layer) for site in SITES if site.per_layer)
-    yield from (Address(name) for name in names if last and name != "embed")
-
-
-def groups(
-    config: Gemma2Config, layers: list[int], length: int, itemsize: int
-) -> Iterator[list[int]]:
+def groups(config: Gemma2Config, layers: list[int], length: int, itemsize: int) -> list[list[int]]:
     """Layers in groups whose captures fit in ``_CAPTURED`` bytes; at least one layer each."""
     step = max(1, _CAPTURED // captured(config, length, itemsize))
-    for start in range(0, len(layers), step):
-        yield layers[start : start + step]
+    return [layers[start : start + step] for start in range(0, len(layers), step)]
 
 
 def captured(config: Gemma2Config, length: int, itemsize: int = 4, per_layer: bool = True) -> int:

@@ -35,11 +35,16 @@ EMBEDDED_TEXTS = (
 )
 
 
+def built_in(model: str | Path) -> list[str]:
+    """The prompts run by default."""
+    return list(EMBEDDED_TEXTS if model == EMBEDDED else TEXTS)
+
+
 def read_prompts(path: str | Path) -> list[str]:
     """The prompts of a UTF-8 text file, one a line; empty lines are left out.
 
     Raises:
-        SourceError: no such file, or it cannot be read.
+        SourceError: no such file, or not readable as UTF-8.
         InputError: no prompt in it.
     """
     file = local.find(path)
@@ -47,13 +52,10 @@ def read_prompts(path: str | Path) -> list[str]:
         raise SourceError(f"There is no prompts file {path}; give a text file, one prompt a line.")
     try:
         text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SourceError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start})."
-        ) from error
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror}.") from error
-    # Not splitlines(): a text may hold other characters that break lines.
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or f"it is not UTF-8 text, {error.reason}"
+        raise SourceError(f"{path} cannot be read: {why}.") from error
+    # Not splitlines(), which also splits at form feeds and other separators within a text.
     lines = [line for line in text.split("\n") if line.strip()]
     if not lines:
         raise InputError(f"{path} has no prompt in it; write one prompt a line.")
@@ -67,13 +69,13 @@ def tokenised(
     tokenizer: Any,
     extra: int,
 ) -> tuple[list[str | None], list[list[int]]]:
-    """Texts and ids of the prompts, checked.
+    """Texts (None where ids were given) and ids of the prompts, checked.
 
     Args:
         prompts: texts, or rows of ids; the built-in texts by default.
         model: its source.
         config: for the vocabulary and the context.
-        tokenizer: called when there is a text: gives the tokenizer.
+        tokenizer: returns the tokenizer; called only where there is a text.
         extra: tokens that will be added to each.
 
     Raises:
@@ -81,7 +83,7 @@ def tokenised(
         SourceError: texts, but no tokenizer.
     """
     if prompts is None:
-        prompts = EMBEDDED_TEXTS if model == EMBEDDED else TEXTS
+        prompts = built_in(model)
     if isinstance(prompts, str) or not hasattr(prompts, "__len__") or not len(prompts):
         raise InputError(
             f"prompts is {prompts!r}, expected a list of texts (or of rows of token ids) with at "

@@ -1,6 +1,6 @@
-"""What errors are rounding: the one table that verdicts come from.
+"""Which errors are rounding: the one table that verdicts come from.
 
-``MEASURED`` holds the worst mean relative errors of models that are right, as
+``MEASURED`` holds the worst mean relative errors of correct models, as
 ``python -m tests.parity.calibrate`` finds them on a CPU: the embedded model, random ones with the
 proportions of 2B, 9B and 27B, and one with the widths of 2B, with prompts of up to 277 tokens.
 Isolated errors are of models of up to 26 layers; accumulated ones and predictions of up to 4, and
@@ -10,16 +10,15 @@ site that is not in it gets the largest of its kind.
 
 import dataclasses
 import functools
-from typing import Any
 
 from jaxtc.tap.sites import BY_NAME, SITES
 
 FACTOR = 4.0
-# The worst token's error may be so many times what the mean may be.
+# Tolerance of the worst token's error, as a multiple of the mean's.
 WORST = 10.0
 DEPTH = 4
-# A sum that comes out otherwise in its last float32 bits may round to the next number of the
-# dtype, which moves a token by so much at most; rare, so the mean of few tokens must allow for one.
+# A sum that differs in its last float32 bits may round to the next number of the dtype, which
+# moves a token by at most this much; rare, so the mean of few tokens must allow for one.
 STEP = {"float32": 2.0**-23, "bfloat16": 2.0**-7}
 # Nothing is rounded between these and what is given.
 STEPLESS = ("embed", "attn_in_scale", "mlp_in_scale", "mlp_in_normed", "final_scale")
@@ -62,76 +61,47 @@ def measured(site: str) -> tuple[float, ...]:
     return MEASURED.get(site) or tuple(map(max, zip(*alike, strict=True)))
 
 
-# The same of the predictions, by dtype. A KL grows with the square of an error; ``margin`` is half
-# the largest error of a logit, so that the tolerance is twice that.
+# The others by dtype. A KL grows with the square of an error; ``margin`` is half the largest error
+# of a logit, so that the tolerance is twice that.
 PREDICTIONS = {
-    "float32": {"kl_mean": 8e-11, "kl_max": 9e-10, "loss": 7e-6, "margin": 8.5e-5},
-    "bfloat16": {"kl_mean": 3.2e-2, "kl_max": 0.57, "loss": 5.2e-2, "margin": 1.75},
+    "float32": {"kl_mean": 8e-11, "kl_max": 9e-10, "loss": 7e-6, "margin": 8.5e-5, "fvu": 2e-7},
+    "bfloat16": {"kl_mean": 3.2e-2, "kl_max": 0.57, "loss": 5.2e-2, "margin": 1.75, "fvu": 7e-4},
 }
-# Of a transcoder, which is float32 in either case, of D = 2304; and of its FVU, whose input is of
-# the dtype.
+# Of a transcoder, which is float32 in either case, of D = 2304.
 TRANSCODER = 3.3e-7
-FVU = {"float32": 2e-7, "bfloat16": 7e-4}
-# How many times farther from the float64 truth than the reference we may be. In float32 the order
-# in which a library adds decides: 1.6 at one site of the embedded model.
+# Our error against float64, as a multiple of the reference's. In float32 the order in which a
+# library adds decides: 1.6 at one site of the embedded model.
 TRUTH = {"float32": 10.0, "bfloat16": 2.0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Tolerances:
-    """Of one dtype, and a number of layers.
+    """Of one dtype, and a number of layers. Errors are relative, in the mean over many tokens."""
 
-    Attributes:
-        dtype: of both models' weights.
-        factor: ``FACTOR``.
-        isolated: by site, what the mean relative error over many tokens may be when inputs are
-            the reference's.
-        accumulated: by site, what it may be when our model runs by itself.
-        worst: what the worst token's may be, as a multiple of these.
-        step: what one token's may be besides, isolated, and so the mean of few.
-        kl_mean: KL(theirs ‖ ours) in nats, mean over tokens.
-        kl_max: its largest.
-        loss: |difference| of the mean next-token losses, in nats.
-        margin: two logits that are nearer than this may change places.
-        transcoder: relative error of pre-activations and reconstruction from the same inputs.
-        fvu: difference of FVUs.
-        truth: our error against float64, as a multiple of the reference's.
-    """
-
-    dtype: str
+    dtype: str  # of both models' weights
     factor: float
-    isolated: dict[str, float]
+    isolated: dict[str, float]  # by site
     accumulated: dict[str, float]
-    worst: float
-    step: float
-    kl_mean: float
+    worst: float  # of the worst token, as a multiple of these
+    step: float  # added to the isolated one of each token
+    kl_mean: float  # KL(theirs ‖ ours) in nats, mean over tokens
     kl_max: float
-    loss: float
-    margin: float
-    transcoder: float
-    fvu: float
-    truth: float
+    loss: float  # difference of the mean next-token losses, in nats
+    margin: float  # two logits nearer than this may change places
+    transcoder: float  # of pre-activations and reconstruction from the same inputs
+    fvu: float  # difference of FVUs
+    truth: float  # our error against float64, as a multiple of the reference's
 
     def limits(self, kind: str, site: str, tokens: int) -> tuple[float, float]:
-        """What the mean over so many tokens, and the worst of them, may be.
-
-        Args:
-            kind: "isolated" or "accumulated".
-            site: of the table of sites.
-            tokens: how many there are.
-        """
+        """(mean over ``tokens``, worst of them); ``kind`` is "isolated" or "accumulated"."""
         mean = getattr(self, kind)[site]
         step = 0.0 if kind == "accumulated" or site in STEPLESS else self.step
         return mean + step / tokens, self.worst * mean + step
 
-    def to_dict(self) -> dict[str, Any]:
-        """For the certificate."""
-        return dataclasses.asdict(self)
-
 
 @functools.cache
 def tolerances(dtype: str, layers: int = DEPTH) -> Tolerances:
-    """Of "float32" or "bfloat16", for a model of so many layers."""
+    """Of "float32" or "bfloat16", for a model of this many layers."""
     column = 0 if dtype == "float32" else 2
     deeper = max(1.0, layers / DEPTH)
     rows = {site.name: measured(site.name) for site in SITES}
@@ -140,14 +110,8 @@ def tolerances(dtype: str, layers: int = DEPTH) -> Tolerances:
         for name, value in PREDICTIONS[dtype].items()
     }
     return Tolerances(
-        dtype=dtype,
-        factor=FACTOR,
+        dtype=dtype, factor=FACTOR, worst=WORST, step=STEP[dtype], **predictions,
         isolated={site: FACTOR * row[column] for site, row in rows.items()},
         accumulated={site: FACTOR * row[column + 1] * deeper for site, row in rows.items()},
-        worst=WORST,
-        step=STEP[dtype],
-        **predictions,
-        transcoder=FACTOR * TRANSCODER,
-        fvu=FACTOR * deeper * FVU[dtype],
-        truth=TRUTH[dtype],
-    )
+        transcoder=FACTOR * TRANSCODER, truth=TRUTH[dtype],
+    )  # fmt: skip

@@ -1,7 +1,7 @@
 """The reference: ``Gemma2ForCausalLM`` in PyTorch, every site of it, written to files.
 
-The only module of jaxtc that imports torch. :mod:`jaxtc.parity.job` runs it as a process of its
-own, ``python -m jaxtc.parity.torch_side JOB.json``, whose memory is free again before our model is
+The only module of jaxtc that imports torch. :mod:`jaxtc.parity.job` runs it in a process of its
+own, ``python -m jaxtc.parity.torch_side JOB.json``, whose memory is freed before our model is
 loaded. The parity tests read the reference through the same functions.
 """
 
@@ -23,8 +23,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import Gemma2ForCausalLM, GenerationConfig
 from transformers.models.gemma2.modeling_gemma2 import apply_rotary_pos_emb, repeat_kv
 
-from jaxtc.parity.job import Job
-from jaxtc.tap.sites import BY_NAME, SITES, Address
+from jaxtc.parity.job import Job, addresses
+from jaxtc.tap.sites import BY_NAME, Address
 
 # Of each norm of a layer: the site of its 1/rms, and the site that it reads.
 NORMS = {
@@ -33,9 +33,6 @@ NORMS = {
     "pre_feedforward_layernorm": ("mlp_in_scale", "resid_mid"),
     "post_feedforward_layernorm": ("mlp_out_scale", "mlp_proj"),
 }
-
-# Called with an address and its (B, ...) tensor, as soon as its layer is computed.
-Keep = Callable[[Address, torch.Tensor], None]
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Gemma2ForCausalLM:
@@ -51,7 +48,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Gemma2ForCausalLM:
 def hook(
     model: Gemma2ForCausalLM, where: str, keep: Callable[[torch.Tensor], None]
 ) -> torch.utils.hooks.RemovableHandle:
-    """Give ``keep`` what passes at ``module.input``, ``module.output`` or ``module.output.1``."""
+    """Call ``keep`` on the tensor at ``module.input``, ``module.output`` or ``module.output.1``."""
     path, end, index = re.fullmatch(r"(.+?)\.(input|output)(?:\.(\d))?", where).groups()
     module = model.get_submodule(path)
     if end == "input":
@@ -60,36 +57,25 @@ def hook(
     return module.register_forward_hook(lambda _, args, out: keep(pick(out)))
 
 
-def addresses(layers: Iterable[int]) -> list[Address]:
-    """Every site of these layers, and those that the model has once."""
-    layers = list(layers)
-    return [
-        Address(site.name, layer)
-        for site in SITES
-        for layer in (layers if site.per_layer else (None,))
-    ]
-
-
 @torch.no_grad()
 def forward(
     model: Gemma2ForCausalLM,
     ids: torch.Tensor,
     mask: torch.Tensor,
-    keep: Keep,
+    keep: Callable[[Address, torch.Tensor], None],
     layers: Iterable[int] | None = None,
 ) -> None:
-    """One pass that shows every site, and forgets each layer when it has been shown.
+    """One pass that passes every site to ``keep``, layer by layer, holding one layer at a time.
 
-    The last layer's ``resid_post`` is shown in any case: the final sites are computed from it.
-
-    Sites that no module of ``transformers`` shows are computed from hooked tensors, in the dtypes
-    that its forward pass uses there. Masked scores are NaN.
+    The last layer's ``resid_post`` is passed in any case: the final sites are computed from it.
+    Sites that no module of ``transformers`` has are computed from hooked tensors, in the dtypes
+    of its own forward pass. Masked scores are NaN.
 
     Args:
         model: from :func:`load`.
         ids: (B, T).
         mask: (B, T), 1 on real tokens.
-        keep: see :data:`Keep`.
+        keep: called with an address and its (B, ...) tensor.
         layers: whose sites; all by default.
     """
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -99,13 +85,13 @@ def forward(
 
     def hold(layer: int | None, name: str, x: torch.Tensor) -> None:
         kept.setdefault(layer, {})[name] = x
-
-    def finish(layer: int) -> None:
+        if name != "resid_post":  # the last of its layer
+            return
         held = kept.pop(layer)
         if layer == count - 1:
-            hold(None, "last", held["resid_post"])
+            hold(None, "last", x)
             if layer not in layers:
-                keep(Address("resid_post", layer), held["resid_post"])
+                keep(Address(name, layer), x)
         if layer in layers:
             derive(model, layer, held, positions, mask)
             for name, x in held.items():
@@ -118,10 +104,6 @@ def forward(
         if site.hf and site.hf not in dict(site.unlike):
             save = functools.partial(hold, address.layer, site.name)
             handles.append(hook(model, site.aliases(address.layer)["hf"], save))
-    for layer in {*layers, count - 1}:
-        # After the hook of resid_post, which is this module's output too.
-        end = f"model.layers.{layer}.output"
-        handles.append(hook(model, end, lambda _, layer=layer: finish(layer)))
     try:
         out = model(ids, attention_mask=mask, position_ids=positions, use_cache=False)
     finally:
@@ -135,7 +117,7 @@ def forward(
 
 
 def derive(model: Gemma2ForCausalLM, layer: int, held: dict, positions, mask) -> None:
-    """Add to the hooked tensors of a layer those that no module shows."""
+    """Add to the hooked tensors of a layer those that no module has."""
     block = model.model.layers[layer]
     for name, (site, source) in NORMS.items():
         held[site] = rate(block.get_submodule(name), held[source])
@@ -210,46 +192,17 @@ def widen(model: Gemma2ForCausalLM) -> Gemma2ForCausalLM:
     return model
 
 
-class JumpReLU(nn.Module):
-    """``a = z · (z > threshold)``, ``z > 0`` besides; ``y = a W_dec + b_dec``."""
-
-    def __init__(self, d_in: int, features: int, d_out: int):
-        super().__init__()
-        self.W_enc = nn.Parameter(torch.zeros(d_in, features))
-        self.b_enc = nn.Parameter(torch.zeros(features))
-        self.W_dec = nn.Parameter(torch.zeros(features, d_out))
-        self.b_dec = nn.Parameter(torch.zeros(d_out))
-        self.threshold = nn.Parameter(torch.zeros(features))
-
-    def pre_activations(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., D) to (..., M)."""
-        return x @ self.W_enc + self.b_enc
-
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., D) to (..., M)."""
-        z = self.pre_activations(x)
-        return (z > self.threshold) * torch.relu(z)
-
-    def decode(self, a: torch.Tensor) -> torch.Tensor:
-        """(..., M) to (..., D)."""
-        return a @ self.W_dec + self.b_dec
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., D) to (..., D)."""
-        return self.decode(self.encode(x))
-
-    @classmethod
-    def load(cls, path: Path) -> "JumpReLU":
-        """From a published ``params.npz``."""
-        with np.load(path, allow_pickle=False) as held:
-            arrays = {key: torch.from_numpy(held[key]).float() for key in held.files}
-        module = cls(*arrays["W_enc"].shape, arrays["W_dec"].shape[1])
-        module.load_state_dict(arrays)
-        return module.requires_grad_(False)
+def transcoder(path: Path, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """``z = x W_enc + b_enc``, ``a = z · (z > threshold)`` where ``z > 0``, ``a W_dec + b_dec``."""
+    with np.load(path, allow_pickle=False) as held:
+        p = {name: torch.from_numpy(held[name]).float().to(x.device) for name in held.files}
+    z = x @ p["W_enc"] + p["b_enc"]
+    a = (z > p["threshold"]) * torch.relu(z)
+    return {"pre_activations": z, "activations": a, "reconstruction": a @ p["W_dec"] + p["b_dec"]}
 
 
 def continuation(model: Gemma2ForCausalLM, ids: torch.Tensor, count: int) -> dict:
-    """``count`` greedy tokens after (1, T) ids, and how sure the model was of each."""
+    """``count`` greedy tokens after (1, T) ids, and the margin of the best logit at each."""
     out = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False,
         use_cache=True, output_logits=True, return_dict_in_generate=True,
@@ -260,33 +213,29 @@ def continuation(model: Gemma2ForCausalLM, ids: torch.Tensor, count: int) -> dic
 
 
 def main(path: str) -> None:
-    """Do one job: a line of JSON on stdout for every step, files in the job's folder."""
-    job, began = Job.read(Path(path)), time.monotonic()
+    """Run a job: a line of JSON on stdout for every step, files in the job's folder."""
+    job, began = Job(**json.loads(Path(path).read_text("utf-8"))), time.monotonic()
     torch.set_grad_enabled(False)
-    tell("Loading the PyTorch model")
+    show("Loading the PyTorch model")
     model = load(Path(job.model), getattr(torch, job.dtype))
     device = "cuda" if torch.cuda.is_available() and not job.cpu else "cpu"
     model = widen(model) if job.truth else model
     model, report = model.to(device), []
     with Float64() if job.truth else torch.no_grad():
         for index, prompt in enumerate(job.prompts):
-            tell(f"PyTorch, {job.name}: prompt {index + 1} of {len(job.prompts)}")
+            show(f"PyTorch, {job.name}: prompt {index + 1} of {len(job.prompts)}")
             report.append(one(job, model, index, torch.tensor([prompt], device=device)))
-    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    job.report.write_text(
-        json.dumps(
-            {
-                "prompts": report,
-                "device": name,
-                "seconds": time.monotonic() - began,
-                "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-            }
-        )
-    )
+    found = {
+        "prompts": report,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "seconds": time.monotonic() - began,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    job.report.write_text(json.dumps(found))
 
 
 def one(job: Job, model: Gemma2ForCausalLM, index: int, ids: torch.Tensor) -> dict:
-    """Write a prompt's arrays; its continuation is what comes back."""
+    """Write a prompt's arrays, and return its continuation."""
     job.folder(index).mkdir(mode=0o700)
 
     def write(name: str, x: torch.Tensor) -> None:
@@ -295,24 +244,21 @@ def one(job: Job, model: Gemma2ForCausalLM, index: int, ids: torch.Tensor) -> di
 
     def keep(address: Address, x: torch.Tensor) -> None:
         write(str(address), x)
-        if job.transcoder and str(address) == f"layers.{job.transcoder_layer}.mlp_in_normed":
-            transcoder = JumpReLU.load(Path(job.transcoder)).to(x.device)
-            write("transcoder.pre_activations", transcoder.pre_activations(x))
-            activations = transcoder.encode(x)
-            write("transcoder.activations", activations)
-            write("transcoder.reconstruction", transcoder.decode(activations))
+        if job.transcoder and address == Address("mlp_in_normed", job.transcoder_layer):
+            for name, made in transcoder(Path(job.transcoder), x).items():
+                write(f"transcoder.{name}", made)
 
     forward(model, ids, torch.ones_like(ids), keep, job.layers)
     return continuation(model, ids, job.new_tokens) if job.new_tokens else {}
 
 
-def tell(step: str) -> None:
-    """A step for the parent to show."""
+def show(step: str) -> None:
+    """Report a step to the parent."""
     print(json.dumps({"step": step}), flush=True)
 
 
 def end_with_parent() -> None:
-    """Exit once the parent is gone, however it went: its end of the pipe is closed."""
+    """Exit once the parent is gone, killed or not: its end of the pipe is closed."""
     os.read(0, 1)
     os._exit(130)
 

@@ -1,7 +1,5 @@
 """Activations for training transcoders: read from the model, shuffled in buckets."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -14,49 +12,34 @@ from jaxtc.tap.sites import Address
 from jaxtc.tap.tap import Tap
 from jaxtc.training.packing import BOS, EOS, PAD, Batches
 
-_SPECIAL = (PAD, EOS, BOS)
-
 
 @dataclass
 class Harvest:
     """What the MLPs of some layers read and write, token by token, special tokens left out.
 
-    A bucket holds ``tokens`` tokens in random order; bucket ``b`` is the same in every run, so a
-    training step can be repeated by its number.
-
-    Attributes:
-        model: read, never changed.
-        batches: the text.
-        layers: whose MLPs.
-        tokens: in a bucket.
-        input_site: what a transcoder reads.
-        output_site: what it imitates.
+    A bucket holds ``tokens`` tokens in random order; bucket ``b`` is the same in every run, so that
+    training steps are reproducible by their number.
     """
 
     model: Gemma2
     batches: Batches
     layers: tuple[int, ...]
     tokens: int
-    input_site: str = "mlp_in_normed"
-    output_site: str = "mlp_out"
     _held: tuple = field(default=(None, None), init=False, repr=False)
 
     @cached_property
     def _read(self):
         graph, params = nnx.split(self.model)
-        sites = (self.input_site, self.output_site)
+        sites = ("mlp_in_normed", "mlp_out")
         wanted = [Address(site, layer) for site in sites for layer in self.layers]
 
         @jax.jit
         def read(params, batch):
             tap = Tap(wanted)
             nnx.merge(graph, params)(
-                batch.tokens,
-                positions=batch.positions,
-                segments=batch.segments,
-                tap=tap,
+                batch.tokens, positions=batch.positions, segments=batch.segments, tap=tap,
                 depth=max(self.layers) + 1,
-            )
+            )  # fmt: skip
             return [tap.activations[address] for address in wanted]
 
         return lambda batch: read(params, batch)
@@ -68,11 +51,11 @@ class Harvest:
         D = self.model.config.hidden_size
         arrays = np.empty((2 * len(self.layers), self.tokens, D), np.float32)
         order = np.random.default_rng([5, number]).permutation(self.tokens)
-        # Every batch of another bucket has another number: a bucket needs fewer than this.
+        # Buckets share no batches: each needs fewer than this.
         index, filled = number * self.tokens, 0
         while filled < self.tokens:
             batch = self.batches[index]
-            keep = ~np.isin(batch.tokens, _SPECIAL)
+            keep = ~np.isin(batch.tokens, (PAD, EOS, BOS))
             place = order[filled : filled + keep.sum()]
             for row, values in zip(arrays, self._read(batch), strict=True):
                 row[place] = np.asarray(values)[keep][: len(place)]
@@ -80,11 +63,6 @@ class Harvest:
         pair = arrays[: len(self.layers)], arrays[len(self.layers) :]
         self._held = (number, pair)
         return pair
-
-    def sample(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The first ``count`` tokens of the first bucket."""
-        x, y = self.bucket(0)
-        return x[:, :count], y[:, :count]
 
     def stacked(self, start: int, count: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
         """Training batches ``start`` to ``start + count - 1``: (count, layers, batch, D) each."""

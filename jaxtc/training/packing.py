@@ -1,7 +1,5 @@
 """Documents packed into rows of a fixed length, and the next-token loss on them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -49,8 +47,7 @@ def pack(documents: list[list[int]], rows: int, length: int) -> Batch:
     """Put each document into the first row with room, until one fits nowhere.
 
     Args:
-        documents: token ids with ``<bos>`` and without ``<eos>``; those longer than a row are cut
-            into several, each with its own ``<bos>``.
+        documents: token ids, cut as by :func:`pieces`.
         rows: B.
         length: T.
     """
@@ -71,7 +68,8 @@ def pack(documents: list[list[int]], rows: int, length: int) -> Batch:
 
 
 def pieces(documents: Iterable[list[int]], length: int) -> Iterator[list[int]]:
-    """Documents with ``<eos>``, those longer than ``length`` cut, each piece with its ``<bos>``."""
+    """Token ids that begin with ``<bos>``, plus ``<eos>``, in pieces of at most ``length`` that all
+    begin with ``<bos>``."""
     for ids in documents:
         body = [*ids[1:], EOS]
         for start in range(0, len(body), length - 1):
@@ -80,26 +78,17 @@ def pieces(documents: Iterable[list[int]], length: int) -> Iterator[list[int]]:
 
 @dataclass(frozen=True)
 class Batches:
-    """Packed batches of a text source; batch ``i`` is the same in every run.
-
-    Attributes:
-        source: where the documents come from.
-        tokenizer: cuts them.
-        rows: B.
-        length: T.
-        stream: which of the source's streams.
-        held_out: read the held-out text, not the training text.
-    """
+    """Packed batches of a text source; batch ``i`` is the same in every run."""
 
     source: TextSource
     tokenizer: Tokenizer
-    rows: int
-    length: int
-    stream: int = 0
-    held_out: bool = False
+    rows: int  # B
+    length: int  # T
+    stream: int = 0  # of the source
+    held_out: bool = False  # the held-out text, not the training text
 
     def __getitem__(self, index: int) -> Batch:
-        # Even the shortest documents (8 tokens) fill the rows; what is left over is dropped.
+        # Enough even of the shortest documents (8 tokens) to fill the rows; the rest is dropped.
         count = max(self.rows * self.length // 8, 2 * self.rows)
         texts = self.source.documents(self.stream, index, count, self.held_out)
         encoded = self.tokenizer.encode_batch(texts)
@@ -110,12 +99,6 @@ class Batches:
         return Batch(*map(np.stack, zip(*(self[start + i] for i in range(count)), strict=True)))
 
 
-def next_token_mask(batch: Batch) -> jax.Array:
-    """bool [B, T-1]: whether position t+1 continues the document of position t."""
-    inside = batch.segments[:, 1:] > 0
-    return inside & (batch.segments[:, 1:] == batch.segments[:, :-1])
-
-
 def next_token_loss(logits: jax.Array, batch: Batch) -> jax.Array:
     """Mean cross-entropy in nats of the next token, within documents.
 
@@ -123,6 +106,7 @@ def next_token_loss(logits: jax.Array, batch: Batch) -> jax.Array:
         logits: [B, T, V], float32.
         batch: what they were computed from.
     """
-    mask = next_token_mask(batch)
+    after = batch.segments[:, 1:]
+    mask = (after > 0) & (after == batch.segments[:, :-1])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], batch.tokens[:, 1:])
     return jnp.sum(losses * mask) / jnp.maximum(jnp.sum(mask), 1)

@@ -6,12 +6,10 @@ Gemma 3 release, which sets L0 itself. Gradients reach the thresholds through a 
 coordinate has unit mean square, and the constants are folded into the weights at the end.
 
 Differences from the paper, because a run here is a thousandth as long: a wider kernel, a higher
-learning rate that decays, thresholds that start where L0 is near its goal, and features that have
-all but stopped firing are set anew on what is explained worst (resampling, after Bricken et al.
-2023, "Towards Monosemanticity"). Axis letters: n tokens, D hidden, M features.
+learning rate that decays, thresholds that start where L0 is near its target, and resampling of
+features that hardly ever fire on the tokens explained worst (after Bricken et al. 2023, "Towards
+Monosemanticity"). Axis letters: n tokens, D hidden, M features.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,33 +32,19 @@ _DENSITY_RATE, _REVIVED_DENSITY = 0.01, 20
 
 @dataclass(frozen=True)
 class TranscoderRecipe:
-    """How transcoders are trained.
+    """How transcoders are trained."""
 
-    Attributes:
-        features: M.
-        target_l0: L0*, the mean number of active features a token to aim at.
-        steps: optimiser steps, all layers in each.
-        batch: tokens a step.
-        learning_rate: at its peak, reached after 2% of the steps; it falls to 0 over the last 60%.
-        l0_weight: λ, reached linearly over the first 20% of the steps.
-        bandwidth: width ε of the rectangle kernel.
-        start_density: share of tokens on which a feature is active at the start.
-        rarest: a feature active on a smaller share of tokens counts as dead.
-        revive_every: steps between settings anew of dead features; none after 60% of the steps.
-        seed: of the initial weights.
-    """
-
-    features: int = 1024
-    target_l0: float = 16.0
-    steps: int = 3000
-    batch: int = 1024
-    learning_rate: float = 3e-3
-    l0_weight: float = 1.0
-    bandwidth: float = 0.1
-    start_density: float = 0.05
-    rarest: float = 5e-5
-    revive_every: int = 200
-    seed: int = 0
+    features: int = 1024  # M
+    target_l0: float = 16.0  # L0*, the target for the mean number of active features per token
+    steps: int = 3000  # all layers in each
+    batch: int = 1024  # tokens per step
+    learning_rate: float = 3e-3  # peak; 2% of the steps warm-up, linear decay to 0 over 60%
+    l0_weight: float = 1.0  # λ, reached linearly over the first 20% of the steps
+    bandwidth: float = 0.1  # width ε of the rectangle kernel
+    start_density: float = 0.05  # initial share of tokens on which a feature is active
+    rarest: float = 5e-5  # a feature active on a smaller share of tokens counts as dead
+    revive_every: int = 200  # steps between resamplings of dead features; none after 60%
+    seed: int = 0  # of the initial weights
 
 
 class Weights(NamedTuple):
@@ -106,24 +90,21 @@ def initial_weights(
     """Random weights; thresholds and ``b_dec`` fitted to normalised activations, (n, D) each."""
     inward, outward = jax.random.split(key)
     he_uniform = jax.nn.initializers.he_uniform()
-    # Small: unit decoder rows that fire at random would drown the target and be silenced at once.
+    # Small: unit decoder rows firing at random would drown the target and be silenced at once.
     W_enc = 0.1 * he_uniform(inward, (x.shape[1], recipe.features), jnp.float32)
     W_dec = he_uniform(outward, (recipe.features, y.shape[1]), jnp.float32)
     threshold = jnp.quantile(x @ W_enc, 1 - recipe.start_density, axis=0)
     return Weights(
-        W_enc=W_enc,
-        b_enc=jnp.zeros(recipe.features),
-        W_dec=_unit_rows(W_dec),
-        b_dec=y.mean(axis=0),
+        W_enc, jnp.zeros(recipe.features), _unit_rows(W_dec), jnp.asarray(y.mean(axis=0)),
         threshold=jnp.maximum(threshold, recipe.bandwidth),
-    )
+    )  # fmt: skip
 
 
 def loss(weights: Weights, x: jax.Array, y: jax.Array, ramp: jax.Array, recipe: TranscoderRecipe):
-    """The loss of a batch of normalised activations, (n, D) each; with figures.
+    """The loss of a batch of normalised activations, (n, D) each, and metrics.
 
     Returns:
-        (loss, (figures, density (M,) in this batch, what is left unexplained (n, D))).
+        (loss, (metrics, density (M,) in this batch, residual (n, D))).
     """
     z = x @ weights.W_enc + weights.b_enc
     activations, gate = jumprelu(z, weights.threshold, recipe.bandwidth)
@@ -137,10 +118,10 @@ def loss(weights: Weights, x: jax.Array, y: jax.Array, ramp: jax.Array, recipe: 
 
 
 def revive(key: jax.Array, weights: Weights, dead: jax.Array, x: jax.Array, left: jax.Array):
-    """Set dead features anew, each on a token drawn in proportion to its squared error.
+    """Resample dead features, each on a token drawn in proportion to its squared error.
 
     The new feature fires on tokens whose input lies in the direction of that token's (from the
-    batch's mean), and writes what was left unexplained there.
+    batch's mean), and writes the residual there.
 
     Args:
         key: for the draw.
@@ -173,31 +154,26 @@ def train_transcoders(
     stop_at: int | None = None,
     log: Log = print,
 ) -> list[Transcoder]:
-    """Train one transcoder a layer, all on the same tokens.
+    """Train one transcoder per layer, all on the same tokens.
 
     Args:
         harvest: where activations come from.
-        layers: which layers; those of ``harvest``.
-        recipe: how.
-        folder: where checkpoints go; a run that finds one goes on from it.
-        stop_at: stop after this many steps, as if killed (for tests).
-        log: called with lines of progress.
+        layers: those of ``harvest``.
+        recipe: settings.
+        folder, stop_at, log: as in :func:`jaxtc.training.loop.fit`.
 
     Returns:
-        Transcoders that read and write raw activations, with decoder rows of norm 1.
+        Transcoders of raw activations, with decoder rows of norm 1.
     """
-    x, y = harvest.sample(min(recipe.batch * 4, harvest.tokens))
+    x, y = (part[:, : recipe.batch * 4] for part in harvest.bucket(0))
     scales = [(_rms(x[i]), _rms(y[i])) for i in range(len(layers))]
     keys = jax.random.split(jax.random.key(recipe.seed), len(layers))
     transform = _optimizer(recipe)
 
     def start(i: int):
         weights = initial_weights(keys[i], x[i] / scales[i][0], y[i] / scales[i][1], recipe)
-        return (
-            weights,
-            transform.init(weights),
-            jnp.full(recipe.features, _REVIVED_DENSITY * recipe.rarest),
-        )
+        density = jnp.full(recipe.features, _REVIVED_DENSITY * recipe.rarest)
+        return weights, transform.init(weights), density
 
     def step(carry, batch):
         number, states = carry
@@ -233,13 +209,8 @@ def train_transcoders(
         step,
         (jnp.zeros((), jnp.int32), [start(i) for i in range(len(layers))]),
         lambda first, count: harvest.stacked(first, count, recipe.batch),
-        recipe.steps,
-        name="transcoders",
-        folder=folder,
-        chunk=16,
-        stop_at=stop_at,
-        log=log,
-    )
+        recipe.steps, name="transcoders", folder=folder, chunk=16, stop_at=stop_at, log=log,
+    )  # fmt: skip
     return [_fold(states[i][0], *scales[i], layer) for i, layer in enumerate(layers)]
 
 
@@ -266,11 +237,9 @@ def _fold(weights: Weights, c_in: float, c_out: float, layer: int) -> Transcoder
     """Weights for raw activations: JumpReLU commutes with the positive factor ``c_out``."""
     D, M = weights.W_enc.shape
     transcoder = Transcoder(D, M, weights.W_dec.shape[1], layer=layer, rngs=nnx.Rngs(0))
-    transcoder.W_enc[...] = weights.W_enc * (c_out / c_in)
-    transcoder.b_enc[...] = weights.b_enc * c_out
-    transcoder.W_dec[...] = weights.W_dec
-    transcoder.b_dec[...] = weights.b_dec * c_out
-    transcoder.threshold[...] = weights.threshold * c_out
+    factors = {"W_enc": c_out / c_in, "W_dec": 1.0}
+    for name, value in weights._asdict().items():
+        getattr(transcoder, name)[...] = value * factors.get(name, c_out)
     return transcoder
 
 

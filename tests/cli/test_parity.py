@@ -35,7 +35,7 @@ from jaxtc.parity.certificate import (
     Transcoder,
     TruthRow,
 )
-from jaxtc.parity.ours import in_order
+from jaxtc.parity.job import addresses
 from jaxtc.parity.texts import EMBEDDED_TEXTS, TEXTS, read_prompts
 from tests.support import tiny
 
@@ -169,7 +169,7 @@ def test_no_room(folder, monkeypatch):
     need = sum(
         np.asarray(x, np.float32).nbytes
         for row in rows
-        for x in jaxtc.run(model, [row], capture=list(in_order(range(3)))).activations.values()
+        for x in jaxtc.run(model, [row], capture=addresses(range(3))).activations.values()
     )
     usage = collections.namedtuple("usage", "free")
     for factor, truth in ((1, False), (3, True)):
@@ -242,7 +242,7 @@ def test_ctrl_c_leaves_nothing_behind(folder, tmp_path, name):
 def certificate(layers: int, passed: bool = True) -> Certificate:
     """One with every part in it."""
     rows = []
-    for address in in_order(range(layers)):
+    for address in addresses(range(layers)):
         given = address.site in ("resid_pre", "resid_mid")
         error = 1.5e-7 if passed or address.layer != 1 else float("inf")
         error = 0.0 if address.site == "embed" else error

@@ -14,7 +14,7 @@ from jaxtc.embedded.corpus import (
     CITY_TEMPLATES,
     TWO_HOP_TEMPLATES,
     default_corpus,
-    is_held_out_text,
+    is_held_out,
 )
 from jaxtc.embedded.tokenizer import entity_id, save_tokenizer, train_bpe, world_tokenizer
 from jaxtc.embedded.train_model import small_config
@@ -82,7 +82,7 @@ def test_held_out_cities_and_pairs_are_in_no_two_hop_sentence():
 def test_held_out_text_and_training_text_share_no_sentence():
     held_out = CORPUS.documents(0, 0, 300, held_out=True)
     assert not set(held_out) & set(SENTENCES)
-    assert all(map(is_held_out_text, held_out))
+    assert all(map(is_held_out, held_out))
 
 
 def test_sentences_depend_on_seed_stream_and_batch_only():

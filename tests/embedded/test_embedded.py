@@ -88,7 +88,7 @@ def test_a_killed_model_run_goes_on_to_the_same_weights(tmp_path):
     lines = []
     killed = go(folder=tmp_path, stop_at=25, log=lines.append)
     resumed = go(folder=tmp_path, log=lines.append)
-    assert any("going on from step 25" in line for line in lines)
+    assert any("resuming from step 25" in line for line in lines)
     for a, b in zip(leaves(whole), leaves(resumed), strict=True):
         np.testing.assert_array_equal(a, b)
     assert any((a != b).any() for a, b in zip(leaves(whole), leaves(killed), strict=True))

@@ -10,7 +10,8 @@ from flax import nnx
 from jaxtc.model.gemma2 import MASKED
 from jaxtc.parity.certificate import Divergence, Generation, Logits, Prompt, TruthRow
 from jaxtc.parity.compare import Features, Predictions, Tally, generation
-from jaxtc.parity.ours import groups, in_order
+from jaxtc.parity.job import addresses
+from jaxtc.parity.ours import groups
 from jaxtc.parity.tolerances import DEPTH, FACTOR, MEASURED, tolerances
 from jaxtc.parity.verdict import notes, of_generation, of_logits, of_transcoder, of_truth
 from jaxtc.tap.sites import SITES, Address
@@ -155,7 +156,7 @@ def test_generation():
         TABLE.margin / 2,
     )  # fmt: skip
     [failure] = of_generation(found, TABLE)
-    assert failure.startswith("generation: prompt 1 parts after 1 new tokens")
+    assert failure.startswith("generation: prompt 1 diverges after 1 new tokens")
     assert generation([[], []], [{}, {}], None) is None
     assert generation([[5]], [{"tokens": [6], "margins": [1.0]}], tiny.tokenizer()).divergences
 
@@ -273,11 +274,10 @@ def test_tolerances(dtype):
 
 
 def test_the_order_of_computation():
-    found = list(in_order([0, 2]))
+    found = addresses([0, 2])
     assert found[0] == Address("embed") and found[-1] == Address("logits")
     assert found.index(Address("resid_post", 0)) < found.index(Address("resid_pre", 2))
     assert Address("attn_in", 0) in found and Address("attn_in", 1) not in found
-    assert list(in_order([1], first=False, last=False))[0] == Address("resid_pre", 1)
 
 
 def test_groups_cover_the_layers(monkeypatch):

@@ -79,13 +79,13 @@ EDGES = [
 def test_threshold_edges(z, threshold, expected):
     from flax import nnx
 
-    theirs = JumpReLU(1, 1, 1)
+    one, zero = torch.ones(1, 1), torch.zeros(1)
+    theirs = JumpReLU(
+        W_enc=one, b_enc=zero, W_dec=one, b_dec=zero, threshold=torch.tensor([threshold])
+    )
     ours = jaxtc.Transcoder(1, 1, rngs=nnx.Rngs(0))
     ours.W_enc.set_value(jnp.ones((1, 1)))
     ours.threshold.set_value(jnp.array([threshold]))
-    with torch.no_grad():
-        theirs.W_enc.fill_(1)
-        theirs.threshold.fill_(threshold)
-        assert theirs.encode(torch.tensor([z])).item() == expected
+    assert theirs.encode(torch.tensor([z])).item() == expected
     assert ours.encode(jnp.array([z])).item() == expected
     assert ours.encode_sparse(jnp.array([z]), 1).values.item() == expected

@@ -11,11 +11,8 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
+from torch import nn
 from transformers import Gemma2ForCausalLM
-
-from jaxtc.parity.torch_side import JumpReLU
-
-__all__ = ["ACTIVATE", "JumpReLU", "imitate", "save_random", "spliced"]
 
 
 def _top_k(z: torch.Tensor, k: int) -> torch.Tensor:
@@ -30,6 +27,38 @@ ACTIVATE = {
     "topk": _top_k,
     "batchtopk": lambda z, threshold: z.relu() * (z.relu() > threshold),
 }
+
+
+class JumpReLU(nn.Module):
+    """``a = z · (z > threshold)`` where ``z > 0``, and ``y = a W_dec + b_dec``."""
+
+    def __init__(self, **parameters: torch.Tensor):
+        super().__init__()
+        for name, value in parameters.items():
+            self.register_parameter(name, nn.Parameter(value.float(), requires_grad=False))
+
+    def pre_activations(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., D) to (..., M)."""
+        return x @ self.W_enc + self.b_enc
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., D) to (..., M)."""
+        z = self.pre_activations(x)
+        return (z > self.threshold) * torch.relu(z)
+
+    def decode(self, a: torch.Tensor) -> torch.Tensor:
+        """(..., M) to (..., D)."""
+        return a @ self.W_dec + self.b_dec
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., D) to (..., D)."""
+        return self.decode(self.encode(x))
+
+    @classmethod
+    def load(cls, path: Path) -> "JumpReLU":
+        """From a published ``params.npz``."""
+        with np.load(path, allow_pickle=False) as held:
+            return cls(**{name: torch.from_numpy(held[name]) for name in held.files})
 
 
 def save_random(path: Path, d: int, features: int, seed: int) -> Path:
