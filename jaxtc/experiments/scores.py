@@ -35,9 +35,8 @@ def _last(result: RunResult) -> jax.Array:
     """(B, V) logits of each prompt's last token."""
     if result.logits is None:
         raise InputError("This score is of logits, and the run kept none: logits='last'.")
-    if result.logits.ndim == 2:
-        return result.logits
-    return last_tokens(result.logits, result.lengths)
+    last = result.logits.ndim == 2
+    return result.logits if last else last_tokens(result.logits, result.lengths)
 
 
 def _of(logits: jax.Array, token: Any) -> jax.Array:
@@ -58,8 +57,7 @@ class Logit:
 
     token: Any
 
-    def __post_init__(self):
-        plain_fields(self)
+    __post_init__ = plain_fields
 
     def __call__(self, result: RunResult) -> jax.Array:
         """(B,)."""
@@ -79,8 +77,7 @@ class LogitDifference:
     answer: Any
     other: Any
 
-    def __post_init__(self):
-        plain_fields(self)
+    __post_init__ = plain_fields
 
     def __call__(self, result: RunResult) -> jax.Array:
         """(B,)."""
@@ -99,8 +96,7 @@ class LogProbability:
 
     token: Any
 
-    def __post_init__(self):
-        plain_fields(self)
+    __post_init__ = plain_fields
 
     def __call__(self, result: RunResult) -> jax.Array:
         """(B,)."""
