@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxtc.captures.base import Reducer, register_reducer
 from jaxtc.errors import CapacityError, InputError, SiteError
-from jaxtc.helpers import is_whole, whole_number
+from jaxtc.helpers import is_whole, pytree, whole_number
 from jaxtc.sharding.placement import top_k
 from jaxtc.sharding.rules import logical
 from jaxtc.tap.context import Context
@@ -144,7 +144,7 @@ class Norm(Reducer):
         return jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Top:
     """What :class:`TopK` keeps.

@@ -4,10 +4,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-
 from jaxtc.captures.base import Reducer
 from jaxtc.errors import InputError, SiteError
+from jaxtc.helpers import pytree
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.prompts import Prompts
 from jaxtc.tap.sites import Address, parse, resolve
@@ -17,7 +16,7 @@ Capture = str | Address | Reducer
 Captures = Capture | Sequence[Capture] | Mapping[str, Capture]
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Asked:
     """A ``capture`` argument, understood.

@@ -12,12 +12,13 @@ from jaxtc.edits.base import Edit
 from jaxtc.edits.check import check_edits, settled, typed
 from jaxtc.edits.judge import Pass, judge, settle
 from jaxtc.errors import EditError, InputError
+from jaxtc.helpers import pytree
 from jaxtc.tap.positions import Places, is_traced, one_array
 
 KEYS = jax.dtypes.prng_key
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class Over:
     """Many values in place of one: ``SetTo(v, site="mlp_out", layer=Over(range(26)))``.

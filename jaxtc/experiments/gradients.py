@@ -16,6 +16,7 @@ from jaxtc.edits.base import Edit
 from jaxtc.edits.values import Add
 from jaxtc.errors import InputError
 from jaxtc.experiments.scores import as_pytree
+from jaxtc.helpers import pytree
 from jaxtc.memory.needs import check_fits, estimate
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import Prompts, prepare
@@ -24,7 +25,7 @@ from jaxtc.programs.leaves import parameters, placed
 from jaxtc.programs.program import Program
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Gradients:
     """What :func:`gradients` returns.

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtc.errors import InputError
+from jaxtc.helpers import pytree
 from jaxtc.interchange import owned, plain_fields
 from jaxtc.model.prompts import last_tokens
 from jaxtc.programs.call import RunResult
@@ -46,7 +47,7 @@ def _of(logits: jax.Array, token: Any) -> jax.Array:
     return logits.at[jnp.arange(len(logits)), ids].get(mode="fill", fill_value=jnp.nan)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Logit:
     """The logit of a token at the end of each prompt: result to (B,).
@@ -64,7 +65,7 @@ class Logit:
         return _of(_last(result), self.token)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class LogitDifference:
     """The logit of an answer minus that of another: how clearly the model decides. To (B,).
@@ -85,7 +86,7 @@ class LogitDifference:
         return _of(logits, self.answer) - _of(logits, self.other)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class LogProbability:
     """The log probability, in nats, of a token at the end of each prompt: result to (B,).

@@ -24,7 +24,7 @@ from jaxtc.edits.judge import Pass
 from jaxtc.errors import InputError
 from jaxtc.experiments.axes import Over, at_place, axes_of, check_axes, named, overs_of, prepared
 from jaxtc.experiments.scores import as_pytree
-from jaxtc.helpers import is_whole
+from jaxtc.helpers import is_whole, pytree
 from jaxtc.interchange import owned
 from jaxtc.memory.needs import check_fits
 from jaxtc.model.gemma2 import Gemma2
@@ -43,7 +43,7 @@ TOKENS = {"cpu": 512}
 TOKENS_ELSEWHERE = 16384
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sweep:
     """What :func:`sweep` returns.

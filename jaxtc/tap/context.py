@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.errors import EditError
+from jaxtc.helpers import pytree
 from jaxtc.interchange import plain_fields
 from jaxtc.sharding.placement import Placement
 from jaxtc.tap.sites import Site
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class PerLayer:
     """A value for each layer, wherever an edit takes a value: ``SetTo(PerLayer(stacked), ...)``.

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.errors import EditError
+from jaxtc.helpers import pytree
 from jaxtc.interchange import plain, plain_fields
 
 # No text is as long: the open end of a span.
@@ -22,7 +23,7 @@ FOREVER = 2**30
 NOWHERE = -FOREVER
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Token:
     """A position found from a token: ``Token(id)`` is where it stands, in each row its own.
@@ -40,7 +41,7 @@ class Token:
     __post_init__ = plain_fields
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Slice:
     """Positions from ``start`` to before ``stop``, as in a Python slice; bounds are data.
@@ -58,7 +59,7 @@ class Slice:
         return self.part or f"{self.start}:{self.stop}"
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Places:
     """Positions one by one. Attributes: at: (B, P) int32, counted from the front of each row."""
@@ -77,7 +78,7 @@ class Places:
         return ((self.at >= 0) & (self.at < ends[:, None])).all(-1)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Span:
     """A range in each row.
@@ -103,7 +104,7 @@ class Span:
         return (self.start < self.stop) & (self.start < ends)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Mask:
     """Any set of a prompt's tokens. Attributes: on: (B, W) booleans, W the padded length."""
