@@ -6,7 +6,7 @@ import importlib.metadata
 import math
 import numbers
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +82,36 @@ def for_json(value: Any, other: Callable[[float], Any] = lambda number: None) ->
     return other(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def pytree(cls: type, static: Sequence[str] = ()) -> type:
+    """Class decorator: a dataclass as a pytree whose fields are leaves, but those that are static.
+
+    Not ``jax.tree_util.register_dataclass``: there (jax 0.10.2) structures of two classes with the
+    same fields compare equal, so that ``jit`` now and then runs the program of the other class.
+    """
+    fields = dataclasses.fields(cls)
+    meta = tuple(f.name for f in fields if f.name in static or f.metadata.get("static"))
+    data = tuple(f.name for f in fields if f.name not in meta)
+    keys = tuple(map(jax.tree_util.GetAttrKey, data))
+
+    def flatten(node):
+        return tuple(getattr(node, n) for n in data), tuple(getattr(node, n) for n in meta)
+
+    def flatten_with_keys(node):
+        leaves, aux = flatten(node)
+        return tuple(zip(keys, leaves, strict=True)), aux
+
+    def unflatten(aux, leaves):
+        return cls(**dict(zip(meta, aux, strict=True)), **dict(zip(data, leaves, strict=True)))
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
+
+
 def frozen_pytree(*static: str) -> Callable[[type], type]:
     """Class decorator: a frozen dataclass, and a pytree whose fields are leaves but ``static``."""
 
     def register(cls: type) -> type:
-        cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
-        names = [field.name for field in dataclasses.fields(cls)]
-        data = [name for name in names if name not in static]
-        return jax.tree_util.register_dataclass(cls, data, [n for n in names if n in static])
+        return pytree(dataclasses.dataclass(frozen=True, eq=False)(cls), static)
 
     return register
 

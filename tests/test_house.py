@@ -6,6 +6,7 @@ import importlib
 import types
 from pathlib import Path
 
+import jax
 import pytest
 
 import jaxtc
@@ -107,3 +108,13 @@ def test_no_module_is_hidden(name):
     module = importlib.import_module(name)
     found = functools.reduce(getattr, name.split(".")[1:], jaxtc)
     assert isinstance(found, types.ModuleType) and found is module
+
+
+def test_structures_of_two_classes_are_never_equal():
+    """In jax 0.10.2 those of registered dataclasses are, and jit ran Zero's program for Detach."""
+    edits = [kind(site="embed") for kind in (jaxtc.Zero, jaxtc.Detach)]
+    scores = [kind(3) for kind in (jaxtc.scores.Logit, jaxtc.scores.LogProbability)]
+    for one, other in (edits, scores):
+        assert jax.tree.structure(one) != jax.tree.structure(other)
+    users = [path for path in MODULES.values() if "register_dataclass" in path.read_text()]
+    assert users == [MODULES["jaxtc.helpers"]]

@@ -7,7 +7,7 @@ import jax
 
 from jaxtc.errors import SiteError
 from jaxtc.interchange import stack
-from jaxtc.tap.sites import BY_NAME, ORDER, Address, parse, resolve
+from jaxtc.tap.sites import BY_NAME, Address, parse, resolve
 
 
 class Activations(Mapping):
@@ -28,22 +28,20 @@ class Activations(Mapping):
         reduced: Mapping[str, Any] | None = None,
         aliases: Mapping[str, str] | None = None,
     ):
-        self._arrays = dict(sorted(arrays.items(), key=lambda item: _by_layer(item[0])))
+        self._arrays = {a: arrays[a] for a in sorted(arrays, key=lambda a: a.place(layers))}
         self.layers = layers
         self._reduced, self._aliases = dict(reduced or {}), dict(aliases or {})
 
     def __getitem__(self, key: "str | Address") -> Any:
         if key in self._reduced:
             return self._reduced[key]
-        wanted = resolve(self._aliases.get(key, key), self.layers)
-        kept = [address for address in wanted if address in self._arrays]
+        wanted = self._aliases.get(key, key)
+        kept = [self._arrays[a] for a in resolve(wanted, self.layers) if a in self._arrays]
         if not kept:
             held = ", ".join(self) or "nothing"
             raise KeyError(f"{key!r} was not captured; this result holds {held}")
-        site, layer = parse(str(self._aliases.get(key, key)))
-        if BY_NAME[site].per_layer and layer is None:
-            return stack([self._arrays[address] for address in kept])
-        return self._arrays[kept[0]]
+        site, layer = parse(wanted)
+        return stack(kept) if BY_NAME[site].per_layer and layer is None else kept[0]
 
     def __contains__(self, key: object) -> bool:
         try:
@@ -62,12 +60,6 @@ class Activations(Mapping):
     def __repr__(self):
         rows = [f"{key}: {x.dtype}{list(x.shape)}" for key, x in self._arrays.items()]
         return f"Activations({', '.join([*rows, *self._reduced])})"
-
-
-def _by_layer(address: Address) -> tuple[int, int]:
-    if address.layer is None:
-        return (-1 if address.site == "embed" else 10**9, ORDER[address.site])
-    return (address.layer, ORDER[address.site])
 
 
 def _flatten(kept: Activations):

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from typing import Any, dataclass_transform
 
 import jax
+import jax.numpy as jnp
 
 from jaxtc.errors import InputError, SiteError
 from jaxtc.helpers import frozen_pytree
 from jaxtc.interchange import plain_fields
 from jaxtc.model.config import Gemma2Config
 from jaxtc.tap.context import Context
-from jaxtc.tap.sites import BY_NAME, ORDER, Address, Site, check_layer, parse
+from jaxtc.tap.sites import BY_NAME, ORDER, Address, Site, parse, resolve
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=False)
@@ -43,6 +44,10 @@ class Reducer:
     # Whether each token is reduced by itself, so that generation can use it step by step. Every
     # array kept then has the site's axes up to the one that runs over tokens.
     per_token = False
+    # Whether what is kept has the site's last axis, with padding where that runs over keys.
+    keeps_keys = False
+    # Whether masked scores, huge negative numbers, would drown the result.
+    sums = False
     # Sites of the same layer that `reduce` asks its context for.
     reads = ()
 
@@ -53,8 +58,13 @@ class Reducer:
                 "nest. A class of your own with @register_reducer() can do both at once."
             )
         plain_fields(self)
-        given = str(self.address) if isinstance(self.address, Address) else self.address
-        object.__setattr__(self, "address", str(Address(*parse(given))))
+        object.__setattr__(self, "address", str(Address(*parse(self.address))))
+        if self.sums and self.site.name == "attn_scores":
+            raise SiteError(
+                f"{self}: attn_scores holds {jnp.finfo(jnp.float32).min:.3g} wherever a token may "
+                "not attend, and sums over that mean nothing; read attn_pattern, or capture the "
+                "scores themselves."
+            )
 
     @property
     def site(self) -> Site:
@@ -97,16 +107,16 @@ class Reducer:
             later = ORDER[read] >= ORDER[self.site.name]
             if later or BY_NAME[read].per_layer != self.site.per_layer:
                 raise InputError(f"{self} reads {read!r}, which is not computed before its site.")
-        site, layer = parse(self.address)
-        if layer is None or layer >= 0 and layer < config.num_hidden_layers:
+        if self.every_layer:
             return self
-        layer = check_layer(layer, config.num_hidden_layers, str(self))
-        return dataclasses.replace(self, address=str(Address(site, layer)))
+        (address,) = resolve(self.address, config.num_hidden_layers)
+        return dataclasses.replace(self, address=str(address))
 
     def cut(self, kept: Any, length: int) -> Any:
         """What was kept (layers stacked, if several) without the padding past T = ``length``."""
         if not self.per_token:
-            return kept
+            keys = self.keeps_keys and self.site.kind == "pairs"
+            return kept[..., :length] if keys else kept
         axis = self.site.sequence_axis + self.every_layer
         return jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, length, axis=axis), kept)
 

@@ -16,12 +16,13 @@ import numpy as np
 
 from jaxtc.captures.base import Reducer, register_reducer
 from jaxtc.errors import CapacityError, InputError, SiteError
-from jaxtc.helpers import is_whole, whole_number
+from jaxtc.helpers import is_whole, pytree, whole_number
 from jaxtc.sharding.placement import top_k
 from jaxtc.sharding.rules import logical
 from jaxtc.tap.context import Context
 from jaxtc.tap.positions import Mask, Places, resolve, spelled
 from jaxtc.tap.sites import Address
+from jaxtc.tap.tap import along
 from jaxtc.transcoders.transcoder import SparseFeatures, Transcoder
 
 __all__ = [
@@ -42,30 +43,27 @@ class At(Reducer):
     Keeps the site's array with P in the place of T (of S, at ``k`` and ``v``), in the site's dtype:
     (B, P, D) of ``resid_post``, (B, D) for a single int; NaN where a position that could not be
     checked before (a traced one) is outside its prompt.
+
+    Raises:
+        EditError: a position outside a prompt.
+        InputError: a spelling that does not name a fixed number of positions.
     """
 
     position: Any = -1
     single: bool | None = dataclasses.field(default=None, kw_only=True, repr=False)
 
+    keeps_keys = True
+
     def __post_init__(self):
         super().__post_init__()
+        object.__setattr__(self, "position", spelled(self.position))
         if self.single is None:
-            object.__setattr__(self, "position", spelled(self.position))
             object.__setattr__(self, "single", np.ndim(self.position) == 0)
 
     def checked(self, config, tokens, lengths, width):
-        """As :meth:`Reducer.checked`, with absolute positions.
-
-        Raises:
-            EditError: a position outside a prompt.
-            InputError: a spelling that does not name a fixed number of positions.
-        """
-        checked = super().checked(config, tokens, lengths, width)
-        if isinstance(self.position, Places):
-            return checked
-        found = None
-        if self.position is not None:
-            found = resolve(self.position, tokens, lengths, width, what=str(self))
+        checked, found = super().checked(config, tokens, lengths, width), self.position
+        if found is not None:
+            found = resolve(found, tokens, lengths, width, what=str(self))
         if not isinstance(found, Places):
             raise InputError(
                 f"{self} keeps a fixed number of positions, which {self.position!r} does not name: "
@@ -75,20 +73,12 @@ class At(Reducer):
         return dataclasses.replace(checked, position=found)
 
     def reduce(self, x: jax.Array, context: Context) -> jax.Array:
-        """(..., T, ...) to (..., P, ...)."""
         axis, at = context.site.sequence_axis, jnp.asarray(self.position.at)
         hits = context.positions[:, None, :] == at[:, :, None]  # (B, P, T), fused away
-        shape = [1] * x.ndim
-        shape[0], shape[axis] = at.shape
-        real = at < context.lengths[:, None]
-        found = (hits.any(-1) & real).reshape(shape)
-        kept = jnp.take_along_axis(x, jnp.argmax(hits, -1).reshape(shape), axis=axis)
+        found = along(x, hits.any(-1) & (at < context.lengths[:, None]), 0, axis)
+        kept = jnp.take_along_axis(x, along(x, jnp.argmax(hits, -1), 0, axis), axis=axis)
         kept = jnp.where(found, kept, jnp.asarray(jnp.nan, x.dtype))
         return kept.squeeze(axis) if self.single else kept
-
-    def cut(self, kept, length):
-        """As :meth:`Reducer.cut`; positions are real, so padding is only among the keys."""
-        return _cut_keys(self, kept, length)
 
 
 @register_reducer()
@@ -96,29 +86,27 @@ class Mean(Reducer):
     """The mean over a prompt's real tokens: a prompt's summary, or the baseline of an ablation.
 
     Attributes:
-        position: which tokens (any spelling of
-            :func:`jaxtc.tap.positions.resolve`), all by default.
+        position: which tokens, spelled as in :class:`jaxtc.Edit`; all by default.
 
     Keeps the site's array without its axis T (S, at ``k`` and ``v``), summed in float32 and kept in
     it: (B, D) of ``resid_post``. Padding never counts.
+
+    Raises:
+        EditError: a position outside a prompt.
+        InputError: a prompt of which no token is selected.
     """
 
     position: Any = None
 
+    keeps_keys = sums = True
+
     def __post_init__(self):
         super().__post_init__()
-        _refuse_masked(self)
         object.__setattr__(self, "position", spelled(self.position))
 
     def checked(self, config, tokens, lengths, width):
-        """As :meth:`Reducer.checked`, with absolute positions.
-
-        Raises:
-            EditError: a position outside a prompt.
-            InputError: a prompt of which no token is selected.
-        """
         checked = super().checked(config, tokens, lengths, width)
-        if self.position is None or hasattr(self.position, "selects"):
+        if self.position is None:
             return checked
         found = resolve(self.position, tokens, lengths, width, what=str(self))
         if isinstance(found, Mask) and isinstance(found.on, np.ndarray):
@@ -131,21 +119,13 @@ class Mean(Reducer):
         return dataclasses.replace(checked, position=found)
 
     def reduce(self, x: jax.Array, context: Context) -> jax.Array:
-        """(..., T, ...) to (..., ...) float32; NaN where nothing is selected."""
         axis = context.site.sequence_axis
         here = context.real
         if self.position is not None:
             here &= self.position.selects(context.positions)
-        shape = [1] * x.ndim
-        shape[0], shape[axis] = here.shape
-        # Not a product: what padding holds may be NaN.
-        total = jnp.where(here.reshape(shape), x.astype(jnp.float32), 0).sum(axis)
-        count = here.sum(-1).reshape([-1] + [1] * (total.ndim - 1))
-        return total / count
-
-    def cut(self, kept, length):
-        """As :meth:`Reducer.cut`: padding is left among the keys."""
-        return _cut_keys(self, kept, length)
+        here = along(x, here, 0, axis)
+        # Padding may be NaN; the mask keeps it out.
+        return jnp.mean(x.astype(jnp.float32), axis, where=here)
 
 
 @register_reducer()
@@ -156,20 +136,15 @@ class Norm(Reducer):
     ``q``. Its gradient at a vector of zeros is 0.
     """
 
-    per_token = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        _refuse_masked(self)
+    per_token = sums = True
 
     def reduce(self, x: jax.Array, context: Context) -> jax.Array:
-        """(..., D) to (...) float32."""
         square = jnp.square(x.astype(jnp.float32)).sum(-1)
         # The square root has no gradient at 0.
         return jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Top:
     """What :class:`TopK` keeps.
@@ -189,7 +164,7 @@ class TopK(Reducer):
     """The largest entries of the last axis: likely next tokens, strongest neurons, most-read keys.
 
     Attributes:
-        k: how many, from 1 to the length of the axis (static).
+        k: how many, from 1 to the length of the axis (static); InputError for others.
 
     Keeps a :class:`Top` with the site's leading axes: ``TopK("logits", 5)`` has values and ids
     (B, T, 5).
@@ -204,7 +179,6 @@ class TopK(Reducer):
         whole_number(f"{self}: k", self.k, 1)
 
     def checked(self, config, tokens, lengths, width):
-        """As :meth:`Reducer.checked`. Raises InputError when k is more than the axis has."""
         size = self.last_axis(config, width)
         if self.k > size:
             raise InputError(
@@ -214,7 +188,6 @@ class TopK(Reducer):
         return super().checked(config, tokens, lengths, width)
 
     def reduce(self, x: jax.Array, context: Context) -> Top:
-        """(..., D) to a :class:`Top` of (..., k)."""
         values, ids = top_k(x, self.k, context.placement, logical(self.site.axes))
         return Top(values, ids.astype(jnp.int32))
 
@@ -228,16 +201,15 @@ class Project(Reducer):
             Data: other directions run the same program, and gradients flow to them.
 
     Keeps (..., K), or (...) for a single direction, float32, summed at full precision: (B, T, K) of
-    ``resid_post``. Directions are not normalised.
+    ``resid_post``. Directions are not normalised; InputError for those of another width.
     """
 
     directions: Any
 
-    per_token = True
+    per_token = sums = True
 
     def __post_init__(self):
         super().__post_init__()
-        _refuse_masked(self)
         if self.site.axes.endswith("S"):
             raise SiteError(
                 f"{self}: the last axis of {self.site.name} [{self.site.axes}] runs over keys and "
@@ -245,7 +217,6 @@ class Project(Reducer):
             )
 
     def checked(self, config, tokens, lengths, width):
-        """As :meth:`Reducer.checked`. Raises InputError for directions of another width."""
         given = self.directions
         given = given if isinstance(given, jax.Array) else np.asarray(given)
         size = self.last_axis(config, width)
@@ -260,7 +231,6 @@ class Project(Reducer):
         return dataclasses.replace(checked, directions=given.astype(np.float32))
 
     def reduce(self, x: jax.Array, context: Context) -> jax.Array:
-        """(..., D) to (..., K) or (...), float32."""
         directions = jnp.asarray(self.directions, jnp.float32)
         return jnp.matmul(x.astype(jnp.float32), directions.T, precision="highest")
 
@@ -279,6 +249,10 @@ class Features(Reducer):
 
     Keeps a :class:`jaxtc.transcoders.transcoder.SparseFeatures`: values and ids (B, T, C), count
     (B, T). A token with more than C active features has NaN values, and ``count`` says how many.
+
+    Raises:
+        InputError: no transcoder, or one of another width.
+        CapacityError: a capacity below 1 or above the number of features.
     """
 
     address: str = ""
@@ -304,12 +278,6 @@ class Features(Reducer):
         super().__post_init__()
 
     def checked(self, config, tokens, lengths, width):
-        """As :meth:`Reducer.checked`.
-
-        Raises:
-            InputError: no transcoder, or one of another width.
-            CapacityError: a capacity below 1 or above the number of features.
-        """
         given, size = self.transcoder, self.site.width(config.sizes)
         if not isinstance(given, Transcoder):
             raise InputError(f"{self}: transcoder is a {type(given).__name__}, not a Transcoder.")
@@ -328,23 +296,5 @@ class Features(Reducer):
         return dataclasses.replace(checked, transcoder=given.nameless())
 
     def reduce(self, x: jax.Array, context: Context) -> SparseFeatures:
-        """(..., D) to the features of each token."""
         x = self.site.join(x)
         return self.transcoder.encode_sparse(x, self.capacity, placement=context.placement)
-
-
-def _refuse_masked(reducer: Reducer) -> None:
-    """Refuse arithmetic on scores, where the mask's huge negative number would drown all."""
-    if reducer.site.name == "attn_scores":
-        raise SiteError(
-            f"{reducer}: attn_scores holds {np.finfo(np.float32).min:.3g} wherever a token may not "
-            "look, and no sum over that means anything; read attn_pattern, or capture the scores "
-            "themselves."
-        )
-
-
-def _cut_keys(reducer: Reducer, kept: jax.Array, length: int) -> jax.Array:
-    """``kept`` without padding on its last axis, if that runs over keys."""
-    if reducer.site.axes.endswith("S"):
-        return kept[..., :length]
-    return kept

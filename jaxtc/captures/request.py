@@ -4,20 +4,19 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-
 from jaxtc.captures.base import Reducer
 from jaxtc.errors import InputError, SiteError
+from jaxtc.helpers import pytree
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.prompts import Prompts
-from jaxtc.tap.sites import BY_NAME, ORDER, Address, parse, resolve
+from jaxtc.tap.sites import Address, parse, resolve
 
 # What users may give as `capture`.
 Capture = str | Address | Reducer
 Captures = Capture | Sequence[Capture] | Mapping[str, Capture]
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Asked:
     """A ``capture`` argument, understood.
@@ -36,10 +35,8 @@ class Asked:
 
     def reach(self, layers: int) -> tuple[int, int]:
         """How far a pass must go for all of it: (layer, place in the layer)."""
-        ends = [_reach(address, layers) for address in self.addresses]
-        for reducer in self.reducers:
-            ends += [_reach(address, layers) for address in resolve(reducer.address, layers)]
-        return max(ends)
+        reduced = [a for reducer in self.reducers for a in resolve(reducer.address, layers)]
+        return max(address.place(layers) for address in (*self.addresses, *reduced))
 
     def checked(self, config: Gemma2Config, prompts: Prompts) -> tuple[Reducer, ...]:
         """The reducers as compiled programs take them; raises for those that do not fit."""
@@ -81,12 +78,6 @@ def _is_address(name: str) -> bool:
     return True
 
 
-def _reach(address: Address, layers: int) -> tuple[int, int]:
-    if BY_NAME[address.site].per_layer:
-        return address.layer, ORDER[address.site]
-    return (-1 if address.site == "embed" else layers), ORDER[address.site]
-
-
 def requests(capture: Any) -> dict[str, "str | Address | Reducer"]:
     """What ``capture=`` asks for, by the name under which the result holds it.
 
@@ -97,39 +88,31 @@ def requests(capture: Any) -> dict[str, "str | Address | Reducer"]:
         InputError: something that is neither, or two reducers of one name.
         SiteError: no such site.
     """
-    if isinstance(capture, Mapping):
-        for name, wanted in capture.items():
-            if not isinstance(name, str):
-                raise InputError(f"Captures are named by strings, got {name!r}.")
-            _check_request(wanted)
-        return dict(capture)
+    mapping = isinstance(capture, Mapping)
+    single = isinstance(capture, str | Address | Reducer)
+    several = capture.items() if mapping else enumerate([capture] if single else capture)
     named: dict[str, str | Address | Reducer] = {}
-    for wanted in [capture] if isinstance(capture, str | Address | Reducer) else capture:
-        _check_request(wanted)
-        name = str(wanted) if not isinstance(wanted, str) else str(Address(*parse(wanted)))
-        if name in named and isinstance(wanted, Reducer):
+    for name, wanted in several:
+        if mapping and not isinstance(name, str):
+            raise InputError(f"Captures are named by strings, got {name!r}.")
+        if not isinstance(wanted, str | Address | Reducer):
             raise InputError(
-                f"Two captures would both be called {name!r}; name them yourself: "
-                "capture={'first': " + name.split("(")[0] + "(...), 'second': ...}."
+                "capture takes addresses such as 'layers.20.mlp_out', reducers such as "
+                f"jaxtc.reducers.At('resid_post', -1), or a dict of them; got {wanted!r}."
             )
+        if not mapping:
+            name = str(wanted if isinstance(wanted, Reducer) else Address(*parse(wanted)))
+            if name in named and isinstance(wanted, Reducer):
+                raise InputError(
+                    f"Two captures would both be called {name!r}; name them yourself: "
+                    "capture={'first': " + name.split("(")[0] + "(...), 'second': ...}."
+                )
         named[name] = wanted
     return named
 
 
-def _check_request(wanted: Any) -> None:
-    if not isinstance(wanted, str | Address | Reducer):
-        raise InputError(
-            "capture takes addresses such as 'layers.20.mlp_out', reducers such as "
-            f"jaxtc.reducers.At('resid_post', -1), or a dict of them; got {wanted!r}."
-        )
-
-
 def check_per_token(asked: Asked) -> None:
-    """Refuse reducers that want all tokens at once.
-
-    Raises:
-        InputError: one of them.
-    """
+    """Raise InputError for a reducer that wants all tokens at once."""
     for name, reducer in zip(asked.names, asked.reducers, strict=True):
         if not reducer.per_token:
             raise InputError(
@@ -140,11 +123,7 @@ def check_per_token(asked: Asked) -> None:
 
 
 def check_logits(logits: Any, needed: bool = False) -> None:
-    """Refuse what does not say which logits are wanted; None too, where they are needed.
-
-    Raises:
-        InputError: it is neither "all", "last" nor None.
-    """
+    """Raise InputError unless ``logits`` is "all", "last" or (if not ``needed``) None."""
     if logits not in ("all", "last") and (needed or logits is not None):
         expected = "'all' or 'last'" if needed else "'all', 'last' or None"
         raise InputError(f"logits is {logits!r}, expected {expected}.")

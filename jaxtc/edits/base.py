@@ -5,7 +5,7 @@ The kinds are in ``values``, ``flow`` and ``features`` beside this file; anyone 
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, dataclass_transform
+from typing import Any, ClassVar, NamedTuple, dataclass_transform
 
 import jax
 import numpy as np
@@ -114,10 +114,18 @@ class Edit:
     values = ()
     # Fields that hold real numbers of another shape.
     amounts = ()
-    # Whether `new` sees to `key` itself.
+    # Whether `new` applies `key` itself.
     handles_key = False
     # Worth skipping by a branch at the layers where it does not apply.
     costly = False
+    # Whether `new` wants all tokens of the prompt, so that it cannot act in decode.
+    needs_prompt = False
+    # Whether what the model computes here is not used at all where this applies.
+    replaces = False
+    # The only layers where this edit can ever apply, when that is static.
+    layers: ClassVar[tuple[int, ...] | None] = None
+    # Sizes of axes of its own that targets range over, by letter.
+    sizes: ClassVar[dict[str, int]] = {}
 
     def __post_init__(self):
         if not self.site:
@@ -167,26 +175,6 @@ class Edit:
         """What is wrong where :meth:`fits` is false, for messages."""
         return "its targets do not fit each other."
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Sizes of axes of its own that targets range over, by letter."""
-        return {}
-
-    @property
-    def layers(self) -> tuple[int, ...] | None:
-        """The only layers this edit could ever apply to, when that is static; None for any."""
-        return None
-
-    @property
-    def needs_prompt(self) -> bool:
-        """Whether :meth:`new` wants all tokens of the prompt, so that it cannot act in decode."""
-        return False
-
-    @property
-    def replaces(self) -> bool:
-        """Whether what the model computes here is not used at all where this applies."""
-        return False
-
     def prepared(self) -> "Edit":
         """The edit as compiled programs take it: static parts that change nothing are dropped."""
         return self
@@ -195,10 +183,7 @@ class Edit:
         parts = [self.site]
         for name in TARGETS:
             value = getattr(self, name)
-            if isinstance(value, int | list | tuple | np.ndarray | np.integer | jax.Array):
-                if is_traced(value):
-                    continue
-                value = np.asarray(value).tolist()
-            if value is not None:
-                parts.append(f"{name}={value}")
+            if value is not None and not is_traced(value):
+                numbers = isinstance(value, int | np.integer | np.ndarray | jax.Array)
+                parts.append(f"{name}={np.asarray(value).tolist() if numbers else value}")
         return f"{type(self).__name__}({', '.join(parts)})"

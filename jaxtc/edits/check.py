@@ -1,6 +1,6 @@
 """Edits checked and brought to one form before anything runs: one that cannot fire is an error.
 
-Whether their targets exist is what :mod:`jaxtc.edits.judge` says. Where targets are traced
+Whether their targets exist is decided by :mod:`jaxtc.edits.judge`. Where targets are traced
 (``vmap`` over layers, say) nothing can be raised, and the result of that variant becomes NaN.
 """
 
@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.edits.base import Edit, own_shape
-from jaxtc.edits.judge import check_conflicts, judge, lengths_of, refusal, settle, sizes_of
+from jaxtc.edits.judge import Pass, check_conflicts, judge, refusal, settle
 from jaxtc.errors import EditError
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.prompts import Prompts
-from jaxtc.tap.context import PerLayer
+from jaxtc.tap.context import PerLayer, broadcasts
 from jaxtc.tap.positions import is_traced
 from jaxtc.tap.sites import BY_NAME, ORDER
 
@@ -33,25 +33,21 @@ def check_edits(
 
     Args:
         edits: as the user gave them.
-        config: of the model.
-        reach: the last (layer, place in the layer) that this pass needs.
-        prompts: as prepared.
-        extra: tokens that will follow the prompts (generation).
+        config, reach, prompts, extra: as of :class:`jaxtc.edits.judge.Pass`.
 
     Returns:
-        (the edits, whether some target is traced, so that ``judge.all_there`` must tell).
+        (the edits, whether some target is traced, so that only ``judge.all_there`` can tell).
 
     Raises:
         EditError: a target out of range or never reached, or a value that does not fit.
         SiteError: a layer that does not exist.
     """
-    checked, unsure = [], False
+    checked, unsure, here = [], False, Pass.over(prompts, config, reach, extra)
     for given in edits:
-        edit = settled(given, config, prompts, extra)
-        sizes, lengths = sizes_of(edit, config, len(prompts.tokens)), lengths_of(prompts)
-        for rule, fine in judge(edit, sizes, reach, lengths, extra).items():
+        edit = settled(given, here)
+        for rule, fine in judge(edit, here).items():
             if not fine:
-                raise refusal(rule, edit, given, sizes, lengths, extra)
+                raise refusal(rule, edit, given, here)
         unsure |= is_traced([getattr(edit, name) for name in edit.targets])
         checked.append(edit)
     if len(checked) > 1:
@@ -59,24 +55,30 @@ def check_edits(
     return tuple(edit.prepared() for edit in checked), unsure
 
 
-def settled(edit: Edit, config: Gemma2Config, prompts: Prompts, extra: int = 0) -> Edit:
+def settled(edit: Edit, here: Pass) -> Edit:
     """The edit in its compiled form, all of it checked but for whether its targets exist."""
     _check_kind(edit)
-    sizes = sizes_of(edit, config, len(prompts.tokens))
-    sizes |= {"T": prompts.length, "S": prompts.length, "1": 1}
-    sizes["last"] = sizes[BY_NAME[edit.site].axes.split()[-1]]
-    found = _values(edit, sizes, prompts.tokens.shape[1], extra)
-    for name in edit.targets:
-        given = getattr(edit, name)
-        if given is not None:
-            found[name] = settle(edit, name, given, sizes, prompts, extra)
-    if extra and edit.needs_prompt and not _prompt_only(edit):
+    sizes = here.sizes(edit) | dict.fromkeys("TS", here.prompts.length)
+    found = {}
+    for name in (field.name for field in dataclasses.fields(edit)):
+        value = getattr(edit, name)
+        if value is None:
+            continue
+        if name in edit.targets:
+            found[name] = settle(edit, name, value, here)
+        elif name in edit.values:
+            found[name] = _value(edit, name, _real(edit, value), sizes, here)
+        elif name in edit.amounts:
+            found[name] = _real(edit, value)
+        else:
+            found[name] = typed(value)
+    if here.extra and edit.needs_prompt and not _prompt_only(edit):
         raise EditError(
             f"{edit} needs the whole prompt at once and cannot apply to generated tokens: give "
             "position='prompt'."
         )
-    edit = dataclasses.replace(edit, **found) if found else edit
-    edit.check(sizes, prompts.known_lengths)
+    edit = dataclasses.replace(edit, **found)
+    edit.check(sizes, here.prompts.known_lengths)
     return edit
 
 
@@ -87,7 +89,7 @@ def of_phase(edits: Sequence[Edit], new: bool) -> tuple[Edit, ...]:
 
 
 def _check_kind(edit: Edit) -> None:
-    """Refuse what is no edit, is not registered, or reads what is not there yet."""
+    """Refuse what is not an edit, is not registered, or reads a later site."""
     if not isinstance(edit, Edit):
         raise EditError(
             f"edits must be edits such as jaxtc.Add(...), got {type(edit).__name__}: {edit!r}."
@@ -105,39 +107,32 @@ def _check_kind(edit: Edit) -> None:
             raise EditError(f"{edit} reads {read!r}, which is not computed before {edit.site!r}.")
 
 
-def _values(edit: Edit, sizes: dict[str, int], width: int, extra: int) -> dict[str, Any]:
-    """Values in one dtype a kind, padded to the bucket; refused when they do not broadcast."""
-    found = {}
-    for field in dataclasses.fields(edit):
-        value = getattr(edit, field.name)
-        if value is None or field.name in edit.targets:
-            continue
-        if field.name in edit.values:
-            found[field.name] = _value(edit, field.name, value, sizes, width, extra)
-        elif field.name in edit.amounts:
-            found[field.name] = _number(edit, value)
-        elif type(value) in (int, float) or _whole(value):
-            # A plain number is another type to jax than an array of one.
-            array = np.asarray(value)
-            found[field.name] = array.astype(np.float32 if array.dtype.kind == "f" else np.int32)
-    return found
+def typed(value: Any) -> Any:
+    """A number as an array, whose type does not depend on how it was written; others as is.
 
-
-def _whole(value: Any) -> bool:
-    """Whether this is a single whole number of NumPy's or JAX's that can be seen."""
-    if not isinstance(value, np.generic | np.ndarray | jax.Array) or is_traced(value):
-        return False
-    return value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.integer)
+    Raises:
+        EditError: an integer of more than 32 bits.
+    """
+    if type(value) is float:
+        return np.float32(value)
+    array = isinstance(value, np.generic | np.ndarray | jax.Array) and not is_traced(value)
+    if type(value) is not int and not (
+        array and value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.integer)
+    ):
+        return value
+    if not -(2**31) <= value < 2**31:
+        raise EditError(f"{value} is not a 32-bit integer, as edits take them.")
+    return np.int32(value)
 
 
 def _prompt_only(edit: Edit) -> bool:
-    return getattr(edit.position, "name", None) == "prompt"
+    return getattr(edit.position, "part", None) == "prompt"
 
 
-def _number(edit: Edit, value: Any) -> Any:
+def _real(edit: Edit, value: Any) -> Any:
     """``value`` as an array of floats, whose type does not depend on how it was written."""
     if isinstance(value, PerLayer):
-        return PerLayer(_number(edit, value.array))
+        return PerLayer(_real(edit, value.array))
     if not isinstance(value, jax.Array):
         value = jnp.asarray(value) if is_traced(value) else np.asarray(value)
     kind = np.dtype(value.dtype).kind
@@ -150,34 +145,27 @@ def _number(edit: Edit, value: Any) -> Any:
     return value
 
 
-def _value(edit: Edit, name: str, value: Any, sizes: dict[str, int], width: int, extra: int) -> Any:
-    if isinstance(value, PerLayer):
-        value = PerLayer(_number(edit, value.array))
-        shape, array = own_shape(edit, value, sizes["L"]), value.array
-    else:
-        array = value = _number(edit, value)
-        shape = array.shape
-    site = BY_NAME[edit.site]
-    letters = site.axes.split()
-    true = tuple(sizes[letter] for letter in letters)
-    try:
-        fits = np.broadcast_shapes(shape, true) == true
-    except ValueError:
-        fits = False
-    if not fits:
+def _value(edit: Edit, name: str, value: Any, sizes: dict[str, int], here: Pass) -> Any:
+    """``value``, if it broadcasts to the site, padded as the prompts are."""
+    shape, site = own_shape(edit, value, sizes["L"]), BY_NAME[edit.site]
+    if not broadcasts(shape, site.shape(sizes)):
         raise EditError(
             f"{edit} was given a {name} of shape {shape}, which does not broadcast to "
-            f"{edit.site} [{site.axes}] = {true}."
+            f"{edit.site} [{site.axes}] = {site.shape(sizes)}."
         )
-    pads, over_tokens = [(0, 0)] * array.ndim, False
-    for back, size in enumerate(reversed(shape), start=1):
-        if letters[-back] in "TS" and size > 1:
-            pads[-back], over_tokens = (0, width - size), True
-    if over_tokens and extra and not _prompt_only(edit):
+    letters = site.letters[len(site.letters) - len(shape) :]
+    tokens = [letter in "TS" and n > 1 for letter, n in zip(letters, shape, strict=True)]
+    if any(tokens) and here.extra and not _prompt_only(edit):
         raise EditError(
             f"{edit}: its {name} of shape {shape} has an entry for each token of the prompt, and "
             "none for those that are generated: give position='prompt'."
         )
-    if any(after for _, after in pads):
-        array = jnp.pad(array, pads) if isinstance(array, jax.Array) else np.pad(array, pads)
-    return PerLayer(array) if isinstance(value, PerLayer) else array
+    missing = here.prompts.tokens.shape[1] - here.prompts.length
+    if not any(tokens) or not missing:
+        return value
+
+    def pad(x):
+        pads = [(0, 0)] * (x.ndim - len(shape)) + [(0, missing * over) for over in tokens]
+        return jnp.pad(x, pads) if isinstance(x, jax.Array) else np.pad(x, pads)
+
+    return jax.tree.map(pad, value)

@@ -18,8 +18,6 @@ from jaxtc.tap.positions import is_traced
 from jaxtc.tap.sites import BY_NAME, parse
 from jaxtc.transcoders.transcoder import Transcoder
 
-__all__ = ["ClampFeature", "ScaleFeature", "SetFeature", "Splice"]
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TranscoderEdit(Edit):
@@ -54,8 +52,8 @@ class TranscoderEdit(Edit):
         if single is not None and self.layer is None:
             if single.layer is None:
                 raise EditError(
-                    f"{type(self).__name__} needs a layer: a transcoder whose file's place names "
-                    "no layer does not know its own: give layer=..."
+                    f"{type(self).__name__} needs a layer: this transcoder was loaded from a path "
+                    "that names none; give layer=..."
                 )
             object.__setattr__(self, "layer", single.layer)
 
@@ -69,20 +67,14 @@ class TranscoderEdit(Edit):
 
     @property
     def layers(self) -> tuple[int, ...] | None:
-        """The layers of a mapping of transcoders."""
         return tuple(self.transcoder) if isinstance(self.transcoder, Mapping) else None
 
     def prepared(self) -> "TranscoderEdit":
-        """With transcoders that name no source, so that another of the same shape runs the same."""
-        given = self.transcoder
-        if isinstance(given, Mapping):
-            given = {layer: transcoder.nameless() for layer, transcoder in given.items()}
-        else:
-            given = given.nameless()
+        single = lambda node: isinstance(node, Transcoder)  # noqa: E731
+        given = jax.tree.map(lambda t: t.nameless(), self.transcoder, is_leaf=single)
         return dataclasses.replace(self, transcoder=given)
 
     def check(self, sizes, lengths):
-        """Refuse what is no transcoder, and those of another model."""
         held = self._transcoders()
         if not held:
             raise self._no_transcoder()
@@ -145,13 +137,11 @@ class Splice(TranscoderEdit):
 
     @property
     def replaces(self) -> bool:
-        """On every token, unless something of the MLP's own is kept or read."""
         where = (self.position, self.row, self.head, self.coordinate)
         needed = self.error or self.site in self.reads
         return not needed and all(value is None for value in where)
 
     def new(self, x: jax.Array, context: Context) -> jax.Array:
-        """The transcoder's output on its input site, in the dtype of ``x``."""
         made = self._here(context)(self._read(context), placement=context.placement)
         made = made.reshape(x.shape).astype(x.dtype)
         if self.error:
@@ -178,15 +168,14 @@ class FeatureEdit(TranscoderEdit):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """M, the transcoder's features."""
-        if isinstance(self.transcoder, Mapping):
+        held = self._transcoders()
+        if held.keys() - {None}:
             raise EditError(f"{self} takes one transcoder; give an edit for each layer.")
-        if not isinstance(self.transcoder, Transcoder):
+        if not held:
             raise self._no_transcoder()
-        return {"M": self.transcoder.features}
+        return {"M": held[None].features}
 
     def check(self, sizes, lengths):
-        """Refuse amounts of another shape than the features."""
         super().check(sizes, lengths)
         for name in self.amounts:
             value = getattr(self, name)
@@ -198,11 +187,9 @@ class FeatureEdit(TranscoderEdit):
                 )
 
     def changed(self, a: jax.Array, layer: int) -> jax.Array:
-        """The activations (B, T, K) of a layer as they shall be."""
         raise NotImplementedError
 
     def new(self, x: jax.Array, context: Context) -> jax.Array:
-        """``x + (a′ − a) W_dec[feature]``."""
         made = self._here(context)
         ids = jnp.atleast_1d(jnp.asarray(self.feature))
         # A traced id that does not exist gives NaN.
@@ -230,7 +217,6 @@ class SetFeature(FeatureEdit):
     amounts = ("value",)
 
     def changed(self, a: jax.Array, layer: int) -> jax.Array:
-        """``value``."""
         return _per_feature(self.value, a, layer)
 
 
@@ -246,7 +232,6 @@ class ScaleFeature(FeatureEdit):
     amounts = ("factor",)
 
     def changed(self, a: jax.Array, layer: int) -> jax.Array:
-        """``a · factor``."""
         return a * _per_feature(self.factor, a, layer)
 
 
@@ -264,7 +249,6 @@ class ClampFeature(FeatureEdit):
     amounts = ("low", "high")
 
     def check(self, sizes, lengths):
-        """Refuse bounds that are missing or the wrong way round."""
         super().check(sizes, lengths)
         if self.low is None and self.high is None:
             raise EditError(f"{self} has no bound: give low, high or both.")
@@ -275,7 +259,6 @@ class ClampFeature(FeatureEdit):
             raise EditError(f"{self}: low {self.low} is above high {self.high}.")
 
     def changed(self, a: jax.Array, layer: int) -> jax.Array:
-        """``a`` within the bounds."""
         low = -jnp.inf if self.low is None else _per_feature(self.low, a, layer)
         high = jnp.inf if self.high is None else _per_feature(self.high, a, layer)
         # Bounds that were traced may be the wrong way round.

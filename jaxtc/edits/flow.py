@@ -14,8 +14,6 @@ from jaxtc.errors import EditError
 from jaxtc.tap.context import Context
 from jaxtc.tap.positions import FOREVER, Places
 
-__all__ = ["Copy", "KnockOut"]
-
 
 @register_edit()
 class Copy(Edit):
@@ -30,7 +28,7 @@ class Copy(Edit):
             copied from; as many as ``position`` names, or one. By default the same position; where
             ``position`` counts from the end, counted from the end of the other row.
 
-    Where rows or lengths are traced, a token copied from where there is none becomes NaN.
+    Where rows or lengths are traced, a token whose source does not exist becomes NaN.
     """
 
     from_row: Any = None
@@ -42,7 +40,6 @@ class Copy(Edit):
     }
 
     def check(self, sizes, lengths):
-        """Refuse copying nothing, and sources of another number than what they are copied to."""
         if self.from_row is None and self.from_position is None:
             raise EditError(f"{self} copies nothing: give from_row, from_position or both.")
         if np.shape(self.from_row) not in ((), (sizes["B"],)):
@@ -62,11 +59,9 @@ class Copy(Edit):
                 )
 
     def fits(self, rows, lengths):
-        """Without ``from_position``: the row copied from has the same tokens to give."""
         return None if self.from_position is not None else (self._has(lengths) | ~rows).all(-1)
 
     def misfit(self, rows, lengths):
-        """Which rows lack them."""
         row = int(np.argmax(~self._has(lengths) & rows))
         source = int(np.broadcast_to(self.from_row, rows.shape)[row])
         what = "all"
@@ -94,11 +89,9 @@ class Copy(Edit):
 
     @property
     def needs_prompt(self) -> bool:
-        """Positions of the prompt are only at hand while the prompt is read."""
         return self.from_position is not None
 
     def new(self, x: jax.Array, context: Context) -> jax.Array:
-        """``x`` of the other row and position."""
         here = context.positions
         batch, width = here.shape
         rows = jnp.arange(batch)
@@ -145,7 +138,6 @@ class KnockOut(Edit):
     handles_key = True
 
     def check(self, sizes, lengths):
-        """Refuse another site, and knocking out everything."""
         if self.site != "attn_pattern":
             raise EditError(f"{self} works at attn_pattern only; use jaxtc.Zero at other sites.")
         if self.key is None and self.head is None:
@@ -155,7 +147,6 @@ class KnockOut(Edit):
             )
 
     def new(self, x: jax.Array, context: Context) -> jax.Array:
-        """The pattern without those keys, each query's weights summing to what they did."""
         if self.key is None:
             return jnp.zeros_like(x)
         batch, width = x.shape[0], x.shape[-1]

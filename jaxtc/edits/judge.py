@@ -1,16 +1,16 @@
 """One judge of targets: does what an edit names exist, and is it reached?
 
-:func:`settle` counts a target from the front, and :func:`judge` states the rules, once: of NumPy on
-the host, where :func:`refusal` is the error for one that is broken, and of jax.numpy inside a
-trace, where :func:`all_there` makes the result NaN. A sweep judges all values of its axes at once.
+:func:`settle` counts a target from the front, and :func:`judge` states the rules once: with NumPy
+on the host, where :func:`refusal` is the error for a broken one, and with jax.numpy inside a trace,
+where :func:`all_there` makes the result NaN. A sweep judges all values of its axes at once.
 :func:`check_conflicts` compares edits with each other.
 
-Axis letters: B batch, P positions named; "..." are the variants of a sweep.
+Axis letters: B batch, P positions, "..." the variants of a sweep.
 """
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,28 +23,51 @@ from jaxtc.errors import EditError
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.prompts import Prompts
 from jaxtc.tap.positions import as_int32, is_traced, locate, missing, present
-from jaxtc.tap.sites import BY_NAME, ORDER, Site, check_layer
+from jaxtc.tap.sites import BY_NAME, ORDER, Address, Site, check_layer
 from jaxtc.tap.tap import among
 
-# What has so many of an axis's indices, for messages.
+# What an axis's indices belong to, for messages.
 OWNERS = {"B": "the batch", "M": "this transcoder"}
 
 
-def sizes_of(edit: Edit, config: Gemma2Config, batch: int) -> dict[str, int]:
-    """Sizes of the axes that an edit's targets range over, by letter."""
-    return {**config.sizes, "B": batch, "L": config.num_hidden_layers, **edit.sizes}
+class Pass(NamedTuple):
+    """The forward pass that edits are judged for.
+
+    Attributes:
+        config: of the model.
+        reach: the last (layer, place in the layer) that is needed.
+        lengths: (B,) tokens of each prompt, NumPy where they are known.
+        extra: tokens that will follow the prompts (generation).
+        prompts: for targets that are not settled yet.
+    """
+
+    config: Gemma2Config
+    reach: tuple[int, int]
+    lengths: Any
+    extra: int = 0
+    prompts: Prompts | None = None
+
+    @classmethod
+    def over(cls, prompts: Prompts, config: Gemma2Config, reach: tuple, extra: int = 0) -> "Pass":
+        """The pass over these prompts."""
+        known = prompts.known_lengths
+        return cls(config, reach, prompts.lengths if known is None else known, extra, prompts)
+
+    def sizes(self, edit: Edit) -> dict[str, int]:
+        """Sizes of the axes that an edit's targets range over, by letter."""
+        layers = self.config.num_hidden_layers
+        return {**self.config.sizes, "B": len(self.lengths), "L": layers, **edit.sizes}
+
+    def size(self, edit: Edit, target: Index) -> int:
+        """Of the axis that a target ranges over."""
+        return self.sizes(edit)[_axis(edit, target, BY_NAME[edit.site])]
 
 
-def lengths_of(prompts: Prompts) -> Any:
-    """(B,) tokens of each prompt, as NumPy where they are known."""
-    return prompts.lengths if prompts.known_lengths is None else prompts.known_lengths
-
-
-def settle(edit: Edit, name: str, given: Any, sizes: dict, prompts: Prompts, extra: int) -> Any:
+def settle(edit: Edit, name: str, given: Any, here: Pass) -> Any:
     """One target's value, counted from the front: int32, or a form of positions.
 
     Raises:
-        EditError: the site has no such axis, or this is no index or position.
+        EditError: the site has no such axis, or this is not an index or a position.
     """
     target = edit.targets[name]
     if _axis(edit, target, BY_NAME[edit.site]) is None:
@@ -54,8 +77,8 @@ def settle(edit: Edit, name: str, given: Any, sizes: dict, prompts: Prompts, ext
             f"sites have one: {', '.join(fitting)}."
         )
     if isinstance(target, Tokens):
-        new, lengths = extra > 0 and name == "position", lengths_of(prompts)
-        return locate(given, prompts.tokens, lengths, prompts.length, new=new, what=edit)
+        new, prompts = here.extra > 0 and name == "position", here.prompts
+        return locate(given, prompts.tokens, here.lengths, prompts.length, new=new, what=edit)
     array = given if isinstance(given, jax.core.Tracer) else np.asarray(given)
     if array.dtype.kind not in "iu" or array.ndim > 1 or not array.size:
         raise EditError(
@@ -63,34 +86,29 @@ def settle(edit: Edit, name: str, given: Any, sizes: dict, prompts: Prompts, ext
         )
     array = as_int32(array)
     if target.back:
-        size = sizes[_axis(edit, target, BY_NAME[edit.site])]
-        array = (jnp if is_traced(array) else np).where(array < 0, array + size, array)
+        xp = jnp if is_traced(array) else np
+        array = xp.where(array < 0, array + here.size(edit, target), array)
     return array
 
 
 def _axis(edit: Edit, target: Index | Tokens, site: Site) -> str | None:
     """The letter of the axis of a site that a target ranges over; None when it has none."""
-    letters = [*site.axes.split(), *("L" if site.per_layer else ""), *edit.sizes]
+    letters = [*site.letters, *("L" if site.per_layer else ""), *edit.sizes]
     if isinstance(target, Tokens):
         return "S" if not target.keys or "T" in letters and "S" in letters else None
     return next((letter for letter in letters if letter in target.letters), None)
 
 
-def judge(
-    edit: Edit, sizes: dict, reach: tuple[int, int], lengths: Any, extra: int = 0, *, inside=False
-) -> dict[str, Any]:
+def judge(edit: Edit, here: Pass, *, inside: bool = False) -> dict[str, Any]:
     """(...,) booleans by rule: whether what the edit names is there.
 
     Args:
         edit: with its targets settled; all may have leading axes "...", which broadcast.
-        sizes: from :func:`sizes_of`.
-        reach: the last (layer, place in the layer) that the pass needs.
-        lengths: (B,) tokens of each prompt.
-        extra: tokens that will follow the prompts.
+        here: the pass.
         inside: in the trace of the pass every rule is computed; outside, those of traced values
             are left out.
     """
-    found, xp = {}, jnp if inside else np
+    found, xp, batch = {}, jnp if inside else np, len(here.lengths)
 
     def known(*inputs: Any) -> bool:
         return inside or not is_traced(inputs)
@@ -100,23 +118,22 @@ def judge(
         if value is None:
             continue
         if isinstance(target, Tokens):
-            if known(value, edit.row, getattr(edit, target.rows), lengths):
-                ends = lengths + (extra if name == "position" else 0)
-                found[name] = present(value, ends, _rows(edit, target, sizes["B"], xp))
+            if known(value, edit.row, getattr(edit, target.rows), here.lengths):
+                ends = here.lengths + (here.extra if name == "position" else 0)
+                found[name] = present(value, ends, _rows(edit, target, batch, xp))
         elif known(value):
             at = xp.atleast_1d(xp.asarray(value))
-            size = sizes[_axis(edit, target, BY_NAME[edit.site])]
-            found[name] = ((at >= 0) & (at < size)).all(-1)
+            found[name] = ((at >= 0) & (at < here.size(edit, target))).all(-1)
             if target.distinct:
                 ordered = xp.sort(at, -1)
                 found[name] &= (ordered[..., 1:] != ordered[..., :-1]).all(-1)
     if known(edit.layer):
-        layers = xp.atleast_1d(xp.asarray(_layers(edit, sizes["L"])))
+        layers = xp.atleast_1d(xp.asarray(_layers(edit, here)))
         if edit.layer is not None and edit.layers is not None:
             found["layers"] = (layers[..., None] == xp.asarray(edit.layers)).any(-1).all(-1)
-        found["reach"] = (layers <= reach[0] - (ORDER[edit.site] > reach[1])).all(-1)
-    if not inside and not is_traced((lengths, [getattr(edit, name) for name in edit.targets])):
-        fine = edit.fits(_rows(edit, Tokens(), sizes["B"], np), lengths)
+        found["reach"] = (layers <= here.reach[0] - (ORDER[edit.site] > here.reach[1])).all(-1)
+    if not inside and not is_traced((here.lengths, [getattr(edit, name) for name in edit.targets])):
+        fine = edit.fits(_rows(edit, Tokens(), batch, np), here.lengths)
         found |= {} if fine is None else {"fits": fine}
     return found
 
@@ -132,41 +149,44 @@ def _rows(edit: Edit, target: Tokens, batch: int, xp: Any) -> Any:
     return ((xp.arange(batch)[:, None] == froms[..., None, :]) & rows[..., None, :]).any(-1)
 
 
-def _layers(edit: Edit, layers: int) -> Any:
+def _layers(edit: Edit, here: Pass) -> Any:
     """The layers that an edit names; where it names none, the first at which it applies."""
     if edit.layer is not None:
         return edit.layer
     if BY_NAME[edit.site].per_layer:
         return 0 if edit.layers is None else edit.layers
-    return -1 if edit.site == "embed" else layers
+    return Address(edit.site).place(here.config.num_hidden_layers)[0]
 
 
-def refusal(rule: str, edit: Edit, given: Edit, sizes: dict, lengths: Any, extra: int) -> EditError:
+def refusal(rule: str, edit: Edit, given: Edit, here: Pass) -> EditError:
     """The error for a rule of :func:`judge` that ``edit``, as ``given`` by the user, breaks.
 
     Raises:
         SiteError: a layer that does not exist.
     """
-    target, batch = edit.targets.get(rule), sizes["B"]
+    target, lengths = edit.targets.get(rule), here.lengths
     if isinstance(target, Tokens):
-        found, rows = getattr(edit, rule), _rows(edit, target, batch, np)
-        extra = extra if rule == "position" else 0
+        found, rows = getattr(edit, rule), _rows(edit, target, len(lengths), np)
+        extra = here.extra if rule == "position" else 0
         return missing(found, getattr(given, rule), lengths, extra, rows, given)
     if target:
         at, named = (np.atleast_1d(getattr(one, rule)) for one in (edit, given))
-        letter = _axis(edit, target, BY_NAME[edit.site])
-        outside = named[(at < 0) | (at >= sizes[letter])]
+        size = here.size(edit, target)
+        outside = named[(at < 0) | (at >= size)]
         if not outside.size:
             return EditError(f"{given}: a {rule} is named twice in {named.tolist()}.")
         if rule == "layer":
-            check_layer(int(outside[0]), sizes["L"], str(given))
+            check_layer(int(outside[0]), size, str(given))
+        owner = OWNERS.get(_axis(edit, target, BY_NAME[edit.site]), "this model")
         return EditError(
-            f"{given}: {rule} {outside[0]} does not exist; {OWNERS.get(letter, 'this model')} has "
-            f"{rule.removeprefix('from_')}s 0 to {sizes[letter] - 1}."
+            f"{given}: {rule} {outside[0]} does not exist; {owner} has "
+            f"{rule.removeprefix('from_')}s 0 to {size - 1}."
         )
     if rule == "fits":
-        return EditError(f"{given}: {edit.misfit(_rows(edit, Tokens(), batch, np), lengths)}")
-    layers = np.atleast_1d(_layers(edit, sizes["L"]))
+        return EditError(
+            f"{given}: {edit.misfit(_rows(edit, Tokens(), len(lengths), np), lengths)}"
+        )
+    layers = np.atleast_1d(_layers(edit, here))
     if rule == "layers":
         wrong = np.setdiff1d(layers, edit.layers)[0]
         return EditError(f"{given} has nothing for layer {wrong}, only {edit.layers}.")
@@ -182,12 +202,11 @@ def all_there(
 ) -> jax.Array:
     """() boolean: whether every target of every edit exists, inside a trace.
 
-    With ``checks`` each rule is a check of ``jax.experimental.checkify`` besides.
+    With ``checks`` each rule is also a check of ``jax.experimental.checkify``.
     """
-    fine, lengths = jnp.ones((), bool), jnp.asarray(lengths)
+    fine, here = jnp.ones((), bool), Pass(config, reach, jnp.asarray(lengths))
     for edit in edits:
-        sizes = sizes_of(edit, config, len(lengths))
-        for rule, one in judge(edit, sizes, reach, lengths, inside=True).items():
+        for rule, one in judge(edit, here, inside=True).items():
             fine &= one
             if checks:
                 given = getattr(edit, rule, None) if rule in edit.targets else edit.layer

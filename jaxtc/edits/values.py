@@ -1,9 +1,9 @@
 """The edits: what can be done to an activation. Each says when one would use it.
 
-They combine: ``run(..., edits=[...])`` applies them in the order given, each at its own site. Where
-each applies (layer, position, row, head, ...) is said by the fields that all share, see
-:class:`jaxtc.Edit`. Edits of where information flows are in :mod:`jaxtc.edits.flow`, those that
-need a transcoder in :mod:`jaxtc.edits.features`.
+They combine: ``run(..., edits=[...])`` applies them in the order given, each at its own site. The
+fields that all share say where (layer, position, row, head, ...), see :class:`jaxtc.Edit`. Edits of
+where information flows are in :mod:`jaxtc.edits.flow`, those that need a transcoder in
+:mod:`jaxtc.edits.features`.
 """
 
 from typing import Any, Literal
@@ -18,21 +18,8 @@ from jaxtc.errors import EditError
 from jaxtc.interchange import plain
 from jaxtc.tap.context import Context, PerLayer, own
 from jaxtc.tap.positions import is_traced
-from jaxtc.tap.sites import BY_NAME
-
-__all__ = [
-    "Add",
-    "Apply",
-    "Detach",
-    "Freeze",
-    "Interpolate",
-    "MeanAblate",
-    "Noise",
-    "ProjectOut",
-    "Scale",
-    "SetTo",
-    "Zero",
-]
+from jaxtc.tap.sites import BY_NAME, Address
+from jaxtc.tap.tap import along
 
 
 @register_edit()
@@ -49,7 +36,6 @@ class Add(Edit):
     values = ("value",)
 
     def new(self, x: jax.Array, context: Context) -> jax.Array:
-        """``x + value``."""
         return x + context.fit(self.value, x)
 
 
@@ -67,8 +53,7 @@ class SetTo(Edit):
     values = ("value",)
 
     def new(self, x: jax.Array, context: Context) -> jax.Array:
-        """``value``, spread to the shape of ``x``."""
-        return jnp.broadcast_to(context.fit(self.value, x), x.shape)
+        return context.fit(self.value, x)
 
 
 @register_edit()
@@ -80,7 +65,6 @@ class Zero(Edit):
     """
 
     def new(self, x: jax.Array, context: Context) -> jax.Array:
-        """Zeros."""
         return jnp.zeros_like(x)
 
 
@@ -96,7 +80,6 @@ class Scale(Edit):
     values = ("factor",)
 
     def new(self, x: jax.Array, context: Context) -> jax.Array:
-        """``x · factor``."""
         wide = x.astype(jnp.float32)
         return (wide * context.fit(self.factor, wide)).astype(x.dtype)
 
@@ -119,12 +102,10 @@ class Interpolate(Edit):
     values = ("end", "weight", "start")
 
     def new(self, x: jax.Array, context: Context) -> jax.Array:
-        """``start + weight · (end − start)``."""
         wide = x.astype(jnp.float32)
         start = wide if self.start is None else context.fit(self.start, wide)
         moved = context.fit(self.end, wide) - start
-        there = start + context.fit(self.weight, wide) * moved
-        return jnp.broadcast_to(there, x.shape).astype(x.dtype)
+        return (start + context.fit(self.weight, wide) * moved).astype(x.dtype)
 
 
 @register_edit("over")
@@ -143,26 +124,23 @@ class MeanAblate(Edit):
     values = ("value",)
 
     def check(self, sizes, lengths):
-        """Refuse an unknown ``over``, and the mean of masked scores."""
         if self.over not in ("batch", "prompt", "rows"):
             raise EditError(f"{self}: over is {self.over!r}, expected 'batch', 'prompt' or 'rows'.")
         if self.value is None and self.site == "attn_scores":
             raise EditError(
-                f"{self}: scores are masked, so they have no mean; ablate attn_pattern in their "
-                "place, or give a value."
+                f"{self}: scores are masked, so they have no mean; ablate attn_pattern instead, or "
+                "give a value."
             )
 
     @property
     def needs_prompt(self) -> bool:
-        """In decode there is one token a row, and no mean over them."""
         return self.value is None
 
     def new(self, x: jax.Array, context: Context) -> jax.Array:
-        """The mean, spread to the shape of ``x``."""
         if self.value is not None:
-            return jnp.broadcast_to(context.fit(self.value, x), x.shape)
+            return context.fit(self.value, x)
         tokens = context.site.sequence_axis
-        real = jnp.expand_dims(context.real, [a for a in range(1, x.ndim) if a != tokens])
+        real = along(x, context.real, 0, tokens)
         axes = {"batch": (0, tokens), "prompt": (tokens,), "rows": (0,)}[self.over]
         mean = jnp.mean(x.astype(jnp.float32), axes, keepdims=True, where=real)
         # A position that no prompt has keeps its padding.
@@ -183,20 +161,19 @@ class ProjectOut(Edit):
     amounts = ("direction",)
 
     def check(self, sizes, lengths):
-        """Refuse directions of another width, dependent ones and zero."""
         shape = own_shape(self, self.direction, sizes["L"])
-        if BY_NAME[self.site].axes.endswith("S"):
+        size = BY_NAME[self.site].shape(sizes)[-1]
+        if BY_NAME[self.site].kind == "pairs":
             raise EditError(f"{self}: {self.site}'s last axis runs over tokens, not directions.")
-        if len(shape) not in (1, 2) or shape[-1] != sizes["last"]:
+        if len(shape) not in (1, 2) or shape[-1] != size:
             raise EditError(
-                f"{self} was given directions of shape {shape}, expected "
-                f"({sizes['last']},) or (K, {sizes['last']}): {self.site}'s last axis."
+                f"{self} was given directions of shape {shape}, expected ({size},) or (K, {size}): "
+                f"{self.site}'s last axis."
             )
         if is_traced(self.direction):
             return
-        each = isinstance(self.direction, PerLayer)
-        known = np.asarray(self.direction.array if each else self.direction, np.float64)
-        known = known.reshape(sizes["L"] if each else 1, -1, shape[-1])
+        (known,) = jax.tree.leaves(self.direction)
+        known = np.asarray(known, np.float64).reshape(-1, *(1, *shape)[-2:])
         known = known[np.isfinite(known).all((1, 2))]
         norms, count = np.linalg.norm(known, axis=-1, keepdims=True), known.shape[1]
         rank = np.linalg.matrix_rank(known / np.where(norms > 0, norms, 1)).min(initial=count)
@@ -207,13 +184,12 @@ class ProjectOut(Edit):
             )
 
     def new(self, x: jax.Array, context: Context) -> jax.Array:
-        """``x`` without its component in the span of the directions."""
         span = jnp.atleast_2d(jnp.asarray(own(self.direction, context.layer), jnp.float32))
         span = span / jnp.linalg.norm(span, axis=-1, keepdims=True)
         wide = x.astype(jnp.float32)
-        along = jnp.einsum("...d,kd->...k", wide, span, precision="highest")
+        dots = jnp.einsum("...d,kd->...k", wide, span, precision="highest")
         gram = jnp.einsum("kd,jd->kj", span, span, precision="highest")
-        parts = jnp.linalg.solve(gram, along[..., None])[..., 0]
+        parts = jnp.linalg.solve(gram, dots[..., None])[..., 0]
         inside = jnp.einsum("...k,kd->...d", parts, span, precision="highest")
         return (wide - inside).astype(x.dtype)
 
@@ -235,13 +211,7 @@ class Noise(Edit):
     scale: Any = 1.0
     values = ("scale",)
 
-    def __post_init__(self):
-        super().__post_init__()
-        if isinstance(self.seed, int | np.integer) and not -(2**31) <= self.seed < 2**31:
-            raise EditError(f"{self}: seed {self.seed} is no 32-bit number.")
-
     def check(self, sizes, lengths):
-        """Refuse a seed that is neither a whole number nor a key."""
         kind = getattr(self.seed, "dtype", np.dtype(object))
         fine = jnp.issubdtype(kind, jax.dtypes.prng_key) or jnp.issubdtype(kind, jnp.integer)
         if not fine or np.ndim(self.seed):
@@ -250,7 +220,6 @@ class Noise(Edit):
             )
 
     def new(self, x: jax.Array, context: Context) -> jax.Array:
-        """``x + scale · N(0, 1)``."""
         key = jnp.asarray(self.seed)
         if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             key = jax.random.key(key)
@@ -260,7 +229,7 @@ class Noise(Edit):
 
         def draw(row, position):
             token = jax.random.fold_in(jax.random.fold_in(key, row), position)
-            if context.site.axes.split()[-1] != "S":
+            if context.site.kind != "pairs":
                 return jax.random.normal(token, shape, jnp.float32)
             # How many keys there are depends on the padding, so each has a draw of its own.
             edge = lambda s: jax.random.normal(jax.random.fold_in(token, s), shape[:-1])  # noqa: E731
@@ -281,7 +250,6 @@ class Detach(Edit):
     """
 
     def new(self, x: jax.Array, context: Context) -> jax.Array:
-        """``stop_gradient(x)``."""
         return jax.lax.stop_gradient(x)
 
 
@@ -308,7 +276,7 @@ class Freeze(Edit):
         per_layer = BY_NAME[self.site].per_layer
         single = per_layer and isinstance(self.layer, int | np.integer)
         try:
-            value = plain(stored[f"layers.{self.layer}.{self.site}" if single else self.site])
+            value = plain(stored[Address(self.site, self.layer if single else None)])
         except KeyError as error:
             raise EditError(f"{self}: the stored run lacks this site: {error.args[0]}.") from None
         if per_layer and not single:
@@ -321,9 +289,7 @@ class Freeze(Edit):
         object.__setattr__(self, "activations", value)
 
     def new(self, x: jax.Array, context: Context) -> jax.Array:
-        """What was stored, detached."""
-        value = jnp.broadcast_to(context.fit(self.activations, x), x.shape)
-        return jax.lax.stop_gradient(value)
+        return jax.lax.stop_gradient(context.fit(self.activations, x))
 
 
 @register_edit()
@@ -345,10 +311,8 @@ class Apply(Edit):
             object.__setattr__(self, "function", jax.tree_util.Partial(self.function))
 
     def check(self, sizes, lengths):
-        """Refuse what cannot be called."""
         if not callable(self.function):
             raise EditError(f"{self}: expected a function, got {type(self.function).__name__}.")
 
     def new(self, x: jax.Array, context: Context) -> jax.Array:
-        """``function(x)``."""
         return self.function(x)

@@ -1,7 +1,6 @@
 """Axes of a sweep: fields of edits that hold many values in place of one."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,26 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.edits.base import Edit
-from jaxtc.edits.check import check_edits, settled
-from jaxtc.edits.judge import judge, lengths_of, settle, sizes_of
+from jaxtc.edits.check import check_edits, settled, typed
+from jaxtc.edits.judge import Pass, judge, settle
 from jaxtc.errors import EditError, InputError
-from jaxtc.model.config import Gemma2Config
-from jaxtc.model.prompts import Prompts
+from jaxtc.helpers import pytree
 from jaxtc.tap.positions import Places, is_traced, one_array
 
 KEYS = jax.dtypes.prng_key
-# Kinds of values that a program takes.
-NUMBERS = (jnp.number, jnp.bool_, KEYS)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class Over:
     """Many values in place of one: ``SetTo(v, site="mlp_out", layer=Over(range(26)))``.
 
     Attributes:
         values: (n, ...), one entry for each variant: a range, a list or an array.
-        name: of the axis; the name of the edit's field by default. All that has one name moves
+        name: of the axis; the name of the edit's field by default. Axes of one name advance
             together, in one edit or in several: ``layer=Over(range(26))`` twice is one axis, and
             ``Over(range(26), "from")`` another (static).
     """
@@ -70,7 +66,7 @@ def named(edit: Edit) -> Edit:
         if not _is_over(leaf):
             return leaf
         dtype = getattr(leaf.values, "dtype", np.dtype(object))
-        numbers = any(map(functools.partial(jnp.issubdtype, dtype), NUMBERS))
+        numbers = any(jnp.issubdtype(dtype, kind) for kind in (jnp.number, jnp.bool_, KEYS))
         if not numbers or np.ndim(leaf.values) < 1 or len(leaf) < 1:
             raise EditError(
                 f"{type(edit).__name__}: {path[0].name} is Over {leaf.values!r}, expected numbers "
@@ -91,7 +87,7 @@ def axes_of(edits: Sequence[Edit]) -> dict[str, Any]:
             if len(values) != len(over):
                 raise EditError(
                     f"{edit}: the axis {over.name!r} has {len(over)} values in {field} and "
-                    f"{len(values)} elsewhere. All that has one name moves together; give the axis "
+                    f"{len(values)} elsewhere. Axes of one name advance together; give this one "
                     "another name, Over(values, 'name'), to combine them all."
                 )
     if not axes:
@@ -101,7 +97,7 @@ def axes_of(edits: Sequence[Edit]) -> dict[str, Any]:
     return axes
 
 
-def at_place(edit: Edit, place: Mapping[str, Any]) -> Edit:
+def at_place(edit: Any, place: Mapping[str, Any]) -> Any:
     """The edit of one variant; axes that are not named are at their first value."""
 
     def pick(leaf):
@@ -114,12 +110,12 @@ def prepared(edit: Edit) -> Edit:
     """As compiled programs take it, its axes kept."""
     leaves, structure = jax.tree.flatten(at_place(edit, {}).prepared())
     mine = jax.tree.leaves(edit, is_leaf=_is_over)
-    kept = [own if _is_over(own) else new for own, new in zip(mine, leaves, strict=True)]
+    kept = [own if _is_over(own) else typed(new) for own, new in zip(mine, leaves, strict=True)]
     return jax.tree.unflatten(structure, kept)
 
 
-def check_axes(edit: Edit, config: Gemma2Config, reach: tuple[int, int], prompts: Prompts) -> None:
-    """Refuse the first value along an axis that is there in no combination with the others.
+def check_axes(edit: Edit, here: Pass) -> None:
+    """Refuse the first value along an axis that fits in no combination with the others.
 
     Raises:
         EditError, SiteError: as :func:`jaxtc.edits.check.check_edits`.
@@ -128,28 +124,27 @@ def check_axes(edit: Edit, config: Gemma2Config, reach: tuple[int, int], prompts
     overs = overs_of(edit)
     axes = {over.name: len(over) for _, over in overs}
     if not axes:
-        check_edits([edit], config, reach, prompts)
+        check_edits([edit], here.config, here.reach, here.prompts)
         return
-    first = settled(at_place(edit, {}), config, prompts)
+    first = settled(at_place(edit, {}), here)
     if type(edit).check is not Edit.check:
         for name in {over.name: None for field, over in overs if field not in edit.targets}:
             for index in range(1, axes[name]):
-                settled(at_place(edit, {name: index}), config, prompts)
-    sizes, lengths = sizes_of(first, config, len(prompts.tokens)), lengths_of(prompts)
+                settled(at_place(edit, {name: index}), here)
     targets = {}
     for field in {field: None for field, _ in overs if field in edit.targets}:
         value, mine = getattr(edit, field), {over.name for name, over in overs if name == field}
         lead = [size if name in mine else 1 for name, size in axes.items()]
         if _is_over(value) and np.ndim(value.values) == 1:
             # One number a variant: settled as if a single variant named them all.
-            at = settle(first, field, value.values, sizes, prompts, 0)
+            at = settle(first, field, value.values, here)
             every = Places(at.at.T[..., None]) if isinstance(at, Places) else at[:, None]
         else:
             places = [dict(zip(axes, place, strict=True)) for place in np.ndindex(*lead)]
-            each = [settle(first, field, at_place(value, p), sizes, prompts, 0) for p in places]
+            each = [settle(first, field, at_place(value, place), here) for place in places]
             every = jax.tree.map(_stacked, *each)
         targets[field] = jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), every)  # noqa: B023
-    found = judge(dataclasses.replace(first, **targets), sizes, reach, lengths)
+    found = judge(dataclasses.replace(first, **targets), here)
     problems = sum(np.broadcast_to(~fine, (*axes.values(),)).astype(int) for fine in found.values())
     for axis, name in enumerate(axes):
         least = problems.min(tuple(i for i in range(len(axes)) if i != axis))
@@ -158,7 +153,8 @@ def check_axes(edit: Edit, config: Gemma2Config, reach: tuple[int, int], prompts
             # Of its combinations the one with the fewest problems tells what is wrong with it.
             others = np.take(problems, [index], axis)
             place = dict(zip(axes, np.unravel_index(others.argmin(), others.shape), strict=True))
-            check_edits([at_place(edit, place | {name: index})], config, reach, prompts)
+            variant = at_place(edit, place | {name: index})
+            check_edits([variant], here.config, here.reach, here.prompts)
 
 
 def _stacked(*arrays: Any) -> Any:

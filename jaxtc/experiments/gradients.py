@@ -16,18 +16,16 @@ from jaxtc.edits.base import Edit
 from jaxtc.edits.values import Add
 from jaxtc.errors import InputError
 from jaxtc.experiments.scores import as_pytree
+from jaxtc.helpers import pytree
 from jaxtc.memory.needs import check_fits, estimate
-from jaxtc.model.config import Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import Prompts, prepare
-from jaxtc.programs.call import Call, RunResult, forward
+from jaxtc.programs.call import Call, Key, RunResult, forward
 from jaxtc.programs.leaves import parameters, placed
 from jaxtc.programs.program import Program
-from jaxtc.sharding.placement import Placement
-from jaxtc.tap.sites import BY_NAME, Address
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Gradients:
     """What :func:`gradients` returns.
@@ -60,18 +58,17 @@ def gradients(
 
     Args:
         model: from :func:`jaxtc.load_model`.
-        tokens: as for :func:`jaxtc.run`.
+        tokens, lengths: as for :func:`jaxtc.run`.
         of: a score, see :mod:`jaxtc.scores`: a function from the result of a run (with these sites'
             activations) to a number, or one for each row, (B,). A plain function is part of the
             compile key (define it once).
         sites: such as ``"resid_post"`` (every layer) or ``["layers.3.mlp_out", "embed"]``.
-        edits: as for :func:`jaxtc.run`; gradients are those behind the edits of a site.
-        lengths: as for :func:`jaxtc.run`.
+        edits: as for :func:`jaxtc.run`; gradients are of a site's value after its edits.
         logits: that ``of`` sees, the last token's by default.
 
     Raises:
         InputError, SiteError, EditError: as for :func:`jaxtc.run`; or no site was named, or ``of``
-            is no such score.
+            is not such a score.
         CapacityError: the activations would not fit in memory.
     """
     config = model.config
@@ -80,52 +77,39 @@ def gradients(
     if not asked.addresses or asked.reducers:
         raise InputError("Name the sites whose gradients are wanted, such as 'resid_post'.")
     check_logits(logits, needed=True)
-    Call.of(config, prompts, asked, edits, logits)  # raises outside of any trace
+    leaves = parameters(model)
+    place = placed(model, leaves)
+    call = Call.of(config, prompts, asked, edits, logits, place)
     size = estimate(model, prompts.tokens.shape, capture=sites, logits=logits)
     check_fits(3 * size.kept, "These activations, their gradients and the pass back")
-    of, edits, leaves = as_pytree(of), [edit.prepared() for edit in edits], parameters(model)
-    place, rows = placed(model, leaves), (prompts.tokens, prompts.lengths)
-    if place is not None:
-        rows, (edits, of) = map(place.put_rows, rows), place.put_whole((edits, of))
-    key = _Key(config, asked.addresses, prompts.length, str(model.dtype), logits, place)
-    score, kept, slopes = _program(key, leaves, *rows, edits, of)
-    layers = config.num_hidden_layers
-    return Gradients(score, Activations(kept, layers), Activations(slopes, layers))
+    of = as_pytree(of) if place is None else place.put_whole(as_pytree(of))
+    *given, _ = call.on_mesh(leaves)  # there are no reducers
+    key = _Key(**vars(given.pop(0)), length=prompts.length)
+    return Gradients(*_program(key, *given, of))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Key:
-    """The static half of a call."""
-
-    config: Gemma2Config
-    addresses: tuple[Address, ...]
+class _Key(Key):
     length: int
-    dtype: str
-    logits: str
-    placement: Placement | None
 
 
 def _backward(key: _Key, leaves, tokens, lengths, edits, of):
-    """(score, activations by address, gradients by address)."""
+    """(score, activations, gradients)."""
     prompts = Prompts(tokens, lengths, None, key.length)
-    asked = understand(key.addresses, key.config.num_hidden_layers)
-    sizes = key.config.sizes | {"B": len(tokens), "T": key.length, "S": key.length}
-
-    def zeros(address: Address) -> jax.Array:
-        site = BY_NAME[address.site]
-        dtype = jnp.float32 if site.float32 else key.dtype
-        return jnp.zeros(site.shape(sizes), dtype)
+    asked = understand(key.captures, key.config.num_hidden_layers)
+    call = Call(key, prompts, asked, edits, ())
 
     def score(probes):
         pushes = [Add(value, site=a.site, layer=a.layer) for a, value in probes.items()]
-        call = Call.of(key.config, prompts, asked, [*edits, *pushes], key.logits, key.placement)
-        result = call.result(forward(*call.arguments(leaves)))
+        pushed = dataclasses.replace(call, edits=(*edits, *pushes))
+        result = call.result(forward(*pushed.arguments(leaves)))
         found = _checked(of(result), len(tokens))
-        return found.sum(), (found, dict(zip(key.addresses, _arrays(result, key), strict=True)))
+        return found.sum(), (found, result.activations)
 
-    probes = {address: zeros(address) for address in key.addresses}
+    shapes = jax.eval_shape(lambda: forward(*call.arguments(leaves))[1])
+    probes = {address: jnp.zeros(x.shape, x.dtype) for address, x in shapes.items()}
     slopes, (found, kept) = jax.grad(score, has_aux=True)(probes)
-    return found, kept, slopes
+    return found, kept, call.result((None, slopes, [])).activations
 
 
 def _checked(score: Any, batch: int) -> jax.Array:
@@ -138,10 +122,6 @@ def _checked(score: Any, batch: int) -> jax.Array:
     raise InputError(
         f"`of` gave {given}, expected one real number, or one for each of the {batch} rows."
     )
-
-
-def _arrays(result: RunResult, key: _Key) -> list[jax.Array]:
-    return [result.activations[str(address)] for address in key.addresses]
 
 
 _program = Program("gradients", _backward, static_argnums=0)

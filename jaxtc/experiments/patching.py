@@ -25,7 +25,7 @@ from jaxtc.model.prompts import prepare
 from jaxtc.programs.call import RunResult
 from jaxtc.programs.run import run
 from jaxtc.tap.context import PerLayer
-from jaxtc.tap.sites import BY_NAME, SITES, parse
+from jaxtc.tap.sites import BY_NAME, SITES, Site, parse
 
 Score = Callable[[RunResult], jax.Array]
 
@@ -80,20 +80,16 @@ def activation_patching(
         site: a site that every layer has, with an axis T.
         edits: of the corrupted runs only.
         heads: patch each head by itself, at a site with an axis N or K.
-        chunk: as for :func:`jaxtc.sweep`.
-        progress: as for :func:`jaxtc.sweep`.
+        chunk, progress: as for :func:`jaxtc.sweep`.
 
     Raises:
         InputError: prompts of different lengths, and as for :func:`jaxtc.run`.
         SiteError: a site that not every layer has, or heads where there are none.
     """
-    site, count = _site(site), _lengths(model, clean, corrupted)
-    config = model.config
-    kept = run(model, clean, capture=site, logits="last")
-    axes = {"layer": Over(range(config.num_hidden_layers)), "position": Over(range(count))}
-    if heads:
-        axes["head"] = Over(range(_heads(site, config)))
-    patch = SetTo(PerLayer(kept.activations[site]), site=site, **axes)
+    kept, axes = _clean_run(model, clean, corrupted, [site], heads)
+    ((site, along),) = axes.items()
+    swept = {name: Over(values) for name, values in along.items()}
+    patch = SetTo(PerLayer(kept.activations[site]), site=site, **swept)
     found = sweep(model, corrupted, [*edits, patch], of=of, chunk=chunk, progress=progress)
     bad = run(model, corrupted, edits=edits, logits="last")
     return Patching(found.values, found.axes, of(kept), of(bad), site)
@@ -117,67 +113,63 @@ def attribution_patching(
     places that matter.
 
     Args:
-        model: from :func:`jaxtc.load_model`.
-        clean: prompt or prompts, as for :func:`jaxtc.run`.
-        corrupted: prompts of the same lengths.
-        of: the score, see :mod:`jaxtc.scores`.
+        model, clean, corrupted, of, edits: as for :func:`activation_patching`.
         sites: one or several that every layer has, with an axis T.
-        edits: of the corrupted run only.
         heads: keep heads apart, at sites with an axis N or K.
 
     Returns:
         By site, with the same axes as :func:`activation_patching` gives.
 
     Raises:
-        InputError: prompts of different lengths, and as for :func:`jaxtc.run`.
-        SiteError: a site that not every layer has, or heads where there are none.
+        InputError, SiteError: as :func:`activation_patching`.
     """
-    names = [_site(site) for site in ([sites] if isinstance(sites, str) else sites)]
-    count, config = _lengths(model, clean, corrupted), model.config
-    kept = run(model, clean, capture=names, logits="last")
-    slopes = gradients(model, corrupted, of, names, edits=edits)
+    names = [sites] if isinstance(sites, str) else sites
+    kept, axes = _clean_run(model, clean, corrupted, names, heads)
+    slopes = gradients(model, corrupted, of, list(axes), edits=edits)
     found = {}
-    for name in names:
+    for name, along in axes.items():
         there, here, slope = (
             group[name].astype(jnp.float32)
             for group in (kept.activations, slopes.activations, slopes.gradients)
         )
         # One term for each number; then summed to (L, T, ...), with B last.
         terms = slope * (there - here)
-        axes = {"layer": np.arange(config.num_hidden_layers), "position": np.arange(count)}
-        if heads:
-            axes["head"] = np.arange(_heads(name, config))
-        change = jnp.moveaxis(terms.sum(tuple(range(len(axes) + 1, terms.ndim))), 1, -1)
+        change = jnp.moveaxis(terms.sum(tuple(range(len(along) + 1, terms.ndim))), 1, -1)
         change = change if jnp.ndim(slopes.score) else change.sum(-1)
-        found[name] = Patching(slopes.score + change, axes, of(kept), slopes.score, name)
+        found[name] = Patching(slopes.score + change, along, of(kept), slopes.score, name)
     return found
 
 
-def _site(name: str) -> str:
-    site, layer = parse(name)
-    row = BY_NAME[site]
-    if not row.per_layer or layer is not None or row.sequence_axis != 1:
-        fitting = [s.name for s in BY_NAME.values() if s.per_layer and s.sequence_axis == 1]
-        raise SiteError(
-            f"{name!r} cannot be patched layer by layer and token by token; these sites can: "
-            f"{', '.join(fitting)}."
-        )
-    return site
-
-
-def _heads(site: str, config: Any) -> int:
-    if BY_NAME[site].letters[2] not in "NK":
-        *some, last = (s.name for s in SITES if s.sequence_axis == 1 and s.letters[2] in "NK")
-        raise SiteError(f"{site!r} has no heads; {', '.join(some)} and {last} do.")
-    return BY_NAME[site].shape(config.sizes)[2]
-
-
-def _lengths(model: Gemma2, clean: Any, corrupted: Any) -> int:
-    """T, when both have the same lengths; positions of one would mean nothing in the other."""
-    sizes = [prepare(tokens, model.config).known_lengths.tolist() for tokens in (clean, corrupted)]
+def _clean_run(
+    model: Gemma2, clean: Any, corrupted: Any, sites: Sequence[str], heads: bool
+) -> tuple[RunResult, dict[str, dict[str, np.ndarray]]]:
+    """The clean run, and by site the axes along which it is patched."""
+    config = model.config
+    # Positions of one prompt mean nothing in a prompt of another length.
+    sizes = [prepare(tokens, config).known_lengths.tolist() for tokens in (clean, corrupted)]
     if sizes[0] != sizes[1] or len(set(sizes[0])) > 1:
         raise InputError(
             f"The clean prompts have {sizes[0]} tokens and the corrupted ones {sizes[1]}; patching "
             "token by token wants all of one length. Choose words that are one token each."
         )
-    return sizes[0][0]
+    axes = {}
+    for site in (_site(name, heads) for name in sites):
+        counts = {"layer": config.num_hidden_layers, "position": sizes[0][0]}
+        counts |= {"head": site.shape(config.sizes)[2]} if heads else {}
+        axes[site.name] = {name: np.arange(count) for name, count in counts.items()}
+    return run(model, clean, capture=list(axes), logits="last"), axes
+
+
+def _site(name: str, heads: bool) -> Site:
+    """The site of an address that can be patched layer by layer and token by token."""
+    site, layer = parse(name)
+    fits = [s for s in SITES if s.per_layer and s.sequence_axis == 1]
+    if BY_NAME[site] not in fits or layer is not None:
+        raise SiteError(
+            f"{name!r} cannot be patched layer by layer and token by token; these sites can: "
+            f"{', '.join(s.name for s in fits)}."
+        )
+    if heads and BY_NAME[site].letters[2] not in "NK":
+        *some, last = (s.name for s in fits if s.letters[2] in "NK")
+        raise SiteError(f"{site!r} has no heads; {', '.join(some)} and {last} do.")
+    return BY_NAME[site]

@@ -37,7 +37,7 @@ def heat_map(
     """Draw numbers over layers and positions, or over any two axes of a sweep.
 
     Layers go up, tokens to the right. Where values have both signs, colours are centred at 0: red
-    above, blue below; values that are not there (NaN) are gray.
+    above, blue below; NaN is gray.
 
     Args:
         found: a :class:`jaxtc.experiments.patching.Patching`, of which the recovered share is
@@ -49,8 +49,8 @@ def heat_map(
         ax: where to draw; a new figure by default.
         title: above the picture; the site that was patched, by default.
         label: of the colour bar: what the number is. Give it for anything but a patching.
-        limit: the value where colours end, both ways; the largest there is by default. Pictures
-            that are to be compared want the same.
+        limit: the value where colours end, both ways; the largest by default. Pictures to be
+            compared want the same.
 
     Raises:
         InputError: not two axes, no number to draw, or tokens of another prompt.
@@ -60,7 +60,7 @@ def heat_map(
     values, names, ticks = _grid(found)
     if not np.isfinite(values).any():
         raise InputError(
-            "There is no number to draw, all are NaN: an edit names what is not there."
+            "There is no number to draw, all are NaN: an edit names what does not exist."
         )
     share = isinstance(found, Patching)
     low, high = np.nanmin(values), np.nanmax(values)
@@ -79,12 +79,11 @@ def heat_map(
     along = columns.split(".")[0] in ALONG or not isinstance(found, Patching | Sweep)
     if tokens is None or not along:
         _label(ax.set_xticks, ticks[1], MOST_COLUMNS)
-        ax.set_xlabel(columns)
     else:
         words = _words(tokens, ticks[1])
         _label(ax.set_xticks, words, MOST_COLUMNS, rotation=60, ha="right", rotation_mode="anchor")
-        if columns != "position":
-            ax.set_xlabel(columns)
+    if tokens is None or columns != "position":
+        ax.set_xlabel(columns)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     bar = ax.figure.colorbar(image, ax=ax)
@@ -106,16 +105,15 @@ def _pyplot() -> Any:
 
 def _grid(found: Any) -> tuple[np.ndarray, list[str], list[list]]:
     """Values (rows, columns), the names of the two axes, and what is along them."""
-    if isinstance(found, Patching):
-        values, axes = found.recovered, dict(found.axes)
-    elif isinstance(found, Sweep):
-        values, axes = found.values, dict(found.axes)
+    if isinstance(found, Patching | Sweep):
+        values = found.recovered if isinstance(found, Patching) else found.values
+        axes = dict(found.axes)
     else:
         values = to_numpy(found)
         axes = dict(zip(("layer", "position"), map(range, np.shape(found)), strict=False))
-    shape = np.shape(values)  # of a pytree that is no array, none
+    shape = np.shape(values)  # () of a pytree that is not an array
     values = np.asarray(values, np.float64) if shape else np.zeros(())
-    if "head" in axes and len(axes) == 3 and values.ndim in (3, 4):
+    if {"layer", "head"} < axes.keys() and len(axes) == 3 and values.ndim in (3, 4):
         values, axes = _by_head(values, axes)
     if values.ndim == 3 and len(axes) == 2:
         values = values.mean(-1)
@@ -133,15 +131,12 @@ def _grid(found: Any) -> tuple[np.ndarray, list[str], list[list]]:
 
 def _by_head(values: np.ndarray, axes: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
     """(L, T, N, ...) as (L·N, T, ...), one row a head."""
-    order = [list(axes).index(name) for name in ("layer", "head") if name in axes]
-    (other,) = set(range(3)) - set(order) if len(order) == 2 else (None,)
-    if other is None:
-        return values, axes
     names = list(axes)
-    values = np.moveaxis(values, [*order, other], [0, 1, 2])
+    (other,) = set(names) - {"layer", "head"}
+    values = np.moveaxis(values, [names.index(n) for n in ("layer", "head", other)], [0, 1, 2])
     heads = [f"{layer}.{head}" for layer in axes["layer"] for head in axes["head"]]
     flat = values.reshape(len(heads), *values.shape[2:])
-    return flat, {"layer.head": heads, names[other]: axes[names[other]]}
+    return flat, {"layer.head": heads, other: axes[other]}
 
 
 def _entries(along: Any) -> Any:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtc.errors import InputError
+from jaxtc.helpers import pytree
 from jaxtc.interchange import owned, plain_fields
 from jaxtc.model.prompts import last_tokens
 from jaxtc.programs.call import RunResult
@@ -35,9 +36,8 @@ def _last(result: RunResult) -> jax.Array:
     """(B, V) logits of each prompt's last token."""
     if result.logits is None:
         raise InputError("This score is of logits, and the run kept none: logits='last'.")
-    if result.logits.ndim == 2:
-        return result.logits
-    return last_tokens(result.logits, result.lengths)
+    last = result.logits.ndim == 2
+    return result.logits if last else last_tokens(result.logits, result.lengths)
 
 
 def _of(logits: jax.Array, token: Any) -> jax.Array:
@@ -47,7 +47,7 @@ def _of(logits: jax.Array, token: Any) -> jax.Array:
     return logits.at[jnp.arange(len(logits)), ids].get(mode="fill", fill_value=jnp.nan)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Logit:
     """The logit of a token at the end of each prompt: result to (B,).
@@ -58,15 +58,14 @@ class Logit:
 
     token: Any
 
-    def __post_init__(self):
-        plain_fields(self)
+    __post_init__ = plain_fields
 
     def __call__(self, result: RunResult) -> jax.Array:
         """(B,)."""
         return _of(_last(result), self.token)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class LogitDifference:
     """The logit of an answer minus that of another: how clearly the model decides. To (B,).
@@ -79,8 +78,7 @@ class LogitDifference:
     answer: Any
     other: Any
 
-    def __post_init__(self):
-        plain_fields(self)
+    __post_init__ = plain_fields
 
     def __call__(self, result: RunResult) -> jax.Array:
         """(B,)."""
@@ -88,7 +86,7 @@ class LogitDifference:
         return _of(logits, self.answer) - _of(logits, self.other)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class LogProbability:
     """The log probability, in nats, of a token at the end of each prompt: result to (B,).
@@ -99,8 +97,7 @@ class LogProbability:
 
     token: Any
 
-    def __post_init__(self):
-        plain_fields(self)
+    __post_init__ = plain_fields
 
     def __call__(self, result: RunResult) -> jax.Array:
         """(B,)."""

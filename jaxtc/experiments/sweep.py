@@ -17,12 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtc.captures.activations import Activations
 from jaxtc.captures.request import Captures, check_logits, understand
 from jaxtc.edits.base import Edit
+from jaxtc.edits.judge import Pass
 from jaxtc.errors import InputError
 from jaxtc.experiments.axes import Over, at_place, axes_of, check_axes, named, overs_of, prepared
 from jaxtc.experiments.scores import as_pytree
-from jaxtc.helpers import is_whole
+from jaxtc.helpers import is_whole, pytree
 from jaxtc.interchange import owned
 from jaxtc.memory.needs import check_fits
 from jaxtc.model.gemma2 import Gemma2
@@ -41,7 +43,7 @@ TOKENS = {"cpu": 512}
 TOKENS_ELSEWHERE = 16384
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sweep:
     """What :func:`sweep` returns.
@@ -82,15 +84,13 @@ def sweep(
 
     Args:
         model: from :func:`jaxtc.load_model`.
-        tokens: as for :func:`jaxtc.run`.
+        tokens, lengths: as for :func:`jaxtc.run`.
         edits: as for :func:`jaxtc.run`; any array or number in them may be :class:`Over`.
         of: what to keep of each variant's result: a function from :class:`RunResult` to an array or
             a pytree of them, run inside the program. A plain function is part of the compile key
             (define it once); where it is a pytree, as those of :mod:`jaxtc.scores` are, its arrays
             are data. The logits by default.
-        lengths: as for :func:`jaxtc.run`.
-        capture: as for :func:`jaxtc.run`, for ``of`` to use.
-        logits: as for :func:`jaxtc.run`, the last token's by default.
+        capture, logits: as for :func:`jaxtc.run`, for ``of`` to use.
         chunk: how many variants at once; by default as many as keep the processor busy.
         progress: called with (variants done, variants in all) after each chunk.
         mesh: that the model lies on, if it is given at all, see :func:`jaxtc.run`. The variants of
@@ -104,21 +104,20 @@ def sweep(
         InputError, SiteError: as for :func:`jaxtc.run`; or no edit has an axis, or ``of`` keeps
             nothing.
         EditError: as for :func:`jaxtc.run`, of the first value along an axis that never fits; or
-            axes of one name that differ in length. A *combination* that names what is not there (a
-            position that only other rows have) gives NaN, or -1 in whole numbers.
+            axes of one name that differ in length. A *combination* whose target does not exist (a
+            position that only other rows have) gives NaN, or -1 in integers.
         CapacityError: the results would not fit in memory.
         ShardingError: as :func:`jaxtc.run`.
     """
     config, layers = model.config, model.config.num_hidden_layers
     check_logits(logits)
-    of = as_pytree(of)
-    prompts = prepare(tokens, config, lengths)
+    of, prompts = as_pytree(of), prepare(tokens, config, lengths)
     asked = understand(capture, layers)
-    reach = Call.of(config, prompts, asked, (), logits).key.reach
+    here = Pass.over(prompts, config, Call.of(config, prompts, asked, (), logits).key.reach)
     edits = [named(edit) for edit in edits]
     axes = axes_of(edits)
     for edit in edits:
-        check_axes(edit, config, reach, prompts)
+        check_axes(edit, here)
     edits = [prepared(edit) for edit in edits]
     shape = tuple(map(len, axes.values()))
     places = np.stack(np.unravel_index(np.arange(math.prod(shape)), shape), axis=1)
@@ -130,7 +129,9 @@ def sweep(
     first, resume = _first_layers(edits, axes, places, layers), None
     if not asked and logits is not None and first.max() > 0:
         same = [edit for edit in edits if not overs_of(edit)]
-        resume = _entering(model, tokens, lengths, same, prompts)
+        asks = dict(lengths=lengths, edits=same, capture=["embed", "resid_post"], logits="last")
+        kept = run(model, tokens, **asks).activations
+        resume = _entering(kept, prompts.tokens.shape[1])
     # Variants that begin at the same layer go together.
     order = np.argsort(first, kind="stable")
     plan = _Plan(config, tuple(axes), logits, prompts.length, place)
@@ -152,10 +153,8 @@ def sweep(
         if progress is not None:
             jax.block_until_ready(kept)
             progress(min(start + chunk, len(order)), len(order))
-    return Sweep(
-        _join(found, np.argsort(order), shape),
-        {name: owned(values) for name, values in axes.items()},
-    )
+    axes = {name: owned(values) for name, values in axes.items()}  # a whole dict would be sorted
+    return Sweep(_join(found, np.argsort(order), shape), axes)
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -201,26 +200,17 @@ def _check_results(kept: Any, chunks: float) -> None:
     """Refuse what keeps nothing, and what would not fit when all chunks are there and joined."""
     arrays = jax.tree.leaves(kept)
     if not arrays:
-        raise InputError("`of` gave no array: return what a variant shall keep, or ask for logits.")
+        raise InputError("`of` gave no array: return what to keep of a variant, or ask for logits.")
     size = sum(x.size * x.dtype.itemsize for x in arrays)
     check_fits(int(2 * size * chunks), "What this sweep keeps")
 
 
-def _entering(model, tokens, lengths, edits: Sequence[Edit], prompts: Prompts) -> jax.Array:
-    """(L, B, W, D) what enters each block of the run that all variants share."""
-    asked = ["embed", "resid_post"]
-    kept = run(model, tokens, lengths=lengths, edits=edits, capture=asked, logits="last")
-    # Not resid_pre: edits of that site are yet to come in a variant.
-    blocks = range(model.config.num_hidden_layers - 1)
-    after = [kept.activations[f"layers.{layer}.resid_post"] for layer in blocks]
-    return _stack([kept.activations["embed"], *after], prompts.tokens.shape[1])
-
-
 @functools.partial(jax.jit, static_argnums=1)
-def _stack(arrays: Sequence[jax.Array], width: int) -> jax.Array:
-    """Of (B, T, D) each, padded."""
-    pad = width - arrays[0].shape[1]
-    return jnp.pad(jnp.stack(arrays), [(0, 0), (0, 0), (0, pad), (0, 0)])
+def _entering(kept: Activations, width: int) -> jax.Array:
+    """(L, B, W, D) what enters each block, of a run's embedding and ``resid_post``."""
+    # Not resid_pre: a variant may still edit that site.
+    entering = jnp.stack([kept["embed"], *kept["resid_post"][:-1]])
+    return jnp.pad(entering, [(0, 0), (0, 0), (0, width - entering.shape[2]), (0, 0)])
 
 
 def _first_layers(
@@ -231,22 +221,19 @@ def _first_layers(
     -1 when that is at the embedding; the last layer for what comes after it.
     """
     first = np.full(len(places), layers - 1)
-    for edit in edits:
-        if not overs_of(edit):
-            continue
+    for edit in filter(overs_of, edits):
+        swept = isinstance(edit.layer, Over)
         if edit.site == "embed":
             found = -1
         elif not BY_NAME[edit.site].per_layer:
             continue
-        elif isinstance(edit.layer, Over):
-            named = np.asarray(edit.layer.values).reshape(len(edit.layer), -1)
-            named = np.where(named < 0, named + layers, named).min(1)
-            found = named[places[:, list(axes).index(edit.layer.name)]]
-        elif edit.layer is not None:
-            named = np.asarray(edit.layer)
-            found = np.where(named < 0, named + layers, named).min()
-        else:
+        elif edit.layer is None:
             found = min(edit.layers or (0,))
+        else:
+            named = np.asarray(edit.layer.values if swept else edit.layer) % layers
+            found = named.reshape(len(named) if swept else 1, -1).min(1)
+        if swept:
+            found = found[places[:, list(axes).index(edit.layer.name)]]
         first = np.minimum(first, found)
     return first
 

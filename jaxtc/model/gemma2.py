@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxtc.helpers import pytree
 from jaxtc.interchange import owned, plain
 from jaxtc.model.config import FULL, SLIDING, Gemma2Config
 from jaxtc.model.parameters import declare, normal, zeros
@@ -22,7 +23,7 @@ from jaxtc.tap.tap import Tap
 MASKED = float(np.finfo(np.float32).min)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Cache:
     """Keys and values of the tokens so far, (B, S, K, H) a layer; slot number = position."""

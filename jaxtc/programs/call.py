@@ -15,6 +15,7 @@ from jaxtc.edits.base import Edit
 from jaxtc.edits.check import check_edits
 from jaxtc.edits.judge import all_there
 from jaxtc.errors import InputError
+from jaxtc.helpers import pytree
 from jaxtc.interchange import below
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
@@ -26,7 +27,7 @@ from jaxtc.tap.sites import ORDER, Address
 from jaxtc.tap.tap import Tap
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class RunResult:
     """What :func:`jaxtc.run` returns.

@@ -1,4 +1,4 @@
-"""What an edit or a reducer may know about the pass it is part of; values that differ by layer."""
+"""What an edit or a reducer can know about its pass; values that differ by layer."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,14 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxtc.errors import EditError
+from jaxtc.helpers import pytree
 from jaxtc.interchange import plain_fields
 from jaxtc.sharding.placement import Placement
 from jaxtc.tap.sites import Site
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class PerLayer:
     """A value for each layer, wherever an edit takes a value: ``SetTo(PerLayer(stacked), ...)``.
@@ -24,8 +26,15 @@ class PerLayer:
 
     array: Any
 
-    def __post_init__(self):
-        plain_fields(self)
+    __post_init__ = plain_fields
+
+
+def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether an array of this shape broadcasts to that one."""
+    try:
+        return np.broadcast_shapes(shape, to) == to
+    except ValueError:
+        return False
 
 
 def own(value: Any, layer: int | None) -> Any:
@@ -35,7 +44,7 @@ def own(value: Any, layer: int | None) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What an edit or a reducer may know about the pass it is part of.
+    """What an edit or a reducer can know about its pass.
 
     Attributes:
         site: row of the table of the site.
@@ -60,20 +69,16 @@ class Context:
         return self.positions < self.lengths[:, None]
 
     def fit(self, value: Any, x: jax.Array) -> jax.Array:
-        """``value``, or this layer's where it is a :class:`PerLayer`, in the dtype of ``x``.
+        """``value``, or this layer's of a :class:`PerLayer`, in the dtype and shape of ``x``.
 
         Raises:
             EditError: the shape does not broadcast to that of ``x``.
         """
         value = jnp.asarray(own(value, self.layer)).astype(x.dtype)
-        try:
-            fits = jnp.broadcast_shapes(value.shape, x.shape) == x.shape
-        except ValueError:
-            fits = False
-        if not fits:
+        if not broadcasts(value.shape, x.shape):
             raise EditError(
                 f"A value of shape {value.shape} does not broadcast to {self.site.name} "
-                f"[{self.site.axes}] = {x.shape}. (An edit of your own names the fields that hold "
-                'values in `values = ("value",)`: they are padded as the prompts are.)'
+                f"[{self.site.axes}] = {x.shape}. (An edit of your own names its fields of values "
+                'in `values = ("value",)`: they are padded as the prompts are.)'
             )
-        return value
+        return jnp.broadcast_to(value, x.shape)

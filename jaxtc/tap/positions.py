@@ -1,9 +1,9 @@
 """Which tokens: every spelling of a position, brought to one of three forms that become a mask.
 
 :func:`spelled` makes a pytree of what the user wrote, :func:`locate` counts it from the front of
-each row (on the host wherever values are known), :func:`present` tells whether those tokens exist,
-and ``selects`` of the three forms gives the mask. Axis letters: B batch, T tokens, P positions
-named; "..." are the variants of a sweep.
+each row (on the host wherever values are known), :func:`present` says whether those tokens exist,
+and ``selects`` of the three forms gives the mask. Axis letters: B batch, T tokens, P positions,
+"..." the variants of a sweep.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.errors import EditError
+from jaxtc.helpers import pytree
 from jaxtc.interchange import plain, plain_fields
 
 # No text is as long: the open end of a span.
@@ -22,7 +23,7 @@ FOREVER = 2**30
 NOWHERE = -FOREVER
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Token:
     """A position found from a token: ``Token(id)`` is where it stands, in each row its own.
@@ -37,35 +38,28 @@ class Token:
     offset: Any = 0
     occurrence: Any = 0
 
-    def __post_init__(self):
-        plain_fields(self)
+    __post_init__ = plain_fields
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Positions from ``start`` to before ``stop``, as a Python slice has them; bounds are data."""
+    """Positions from ``start`` to before ``stop``, as in a Python slice; bounds are data.
+
+    ``part`` is "prompt" or "new" for all of those tokens (static).
+    """
 
     start: Any = None
     stop: Any = None
+    part: str = dataclasses.field(default="", metadata={"static": True})
 
-    def __post_init__(self):
-        plain_fields(self)
+    __post_init__ = plain_fields
 
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """All of the prompt, or all generated tokens."""
-
-    name: str
+    def __str__(self):
+        return self.part or f"{self.start}:{self.stop}"
 
 
-PROMPT, NEW = Part("prompt"), Part("new")
-_PARTS = {"prompt": PROMPT, "new": NEW}
-
-
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Places:
     """Positions one by one. Attributes: at: (B, P) int32, counted from the front of each row."""
@@ -73,7 +67,7 @@ class Places:
     at: Any
 
     def __str__(self):
-        return "(traced)" if is_traced(self.at) else str(np.asarray(self.at).tolist())
+        return str(np.asarray(self.at).tolist())
 
     def selects(self, positions: jax.Array) -> jax.Array:
         """(B, T) positions to (B, T) booleans: those named."""
@@ -84,7 +78,7 @@ class Places:
         return ((self.at >= 0) & (self.at < ends[:, None])).all(-1)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Span:
     """A range in each row.
@@ -99,11 +93,7 @@ class Span:
     part: str = dataclasses.field(default="", metadata={"static": True})
 
     def __str__(self):
-        if self.part or is_traced((self.start, self.stop)):
-            return self.part or "(traced)"
-        ends = ["" if stop >= FOREVER else stop for stop in np.asarray(self.stop).tolist()]
-        rows = zip(np.asarray(self.start).tolist(), ends, strict=True)
-        return ", ".join(dict.fromkeys(f"{start}:{end}" for start, end in rows))
+        return self.part or "(a range)"
 
     def selects(self, positions: jax.Array) -> jax.Array:
         """(B, T) positions to (B, T) booleans: those in the range."""
@@ -114,7 +104,7 @@ class Span:
         return (self.start < self.stop) & (self.start < ends)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Mask:
     """Any set of a prompt's tokens. Attributes: on: (B, W) booleans, W the padded length."""
@@ -142,9 +132,9 @@ def spelled(position: Any) -> Any:
         EditError: a string other than "prompt" and "new", a slice with a step, or a ragged list.
     """
     if isinstance(position, str):
-        if position not in _PARTS:
+        if position not in ("prompt", "new"):
             raise EditError(f"position is {position!r}, expected 'prompt', 'new', or numbers.")
-        return _PARTS[position]
+        return Slice(part=position)
     if isinstance(position, slice):
         if position.step not in (None, 1):
             raise EditError(f"{position} has a step; give a range(...), a list or a mask instead.")
@@ -164,7 +154,7 @@ def one_array(given: Any) -> Any:
     try:
         return jnp.asarray(given) if is_traced(given) else np.asarray(given)
     except (TypeError, ValueError):
-        raise EditError(f"{given!r} is no array: its rows differ in length or in kind.") from None
+        raise EditError(f"{given!r} is not an array: its rows differ in length or type.") from None
 
 
 def is_traced(tree: Any) -> bool:
@@ -175,21 +165,24 @@ def is_traced(tree: Any) -> bool:
 def locate(
     position: Any, tokens: Any, lengths: Any, length: int, *, new: bool = False, what: Any
 ) -> Places | Span | Mask:
-    """Absolute positions in each row, whether or not those tokens exist (:func:`present` tells).
+    """Absolute positions in each row, whether or not those tokens exist (see :func:`present`).
 
     Args:
         position: an int (negative from each prompt's own end), ints (P,) or (B, P), a slice, a
-            mask (T,) or (B, T) of booleans, "prompt", "new", or a :class:`Token`.
+            mask (T,) or (B, T) of booleans, "prompt", "new", or a :class:`Token`. One that is
+            located already stays as it is.
         tokens: (B, W) ids, padded.
         lengths: (B,) tokens of each prompt.
         length: T, the longest prompt.
         new: whether tokens will be generated after the prompts.
-        what: who asks, for messages.
+        what: the edit or reducer, for messages.
 
     Raises:
-        EditError: what is no position, or has the wrong shape.
+        EditError: not a position, or of the wrong shape.
     """
     position = spelled(position)
+    if isinstance(position, Places | Span | Mask):
+        return position
     traced = is_traced((position, lengths, tokens if isinstance(position, Token) else None))
     xp = jnp if traced else np
     lengths = xp.asarray(lengths, np.int32)
@@ -208,16 +201,16 @@ def locate(
         numbers = [each(part, f"in {position} the numbers") for part in parts]
         return Places(_find(*numbers, xp.asarray(tokens), lengths, xp)[:, None])
     if isinstance(position, Slice):
-        bounds = zip((position.start, position.stop), (0, FOREVER), strict=True)
+        if position.part == "new":
+            if not new:
+                raise EditError(f"{what}: 'new' names generated tokens, and run generates none.")
+            # Everything after the prompt is new, however many tokens follow.
+            return Span(lengths, 0 * lengths + FOREVER, "new")
+        stop = lengths if position.part else FOREVER
+        bounds = zip((position.start, position.stop), (0, stop), strict=True)
         ends = [each(end if given is None else given, "bounds of a slice") for given, end in bounds]
-        return Span(*(xp.where(end < 0, xp.maximum(end + lengths, 0), end) for end in ends))
-    if isinstance(position, Part):
-        if position == PROMPT:
-            return Span(0 * lengths, lengths, "prompt")
-        if not new:
-            raise EditError(f"{what}: 'new' names generated tokens, and run generates none.")
-        # Everything after the prompt is new, however many tokens follow.
-        return Span(lengths, 0 * lengths + FOREVER, "new")
+        ends = [xp.where(end < 0, xp.maximum(end + lengths, 0), end) for end in ends]
+        return Span(*ends, position.part)
     return _numbers(position, lengths, tokens.shape[1], length, what, xp)
 
 
@@ -300,8 +293,7 @@ def missing(found: Any, position: Any, lengths: Any, extra: int, rows: Any, what
         last = np.flatnonzero(found.on[row])[-1]
         lacks = f"the mask is on at position {last} of prompt {row}, of {size} tokens"
     else:
-        bounds = f"{position.start}:{position.stop}"
-        lacks = f"the range {bounds} holds no token of prompt {row}, of {size} tokens"
+        lacks = f"the range {position} holds no token of prompt {row}, of {size} tokens"
     return EditError(f"{what}: {lacks}.")
 
 
@@ -309,8 +301,7 @@ def resolve(position: Any, tokens: Any, lengths: Any, length: int, *, what: Any 
     """:func:`locate`, for positions that every prompt must have.
 
     Raises:
-        EditError: as :func:`locate`; or a prompt lacks them, unless values are traced: then
-            ``exist`` of the result tells.
+        EditError: as :func:`locate`; or a prompt lacks them, as far as values are known.
     """
     position = spelled(position)
     found = locate(position, tokens, lengths, length, what=what)

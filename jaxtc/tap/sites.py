@@ -28,8 +28,7 @@ class Site:
         hf: module of ``transformers`` (below the layer, when ``per_layer``) and which of its ends
             holds this value: ``.input``, ``.output`` or ``.output.1``; empty when none does.
         tl: TransformerLens hook (below ``blocks.l``, when ``per_layer``); empty when none.
-        unlike: why the foreign name, though it stands for this place, holds another number;
-            such a name is shown in the table but refused as an alias.
+        differs: why the hook, though it stands for this place, holds another number.
     """
 
     name: str
@@ -39,7 +38,7 @@ class Site:
     float32: bool = False
     hf: str = ""
     tl: str = ""
-    unlike: tuple[tuple[str, str], ...] = ()
+    differs: str = ""
 
     @property
     def letters(self) -> tuple[str, ...]:
@@ -88,6 +87,13 @@ class Site:
             return x
         return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
+    @property
+    def unlike(self) -> dict[str, str]:
+        """Foreign names that hold another number, and why; shown, but refused as aliases."""
+        inverse = "TransformerLens keeps the rms itself there, jaxtc keeps 1/rms"
+        why = inverse if self.kind == "scale" else self.differs
+        return {self.tl: why} if why else {}
+
     def aliases(self, layer: int | str = "l") -> dict[str, str]:
         """The full names of this site in other libraries, ``{library: name}``, refused ones too."""
         names = {}
@@ -100,18 +106,13 @@ class Site:
         return names
 
 
-def _inverse(hook: str) -> tuple[tuple[str, str], ...]:
-    return ((hook, "TransformerLens keeps the rms itself there, jaxtc keeps 1/rms"),)
-
-
 # In the order in which the forward pass computes them.
 SITES: tuple[Site, ...] = (
     Site("embed", "B T D", "token embedding times sqrt(D)", per_layer=False,
          hf="embed_tokens.output", tl="hook_embed"),
     Site("resid_pre", "B T D", "residual stream entering the block",
          hf="input", tl="hook_resid_pre"),
-    Site("attn_in_scale", "B T 1", "1/rms of the input norm", float32=True,
-         tl="ln1.hook_scale", unlike=_inverse("ln1.hook_scale")),
+    Site("attn_in_scale", "B T 1", "1/rms of the input norm", float32=True, tl="ln1.hook_scale"),
     Site("attn_in", "B T D", "input norm's output, with gain: what attention reads",
          hf="input_layernorm.output"),
     Site("q_unrotated", "B T N H", "queries, before rotary embedding",
@@ -131,13 +132,12 @@ SITES: tuple[Site, ...] = (
          tl="attn.hook_result"),
     Site("attn_proj", "B T D", "output projection, before the post norm", hf="self_attn.output"),
     Site("attn_out_scale", "B T 1", "1/rms of the post-attention norm", float32=True,
-         tl="ln1_post.hook_scale", unlike=_inverse("ln1_post.hook_scale")),
+         tl="ln1_post.hook_scale"),
     Site("attn_out", "B T D", "what attention adds to the residual stream",
          hf="post_attention_layernorm.output", tl="hook_attn_out"),
     Site("resid_mid", "B T D", "residual stream between attention and MLP",
          hf="pre_feedforward_layernorm.input", tl="hook_resid_mid"),
-    Site("mlp_in_scale", "B T 1", "1/rms of the pre-MLP norm", float32=True,
-         tl="ln2.hook_scale", unlike=_inverse("ln2.hook_scale")),
+    Site("mlp_in_scale", "B T 1", "1/rms of the pre-MLP norm", float32=True, tl="ln2.hook_scale"),
     Site("mlp_in_normed", "B T D", "x/rms before the gain: input of Gemma Scope transcoders",
          float32=True, tl="ln2.hook_normalized"),
     Site("mlp_in", "B T D", "x/rms with the gain: what the MLP reads",
@@ -149,17 +149,16 @@ SITES: tuple[Site, ...] = (
     Site("mlp_act", "B T F", "gelu(gate)·up", hf="mlp.down_proj.input", tl="mlp.hook_post"),
     Site("mlp_proj", "B T D", "down projection, before the post norm", hf="mlp.output"),
     Site("mlp_out_scale", "B T 1", "1/rms of the post-MLP norm", float32=True,
-         tl="ln2_post.hook_scale", unlike=_inverse("ln2_post.hook_scale")),
+         tl="ln2_post.hook_scale"),
     Site("mlp_out", "B T D", "what the MLP adds to the residual stream: transcoder target",
          hf="post_feedforward_layernorm.output", tl="hook_mlp_out"),
     Site("resid_post", "B T D", "residual stream leaving the block",
          hf="output", tl="hook_resid_post"),
     Site("final_scale", "B T 1", "1/rms of the final norm", per_layer=False, float32=True,
-         tl="ln_final.hook_scale", unlike=_inverse("ln_final.hook_scale")),
+         tl="ln_final.hook_scale"),
     Site("final_norm", "B T D", "final norm's output, with gain", per_layer=False,
          hf="norm.output", tl="ln_final.hook_normalized",
-         unlike=(("ln_final.hook_normalized",
-                  "TransformerLens has it before the gain, jaxtc after it"),)),
+         differs="TransformerLens has it before the gain, jaxtc after it"),
     Site("logits_uncapped", "B T V", "logits before the softcap", per_layer=False, float32=True,
          hf="lm_head.output"),
     Site("logits", "B T V", "softcapped logits", per_layer=False, float32=True),
@@ -181,24 +180,24 @@ class Address:
     def __str__(self):
         return self.site if self.layer is None else f"layers.{self.layer}.{self.site}"
 
-
-def _foreign_names() -> tuple[dict[tuple[bool, str], str], dict[tuple[bool, str], str]]:
-    """Accepted and refused aliases, keyed by (per layer, name below the layer)."""
-    known, refused = {}, {}
-    for site in SITES:
-        reasons = dict(site.unlike)
-        for alias in filter(None, (site.hf, site.tl)):
-            table, value = (refused, reasons[alias]) if alias in reasons else (known, site.name)
-            table[site.per_layer, alias] = value
-    return known, refused
+    def place(self, layers: int) -> tuple[int, int]:
+        """When a pass computes it: (layer, place in the layer); -1 is before the first layer."""
+        once = -1 if self.site == "embed" else layers
+        return once if self.layer is None else self.layer, ORDER[self.site]
 
 
-_KNOWN, _REFUSED = _foreign_names()
+# By whether it is below a layer, and name there: (our name, why it is refused).
+_NAMES: dict[tuple[bool, str], tuple[str, str]] = {
+    (site.per_layer, name): (site.name, site.unlike.get(name, ""))
+    for site in SITES
+    for name in (site.hf, site.hf.removesuffix(".output"), site.tl, site.name)
+    if name
+}
 _LAYERED = re.compile(r"(?:model\.)?(?:layers|blocks)\.(?P<layer>-?\d+|\*)(?:\.(?P<rest>.+))?")
 
 
 @lru_cache(maxsize=4096)
-def parse(address: str) -> tuple[str, int | None]:
+def parse(address: str | Address) -> tuple[str, int | None]:
     """Split an address into its site's name and its layer.
 
     Accepts our names (``layers.20.mlp_out``; ``mlp_out`` or ``layers.*.mlp_out`` for every layer),
@@ -212,6 +211,8 @@ def parse(address: str) -> tuple[str, int | None]:
     Raises:
         SiteError: no such site, or a foreign name that holds another number.
     """
+    if isinstance(address, Address):
+        address = str(address)
     if not isinstance(address, str):
         raise SiteError(f"A site is named by a string, got {type(address).__name__}.")
     match = _LAYERED.fullmatch(address)
@@ -220,23 +221,20 @@ def parse(address: str) -> tuple[str, int | None]:
         layer = None if match["layer"] == "*" else int(match["layer"])
     else:
         rest, layer = address.removeprefix("model."), None
-    forms = [rest, rest + ".output"]
-    if rest in BY_NAME and (BY_NAME[rest].per_layer or not match):
-        return rest, layer
-    for per_layer in (True, False) if not match else (True,):
-        for form in forms:
-            if (per_layer, form) in _KNOWN:
-                return _KNOWN[per_layer, form], layer
-            if (per_layer, form) in _REFUSED:
-                raise SiteError(
-                    f"{address!r} is not an alias here: {_REFUSED[per_layer, form]}. "
-                    "`jaxtc sites` lists what can be captured."
-                )
+    for below in (True,) if match else (True, False):
+        name, refused = _NAMES.get((below, rest), ("", ""))
+        if refused:
+            raise SiteError(
+                f"{address!r} is not an alias here: {refused}. `jaxtc sites` lists what can be "
+                "captured."
+            )
+        if name:
+            return name, layer
     if rest in BY_NAME:
         raise SiteError(
             f"{address!r}: the model has {rest!r} once, not per layer; ask for {rest!r}."
         )
-    names = [*BY_NAME, *(alias for _, alias in _KNOWN)]
+    names = [name for (_, name), (_, refused) in _NAMES.items() if not refused]
     raise SiteError(
         f"There is no site called {rest!r} (in {address!r}).{did_you_mean(rest, names)} "
         "`jaxtc sites` lists them all."
@@ -262,9 +260,7 @@ def resolve(address: "str | Address", layers: int) -> tuple[Address, ...]:
     Raises:
         SiteError: no such site or no such layer.
     """
-    site, layer = parse(address.site if isinstance(address, Address) else address)
-    if isinstance(address, Address):
-        layer = address.layer
+    site, layer = parse(address)
     if not BY_NAME[site].per_layer:
         return (Address(site),)
     if layer is None:

@@ -5,7 +5,6 @@ of the compile key); what an edit does is data (a pytree whose arrays are argume
 program), so other values, layers, positions, rows or heads run the same program.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -98,7 +97,7 @@ class Tap:
     def _hold(
         self, edit: Any, x: jax.Array, layer: int | None, held: tuple | None
     ) -> tuple[jax.Array, jax.Array]:
-        """What an edit that reads its own site is shown, and the tokens where that is settled.
+        """The value that an edit reading its own site sees, and the tokens where that is settled.
 
         An autoencoder put in place of a site, and the edits of its features that follow, must all
         encode the same value: the one before the first of them.
@@ -125,15 +124,15 @@ class Tap:
     ) -> jax.Array:
         """``compute()``, the value of ``site`` before its edits; zeros where one replaces it.
 
-        What only computes a value that nobody will use is skipped, by a branch that the edit's
-        layer decides on as the program runs. ``after`` is the last site that is computed before:
-        those in between must not be asked for.
+        What only serves a value that is not used is skipped, by a branch on the edit's layer as
+        the program runs. ``after`` is the last site that is computed before: those in between must
+        not be asked for.
         """
         here = [e for e in self.edits if e.site == site and e.replaces and _could(e, layer)]
         if not here or self._asked_between(after, site, layer):
             return compute()
-        nothing = jax.eval_shape(compute)
-        nothing = jnp.zeros(nothing.shape, nothing.dtype)
+        shape = jax.eval_shape(compute)
+        nothing = jnp.zeros(shape.shape, shape.dtype)
         chosen = [_at_layer(edit, layer) for edit in here]
         if not all(chosen):
             return nothing
@@ -141,7 +140,7 @@ class Tap:
         return jax.lax.cond(replaced, lambda: nothing, compute)
 
     def _asked_between(self, first: str, last: str, layer: int | None) -> bool:
-        """Whether a capture, a reducer or an edit wants to see a site between these two."""
+        """Whether a capture, a reducer or an edit reads a site between these two."""
         asked = {address.site for address in self.captures if address.layer == layer}
         asked |= {name for name, wanted in self._reducer_addresses if wanted in (None, layer)}
         return any(ORDER[first] < ORDER[name] < ORDER[last] for name in asked | self._read_sites)
@@ -162,7 +161,7 @@ class Tap:
         where = self._where(edit, x)
         if BY_NAME[edit.site].axes.endswith("S"):
             # Keys that are padding, or not written yet, stay masked.
-            where.insert(0, _along(x, jnp.arange(x.shape[-1]) < self.ends[:, None], 0, -1))
+            where.insert(0, along(x, jnp.arange(x.shape[-1]) < self.ends[:, None], 0, -1))
         for part in where + chosen:
             new = jnp.where(part, new, x)
         return new
@@ -183,53 +182,41 @@ class Tap:
         parts = []
         if edit.position is not None:
             axis = BY_NAME[edit.site].sequence_axis
-            parts.append(_along(x, edit.position.selects(self.positions), 0, axis))
+            parts.append(along(x, edit.position.selects(self.positions), 0, axis))
         if edit.row is not None:
-            parts.append(_along(x, among(edit.row, len(x)), 0))
+            parts.append(along(x, among(edit.row, len(x)), 0))
         return parts
 
     def _where(self, edit: Any, x: jax.Array) -> list[jax.Array]:
         """Booleans that broadcast to ``x``, one for each target of the edit but its layer."""
         parts = self._tokens(edit, x)
-        letters, size = BY_NAME[edit.site].axes.split(), x.shape[-1]
+        letters, size = BY_NAME[edit.site].letters, x.shape[-1]
         if edit.head is not None:
             axis = next(i for i, letter in enumerate(letters) if letter in "NK")
-            parts.append(_along(x, among(edit.head, x.shape[axis]), axis))
+            parts.append(along(x, among(edit.head, x.shape[axis]), axis))
         if edit.coordinate is not None:
-            parts.append(_along(x, among(edit.coordinate, size), -1))
+            parts.append(along(x, among(edit.coordinate, size), -1))
         if edit.key is not None and not edit.handles_key:
             keys = jnp.broadcast_to(jnp.arange(size), (len(x), size))
-            parts.append(_along(x, edit.key.selects(keys), 0, -1))
+            parts.append(along(x, edit.key.selects(keys), 0, -1))
         return parts
 
 
-@dataclasses.dataclass(frozen=True)
 class LayerTap:
-    """The tap of one layer."""
+    """The tap of one layer: what :class:`Tap` does, at that layer."""
 
-    tap: Tap
-    layer: int
+    def __init__(self, tap: Tap, layer: int):
+        self._tap, self._layer = tap, layer
 
     def __call__(self, site: str, x: jax.Array) -> jax.Array:
-        """As :meth:`Tap.__call__` at this layer."""
-        return self.tap(site, x, self.layer)
+        """As :meth:`Tap.__call__`."""
+        return self._tap(site, x, self._layer)
 
-    def touches(self, site: str) -> bool:
-        """As :meth:`Tap.touches` at this layer."""
-        return self.tap.touches(site, self.layer)
-
-    def edited(self, site: str) -> bool:
-        """As :meth:`Tap.edited` at this layer."""
-        return self.tap.edited(site, self.layer)
-
-    def unless_replaced(
-        self, site: str, compute: Callable[[], jax.Array], *, after: str
-    ) -> jax.Array:
-        """As :meth:`Tap.unless_replaced` at this layer."""
-        return self.tap.unless_replaced(site, compute, after=after, layer=self.layer)
+    def __getattr__(self, name: str) -> Callable:
+        return functools.partial(getattr(self._tap, name), layer=self._layer)
 
 
-def _along(x: jax.Array, flags: jax.Array, *axes: int) -> jax.Array:
+def along(x: jax.Array, flags: jax.Array, *axes: int) -> jax.Array:
     """``flags`` with its axes at these of ``x``, and 1 elsewhere."""
     shape = [1] * x.ndim
     for size, axis in zip(flags.shape, axes, strict=True):

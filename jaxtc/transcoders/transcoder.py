@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtc.errors import CapacityError, JaxtcError
-from jaxtc.helpers import is_whole
+from jaxtc.helpers import is_whole, pytree
 from jaxtc.interchange import owned, plain
 from jaxtc.model.parameters import Init, declare, he_uniform, zeros
 from jaxtc.sharding.mesh import mesh_of, put
@@ -33,7 +33,7 @@ from jaxtc.transcoders.activations import (
 )
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class SparseFeatures:
     """The active features of each token.
