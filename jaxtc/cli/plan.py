@@ -3,19 +3,13 @@
 import re
 
 from rich.console import Console
-from rich.table import Table, box
+from rich.table import Table
 from rich.text import Text
 
 from jaxtc.captures.reducers import At
 from jaxtc.cli.options import (
-    STDOUT,
-    JsonFile,
-    argument,
-    check_place,
-    option,
-    parse_layers,
-    write_json,
-)
+    STDOUT, JsonFile, argument, check_place, option, parse_layers, plain_table, write_json,
+)  # fmt: skip
 from jaxtc.errors import InputError
 from jaxtc.helpers import gigabytes
 from jaxtc.memory.plan import Plan, plan
@@ -67,18 +61,20 @@ def command(
     """
     if json_file is not None:
         check_place("--json", json_file)
+    named = {"all": "all", "none": ()}
+    chosen = named[transcoders] if transcoders in named else parse_layers(transcoders, "--transcoders")
     options = {} if logits is None else {"logits": None if logits == "none" else logits}
     try:
         found = plan(
             model,
             mesh,
-            rules=RULES | dict.fromkeys(map(_axis, replicate or []), None),
+            rules=RULES | dict.fromkeys(map(_axis, replicate or [])),
             dtype=dtype,
             batch=batch,
             length=length,
             new_tokens=new_tokens,
             capture=[_capture(text) for text in capture or []],
-            transcoders=_layers(transcoders),
+            transcoders=chosen,
             width=width,
             transcoder_dtype=transcoder_dtype,
             skip=skip,
@@ -111,11 +107,6 @@ def _axis(name: str) -> str:
     return name
 
 
-def _layers(text: str) -> str | list[int]:
-    named = {"all": "all", "none": []}
-    return named[text] if text in named else parse_layers(text, "--transcoders")
-
-
 def draw(console: Console, found: Plan) -> None:
     """What is held, then where it fits."""
     asked = found.request
@@ -123,39 +114,29 @@ def draw(console: Console, found: Plan) -> None:
     prompts = f"{asked.batch} prompt" + "s" * (asked.batch > 1)
     work = f"{prompts} of {asked.length:,} tokens"
     work += f" and {asked.new_tokens:,} new ones" if asked.new_tokens else ""
-    console.print(
-        Text.assemble(
-            (found.model, "bold cyan"), f" on {show(dict(asked.mesh))} ({devices}), {work}"
-        )
-    )
-    console.print(_held(found))
+    mesh = show(dict(asked.mesh))
+    console.print(Text.assemble((found.model, "bold cyan"), f" on {mesh} ({devices}), {work}"))
+    held = plain_table(show_footer=True)
+    held.padding = (0, 2, 0, 0)
+    held.add_column("what", "together", style="bold cyan", no_wrap=True)
+    held.add_column("whole", gigabytes(found.total), justify="right", no_wrap=True)
+    each = Text(gigabytes(found.per_device), "bold")
+    held.add_column("each device", each, justify="right", no_wrap=True)
+    held.add_column("", overflow="fold", style="dim")
+    for part in found.parts:
+        numbers = gigabytes(part.total), gigabytes(part.per_device)
+        held.add_row(part.name, *numbers, Text(part.detail))
+    console.print(held)
     console.print(_fits(found))
     for note in found.notes:
         console.print(Text.assemble(("Note: ", "bold yellow"), note))
-    console.print(
-        Text(
-            "GB are 10⁹ bytes. The workspace is an estimate; everything else is counted, byte by "
-            "byte, from shapes.",
-            "dim",
-        )
-    )
-
-
-def _held(found: Plan) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0), show_footer=True)
-    table.add_column("what", "together", style="bold cyan", no_wrap=True)
-    table.add_column("whole", gigabytes(found.total), justify="right", no_wrap=True)
-    each = Text(gigabytes(found.per_device), "bold")
-    table.add_column("each device", each, justify="right", no_wrap=True)
-    table.add_column("", overflow="fold", style="dim")
-    for part in found.parts:
-        numbers = gigabytes(part.total), gigabytes(part.per_device)
-        table.add_row(part.name, *numbers, Text(part.detail))
-    return table
+    last = "GB are 10⁹ bytes. The workspace is an estimate; everything else is counted, byte by byte"
+    console.print(Text(f"{last}, from shapes.", "dim"))
 
 
 def _fits(found: Plan) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
+    table = plain_table()
+    table.padding = (0, 2, 0, 0)
     table.add_column("fits on a", style="bold cyan", no_wrap=True)
     for name in ("memory", "usable", "needed"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -167,8 +148,6 @@ def _fits(found: Plan) -> Table:
         lines = [
             Text.assemble((one.option, "yellow"), f" → {gigabytes(one.needed)} ({one.meaning})")
             for one in verdict.suggestions
-        ]
-        if not verdict.fits and not lines:
-            lines = [Text("nothing that was tried", "dim")]
+        ] or [Text("" if verdict.fits else "nothing that was tried", "dim")]
         table.add_row(verdict.device, *sizes, mark, Text("\n").join(lines))
     return table
