@@ -8,18 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table, box
 
 from jaxtc.errors import InputError, SourceError
 from jaxtc.helpers import for_json, write_whole
 from jaxtc.weights.files import local
 
 _MOST = 10_000  # layers, beyond any model
-
-
-def plain_table(**options: Any) -> Table:
-    """A table with a rule under its headings and nothing else drawn."""
-    return Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), **options)
 
 
 def option(kind: Any, text: str, *names: str, **settings: Any) -> Any:

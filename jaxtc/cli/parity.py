@@ -14,9 +14,15 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxtc.cli.options import (
-    STDOUT, JsonFile, argument, check_place, option, parse_layers, plain_table, write_json,
-)  # fmt: skip
-from jaxtc.cli.runtime import working
+    STDOUT,
+    JsonFile,
+    argument,
+    check_place,
+    option,
+    parse_layers,
+    write_json,
+)
+from jaxtc.cli.runtime import plain_table, working
 from jaxtc.errors import InputError
 from jaxtc.parity.certificate import Certificate, Figures, SiteRow
 from jaxtc.parity.report import write_report

@@ -8,13 +8,25 @@ from rich.text import Text
 
 from jaxtc.captures.reducers import At
 from jaxtc.cli.options import (
-    STDOUT, JsonFile, argument, check_place, option, parse_layers, plain_table, write_json,
-)  # fmt: skip
+    STDOUT,
+    JsonFile,
+    argument,
+    check_place,
+    option,
+    parse_layers,
+    write_json,
+)
+from jaxtc.cli.runtime import plain_table
 from jaxtc.errors import InputError
 from jaxtc.helpers import gigabytes
 from jaxtc.memory.plan import Plan, plan
 from jaxtc.sharding.mesh import show
 from jaxtc.sharding.rules import RULES, ShardingError
+
+LEGEND = (
+    "GB are 10⁹ bytes. The workspace is an estimate; everything else is counted, byte by byte, "
+    "from shapes."
+)
 
 
 def command(
@@ -61,8 +73,9 @@ def command(
     """
     if json_file is not None:
         check_place("--json", json_file)
-    named = {"all": "all", "none": ()}
-    chosen = named[transcoders] if transcoders in named else parse_layers(transcoders, "--transcoders")
+    chosen = {"all": "all", "none": ()}.get(transcoders)
+    if chosen is None:
+        chosen = parse_layers(transcoders, "--transcoders")
     options = {} if logits is None else {"logits": None if logits == "none" else logits}
     try:
         found = plan(
@@ -116,8 +129,7 @@ def draw(console: Console, found: Plan) -> None:
     work += f" and {asked.new_tokens:,} new ones" if asked.new_tokens else ""
     mesh = show(dict(asked.mesh))
     console.print(Text.assemble((found.model, "bold cyan"), f" on {mesh} ({devices}), {work}"))
-    held = plain_table(show_footer=True)
-    held.padding = (0, 2, 0, 0)
+    held = plain_table(2, show_footer=True)
     held.add_column("what", "together", style="bold cyan", no_wrap=True)
     held.add_column("whole", gigabytes(found.total), justify="right", no_wrap=True)
     each = Text(gigabytes(found.per_device), "bold")
@@ -130,13 +142,11 @@ def draw(console: Console, found: Plan) -> None:
     console.print(_fits(found))
     for note in found.notes:
         console.print(Text.assemble(("Note: ", "bold yellow"), note))
-    last = "GB are 10⁹ bytes. The workspace is an estimate; everything else is counted, byte by byte"
-    console.print(Text(f"{last}, from shapes.", "dim"))
+    console.print(Text(LEGEND, "dim"))
 
 
 def _fits(found: Plan) -> Table:
-    table = plain_table()
-    table.padding = (0, 2, 0, 0)
+    table = plain_table(2)
     table.add_column("fits on a", style="bold cyan", no_wrap=True)
     for name in ("memory", "usable", "needed"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -3,7 +3,8 @@
 from rich.console import Console
 from rich.text import Text
 
-from jaxtc.cli.options import STDOUT, OnlyJson, option, plain_table, write_json
+from jaxtc.cli.options import STDOUT, OnlyJson, option, write_json
+from jaxtc.cli.runtime import plain_table
 from jaxtc.model.config import Gemma2Config
 from jaxtc.tap.sites import SITES, Site
 from jaxtc.weights.sources.released import load_config
