@@ -42,7 +42,7 @@ class Part:
         name: "weights", "transcoders", "kv cache", "activations", "logits" or "workspace".
         total: of the whole arrays, on a single device.
         per_device: of the share of one device; all devices have the same.
-        detail: what it is made of.
+        detail: what it consists of.
     """
 
     name: str
