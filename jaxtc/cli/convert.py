@@ -69,23 +69,12 @@ def command(
     with working(f"Converting {source}") as progress:
         try:
             made = convert(
-                source,
-                out,
-                to,
-                kind=kind,
-                dtype=dtype,
-                revision=revision,
-                layers=layers if layers == "all" else parse_layers(layers),
-                width=width,
-                l0=l0,
-                input_site=input_site,
-                output_site=output_site,
-                without_sites=without_sites,
-                model_name=model_name,
-                max_shard_size=max(1, int(max_shard_size * 10**9)),
-                verify=verify,
-                progress=progress.part,
-            )
+                source, out, to, kind=kind, dtype=dtype, revision=revision,
+                layers=layers if layers == "all" else parse_layers(layers), width=width, l0=l0,
+                input_site=input_site, output_site=output_site, without_sites=without_sites,
+                model_name=model_name, max_shard_size=max(1, int(max_shard_size * 10**9)),
+                verify=verify, progress=progress.part,
+            )  # fmt: skip
         except KeyboardInterrupt:
             console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
             console.print("Interrupted. Give the same command again to go on where it stopped.")

@@ -66,17 +66,12 @@ def command(
         loaded = load_model(model, dtype=dtype, progress=progress.part)
         progress("Loading the tokenizer")
         tokenizer = load_tokenizer(model)
+        # The table of all layers has room for one feature of each.
+        shown = min(top_features, 1) if layer == "all" and not as_json else top_features
         found = explain(
-            loaded,
-            tokenizer,
-            prompt,
-            transcoders,
-            input_site=input_site,
-            # The table of all layers has room for one feature of each.
-            top_features=min(top_features, 1) if layer == "all" and not as_json else top_features,
-            max_new_tokens=max_new_tokens,
-            progress=progress,
-        )
+            loaded, tokenizer, prompt, transcoders, input_site=input_site, top_features=shown,
+            max_new_tokens=max_new_tokens, progress=progress,
+        )  # fmt: skip
     if as_json:
         write_json(STDOUT, found.to_dict())
     else:

@@ -1,7 +1,6 @@
 """``jaxtc generate``: continues a text, token by token as they come; features may steer it."""
 
 import re
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,8 +84,7 @@ def command(
 
     def write(part: str) -> None:
         if not as_json:
-            sys.stdout.write(part)
-            sys.stdout.flush()
+            print(part, end="", flush=True)
 
     def stream(step: int, new: list[int | None]) -> bool:
         if step == 0:
@@ -105,17 +103,12 @@ def command(
     write(text.rest() + "\n")
     if as_json:
         value = {
-            "prompt": prompt,
-            "continuation": text.shown,
-            "ids": found.prompts[0],
-            "new_ids": found.tokens[0],
+            "prompt": prompt, "continuation": text.shown,
+            "ids": found.prompts[0], "new_ids": found.tokens[0],
             "steered": [{"feature": f, "value": x} for f, x in features.items()],
             "layer": edits[0].layer if edits else None,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "seed": seed,
-        }
+            "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
+        }  # fmt: skip
         write_json(STDOUT, value)
 
 

@@ -86,16 +86,10 @@ def command(
         from jaxtc.parity.flow import certify
 
         found = certify(
-            model,
-            prompts=None if prompts is None else read_prompts(prompts),
-            transcoder=transcoder,
-            transcoder_layer=transcoder_layer,
-            dtype=dtype,
-            layers=chosen,
-            truth=truth,
-            new_tokens=new_tokens,
-            progress=progress,
-        )
+            model, prompts=None if prompts is None else read_prompts(prompts),
+            transcoder=transcoder, transcoder_layer=transcoder_layer, dtype=dtype, layers=chosen,
+            truth=truth, new_tokens=new_tokens, progress=progress,
+        )  # fmt: skip
     held = found.to_dict()
     try:
         write_json(json_file, held)

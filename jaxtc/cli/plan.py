@@ -79,20 +79,11 @@ def command(
     options = {} if logits is None else {"logits": None if logits == "none" else logits}
     try:
         found = plan(
-            model,
-            mesh,
-            rules=RULES | dict.fromkeys(map(_axis, replicate or [])),
-            dtype=dtype,
-            batch=batch,
-            length=length,
-            new_tokens=new_tokens,
-            capture=[_capture(text) for text in capture or []],
-            transcoders=chosen,
-            width=width,
-            transcoder_dtype=transcoder_dtype,
-            skip=skip,
-            **options,
-        )
+            model, mesh, rules=RULES | dict.fromkeys(map(_axis, replicate or [])), dtype=dtype,
+            batch=batch, length=length, new_tokens=new_tokens,
+            capture=[_capture(text) for text in capture or []], transcoders=chosen, width=width,
+            transcoder_dtype=transcoder_dtype, skip=skip, **options,
+        )  # fmt: skip
     except ShardingError as error:
         if "rules=" not in str(error):
             raise

@@ -19,7 +19,7 @@ from jaxtc.sharding.mesh import show
 from jaxtc.sharding.rules import DATA, MODEL, ShardingError
 
 _SHOWN = 3  # suggestions for one accelerator
-# Larger meshes are not searched, nor more counts of transcoders.
+# The largest mesh, and the most counts of transcoders, that are tried.
 _MOST_DEVICES, _MOST_STEPS = 256, 64
 
 

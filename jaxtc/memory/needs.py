@@ -35,16 +35,14 @@ def check_fits(bytes_needed: int, what: str, devices: Collection[jax.Device] | N
         bytes_needed: at least, over all devices.
         what: what needs them, for the message: "What this run keeps".
         devices: where, such as those of the weights; arrays are assumed to be spread evenly over
-            several. The first one of this process by default.
+            them. The first one of this process by default.
 
     Raises:
         CapacityError: less than that is available.
     """
-    if bytes_needed < _SMALL:
-        return
     devices = devices or jax.local_devices()[:1]
     mine = [device for device in devices if device.process_index == jax.process_index()]
-    free = available(mine[0]) if mine else None
+    free = available(mine[0]) if mine and bytes_needed >= _SMALL else None
     if free is None:
         return
     # Devices of other processes cannot be asked; those of one CPU share its memory.
@@ -71,11 +69,9 @@ class Estimate:
         shapes: what is kept, by its key in ``result.activations``: arrays' shapes and dtypes.
         logits: of the returned logits.
         weights: of the model, already allocated once it is loaded.
-        workspace: of the largest intermediate array of one layer (scores, the MLP's hidden
-            layer, a transcoder's features, or logits that are not returned); the compiled program
-            holds some more.
-        padding: of what the program returns, until it is cut to the prompts' length; 0 where
-            that fills its bucket.
+        workspace: of the largest intermediate array (scores, the MLP's hidden layer, a transcoder's
+            features, or logits that are not returned); the compiled program holds some more.
+        padding: of what the program returns, until it is cut to the prompts' length.
     """
 
     shapes: Mapping[str, Any]
@@ -123,14 +119,10 @@ def estimate(
         model: a model, an abstract one (``Gemma2.abstract(config, dtype)``), or a config, which
             stands for a model in float32.
         tokens: as ``run`` takes them; or a tuple (B, T), for any prompts of that size.
-        lengths: as ``run`` takes them.
-        capture: as ``run`` takes it: addresses, reducers, or a dict of them.
-        logits: "all", "last" or None.
-        edits: as ``run`` takes them; those that need logits or features count.
+        lengths, capture, logits, edits: as ``run`` takes them.
 
     Raises:
-        InputError: prompts, a capture or a reducer that ``run`` would refuse.
-        SiteError: an address that names nothing here.
+        InputError, SiteError: as ``run``.
     """
     if isinstance(model, Gemma2Config):
         config, dtype, weights = model, np.dtype(np.float32), 4 * count_parameters(model)
@@ -174,8 +166,7 @@ def check_run(
         shape: (B, T, W).
         captures: resolved addresses.
         reducers: checked.
-        logits: "all", "last" or None.
-        edits: as given to the run.
+        logits, edits: as given to the run.
 
     Raises:
         CapacityError: less than :attr:`Estimate.needed` is available.

@@ -105,11 +105,7 @@ class Program:
         self._repeats: collections.Counter[Advice] = collections.Counter()
 
     def __call__(self, *args: Any) -> Any:
-        """Run it.
-
-        Raises:
-            ShardingError: arrays on different devices.
-        """
+        """Run it; raises ShardingError for arrays on different devices."""
         count, seconds = _here.compiles, _here.seconds
         try:
             out = self._jitted(*map(owned, args))

@@ -1,7 +1,6 @@
 """Why a program was compiled again: its arguments' shapes and static halves, against earlier ones.
 
-:func:`facts` reads off the arguments what a program depends on: names, and values that are compared
-by ``==`` and hold no array.
+A fact of a call is a name and a value that is compared by ``==`` and holds no array.
 """
 
 import contextlib
