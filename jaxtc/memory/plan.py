@@ -60,8 +60,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON has it; numbers are bytes."""
         asked = self.request
-        fields = {field.name: getattr(asked, field.name) for field in dataclasses.fields(asked)}
-        del fields["config"], fields["asked"]
+        fields = {k: v for k, v in vars(asked).items() if k not in ("config", "asked")}
         return {
             "model": self.model,
             **fields,

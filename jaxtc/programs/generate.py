@@ -133,7 +133,7 @@ def generate(
     slots = max(bucket(prompts.length + max_new_tokens), width)
     key = Key(config, asked.addresses, slots, place)
     if asked:
-        size = (batch, slots, slots)
+        size = batch, slots, slots
         check_run(config, leaves, size, asked.addresses, reducers, None, checked)
 
     rows = (lambda x: x) if place is None else place.put_rows
@@ -158,7 +158,7 @@ def generate(
         found = _read(known)
         shown = [int(i) if on else None for i, on in zip(found, running, strict=True)]
         for row, i in zip(new, shown, strict=True):
-            row.extend([] if i is None else [i])
+            row.extend([i] if i is not None else [])
         running &= ~np.isin(found, stops)
         ended = stream is not None and stream(step, shown) is True
         if ended or not running.any():
@@ -181,19 +181,15 @@ def _sampling(max_new_tokens, temperature, top_k, top_p, seed) -> tuple:
             f"temperature is {temperature!r}, expected a number of at least 0: 0 takes the "
             "argmax, 1 samples from the model's own distribution."
         )
-    if top_k is not None:
-        whole_number("top_k", top_k, 1, ", or None for all tokens")
-    if top_p is not None and (not _real(top_p) or not 0 < top_p <= 1):
+    top_k = EVERY if top_k is None else whole_number("top_k", top_k, 1, ", or None for all tokens")
+    top_p = 1 if top_p is None else top_p
+    if not _real(top_p) or not 0 < top_p <= 1:
         raise InputError(
             f"top_p is {top_p!r}, expected a probability above 0 and up to 1, or None for all "
             "tokens."
         )
-    return (
-        _key(seed),
-        np.float32(min(temperature, np.finfo(np.float32).max)),
-        np.int32(EVERY if top_k is None else min(top_k, EVERY)),
-        np.float32(1 if top_p is None else top_p),
-    )
+    temperature = np.float32(min(temperature, np.finfo(np.float32).max))
+    return _key(seed), temperature, np.int32(min(top_k, EVERY)), np.float32(top_p)
 
 
 def _real(value: Any) -> bool:
