@@ -51,7 +51,7 @@ def command(
     model_name: option(
         str | None, "For circuit-tracer's config.yaml, such as google/gemma-2-2b."
     ) = None,
-    max_shard_size: option(float, "Most of a model in one safetensors file.", metavar="GB") = 5,
+    max_shard_size: option(float, "Largest safetensors file of a model.", metavar="GB") = 5,
     verify: option(
         bool,
         "First compare the files with the Hugging Face hub's hashes (or, of a converted "
@@ -61,8 +61,8 @@ def command(
 ) -> None:
     """Write a model or transcoders in another format.
 
-    OUT.partial is written, and becomes OUT when all is there. A conversion that was interrupted
-    goes on where it stopped when the same command is given again.
+    OUT.partial is written, and renamed to OUT once complete. The same command resumes a conversion
+    that was interrupted.
     """
     if not max_shard_size > 0:
         raise InputError(f"--max-shard-size is {max_shard_size:g} GB, expected more than 0.")

@@ -41,7 +41,7 @@ def command(
     length: option(
         int | None, "Tokens of the longest prompt; 1024 by default, or what the context holds."
     ) = None,
-    new_tokens: option(int, "Plan a generation of so many tokens, with its cache.") = 0,
+    new_tokens: option(int, "Plan a generation of this many tokens, with its cache.") = 0,
     capture: option(
         list[str] | None,
         "Activations to keep, such as layers.20.mlp_out, or resid_post for every layer; "
@@ -50,7 +50,7 @@ def command(
     ) = None,
     logits: option(
         str | None,
-        "Which are given back; all by default, none by a generation.",
+        "Which are returned; all by default, none by a generation.",
         metavar="all|last|none",
     ) = None,
     transcoders: option(

@@ -38,7 +38,7 @@ class Accelerator(NamedTuple):
 # Memory: cloud.google.com/tpu/docs/v5e and /v5p ("HBM2 capacity", per chip), and the data sheets of
 # the NVIDIA H100 (SXM) and H200. Fractions: on a GPU JAX takes 75% at its start
 # (docs.jax.dev/en/latest/201/gpu-memory.html), more when XLA_CLIENT_MEM_FRACTION says so; on a TPU
-# it takes all, of which a tenth is left here to the runtime, compiled programs and fragmentation.
+# it takes all, of which a tenth is left to the runtime, compiled programs and fragmentation.
 ACCELERATORS = (
     Accelerator("TPU v5e", 16 * 10**9, 0.9, 0.9),
     Accelerator("TPU v5p", 95 * 10**9, 0.9, 0.9),
@@ -104,30 +104,30 @@ def judge(asked: Request) -> tuple[Verdict, ...]:
                 option = f"XLA_CLIENT_MEM_FRACTION={device.raised:g}"
                 meaning = f"lets JAX take {device.raised:.0%} of the GPU, not {device.usable:.0%}"
                 found = [Suggestion(option, meaning, needed)]
-            found += _suggestions(asked, kinds, usable, _SHOWN - len(found))
+            found = _suggestions(asked, kinds, usable, found)
         verdicts.append(Verdict(device.name, device.memory, usable, needed, fits, tuple(found)))
     return tuple(verdicts)
 
 
 def _suggestions(
-    asked: Request, kinds: Sequence[list[_Step]], usable: int, most: int
+    asked: Request, kinds: Sequence[list[_Step]], usable: int, found: list[Suggestion]
 ) -> list[Suggestion]:
-    """The smallest changes that make a plan fit: one option each where one is enough.
+    """``found``, and the smallest changes that make a plan fit: one option each where one is enough.
 
     Smaller means, in this order: the same numbers from the same devices, arranged otherwise or
     called more often; less kept; fewer bits; fewer transcoders at a time; more devices.
     """
     *kinds, devices = kinds
     fit = functools.partial(_mildest, asked, usable)
-    groups = [itertools.combinations(kinds, n) for n in range(1, len(kinds) + 1)]
-    more = [found] if (found := fit([devices])) else []
+    groups = [[*itertools.combinations(kinds, n)] for n in range(1, len(kinds) + 1)]
+    more = [*filter(None, [fit([devices])])]
     for same_size in groups:
-        if found := list(itertools.islice(filter(None, map(fit, same_size)), most - len(more))):
-            return found + more
-    if more:
-        return more
-    every = (group for n in range(1, len(kinds) + 1) for group in itertools.combinations(kinds, n))
-    return list(itertools.islice(filter(None, (fit((devices, *group)) for group in every)), 1))
+        fitting = filter(None, map(fit, same_size))
+        found = [*found, *itertools.islice(fitting, _SHOWN - len(found) - len(more))]
+        if found:
+            break
+    last = (fit([devices, *group]) for group in itertools.chain(*groups))
+    return [*found, *more] or [*itertools.islice(filter(None, last), 1)]
 
 
 def _mildest(asked: Request, usable: int, group: Sequence[list[_Step]]) -> Suggestion | None:

@@ -136,7 +136,7 @@ def plan(
     length = whole_number("length", length, 1)
     if length + new_tokens > config.max_position_embeddings:
         raise InputError(
-            f"{length} tokens and {new_tokens} new ones are more than this model's context of "
+            f"{length} tokens and {new_tokens} new ones exceed this model's context of "
             f"{config.max_position_embeddings}."
         )
     if logits == "unset":

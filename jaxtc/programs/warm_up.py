@@ -37,7 +37,7 @@ def warm_up(
         options: of :func:`jaxtc.run` or :func:`jaxtc.generate`: ``capture``, ``edits``, ...
 
     Returns:
-        What was compiled; empty when all of it was there already.
+        What was compiled; empty when everything was compiled before.
 
     Raises:
         InputError: no lengths, or more tokens than the model's context.
