@@ -112,7 +112,7 @@ def judge(asked: Request) -> tuple[Verdict, ...]:
 def _suggestions(
     asked: Request, kinds: Sequence[list[_Step]], usable: int, found: list[Suggestion]
 ) -> list[Suggestion]:
-    """``found``, and the smallest changes that make a plan fit: one option each where one is enough.
+    """``found``, then the smallest changes that make a plan fit: one option each if one is enough.
 
     Smaller means, in this order: the same numbers from the same devices, arranged otherwise or
     called more often; less kept; fewer bits; fewer transcoders at a time; more devices.
