@@ -26,10 +26,9 @@ def is_whole(value: Any, least: int = 0) -> bool:
 
 
 def whole_number(name: str, value: Any, least: int = 0, otherwise: str = "") -> int:
-    """``value``, when it is a whole number of at least ``least``; ``otherwise`` what else may be.
+    """``value`` as an int, if it is a whole number of at least ``least``, else an InputError.
 
-    Raises:
-        InputError: it is not.
+    ``otherwise`` ends the message: what else is allowed.
     """
     if not is_whole(value, least):
         raise InputError(
@@ -39,11 +38,7 @@ def whole_number(name: str, value: Any, least: int = 0, otherwise: str = "") -> 
 
 
 def check_unicode(name: str, text: str) -> None:
-    """Refuse text with lone surrogates, which stand for bytes that were not UTF-8.
-
-    Raises:
-        InputError: there is one.
-    """
+    """Raise InputError for text with lone surrogates, which stand for bytes that were not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -54,10 +49,9 @@ def check_unicode(name: str, text: str) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file under another name, then move it into place; lone surrogates are escaped.
+    """Write a file under another name, then move it into place; SourceError where that fails.
 
-    Raises:
-        SourceError: it cannot be written.
+    Lone surrogates are escaped.
     """
     real = Path(os.path.realpath(path))
     device = real.exists() and not real.is_file()  # /dev/null must stay what it is

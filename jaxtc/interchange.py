@@ -132,6 +132,9 @@ def owned(tree: Any) -> Any:
     """
     if isinstance(tree, np.ndarray):
         return tree.copy()
+    # A model's hundreds of arrays, without flattening them.
+    if type(tree) is list and all(issubclass(kind, jax.Array) for kind in set(map(type, tree))):
+        return tree
     leaves, structure = jax.tree.flatten(tree)
     if not any(issubclass(kind, np.ndarray) for kind in set(map(type, leaves))):
         return tree

@@ -51,7 +51,7 @@ def command(
     model_name: option(
         str | None, "For circuit-tracer's config.yaml, such as google/gemma-2-2b."
     ) = None,
-    max_shard_size: option(float, "Most of a model in one safetensors file.", metavar="GB") = 5,
+    max_shard_size: option(float, "Largest safetensors file of a model.", metavar="GB") = 5,
     verify: option(
         bool,
         "First compare the files with the Hugging Face hub's hashes (or, of a converted "
@@ -61,31 +61,20 @@ def command(
 ) -> None:
     """Write a model or transcoders in another format.
 
-    OUT.partial is written, and becomes OUT when all is there. A conversion that was interrupted
-    goes on where it stopped when the same command is given again.
+    OUT.partial is written, and renamed to OUT once complete. The same command resumes a conversion
+    that was interrupted.
     """
     if not max_shard_size > 0:
         raise InputError(f"--max-shard-size is {max_shard_size:g} GB, expected more than 0.")
     with working(f"Converting {source}") as progress:
         try:
             made = convert(
-                source,
-                out,
-                to,
-                kind=kind,
-                dtype=dtype,
-                revision=revision,
-                layers=layers if layers == "all" else parse_layers(layers),
-                width=width,
-                l0=l0,
-                input_site=input_site,
-                output_site=output_site,
-                without_sites=without_sites,
-                model_name=model_name,
-                max_shard_size=max(1, int(max_shard_size * 10**9)),
-                verify=verify,
-                progress=progress.part,
-            )
+                source, out, to, kind=kind, dtype=dtype, revision=revision,
+                layers=layers if layers == "all" else parse_layers(layers), width=width, l0=l0,
+                input_site=input_site, output_site=output_site, without_sites=without_sites,
+                model_name=model_name, max_shard_size=max(1, int(max_shard_size * 10**9)),
+                verify=verify, progress=progress.part,
+            )  # fmt: skip
         except KeyboardInterrupt:
             console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
             console.print("Interrupted. Give the same command again to go on where it stopped.")

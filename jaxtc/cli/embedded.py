@@ -6,6 +6,7 @@ The training libraries are imported inside the commands, so that ``--help`` answ
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import typer
@@ -26,13 +27,13 @@ app = typer.Typer(
 DEFAULT = Recipe()
 TRAIN_HELP = "\n\n".join(
     [
-        "Train a small Gemma-2, then JumpReLU transcoders on all its layers, from nothing.",
+        "Train a small Gemma-2, then JumpReLU transcoders on all its layers, from scratch.",
         "Without options this makes the files that ship with jaxtc, on its generated corpus of "
         "facts about places; it takes about 10 minutes on two free cores.",
         "With --text the same recipe runs on a text of yours: a byte-fallback BPE tokenizer is "
         "trained on it, then the model, then the transcoders. For example: jaxtc embedded train "
         "--text notes.txt --out my-model --vocab 2000 --steps 3000",
-        "What comes out can be used wherever a model is named: jaxtc explain PROMPT --model "
+        "The result can be used wherever a model is named: jaxtc explain PROMPT --model "
         "my-model/model --transcoder my-model/transcoders",
         "Stop it at any time (Ctrl-C): the same command goes on from the last checkpoint.",
     ]
@@ -75,31 +76,22 @@ def train(
     from jaxtc.embedded.text import UserText
 
     sizes = {
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "intermediate_size": mlp,
-        "num_attention_heads": heads,
-        "num_key_value_heads": max(heads // 2, 1),
-        "head_dim": hidden // heads,
-        "query_pre_attn_scalar": hidden // heads,
+        "num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": mlp,
+        "num_attention_heads": heads, "num_key_value_heads": max(heads // 2, 1),
+        "head_dim": hidden // heads, "query_pre_attn_scalar": hidden // heads,
         "sliding_window": window,
-    }
+    }  # fmt: skip
     recipe = Recipe(
         model=ModelRecipe(steps=steps, seed=seed),
         transcoders=TranscoderRecipe(
             features=features, target_l0=l0, steps=transcoder_steps, seed=seed
         ),
-        rows=rows,
-        length=length,
-        vocab_size=vocab,
-        sizes=tuple(sizes.items()),
-    )
+        rows=rows, length=length, vocab_size=vocab, sizes=tuple(sizes.items()),
+    )  # fmt: skip
     source = UserText.from_file(text, seed) if text else default_corpus(seed)
     console = Console()
-    report = recipes.train(
-        out, recipe, source, log=lambda line: console.print(line, highlight=False)
-    )
-    console.print(report)
+    log = functools.partial(console.print, highlight=False)
+    console.print(recipes.train(out, recipe, source, log=log))
 
 
 @app.command()

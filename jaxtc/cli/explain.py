@@ -5,12 +5,11 @@ import re
 from collections.abc import Iterator, Mapping
 
 from rich.console import Console, Group
-from rich.padding import Padding
-from rich.table import Table, box
+from rich.table import Table
 from rich.text import Text
 
 from jaxtc.cli.options import STDOUT, Dtype, Model, OnlyJson, argument, option, write_json
-from jaxtc.cli.runtime import Progress, working
+from jaxtc.cli.runtime import Progress, plain_table, working
 from jaxtc.errors import JaxtcError
 from jaxtc.explore.explain import explain
 from jaxtc.explore.explanation import ActiveFeature, Explanation, LayerReport, TokenReport
@@ -67,17 +66,12 @@ def command(
         loaded = load_model(model, dtype=dtype, progress=progress.part)
         progress("Loading the tokenizer")
         tokenizer = load_tokenizer(model)
+        # The table of all layers has room for one feature of each.
+        shown = min(top_features, 1) if layer == "all" and not as_json else top_features
         found = explain(
-            loaded,
-            tokenizer,
-            prompt,
-            transcoders,
-            input_site=input_site,
-            # The table of all layers has room for one feature of each.
-            top_features=min(top_features, 1) if layer == "all" and not as_json else top_features,
-            max_new_tokens=max_new_tokens,
-            progress=progress,
-        )
+            loaded, tokenizer, prompt, transcoders, input_site=input_site, top_features=shown,
+            max_new_tokens=max_new_tokens, progress=progress,
+        )  # fmt: skip
     if as_json:
         write_json(STDOUT, found.to_dict())
     else:
@@ -108,7 +102,7 @@ def find_transcoders(
 
 
 class _OnDemand(Mapping):
-    """Transcoders by layer, loaded when asked for and not kept: 26 of 300 MB are many."""
+    """Transcoders by layer, loaded when asked for and not kept: 26 take 300 MB each."""
 
     def __init__(self, source: str, layers: list[int]):
         self.source, self.layers = source, layers
@@ -125,6 +119,17 @@ class _OnDemand(Mapping):
         return len(self.layers)
 
 
+def _table(headings: Mapping[str, int], last: Text | str, columns: int) -> tuple[Table, int]:
+    """A table of columns of these widths, then one that takes the rest, and the room in that."""
+    table = plain_table()
+    for heading, width in headings.items():
+        side = "left" if heading == "token" else "right"
+        table.add_column(heading, justify=side, min_width=width)
+    room = max(columns - sum(headings.values()) - 2 * len(headings) - EDGES, 20)
+    table.add_column(last if isinstance(last, str) else _cut(last, room), no_wrap=True)
+    return table, room
+
+
 def draw(console: Console, found: Explanation, by_layer: bool = False) -> None:
     """Print it: warnings, the table, what its numbers mean, and the continuation."""
     for warning in found.warnings:
@@ -134,7 +139,9 @@ def draw(console: Console, found: Explanation, by_layer: bool = False) -> None:
     else:
         for report in found.layers:
             console.print(_one_layer(report, console.width))
-    console.print(_continuation(found))
+    if found.continuation_ids:
+        new = found.continuation or "(the model ends the text here)"
+        console.print("", Text.assemble(found.prompt, (new, "bold green")), sep="\n")
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -166,11 +173,6 @@ def _feature(feature: ActiveFeature, room: int) -> Text:
     return line
 
 
-def _features(token: TokenReport, room: int) -> Text:
-    lines = [_feature(feature, room) for feature in token.features]
-    return Text("\n").join(lines) if lines else _no_feature(token)
-
-
 def _no_feature(token: TokenReport) -> Text:
     """What stands for features: nothing where there are active ones that were not asked for."""
     return Text("" if token.l0 else "none active", FAINT)
@@ -187,76 +189,51 @@ def _one_layer(report: LayerReport, columns: int) -> Group:
         f"  {report.input_site} → {report.width} features → {report.output_site}\n",
         (report.transcoder, FAINT),
     )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     pieces = [
         _cut(_piece(token.text, FAINT if token.masked else "bold"), 20) for token in report.tokens
     ]
     longest = max(piece.cell_len for piece in pieces)
-    headings = {"": len(str(len(pieces))), "token": max(longest, 5), "L0": 3, ">1": 3, "error": 5}
-    for heading, width in headings.items():
-        side = "left" if heading == "token" else "right"
-        table.add_column(heading, justify=side, min_width=width)
-    table.add_column("feature, activation, tokens it promotes", no_wrap=True)
-    room = max(columns - sum(headings.values()) - 2 * len(headings) - EDGES, 20)
-    for token in report.tokens:
-        table.add_row(
-            str(token.position),
-            pieces[token.position],
-            str(token.l0),
-            str(token.above_one),
-            number(token.relative_error, 2),
-            _features(token, room),
-            style=FAINT if token.masked else "",
-        )
-    return Group(title, table, _totals(report))
+    widths = {"": len(str(len(pieces))), "token": max(longest, 5), "L0": 3, ">1": 3, "error": 5}
+    table, room = _table(widths, "feature, activation, tokens it promotes", columns)
+    for token, piece in zip(report.tokens, pieces, strict=True):
+        lines = [_feature(feature, room) for feature in token.features] or [_no_feature(token)]
+        numbers = str(token.l0), str(token.above_one), number(token.relative_error, 2)
+        style = FAINT if token.masked else ""
+        table.add_row(str(token.position), piece, *numbers, Text("\n").join(lines), style=style)
+    return Group(title, table, *_totals(report))
 
 
-def _totals(report: LayerReport) -> Group:
-    counted = [token for token in report.tokens if not token.masked]
+def _totals(report: LayerReport) -> Iterator[Table | Text]:
+    counted = sum(not token.masked for token in report.tokens)
     figures = Table.grid(padding=(0, 2))
     figures.add_column(no_wrap=True)
     figures.add_column(justify="right", style="bold", no_wrap=True)
     figures.add_column(style=FAINT)
-    figures.add_row(
-        "explained variance",
-        number(report.explained_variance),
-        f"1 − FVU (dataset mean), over these {len(counted)} tokens",
-    )
+    about = f"1 − FVU (dataset mean), over these {counted} tokens"
+    figures.add_row("explained variance", number(report.explained_variance), about)
     figures.add_row("mean L0", number(report.l0, 1), "active features a token (>1: above 1)")
     figures.add_row("mean error", number(report.relative_error), "‖y − ŷ‖ / ‖y‖ of a token")
     if math.isfinite(report.notebook_score):
-        figures.add_row(
-            "notebook score",
-            number(report.notebook_score),
-            "as in Gemma Scope's tutorial: from mlp_in, with <bos>",
-        )
-    return Group(figures, *_links(report))
-
-
-def _links(report: LayerReport) -> list[Text]:
-    url = feature_url(report.transcoder, "FEATURE")
-    return (
-        [Text.assemble("Neuronpedia has a page for each feature:\n", (url, FEATURE))] if url else []
-    )
+        about = "as in Gemma Scope's tutorial: from mlp_in, with <bos>"
+        figures.add_row("notebook score", number(report.notebook_score), about)
+    yield figures
+    if url := feature_url(report.transcoder, "FEATURE"):
+        yield Text.assemble("Neuronpedia has a page for each feature:\n", (url, FEATURE))
 
 
 def _all_layers(found: Explanation, columns: int) -> Group:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    headings = {"layer": 5, "EV": 6, "L0": 5, "error": 5, "notebook": 8}
-    for name, width in headings.items():
-        table.add_column(name, justify="right", min_width=width)
-    room = max(columns - sum(headings.values()) - 2 * len(headings) - EDGES, 20)
     last = Text.assemble("strongest at ", _piece(found.tokens[-1], "bold"), " and what it promotes")
-    table.add_column(_cut(last, room), no_wrap=True)
+    widths = {"layer": 5, "EV": 6, "L0": 5, "error": 5, "notebook": 8}
+    table, room = _table(widths, last, columns)
     for report in found.layers:
-        strongest = report.tokens[-1].features[:1]
+        token = report.tokens[-1]
         table.add_row(
             Text(str(report.layer), "bold"),
             number(report.explained_variance),
             number(report.l0, 1),
             number(report.relative_error),
             number(report.notebook_score),
-            _feature(strongest[0], room) if strongest else _no_feature(report.tokens[-1]),
+            _feature(token.features[0], room) if token.features else _no_feature(token),
         )
     counted = sum(not token.masked for token in found.layers[0].tokens)
     meaning = Text(
@@ -267,10 +244,3 @@ def _all_layers(found: Explanation, columns: int) -> Group:
         FAINT,
     )
     return Group(table, meaning)
-
-
-def _continuation(found: Explanation) -> Padding:
-    if not found.continuation_ids:
-        return Padding("", 0)
-    new = found.continuation or "(the model ends the text here)"
-    return Padding(Text.assemble(found.prompt, (new, "bold green")), (1, 0, 0, 0))

@@ -1,7 +1,6 @@
 """``jaxtc generate``: continues a text, token by token as they come; features may steer it."""
 
 import re
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,9 +50,18 @@ def command(
     as_json: OnlyJson = False,
 ) -> None:
     """Continue a text, token by token as they come; steer it by transcoder features."""
-    steer = steer or []
-    features = dict(map(_feature, steer))
-    _check(prompt, stop, len(steer), features, layer, transcoder)
+    features = dict(map(_feature, steer or ()))
+    check_unicode("The prompt", prompt)
+    check_unicode("--stop", stop or "")
+    if stop == "":
+        raise JaxtcError("--stop is empty; every text contains that. Leave it out for no stop.")
+    if len(features) < len(steer or ()):
+        raise JaxtcError("--steer names a feature twice; give each of them one value.")
+    if not features and (layer is not None or transcoder is not None):
+        raise JaxtcError(
+            "--layer and --transcoder say whose features are steered, but no feature is: add "
+            "--steer FEATURE=VALUE, or leave them out."
+        )
     if temperature == 0 and (top_k is not None or top_p is not None):
         raise JaxtcError(
             "--top-k and --top-p limit what is sampled, and without --temperature nothing is "
@@ -76,8 +84,7 @@ def command(
 
     def write(part: str) -> None:
         if not as_json:
-            sys.stdout.write(part)
-            sys.stdout.flush()
+            print(part, end="", flush=True)
 
     def stream(step: int, new: list[int | None]) -> bool:
         if step == 0:
@@ -96,25 +103,20 @@ def command(
     write(text.rest() + "\n")
     if as_json:
         value = {
-            "prompt": prompt,
-            "continuation": text.shown,
-            "ids": found.prompts[0],
-            "new_ids": found.tokens[0],
+            "prompt": prompt, "continuation": text.shown,
+            "ids": found.prompts[0], "new_ids": found.tokens[0],
             "steered": [{"feature": f, "value": x} for f, x in features.items()],
             "layer": edits[0].layer if edits else None,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "seed": seed,
-        }
+            "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
+        }  # fmt: skip
         write_json(STDOUT, value)
 
 
 class Increments:
     """The text of new tokens, as far as it is certain after each of them.
 
-    A token alone does not tell its text: a word's leading space is there only after another token,
-    and a character may be spread over several. So the last few are decoded with and without it.
+    A token's text depends on its neighbours: a word's leading space is there only after another
+    token, and a character may span several. So the last few are decoded with and without it.
 
     Args:
         tokenizer: of the model.
@@ -139,17 +141,18 @@ class Increments:
         return "" if self.stopped else self._show(self._decoded(last=True), more=False)
 
     def _decoded(self, last: bool = False) -> str:
-        before = self._text(self._ids[self._start : self._read])
-        after = self._text(self._ids[self._start :])
+        before, after = (
+            self._tokenizer.decode(
+                self._ids[self._start : end],
+                skip_special_tokens=True,
+                clean_up_tokenization_spaces=False,
+            )
+            for end in (self._read, None)
+        )
         if len(after) <= len(before) or (after.endswith(UNFINISHED) and not last):
             return ""
         self._start, self._read = self._read, len(self._ids)
         return after[len(before) :]
-
-    def _text(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
 
     def _show(self, text: str, more: bool) -> str:
         text = self._held + text
@@ -163,20 +166,6 @@ class Increments:
         show, self._held = text[: len(text) - keep], text[len(text) - keep :]
         self.shown += show
         return show
-
-
-def _check(prompt, stop, given: int, features: dict, layer, transcoder) -> None:
-    check_unicode("The prompt", prompt)
-    check_unicode("--stop", stop or "")
-    if stop == "":
-        raise JaxtcError("--stop is empty; every text contains that. Leave it out for no stop.")
-    if len(features) < given:
-        raise JaxtcError("--steer names a feature twice; give each of them one value.")
-    if not features and (layer is not None or transcoder is not None):
-        raise JaxtcError(
-            "--layer and --transcoder say whose features are steered, but no feature is: add "
-            "--steer FEATURE=VALUE, or leave them out."
-        )
 
 
 def _feature(text: str) -> tuple[int, float]:

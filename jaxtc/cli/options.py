@@ -13,8 +13,7 @@ from jaxtc.errors import InputError, SourceError
 from jaxtc.helpers import for_json, write_whole
 from jaxtc.weights.files import local
 
-# No model has as many layers.
-_MOST = 10_000
+_MOST = 10_000  # layers, beyond any model
 
 
 def option(kind: Any, text: str, *names: str, **settings: Any) -> Any:
@@ -23,7 +22,7 @@ def option(kind: Any, text: str, *names: str, **settings: Any) -> Any:
 
 
 def argument(kind: Any, text: str, **settings: Any) -> Any:
-    """The same of one that is given by its place."""
+    """The same of a positional argument."""
     return Annotated[kind, typer.Argument(help=text, **settings)]
 
 
@@ -39,11 +38,7 @@ STDOUT = Path("-")
 
 
 def parse_layers(text: str, option: str = "--layers") -> list[int]:
-    """``0,5,10-12`` as [0, 5, 10, 11, 12]; ``option`` is what to call it in an error.
-
-    Raises:
-        InputError: it is not of that form.
-    """
+    """``0,5,10-12`` as [0, 5, 10, 11, 12]; an InputError names ``option``."""
     found: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,5})(?:\s*-\s*(\d{1,5}))?\s*", part, re.ASCII)
@@ -69,11 +64,7 @@ def check_place(option: str, path: Path) -> None:
 
 
 def write_json(path: Path | None, value: Any) -> None:
-    """What ``--json`` asked for: to a file, to stdout, or nothing. NaN and infinities are null.
-
-    Raises:
-        SourceError: the file cannot be written.
-    """
+    """What ``--json`` asked for: to a file, to stdout, or nothing. NaN and infinities are null."""
     if path is None:
         return
     dumps = functools.partial(json.dumps, for_json(value), indent=2, allow_nan=False)

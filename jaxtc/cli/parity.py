@@ -9,7 +9,7 @@ from pathlib import Path
 
 import typer
 from rich.console import Console
-from rich.table import Table, box
+from rich.table import Table
 from rich.text import Text
 
 from jaxtc.cli.options import (
@@ -21,14 +21,20 @@ from jaxtc.cli.options import (
     parse_layers,
     write_json,
 )
-from jaxtc.cli.runtime import working
+from jaxtc.cli.runtime import plain_table, working
 from jaxtc.errors import InputError
 from jaxtc.parity.certificate import Certificate, Figures, SiteRow
 from jaxtc.parity.report import need_jinja2, write_report
 from jaxtc.parity.texts import read_prompts
 
-# Failures shown in the terminal; the report has them all.
-SHOWN = 12
+SHOWN = 12  # failures in the terminal; the report has them all
+LEGEND = (
+    "A digit a layer: how many decimal digits agree (7: the error is below 1e-7), = where all bits "
+    "do, ! over tolerance, · where the reference's own value was put in. Isolated starts each half "
+    "of a layer from the reference's residual stream; accumulated does not. Errors are means over "
+    "tokens of ‖ours − theirs‖ / ‖theirs‖; worst and accumul. are those of the worst layer, "
+    "largest is the largest absolute difference."
+)
 
 
 def command(
@@ -76,16 +82,10 @@ def command(
         from jaxtc.parity.flow import certify
 
         found = certify(
-            model,
-            prompts=None if prompts is None else read_prompts(prompts),
-            transcoder=transcoder,
-            transcoder_layer=transcoder_layer,
-            dtype=dtype,
-            layers=chosen,
-            truth=truth,
-            new_tokens=new_tokens,
-            progress=progress,
-        )
+            model, prompts=None if prompts is None else read_prompts(prompts),
+            transcoder=transcoder, transcoder_layer=transcoder_layer, dtype=dtype, layers=chosen,
+            truth=truth, new_tokens=new_tokens, progress=progress,
+        )  # fmt: skip
     try:
         write_json(json_file, found.to_dict())
         if report:
@@ -97,13 +97,13 @@ def command(
 
 @contextlib.contextmanager
 def _ended_as_by_ctrl_c() -> Iterator[None]:
-    """What ends a process without asking it would leave gigabytes in the temporary folder."""
+    """A process that a signal ends at once would leave gigabytes in the temporary folder."""
 
     def end(number, frame):
         raise KeyboardInterrupt
 
-    numbers = (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
-    before = {number: signal.signal(number, end) for number in numbers}
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {getattr(signal, name): signal.signal(getattr(signal, name), end) for name in names}
     try:
         yield
     finally:
@@ -114,16 +114,7 @@ def _ended_as_by_ctrl_c() -> Iterator[None]:
 def draw(console: Console, found: Certificate) -> None:
     """The table by site and layer, the predictions, and the verdict."""
     console.print(_sites(found))
-    console.print(
-        Text(
-            "A digit a layer: how many decimal digits agree (7: the error is below 1e-7), = where "
-            "all bits do, ! over tolerance, · where the reference's own value was put in. Isolated "
-            "starts each half of a layer from the reference's residual stream; accumulated does "
-            "not. Errors are means over tokens of ‖ours − theirs‖ / ‖theirs‖; worst and accumul. "
-            "are those of the worst layer, largest is the largest absolute difference.",
-            "dim",
-        )
-    )
+    console.print(Text(LEGEND, "dim"))
     for name, line in _lines(found):
         console.print(Text.assemble((f"{name:<11}", "bold"), line))
     for note in found.notes:
@@ -156,7 +147,7 @@ def draw(console: Console, found: Certificate) -> None:
 
 
 def _sites(found: Certificate) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = plain_table()
     table.add_column("site", style="bold cyan", no_wrap=True)
     table.add_column("isolated, by layer", overflow="fold")
     for name in ("worst", "accumul.", "largest"):
@@ -198,8 +189,8 @@ def _short(value: float) -> str:
     return f"{value:.1e}" if math.isfinite(value) else str(value)
 
 
-def _lines(found: Certificate) -> list[tuple[str, str]]:
-    """What is not of a site, a line each."""
+def _lines(found: Certificate) -> Iterator[tuple[str, str]]:
+    """What does not belong to one site, a line each."""
     logits = found.logits
     line = (
         f"KL {logits.kl_mean:.1e} nats (largest {logits.kl_max:.1e}), top-1 {logits.top1:.1%}, "
@@ -208,18 +199,16 @@ def _lines(found: Certificate) -> list[tuple[str, str]]:
     if logits.loss_ours is not None:
         far = logits.loss_ours - logits.loss_theirs
         line += f", loss {logits.loss_ours:.4f} ({far:+.1e})"
-    lines = [("logits", line)]
-    if found.generation:
-        new = found.generation
+    yield "logits", line
+    if new := found.generation:
         line = f"{new.identical} of {new.prompts} continuations of {new.new_tokens} tokens equal"
         for one in new.divergences[:1]:
             line += (
-                f"; prompt {one.prompt + 1} parts after {one.step} tokens ({one.ours_text!r}, "
+                f"; prompt {one.prompt + 1} diverges after {one.step} tokens ({one.ours_text!r}, "
                 f"theirs {one.theirs_text!r}, whose lead is {one.margin:.1e})"
             )
-        lines.append(("generation", line))
-    if found.transcoder:
-        one = found.transcoder
+        yield "generation", line
+    if one := found.transcoder:
         line = (
             f"layer {one.layer}: L0 {one.l0_ours:.2f} (theirs {one.l0_theirs:.2f}), active sets "
             f"overlap by {one.overlap:.2%}, {one.differing} features differ, {one.near_threshold} "
@@ -230,15 +219,12 @@ def _lines(found: Certificate) -> list[tuple[str, str]]:
                 f"; FVU {one.fvu_ours:.4f} of ours on theirs, {one.fvu_theirs:.4f} of theirs on "
                 f"ours ({one.fvu_reference:.4f} of theirs on its own)"
             )
-        lines.append(("transcoder", line))
-    ratios = [row.ratio for row in found.truth or () if row.ratio is not None]
-    if ratios:
-        worst = max((row for row in found.truth if row.ratio is not None), key=lambda r: r.ratio)
-        lines.append(
-            (
-                "truth",
-                f"our error against float64 is {sum(ratios) / len(ratios):.2f} times the "
-                f"reference's in the mean over sites, {worst.ratio:.2f} at {worst.site}",
-            )
+        yield "transcoder", line
+    if truth := [row for row in found.truth or () if row.ratio is not None]:
+        worst = max(truth, key=lambda row: row.ratio)
+        mean = sum(row.ratio for row in truth) / len(truth)
+        yield (
+            "truth",
+            f"our error against float64 is {mean:.2f} times the reference's in the mean over "
+            f"sites, {worst.ratio:.2f} at {worst.site}",
         )
-    return lines

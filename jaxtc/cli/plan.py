@@ -3,7 +3,7 @@
 import re
 
 from rich.console import Console
-from rich.table import Table, box
+from rich.table import Table
 from rich.text import Text
 
 from jaxtc.captures.reducers import At
@@ -16,11 +16,17 @@ from jaxtc.cli.options import (
     parse_layers,
     write_json,
 )
+from jaxtc.cli.runtime import plain_table
 from jaxtc.errors import InputError
 from jaxtc.helpers import gigabytes
 from jaxtc.memory.plan import Plan, plan
 from jaxtc.sharding.mesh import show
 from jaxtc.sharding.rules import RULES, ShardingError
+
+LEGEND = (
+    "GB are 10⁹ bytes. The workspace is an estimate; everything else is counted, byte by byte, "
+    "from shapes."
+)
 
 
 def command(
@@ -35,7 +41,7 @@ def command(
     length: option(
         int | None, "Tokens of the longest prompt; 1024 by default, or what the context holds."
     ) = None,
-    new_tokens: option(int, "Plan a generation of so many tokens, with its cache.") = 0,
+    new_tokens: option(int, "Plan a generation of this many tokens, with its cache.") = 0,
     capture: option(
         list[str] | None,
         "Activations to keep, such as layers.20.mlp_out, or resid_post for every layer; "
@@ -44,7 +50,7 @@ def command(
     ) = None,
     logits: option(
         str | None,
-        "Which are given back; all by default, none by a generation.",
+        "Which are returned; all by default, none by a generation.",
         metavar="all|last|none",
     ) = None,
     transcoders: option(
@@ -67,23 +73,17 @@ def command(
     """
     if json_file is not None:
         check_place("--json", json_file)
+    chosen = {"all": "all", "none": ()}.get(transcoders)
+    if chosen is None:
+        chosen = parse_layers(transcoders, "--transcoders")
     options = {} if logits is None else {"logits": None if logits == "none" else logits}
     try:
         found = plan(
-            model,
-            mesh,
-            rules=RULES | dict.fromkeys(map(_axis, replicate or []), None),
-            dtype=dtype,
-            batch=batch,
-            length=length,
-            new_tokens=new_tokens,
-            capture=[_capture(text) for text in capture or []],
-            transcoders=_layers(transcoders),
-            width=width,
-            transcoder_dtype=transcoder_dtype,
-            skip=skip,
-            **options,
-        )
+            model, mesh, rules=RULES | dict.fromkeys(map(_axis, replicate or [])), dtype=dtype,
+            batch=batch, length=length, new_tokens=new_tokens,
+            capture=[_capture(text) for text in capture or []], transcoders=chosen, width=width,
+            transcoder_dtype=transcoder_dtype, skip=skip, **options,
+        )  # fmt: skip
     except ShardingError as error:
         if "rules=" not in str(error):
             raise
@@ -111,11 +111,6 @@ def _axis(name: str) -> str:
     return name
 
 
-def _layers(text: str) -> str | list[int]:
-    named = {"all": "all", "none": []}
-    return named[text] if text in named else parse_layers(text, "--transcoders")
-
-
 def draw(console: Console, found: Plan) -> None:
     """What is held, then where it fits."""
     asked = found.request
@@ -123,39 +118,26 @@ def draw(console: Console, found: Plan) -> None:
     prompts = f"{asked.batch} prompt" + "s" * (asked.batch > 1)
     work = f"{prompts} of {asked.length:,} tokens"
     work += f" and {asked.new_tokens:,} new ones" if asked.new_tokens else ""
-    console.print(
-        Text.assemble(
-            (found.model, "bold cyan"), f" on {show(dict(asked.mesh))} ({devices}), {work}"
-        )
-    )
-    console.print(_held(found))
+    mesh = show(dict(asked.mesh))
+    console.print(Text.assemble((found.model, "bold cyan"), f" on {mesh} ({devices}), {work}"))
+    held = plain_table(2, show_footer=True)
+    held.add_column("what", "together", style="bold cyan", no_wrap=True)
+    held.add_column("whole", gigabytes(found.total), justify="right", no_wrap=True)
+    each = Text(gigabytes(found.per_device), "bold")
+    held.add_column("each device", each, justify="right", no_wrap=True)
+    held.add_column("", overflow="fold", style="dim")
+    for part in found.parts:
+        numbers = gigabytes(part.total), gigabytes(part.per_device)
+        held.add_row(part.name, *numbers, Text(part.detail))
+    console.print(held)
     console.print(_fits(found))
     for note in found.notes:
         console.print(Text.assemble(("Note: ", "bold yellow"), note))
-    console.print(
-        Text(
-            "GB are 10⁹ bytes. The workspace is an estimate; everything else is counted, byte by "
-            "byte, from shapes.",
-            "dim",
-        )
-    )
-
-
-def _held(found: Plan) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0), show_footer=True)
-    table.add_column("what", "together", style="bold cyan", no_wrap=True)
-    table.add_column("whole", gigabytes(found.total), justify="right", no_wrap=True)
-    each = Text(gigabytes(found.per_device), "bold")
-    table.add_column("each device", each, justify="right", no_wrap=True)
-    table.add_column("", overflow="fold", style="dim")
-    for part in found.parts:
-        numbers = gigabytes(part.total), gigabytes(part.per_device)
-        table.add_row(part.name, *numbers, Text(part.detail))
-    return table
+    console.print(Text(LEGEND, "dim"))
 
 
 def _fits(found: Plan) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
+    table = plain_table(2)
     table.add_column("fits on a", style="bold cyan", no_wrap=True)
     for name in ("memory", "usable", "needed"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -167,8 +149,6 @@ def _fits(found: Plan) -> Table:
         lines = [
             Text.assemble((one.option, "yellow"), f" → {gigabytes(one.needed)} ({one.meaning})")
             for one in verdict.suggestions
-        ]
-        if not verdict.fits and not lines:
-            lines = [Text("nothing that was tried", "dim")]
+        ] or [Text("" if verdict.fits else "nothing that was tried", "dim")]
         table.add_row(verdict.device, *sizes, mark, Text("\n").join(lines))
     return table

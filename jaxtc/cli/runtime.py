@@ -8,16 +8,23 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from platformdirs import user_cache_path
 from rich.console import Console
 from rich.status import Status
+from rich.table import Table, box
 from rich.text import Text
 
 
+def plain_table(gap: int = 1, **options: Any) -> Table:
+    """A table with a rule under its headings and nothing else drawn."""
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, gap, 0, 0), **options)
+
+
 class Progress:
-    """Says what is being done: on a spinner when there is one, in a line a step otherwise."""
+    """Shows the current step: on a spinner when there is one, else one line per step."""
 
     def __init__(self, console: Console, status: Status | None = None):
         self._console, self._status, self._step = console, status, ""
@@ -96,11 +103,12 @@ def make_private(folder: Path) -> str | None:
         folder.mkdir(exist_ok=True, mode=0o700)
         if not hasattr(os, "getuid"):
             return None
+        me = os.getuid()
         for place in (folder, *folder.resolve().parents):
             seen = place.lstat()
             if stat.S_ISLNK(seen.st_mode):
                 return f"{place} is a link"
-            if seen.st_uid not in (os.getuid(), 0) or (place == folder and not _mine(seen)):
+            if seen.st_uid not in ((me,) if place == folder else (me, 0)):
                 return f"{place} belongs to another user"
             # In a sticky folder such as /tmp only its owner can replace a file.
             if seen.st_mode & 0o022 and (place == folder or not seen.st_mode & stat.S_ISVTX):
@@ -110,7 +118,3 @@ def make_private(folder: Path) -> str | None:
     except OSError as error:
         return f"{folder} cannot be used ({error.strerror})"
     return None
-
-
-def _mine(seen: os.stat_result) -> bool:
-    return seen.st_uid == os.getuid()

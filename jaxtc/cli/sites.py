@@ -1,10 +1,10 @@
 """``jaxtc sites``: the table of sites, with the shapes of a model."""
 
 from rich.console import Console
-from rich.table import Table, box
 from rich.text import Text
 
 from jaxtc.cli.options import STDOUT, OnlyJson, option, write_json
+from jaxtc.cli.runtime import plain_table
 from jaxtc.model.config import Gemma2Config
 from jaxtc.tap.sites import SITES, Site
 from jaxtc.weights.sources.released import load_config
@@ -24,7 +24,7 @@ def command(
 
 def _row(site: Site, config: Gemma2Config) -> dict:
     refused = dict(site.unlike)
-    names = {"hf": site.hf, "tl": site.tl}
+    aliases, names = site.aliases("N"), {"hf": site.hf, "tl": site.tl}
     return {
         "site": site.name,
         "address": f"layers.N.{site.name}" if site.per_layer else site.name,
@@ -33,15 +33,15 @@ def _row(site: Site, config: Gemma2Config) -> dict:
         "shape": site.shape(config.sizes),
         "dtype": "float32" if site.float32 else "that of the weights",
         "meaning": site.meaning,
-        "hf": site.aliases("N").get("hf"),
-        "transformer_lens": site.aliases("N").get("tl"),
+        "hf": aliases.get("hf"),
+        "transformer_lens": aliases.get("tl"),
         "refused": {library: refused[name] for library, name in names.items() if name in refused},
     }
 
 
 def _draw(console: Console, config: Gemma2Config, model: str) -> None:
     """Two lines a site: what it is, and what others call it."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = plain_table()
     table.add_column("site", style="bold cyan", no_wrap=True)
     table.add_column("axes", no_wrap=True)
     table.add_column("shape", no_wrap=True)

@@ -1,4 +1,4 @@
-"""The one account of a run's memory, from shapes alone: what is kept, and the widest arrays of it.
+"""The memory of a run, from shapes alone: what is kept, and the widest arrays on the way.
 
 Axis letters: B batch, T tokens, W tokens padded up to a bucket, L layers, N heads, F MLP width, V
 vocabulary, M transcoder features.
@@ -23,15 +23,7 @@ from jaxtc.tap.sites import BY_NAME, Address, parse
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """The sizes that a run's arrays depend on.
-
-    Attributes:
-        config: of the model.
-        dtype: of its weights.
-        batch: B.
-        length: T.
-        width: W.
-    """
+    """What the sizes of a run's arrays depend on: the model, the weights' dtype, and B, T, W."""
 
     config: Gemma2Config
     dtype: Any
@@ -40,7 +32,7 @@ class Size:
     width: int
 
     def array(self, site: str, tokens: int) -> jax.ShapeDtypeStruct:
-        """The array of a site, of so many tokens."""
+        """The array of a site for this many tokens."""
         row = BY_NAME[site]
         sizes = {**self.config.sizes, "B": self.batch, "T": tokens, "S": tokens, "1": 1}
         shape = tuple(sizes[letter] for letter in row.axes.split())
@@ -52,10 +44,9 @@ class Size:
         return self.batch * rows * self.config.vocab_size * 4
 
     def widest(self, features: int = 0) -> dict[str, tuple[int, tuple[str, ...]]]:
-        """Bytes and logical axes of the arrays that a pass makes on its way, by what they are of.
+        """Bytes and logical axes of a pass's largest intermediates, by what they hold.
 
-        Args:
-            features: M of the widest transcoder that runs in it.
+        ``features`` is M of the widest transcoder in the pass.
         """
         heads, hidden = (self.array(site, self.width) for site in ("attn_scores", "mlp_act"))
         return {
@@ -65,8 +56,8 @@ class Size:
             "logits": (self.logits("all", self.width), ("batch", "vocab")),
         }
 
-    def checked(self, asked: Asked) -> tuple[Reducer, ...]:
-        """The reducers as runs of unknown prompts of this size take them, as shapes.
+    def checked(self, asked: Asked) -> dict[str, Address | Reducer]:
+        """What is kept, by its key in the result, for unknown prompts of this size.
 
         Raises:
             SiteError, InputError, CapacityError: a reducer that does not fit.
@@ -76,28 +67,29 @@ class Size:
             return asked.checked(self.config, Prompts(ids, ends, None, self.length))
 
         # Traced, so that positions are not looked up in the prompts.
-        return jax.eval_shape(check, *self._ids())
+        return parts_of(asked, jax.eval_shape(check, *self._ids))
 
     def kept(self, part: Address | Reducer, cut: bool) -> Any:
         """Shapes of what is kept of an address or by a checked reducer: T tokens, or all W."""
         if isinstance(part, Address):
             return self.array(part.site, self.length if cut else self.width)
         site, layer = parse(part.address)
-        layer = 0 if part.every_layer else layer
 
         def reduce(reducer, x, positions, ends):
             def read(name):
                 other = self.array(name, self.width)
                 return jnp.zeros(other.shape, other.dtype)
 
-            kept = reducer.reduce(x, Context(BY_NAME[site], layer, positions, ends, read))
+            context = Context(BY_NAME[site], layer or 0, positions, ends, read)
+            kept = reducer.reduce(x, context)
             if reducer.every_layer:
                 stacked = self.config.num_hidden_layers
                 kept = jax.tree.map(lambda x: jnp.broadcast_to(x, (stacked, *x.shape)), kept)
             return reducer.cut(kept, self.length) if cut else kept
 
-        return jax.eval_shape(reduce, part, self.array(site, self.width), *self._ids())
+        return jax.eval_shape(reduce, part, self.array(site, self.width), *self._ids)
 
+    @property
     def _ids(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """Shapes of ids (or positions) and lengths."""
         shapes = (self.batch, self.width), (self.batch,)
@@ -105,16 +97,15 @@ class Size:
 
 
 def parts_of(asked: Asked, reducers: Sequence[Reducer]) -> dict[str, Address | Reducer]:
-    """What is kept by the name under which a result holds it; reducers as a program takes them."""
+    """What is kept, by its key in the result; ``reducers`` as a program takes them."""
     whole = {str(address): address for address in asked.addresses}
     return whole | dict(zip(asked.names, reducers, strict=True))
 
 
 @functools.lru_cache(maxsize=64)
 def kept_of(asked: Asked, size: Size, cut: bool) -> dict[str, Any]:
-    """Shapes of what captures keep of unknown prompts, by name; see :meth:`Size.kept`."""
-    parts = parts_of(asked, size.checked(asked))
-    return {name: size.kept(part, cut) for name, part in parts.items()}
+    """Shapes of what captures keep of unknown prompts, by key; see :meth:`Size.kept`."""
+    return {name: size.kept(part, cut) for name, part in size.checked(asked).items()}
 
 
 def bytes_of(tree: Any) -> int:

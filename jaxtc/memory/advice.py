@@ -1,15 +1,15 @@
-"""Whether a plan fits an accelerator, and which option would make it fit.
+"""Whether a plan fits an accelerator, and which options would make it fit.
 
 Every suggestion is planned again in full; only those that fit are shown.
 """
 
 import collections
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from itertools import combinations
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from jaxtc.captures.reducers import At
 from jaxtc.captures.request import understand
@@ -18,23 +18,15 @@ from jaxtc.memory.parts import Request
 from jaxtc.sharding.mesh import show
 from jaxtc.sharding.rules import DATA, MODEL, ShardingError
 
-# Suggestions for one accelerator.
-_SHOWN = 3
-# Larger meshes are not searched.
-_MOST_DEVICES = 256
-# Nor are more counts of transcoders.
-_MOST_STEPS = 64
+_SHOWN = 3  # suggestions for one accelerator
+# The largest mesh, and the most counts of transcoders, that are tried.
+_MOST_DEVICES, _MOST_STEPS = 256, 64
 
 
-@dataclasses.dataclass(frozen=True)
-class Accelerator:
-    """One device of a kind.
+class Accelerator(NamedTuple):
+    """One device of a kind; ``memory`` in bytes, as its maker counts them (10⁹ to a GB).
 
-    Attributes:
-        name: as people call it.
-        memory: bytes, as its maker counts them (10⁹ to a GB; 2³⁰ would be up to 7% more).
-        usable: the fraction of it that a plan may fill.
-        raised: the fraction that JAX can be configured to take, otherwise ``usable``.
+    A plan may fill the fraction ``usable`` of it; JAX can be configured to take ``raised``.
     """
 
     name: str
@@ -46,7 +38,7 @@ class Accelerator:
 # Memory: cloud.google.com/tpu/docs/v5e and /v5p ("HBM2 capacity", per chip), and the data sheets of
 # the NVIDIA H100 (SXM) and H200. Fractions: on a GPU JAX takes 75% at its start
 # (docs.jax.dev/en/latest/201/gpu-memory.html), more when XLA_CLIENT_MEM_FRACTION says so; on a TPU
-# it takes all, of which a tenth is left here to the runtime, compiled programs and fragmentation.
+# it takes all, of which a tenth is left to the runtime, compiled programs and fragmentation.
 ACCELERATORS = (
     Accelerator("TPU v5e", 16 * 10**9, 0.9, 0.9),
     Accelerator("TPU v5p", 95 * 10**9, 0.9, 0.9),
@@ -57,13 +49,7 @@ ACCELERATORS = (
 
 @dataclasses.dataclass(frozen=True)
 class Suggestion:
-    """One way to make a plan fit.
-
-    Attributes:
-        option: as ``jaxtc plan`` takes it; several when none alone is enough.
-        meaning: what it changes.
-        needed: bytes of each device then.
-    """
+    """One way to make a plan fit: options of ``jaxtc plan``, what they change, bytes per device."""
 
     option: str
     meaning: str
@@ -72,16 +58,10 @@ class Suggestion:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Whether a plan fits one kind of accelerator. Numbers are bytes.
+    """Whether a plan fits one kind of accelerator; sizes are bytes of one device.
 
-    Attributes:
-        device: its name.
-        memory: of one.
-        usable: how much of it a plan may fill.
-        needed: by the plan, on each.
-        fits: whether it does.
-        suggestions: what would make it fit, the smallest change first; empty when it fits, or when
-            nothing that was tried does.
+    ``suggestions`` come smallest change first; there are none when it fits, or when nothing that
+    was tried does.
     """
 
     device: str
@@ -100,8 +80,7 @@ class Verdict:
         return "; or ".join(found) or "nothing that was tried would fit"
 
 
-@dataclasses.dataclass(frozen=True)
-class _Step:
+class _Step(NamedTuple):
     """One option, at one strength: the fields of the request it changes, spelling and meaning."""
 
     changes: dict[str, Any]
@@ -115,58 +94,46 @@ def judge(asked: Request) -> tuple[Verdict, ...]:
     Raises:
         ShardingError: an axis of the model that the mesh does not divide.
     """
-    needed, verdicts = asked.needed, []
-    kinds = None
+    needed, verdicts, kinds = asked.needed, [], None
     for device in ACCELERATORS:
-        usable = int(device.memory * device.usable)
+        usable, found = int(device.memory * device.usable), []
         fits = needed <= usable
-        kinds = kinds if fits or kinds else list(_kinds(asked))
-        found = () if fits else tuple(suggest(asked, kinds, device))
-        verdicts.append(Verdict(device.name, device.memory, usable, needed, fits, found))
+        if not fits:
+            kinds = kinds or [*_kinds(asked)]
+            if needed <= int(device.memory * device.raised):
+                option = f"XLA_CLIENT_MEM_FRACTION={device.raised:g}"
+                meaning = f"lets JAX take {device.raised:.0%} of the GPU, not {device.usable:.0%}"
+                found = [Suggestion(option, meaning, needed)]
+            found = _suggestions(asked, kinds, usable, found)
+        verdicts.append(Verdict(device.name, device.memory, usable, needed, fits, tuple(found)))
     return tuple(verdicts)
 
 
-def suggest(
-    asked: Request, kinds: Sequence[list["_Step"]], device: Accelerator
+def _suggestions(
+    asked: Request, kinds: Sequence[list[_Step]], usable: int, found: list[Suggestion]
 ) -> list[Suggestion]:
-    """The smallest changes that make a plan fit a device: one option each where one is enough.
+    """``found``, then the smallest changes that make a plan fit: one option each if one is enough.
 
     Smaller means, in this order: the same numbers from the same devices, arranged otherwise or
     called more often; less kept; fewer bits; fewer transcoders at a time; more devices.
-
-    Args:
-        asked: what does not fit.
-        kinds: each kind of change at each strength, the smallest first; the last is more devices.
-        device: to fit.
     """
-    found = []
-    raised = int(device.memory * device.raised)
-    if asked.needed <= raised:
-        option = f"XLA_CLIENT_MEM_FRACTION={device.raised:g}"
-        meaning = f"lets JAX take {device.raised:.0%} of the GPU in place of {device.usable:.0%}"
-        found.append(Suggestion(option, meaning, asked.needed))
-    usable = int(device.memory * device.usable)
     *kinds, devices = kinds
-    more = _mildest(asked, [devices], usable) if devices else None
-    kinds = [steps for steps in kinds if steps]
-    for count in range(1, len(kinds) + 1):
-        alone = filter(None, (_mildest(asked, g, usable) for g in combinations(kinds, count)))
-        found += itertools.islice(alone, _SHOWN - len(found) - (more is not None))
+    fit = functools.partial(_mildest, asked, usable)
+    groups = [[*itertools.combinations(kinds, n)] for n in range(1, len(kinds) + 1)]
+    more = [*filter(None, [fit([devices])])]
+    for same_size in groups:
+        fitting = filter(None, map(fit, same_size))
+        found = [*found, *itertools.islice(fitting, _SHOWN - len(found) - len(more))]
         if found:
             break
-    found += [more] if more else []
-    if not found and devices:
-        groups = (g for n in range(1, len(kinds) + 1) for g in combinations(kinds, n))
-        tried = (_mildest(asked, (devices, *group), usable) for group in groups)
-        found += itertools.islice(filter(None, tried), 1)
-    return found
+    last = (fit([devices, *group]) for group in itertools.chain(*groups))
+    return [*found, *more] or [*itertools.islice(filter(None, last), 1)]
 
 
-def _mildest(asked: Request, group: Sequence[list[_Step]], usable: int) -> Suggestion | None:
+def _mildest(asked: Request, usable: int, group: Sequence[list[_Step]]) -> Suggestion | None:
     """The mildest steps of these kinds that fit together, None when none do."""
 
-    def taken(levels: Sequence[int]) -> Suggestion | None:
-        steps = [steps[level] for steps, level in zip(group, levels, strict=True)]
+    def taken(steps: Sequence[_Step]) -> Suggestion | None:
         changes = {name: value for step in steps for name, value in step.changes.items()}
         needed = _needed(dataclasses.replace(asked, **changes))
         if needed is None or needed > usable:
@@ -174,13 +141,16 @@ def _mildest(asked: Request, group: Sequence[list[_Step]], usable: int) -> Sugge
         option = " ".join(step.option for step in steps)
         return Suggestion(option, "; ".join(step.meaning for step in steps), needed)
 
+    if not all(group):
+        return None
     # All but meshes, of which each is another trade, only ever take less from step to step.
-    ends = [range(len(s)) if "mesh" in s[0].changes else [len(s) - 1] for s in group]
+    ends = [steps if "mesh" in steps[0].changes else steps[-1:] for steps in group]
     if not any(map(taken, itertools.product(*ends))):
         return None
-    every = itertools.product(*(range(len(steps)) for steps in group))
-    tried = map(taken, sorted(every, key=lambda levels: (sum(levels), levels)))
-    return next(filter(None, tried))
+    levels = itertools.product(*(range(len(steps)) for steps in group))
+    ordered = sorted(levels, key=lambda chosen: (sum(chosen), chosen))
+    tried = ([s[level] for s, level in zip(group, chosen, strict=True)] for chosen in ordered)
+    return next(filter(None, map(taken, tried)))
 
 
 def _needed(asked: Request) -> int | None:
@@ -193,20 +163,14 @@ def _needed(asked: Request) -> int | None:
 
 def _kinds(asked: Request) -> Iterator[list[_Step]]:
     """Each kind of change at each strength, the mildest first; the last is more devices."""
-
-    def meshes(wanted: Callable[[int], bool], meaning: str) -> list[_Step]:
-        found = sorted(_meshes(asked), key=lambda mesh: (math.prod(mesh), mesh))
-        sizes = [{DATA: data, MODEL: model} for data, model in found if wanted(data * model)]
-        return [
-            _Step(
-                {"mesh": tuple(mesh.items())},
-                f"--mesh {show(mesh)}",
-                meaning.format(math.prod(mesh.values())),
-            )
-            for mesh in sizes
-        ]
-
-    yield meshes(lambda count: count == asked.devices, "the same devices")
+    same, more, layers = [], [], asked.transcoders
+    for data, model in _meshes(asked):
+        mesh, count = {DATA: data, MODEL: model}, data * model
+        into, meaning = same, "the same devices"
+        if count > asked.devices:
+            into, meaning = more, f"{count} devices in place of {asked.devices}"
+        into.append(_Step({"mesh": tuple(mesh.items())}, f"--mesh {show(mesh)}", meaning))
+    yield same
     fewer = "fewer prompts a call, in more calls"
     yield [_Step({"batch": size}, f"--batch {size}", fewer) for size in _halves(asked.batch)]
     if asked.logits == "all":
@@ -214,49 +178,38 @@ def _kinds(asked: Request) -> Iterator[list[_Step]]:
         yield [_Step({"logits": "last"}, "--logits last", meaning)]
     if asked.asked.addresses and not asked.new_tokens:
         yield [_last_tokens(asked)]
-    for field, option, held, meaning in (
-        ("transcoder_dtype", "--transcoder-dtype", asked.transcoders,
-         "transcoders with 8 bits of mantissa in place of 24"),
-        ("dtype", "--dtype", True, "weights as they were released"),
-    ):  # fmt: skip
-        if held and getattr(asked, field) == "float32":
-            yield [_Step({field: "bfloat16"}, f"{option} bfloat16", meaning)]
-    layers = asked.transcoders
-    # One by one in every model that there is.
-    step = -(-len(layers) // _MOST_STEPS) or 1
+    if layers and asked.transcoder_dtype == "float32":
+        meaning = "transcoders with 8 bits of mantissa in place of 24"
+        yield [_Step({"transcoder_dtype": "bfloat16"}, "--transcoder-dtype bfloat16", meaning)]
+    if asked.dtype == "float32":
+        yield [_Step({"dtype": "bfloat16"}, "--dtype bfloat16", "weights as they were released")]
+    # One by one in every released model.
+    counts = range(len(layers) - 1, 0, -len(layers) // _MOST_STEPS or -1)
     yield [
         _Step(
             {"transcoders": layers[:count]},
             f"--transcoders {_spelled(layers[:count])}",
             f"{count} transcoders at a time",
         )
-        for count in range(len(layers) - 1, 0, -step)
+        for count in counts
     ]
-    more = f"{{}} devices in place of {asked.devices}"
-    yield meshes(lambda count: count > asked.devices, more)
+    yield more
 
 
-def _meshes(asked: Request) -> Iterator[tuple[int, int]]:
+def _meshes(asked: Request) -> list[tuple[int, int]]:
     """(data, model) of every other mesh that has no fewer devices and divides the model."""
-    sizes = dict(asked.mesh)
+    sizes, batch = dict(asked.mesh), asked.batch
     now = sizes.get(DATA, 1), sizes.get(MODEL, 1)
-    most = min(asked.batch, _MOST_DEVICES)
-    rows = {n for n in range(1, most + 1) if asked.batch % n == 0} | {now[0]}
-    for model in divisors(asked):
-        for data in rows:
-            enough = asked.devices <= data * model <= _MOST_DEVICES
-            if enough and (data, model) != now:
-                yield data, model
+    rows = {n for n in range(1, min(batch, _MOST_DEVICES) + 1) if batch % n == 0} | {now[0]}
+    found = {(data, model) for model in divisors(asked) for data in rows} - {now}
+    found = {mesh for mesh in found if asked.devices <= math.prod(mesh) <= _MOST_DEVICES}
+    return sorted(found, key=lambda mesh: (math.prod(mesh), mesh))
 
 
 def divisors(asked: Request) -> list[int]:
     """Sizes of the mesh axis "model" that divide everything the rules put on it."""
-    found = []
-    for size in range(1, min(asked.config.num_attention_heads, _MOST_DEVICES) + 1):
-        mesh = ((DATA, 1), (MODEL, size))
-        if _needed(dataclasses.replace(asked, mesh=mesh)) is not None:
-            found.append(size)
-    return found
+    sizes = range(1, min(asked.config.num_attention_heads, _MOST_DEVICES) + 1)
+    return [n for n in sizes if _needed(dataclasses.replace(asked, mesh=((MODEL, n),))) is not None]
 
 
 def _halves(count: int) -> Iterator[int]:

@@ -11,21 +11,17 @@ _PROC, _CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def available(device: jax.Device | None = None) -> int | None:
-    """Bytes that can still be allocated, or None where that is unknown.
+    """Bytes that can still be allocated on ``device`` (the first local one), None where unknown.
 
     On an accelerator, what its allocator may still take. On the CPU, what the machine has free or
     can free, within the limits of the control groups (containers, batch systems) of this process.
     Outside Linux only the machine's whole memory is known, an upper bound.
-
-    Args:
-        device: the first one of this process by default.
     """
     device = device or jax.local_devices()[0]
     if device.platform != "cpu":
         stats = device.memory_stats() or {}
-        if "bytes_limit" not in stats:
-            return None
-        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+        limit = stats.get("bytes_limit")
+        return None if limit is None else limit - stats.get("bytes_in_use", 0)
     free = [_machine(), *_control_groups()]
     return min((count for count in free if count is not None), default=None)
 
@@ -58,7 +54,7 @@ def _control_groups() -> Iterator[int]:
         place = root / path.lstrip("/")
         while place.is_relative_to(root):
             most, used = _number(place / limit), _number(place / usage)
-            # The older interface has no word for "no limit" but a number beyond any machine.
+            # The older interface writes "no limit" as a number beyond any machine.
             if most is not None and used is not None and most < 2**60:
                 stat = "\n".join(_lines(place / "memory.stat"))
                 cache = re.findall(rf"^{prefix}(?:in)?active_file (\d+)$", stat, re.MULTILINE)

@@ -3,19 +3,22 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxtc.captures.base import Reducer
 from jaxtc.captures.reducers import Features
 from jaxtc.captures.request import Captures, check_logits, understand
+from jaxtc.edits.base import Edit
 from jaxtc.edits.features import Splice
 from jaxtc.errors import CapacityError, InputError
 from jaxtc.helpers import gigabytes, is_whole
 from jaxtc.memory.account import Size, bytes_of, parts_of
 from jaxtc.memory.available import available
+from jaxtc.memory.parts import count_parameters
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import bucket, prepare
@@ -32,16 +35,14 @@ def check_fits(bytes_needed: int, what: str, devices: Collection[jax.Device] | N
         bytes_needed: at least, over all devices.
         what: what needs them, for the message: "What this run keeps".
         devices: where, such as those of the weights; arrays are assumed to be spread evenly over
-            several. The first one of this process by default.
+            them. The first one of this process by default.
 
     Raises:
         CapacityError: less than that is available.
     """
-    if bytes_needed < _SMALL:
-        return
     devices = devices or jax.local_devices()[:1]
     mine = [device for device in devices if device.process_index == jax.process_index()]
-    free = available(mine[0]) if mine else None
+    free = available(mine[0]) if mine and bytes_needed >= _SMALL else None
     if free is None:
         return
     # Devices of other processes cannot be asked; those of one CPU share its memory.
@@ -68,11 +69,9 @@ class Estimate:
         shapes: what is kept, by its key in ``result.activations``: arrays' shapes and dtypes.
         logits: of the returned logits.
         weights: of the model, already allocated once it is loaded.
-        workspace: of the largest intermediate array of one layer (scores, the MLP's hidden
-            layer, a transcoder's features, or logits that are not returned); the compiled program
-            holds some more.
-        padding: of what the program returns, until it is cut to the prompts' length; 0 where
-            that fills its bucket.
+        workspace: of the largest intermediate array (scores, the MLP's hidden layer, a transcoder's
+            features, or logits that are not returned); the compiled program holds some more.
+        padding: of what the program returns, until it is cut to the prompts' length.
     """
 
     shapes: Mapping[str, Any]
@@ -120,33 +119,34 @@ def estimate(
         model: a model, an abstract one (``Gemma2.abstract(config, dtype)``), or a config, which
             stands for a model in float32.
         tokens: as ``run`` takes them; or a tuple (B, T), for any prompts of that size.
-        lengths: as ``run`` takes them.
-        capture: as ``run`` takes it: addresses, reducers, or a dict of them.
-        logits: "all", "last" or None.
-        edits: as ``run`` takes them; those that need logits or features count.
+        lengths, capture, logits, edits: as ``run`` takes them.
 
     Raises:
-        InputError: prompts, a capture or a reducer that ``run`` would refuse.
-        SiteError: an address that names nothing here.
+        InputError, SiteError: as ``run``.
     """
-    config = model if isinstance(model, Gemma2Config) else model.config
+    if isinstance(model, Gemma2Config):
+        config, dtype, weights = model, np.dtype(np.float32), 4 * count_parameters(model)
+    else:
+        config, dtype, weights = model.config, model.dtype, bytes_of(model)
     check_logits(logits)
     asked = understand(capture, config.num_hidden_layers)
     by_site = sorted(asked.addresses, key=lambda address: ORDER[address.site])
     asked = dataclasses.replace(asked, addresses=tuple(by_site))
-    model = _abstract(config) if model is config else model
     if isinstance(tokens, tuple):
-        batch, length = _shape(tokens)
-        size = Size(config, model.dtype, batch, length, bucket(length))
-        reducers = size.checked(asked)
+        if len(tokens) != 2 or not all(is_whole(n, 1) for n in tokens):
+            raise InputError(
+                f"A size is a tuple (B, T) of prompts and tokens, got {tokens!r}; token ids are "
+                "given as lists or arrays."
+            )
+        batch, length = map(int, tokens)
+        size = Size(config, dtype, batch, length, bucket(length))
+        parts = size.checked(asked)
     else:
         prompts = prepare(tokens, config, lengths)
-        size = Size(
-            config, model.dtype, len(prompts.tokens), prompts.length, prompts.tokens.shape[1]
-        )
-        reducers = asked.checked(config, prompts)
-    parts = parts_of(asked, reducers)
-    return _measure(size, parts, logits, _beyond(reducers, edits), bytes_of(model))
+        batch, width = prompts.tokens.shape
+        size = Size(config, dtype, batch, prompts.length, width)
+        parts = parts_of(asked, asked.checked(config, prompts))
+    return _measure(size, parts, logits, _beyond(parts.values(), edits), weights)
 
 
 def check_run(
@@ -165,30 +165,25 @@ def check_run(
         leaves: the model's arrays, for their dtype and devices; may be traced.
         shape: (B, T, W).
         captures: resolved addresses.
-        reducers: as :meth:`jaxtc.reducers.Reducer.checked` gives them.
-        logits: "all", "last" or None.
-        edits: as given to the run.
+        reducers: checked.
+        logits, edits: as given to the run.
 
     Raises:
         CapacityError: less than :attr:`Estimate.needed` is available.
     """
     data, structure = jax.tree.flatten(tuple(reducers))
-    kinds = map(jax.typeof, data)
-    shapes = tuple((kind.shape, kind.dtype, kind.weak_type) for kind in kinds)
     size = Size(config, leaves[0].dtype, *shape)
-    total = _needed(size, captures, structure, shapes, logits, _beyond(reducers, edits))
+    beyond = _beyond((*captures, *reducers), edits)
+    total = _needed(size, captures, structure, tuple(map(jax.typeof, data)), logits, beyond)
     if total >= _SMALL:
         traced = isinstance(leaves[0], jax.core.Tracer)
         check_fits(total, "What this run keeps", None if traced else leaves[0].devices())
 
 
 @functools.lru_cache(maxsize=256)
-def _needed(size, captures, structure, shapes, logits, beyond) -> int:
-    reducers = structure.unflatten(
-        [jax.ShapeDtypeStruct(shape, dtype, weak_type=weak) for shape, dtype, weak in shapes]
-    )
-    parts = {str(index): part for index, part in enumerate((*captures, *reducers))}
-    return _measure(size, parts, logits, beyond, 0).needed
+def _needed(size, captures, structure, avals, logits, beyond) -> int:
+    parts = (*captures, *structure.unflatten(avals))
+    return _measure(size, dict(enumerate(parts)), logits, beyond, 0).needed
 
 
 def _measure(size: Size, parts: dict[str, Any], logits, beyond, weights: int) -> Estimate:
@@ -200,39 +195,20 @@ def _measure(size: Size, parts: dict[str, Any], logits, beyond, weights: int) ->
         padding += sum(bytes_of(size.kept(part, cut=False)) for part in parts.values())
     all_logits, features = beyond
     widest = size.widest(features)
-    all_logits |= any(address in parts.values() for address in map(Address, LOGITS))
     if logits == "all" or not all_logits:
         del widest["logits"]
     work = max(total for total, _ in widest.values())
     return Estimate(shapes, size.logits(logits, size.length), weights, work, padding)
 
 
-def _beyond(reducers: Sequence[Reducer], edits: Sequence[Any]) -> tuple[bool, int]:
+def _beyond(parts: Iterable[Address | Reducer], edits: Sequence[Edit]) -> tuple[bool, int]:
     """Whether all logits are made for these, and the features of their widest transcoder."""
-    whole = any(
-        site in LOGITS for site in [*(r.site.name for r in reducers), *(e.site for e in edits)]
-    )
-    widest = 0
-    for part in (*reducers, *edits):
-        if isinstance(part, Features | Splice):  # edits of single features need no other
-            held = part.transcoder
-            for item in held.values() if isinstance(held, Mapping) else [held]:
-                widest = max(widest, item.features)
-    return whole, widest
-
-
-@functools.lru_cache(maxsize=8)
-def _abstract(config: Gemma2Config) -> Gemma2:
-    return Gemma2.abstract(config)
-
-
-def _shape(given: tuple) -> tuple[int, int]:
-    if len(given) != 2 or not all(is_whole(size, 1) for size in given):
-        raise InputError(
-            f"A size is a tuple (B, T) of prompts and tokens, got {given!r}; token ids are given "
-            "as lists or arrays."
-        )
-    return int(given[0]), int(given[1])
+    both = [*parts, *edits]
+    sites = [part.site.name if isinstance(part, Reducer) else part.site for part in both]
+    # Edits of single features compute only those.
+    held = [part.transcoder for part in both if isinstance(part, Features | Splice)]
+    each = [item for one in held for item in (one.values() if isinstance(one, Mapping) else [one])]
+    return any(site in LOGITS for site in sites), max((item.features for item in each), default=0)
 
 
 def _grouped(shapes: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:

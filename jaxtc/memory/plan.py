@@ -1,8 +1,4 @@
-"""What each device of a mesh will hold, from shapes alone: nothing is loaded, nothing allocated.
-
-Axis letters: B batch, T tokens, W tokens with the padding up to a bucket, S cache slots, D hidden,
-N heads, K key/value heads, H head dim, F MLP width, V vocabulary, M transcoder features.
-"""
+"""What each device of a mesh will hold, from shapes alone: nothing is loaded, nothing allocated."""
 
 import dataclasses
 import operator
@@ -14,7 +10,7 @@ import jax
 
 from jaxtc.captures.request import Captures, check_logits, check_per_token, understand
 from jaxtc.errors import InputError, did_you_mean
-from jaxtc.helpers import gigabytes, is_whole, whole_number
+from jaxtc.helpers import for_json, gigabytes, is_whole, whole_number
 from jaxtc.memory.advice import Verdict, divisors, judge
 from jaxtc.memory.parts import Part, Request
 from jaxtc.model.config import Gemma2Config
@@ -26,10 +22,8 @@ from jaxtc.weights.files.layout import DEFAULT_WIDTH
 from jaxtc.weights.sources.released import load_config
 
 # Gemma Scope's names of widths are powers of two.
-WIDTHS = {
-    "16k": 2**14, "32k": 2**15, "65k": 2**16, "131k": 2**17, "262k": 2**18, "524k": 2**19,
-    "1m": 2**20,
-}  # fmt: skip
+_NAMES = "16k", "32k", "65k", "131k", "262k", "524k", "1m"
+WIDTHS = {name: 2**power for power, name in enumerate(_NAMES, 14)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +31,11 @@ class Plan:
     """What :func:`plan` found; ``print`` it for a table.
 
     Attributes:
-        model: the name it was asked for by.
+        model: the name that was given.
         request: what is planned.
         parts: what each device holds, a line each.
         verdicts: for each accelerator, whether that fits, and what would make it fit.
-        notes: what the mesh makes of this model, a sentence each.
+        notes: what the mesh means for this model, a sentence each.
     """
 
     model: str
@@ -61,14 +55,12 @@ class Plan:
         return sum(part.total for part in self.parts)
 
     def __getitem__(self, name: str) -> Part:
-        found = {part.name: part for part in self.parts}
-        return found.get(name) or Part(name, 0, 0, "")
+        return {part.name: part for part in self.parts}.get(name) or Part(name, 0, 0, "")
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON has it; numbers are bytes."""
         asked = self.request
-        fields = {field.name: getattr(asked, field.name) for field in dataclasses.fields(asked)}
-        del fields["config"], fields["asked"]
+        fields = {k: v for k, v in vars(asked).items() if k not in ("config", "asked")}
         return {
             "model": self.model,
             **fields,
@@ -77,13 +69,11 @@ class Plan:
             "transcoders": list(asked.transcoders),
             "devices": asked.devices,
             "capture": [*map(str, asked.asked.addresses), *asked.asked.names],
-            "parts": [dataclasses.asdict(part) for part in self.parts],
+            "parts": [*map(dataclasses.asdict, self.parts)],
             "per_device": self.per_device,
             "total": self.total,
-            "fits": [
-                {**dataclasses.asdict(v), "suggestions": [*map(dataclasses.asdict, v.suggestions)]}
-                for v in self.verdicts
-            ],
+            # Tuples as lists, so that this equals what was written and read again.
+            "fits": for_json([*map(dataclasses.asdict, self.verdicts)]),
             "notes": list(self.notes),
         }
 
@@ -118,24 +108,22 @@ def plan(
     counted, nor are a sweep's variants, which are as many rows more.
 
     Args:
-        model: a config, or a source as :func:`jaxtc.weights.sources.released.load_config` takes it.
+        model: "2b", "9b", "27b", a hub id, a folder, "embedded", or a config.
         mesh: "data=2,model=4", the sizes by name, or a mesh.
         rules: logical axes to mesh axes.
         dtype: of the weights.
         batch: B, prompts of a call.
         length: T, tokens of the longest prompt; by default 1024, or what the context has room for.
-        new_tokens: to plan a :func:`jaxtc.generate` of so many, with its cache; 0 plans a
-            :func:`jaxtc.run`.
+        new_tokens: to plan a :func:`jaxtc.generate`, with its cache; 0 plans a :func:`jaxtc.run`.
         capture: as :func:`jaxtc.run` takes it.
-        logits: "all", "last" or None, as :func:`jaxtc.run` has them, and by default "all"; of a
-            generation there are none.
+        logits: as :func:`jaxtc.run` takes it; a generation returns none.
         transcoders: of which layers, or "all".
         width: M, features of each, or Gemma Scope's name of it, such as "16k".
         transcoder_dtype: of their parameters.
         skip: whether they have a skip connection.
 
     Raises:
-        ShardingError: no mesh, or an axis of the model that it does not divide.
+        ShardingError: a malformed mesh, or one that does not divide an axis of the model.
         InputError: sizes that no call could have.
         SourceError, ConfigError, SiteError, WeightsError: as the functions that would be called.
     """
@@ -148,7 +136,7 @@ def plan(
     length = whole_number("length", length, 1)
     if length + new_tokens > config.max_position_embeddings:
         raise InputError(
-            f"{length} tokens and {new_tokens} new ones are more than this model's context of "
+            f"{length} tokens and {new_tokens} new ones exceed this model's context of "
             f"{config.max_position_embeddings}."
         )
     if logits == "unset":
@@ -173,7 +161,7 @@ def features_of(width: str | int) -> int:
     """M of a width: ``"16k"`` is 16384.
 
     Raises:
-        InputError: no width.
+        InputError: neither a name nor a positive number.
     """
     if isinstance(width, str):
         found = WIDTHS.get(width.lower()) or (int(width) if re.fullmatch(r"\d{1,9}", width) else 0)
@@ -189,10 +177,9 @@ def features_of(width: str | int) -> int:
 
 def _layers(given: str | Iterable[int], count: int) -> tuple[int, ...]:
     """The layers that have a transcoder."""
-    if isinstance(given, str) and given == "all":
-        return tuple(range(count))
+    everywhere = isinstance(given, str) and given == "all"
     try:
-        layers = [operator.index(layer) for layer in given]
+        layers = range(count) if everywhere else [*map(operator.index, given)]
     except TypeError:  # letters of another word, too
         raise InputError(
             f"transcoders is {given!r}, expected 'all' or numbers of layers."
@@ -205,20 +192,16 @@ def _checked(asked: Request) -> tuple[Part, ...]:
     try:
         return asked.parts()
     except ShardingError as error:
-        good = divisors(asked)
-        raise ShardingError(
-            f"{error} With these rules, everything here divides over model="
-            f"{' or '.join(map(str, good))}."
-            if good
-            else str(error)
-        ) from error
+        good = " or ".join(map(str, divisors(asked)))
+        hint = f" With these rules, everything here divides over model={good}." if good else ""
+        raise ShardingError(f"{error}{hint}") from error
 
 
 def _notes(asked: Request) -> Iterator[str]:
-    """What the mesh makes of this model, where that is not the rule."""
-    sizes, config = dict(asked.mesh), asked.config
-    heads, count = config.num_key_value_heads, sizes.get(MODEL, 1)
-    if heads % count and dict(asked.rules).get("kv_heads") == MODEL:
+    """What the mesh means for this model, where that is unusual."""
+    sizes, rules, heads = dict(asked.mesh), dict(asked.rules), asked.config.num_key_value_heads
+    count = sizes.get(MODEL, 1)
+    if heads % count and rules.get("kv_heads") == MODEL:
         yield (
             f"The model has {heads} key/value heads and the mesh {MODEL}={count}: every device "
             "holds their weights and their cache whole."
@@ -226,7 +209,6 @@ def _notes(asked: Request) -> Iterator[str]:
     if asked.batch % sizes.get(DATA, 1):
         prompts = "1 prompt does" if asked.batch == 1 else f"{asked.batch} prompts do"
         yield f"{prompts} not divide over {DATA}={sizes[DATA]}: every device runs all of them."
-    rules = dict(asked.rules)
     whole = [axis for axis, to in RULES.items() if to is not None and rules.get(axis) is None]
     if whole:
         yield f"Held whole by every device, as the rules say: {', '.join(whole)}."

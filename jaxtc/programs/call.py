@@ -106,21 +106,20 @@ class Call:
 
     def on_mesh(self, leaves: Sequence[jax.Array]) -> tuple:
         """:meth:`arguments`, each where the program expects it."""
-        key, _, tokens, lengths, edits, reducers = given = self.arguments(leaves)
+        key, _, *rows, edits, reducers = given = self.arguments(leaves)
         place = key.placement
         if place is None:
             return given
-        rows = place.put_rows(tokens), place.put_rows(lengths)
-        return key, leaves, *rows, *place.put_whole((edits, reducers))
+        return key, leaves, *map(place.put_rows, rows), *place.put_whole((edits, reducers))
 
     def result(self, kept: tuple) -> RunResult:
         """Of what :func:`forward` gave, without the padding up to the bucket."""
-        logits, *record = kept
-        padded = self.prompts.length < self.prompts.tokens.shape[1]
-        layers, length = self.key.config.num_hidden_layers, self.prompts.length
+        (logits, *record), prompts = kept, self.prompts
+        length, layers = prompts.length, self.key.config.num_hidden_layers
+        padded = length < prompts.tokens.shape[1]
         whole = logits if padded and self.key.logits == "all" else None
         found, cut = finish(record, self.asked, self.reducers, layers, length, padded, whole)
-        return RunResult(logits if whole is None else cut, found, self.prompts.lengths, length)
+        return RunResult(logits if whole is None else cut, found, prompts.lengths, length)
 
 
 def forward(key: Key, leaves, tokens, lengths, edits, reducers, resume=None):
@@ -131,8 +130,7 @@ def forward(key: Key, leaves, tokens, lengths, edits, reducers, resume=None):
         leaves: of the model, as :func:`jaxtc.programs.leaves.parameters` gives them.
         tokens: (B, W) ids.
         lengths: (B,).
-        edits: as ``check_edits`` gives them.
-        reducers: as ``Asked.checked`` gives them.
+        edits, reducers: checked.
         resume: see :class:`jaxtc.model.gemma2.Gemma2`.
     """
     model, layers = rebuild(key.config, leaves), key.config.num_hidden_layers

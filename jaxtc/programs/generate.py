@@ -43,8 +43,7 @@ class Generation:
         prompts: the ids of each prompt, without padding.
         tokens: the new ids of each prompt, up to and including its stop token.
         activations: what was captured at the tokens of prompt and continuation, (B, T, ...) as
-            :func:`jaxtc.run` has it. The last token of a row is not among them: nothing follows
-            it, so it is never run.
+            :func:`jaxtc.run` has it, but for the last token of a row, which is never run.
         lengths: (B,) int32, how many of those T tokens are each row's own; the rest is padding.
     """
 
@@ -92,14 +91,13 @@ def generate(
     same ones.
 
     Args:
-        model: from :func:`jaxtc.load_model`.
-        tokens: as for :func:`jaxtc.run`; prompts of one batch may differ in length.
+        model, tokens, lengths, mesh: as for :func:`jaxtc.run`. All processes of a mesh call this
+            alike, and get the same tokens.
         max_new_tokens: how many to add at most; a prompt that stops earlier waits for the others.
-        lengths: as for :func:`jaxtc.run`.
         edits: applied to prompts and new tokens alike, unless their ``position`` is "prompt" or
             "new"; a number counts from the prompt's start, or its end when negative, and may name
             a new token.
-        capture: as for :func:`jaxtc.run`, reducers of each token among it; kept over the prompt
+        capture: as for :func:`jaxtc.run`, but only reducers of each token; kept over the prompt
             and the new tokens.
         temperature: divides the logits; 0 takes the argmax, whatever the other options.
         top_k: sample among the k most likely tokens only.
@@ -110,17 +108,12 @@ def generate(
         stop: id or ids that end a text; the config's ``eos_token_id`` by default, none when empty.
         stream: called with the number of each step and its new ids, as soon as they are known; when
             it returns ``True`` no more follow.
-        mesh: that the model lies on, if it is given at all, see :func:`jaxtc.run`. All processes of
-            the mesh call this alike, and get the same tokens.
 
     Raises:
-        InputError: tokens the model cannot run, or more of them than its context; an option out of
+        InputError: as :func:`jaxtc.run`; more tokens than the model's context; an option out of
             its range.
-        SiteError: a capture that names nothing here.
-        EditError: an edit that does not fit or could never fire.
-        CapacityError: what is captured would not fit in memory.
+        SiteError, EditError, CapacityError, ShardingError: as :func:`jaxtc.run`.
         JaxtcError: the model computed NaN.
-        ShardingError: as :func:`jaxtc.run`.
     """
     config = model.config
     sampling = _sampling(max_new_tokens, temperature, top_k, top_p, seed)
@@ -140,7 +133,7 @@ def generate(
     slots = max(bucket(prompts.length + max_new_tokens), width)
     key = Key(config, asked.addresses, slots, place)
     if asked:
-        size = (batch, key.slots, key.slots)
+        size = batch, slots, slots
         check_run(config, leaves, size, asked.addresses, reducers, None, checked)
 
     rows = (lambda x: x) if place is None else place.put_rows
@@ -153,7 +146,7 @@ def generate(
         places = rows(prompts.lengths + step)
         return _STEP(key, leaves, ids, places, lengths, *state, later, reducers, sampling)
 
-    # A device is not to wait until the host has read its ids, at the price of one step too many
+    # A device should not wait until the host has read its ids, at the cost of one step too many
     # when a text stops. Where the host is the device, nothing waits.
     ahead = not stops or next(iter(leaves[0].devices())).platform != "cpu"
     new: list[list[int]] = [[] for _ in prompts.tokens]
@@ -165,7 +158,7 @@ def generate(
         found = _read(known)
         shown = [int(i) if on else None for i, on in zip(found, running, strict=True)]
         for row, i in zip(new, shown, strict=True):
-            row.extend([] if i is None else [i])
+            row.extend([i] if i is not None else [])
         running &= ~np.isin(found, stops)
         ended = stream is not None and stream(step, shown) is True
         if ended or not running.any():
@@ -176,12 +169,8 @@ def generate(
     activations, _ = recording.finish(state[1], asked, reducers, layers, length)
     texts = np.asarray(prompts.tokens)
     ends = prompts.known_lengths + [len(row) - 1 for row in new]
-    return Generation(
-        [texts[i, :n].tolist() for i, n in enumerate(prompts.known_lengths)],
-        new,
-        activations,
-        ends.astype(np.int32),
-    )
+    given = [texts[i, :n].tolist() for i, n in enumerate(prompts.known_lengths)]
+    return Generation(given, new, activations, ends.astype(np.int32))
 
 
 def _sampling(max_new_tokens, temperature, top_k, top_p, seed) -> tuple:
@@ -192,19 +181,15 @@ def _sampling(max_new_tokens, temperature, top_k, top_p, seed) -> tuple:
             f"temperature is {temperature!r}, expected a number of at least 0: 0 takes the "
             "argmax, 1 samples from the model's own distribution."
         )
-    if top_k is not None:
-        whole_number("top_k", top_k, 1, ", or None for all tokens")
-    if top_p is not None and (not _real(top_p) or not 0 < top_p <= 1):
+    top_k = EVERY if top_k is None else whole_number("top_k", top_k, 1, ", or None for all tokens")
+    top_p = 1 if top_p is None else top_p
+    if not _real(top_p) or not 0 < top_p <= 1:
         raise InputError(
             f"top_p is {top_p!r}, expected a probability above 0 and up to 1, or None for all "
             "tokens."
         )
-    return (
-        _key(seed),
-        np.float32(min(temperature, np.finfo(np.float32).max)),
-        np.int32(EVERY if top_k is None else min(top_k, EVERY)),
-        np.float32(1 if top_p is None else top_p),
-    )
+    temperature = np.float32(min(temperature, np.finfo(np.float32).max))
+    return _key(seed), temperature, np.int32(min(top_k, EVERY)), np.float32(top_p)
 
 
 def _real(value: Any) -> bool:
@@ -216,8 +201,8 @@ def _key(seed: Any) -> jax.Array:
     kind = "threefry2x32"
     if is_whole(seed) and seed < 2**32:
         return jax.random.key(int(seed), impl=kind)
-    keys = isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key)
-    if keys and seed.shape == () and str(jax.random.key_impl(seed)) == kind:
+    one = jax.random.key(0, impl=kind)
+    if isinstance(seed, jax.Array) and (seed.dtype, seed.shape) == (one.dtype, ()):
         return seed
     raise InputError(
         f"seed is {seed!r}, expected a whole number from 0 to {2**32 - 1} or a single "
@@ -228,12 +213,9 @@ def _key(seed: Any) -> jax.Array:
 def _stops(stop: Any, config: Gemma2Config) -> list[int]:
     """The ids that end a text."""
     if stop is None:
-        own = config.eos_token_id
-        return [] if own is None else np.atleast_1d(own).tolist()
+        stop = () if config.eos_token_id is None else config.eos_token_id
     stop = plain(stop)
-    if isinstance(stop, np.ndarray | jax.Array):
-        stop = np.asarray(stop).tolist()
-    ids = [stop] if np.ndim(stop) == 0 else list(stop)
+    ids = np.atleast_1d(np.asarray(stop, object)).tolist()
     if not all(is_whole(i) and i < config.vocab_size for i in ids):
         raise InputError(
             f"stop is {stop!r}, expected token ids, 0 to {config.vocab_size - 1} in this model; an "

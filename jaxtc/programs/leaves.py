@@ -7,10 +7,9 @@ same modules with the same attributes, and reads the arrays where they are now.
 
 import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
-from typing import NamedTuple
 
 import jax
 from flax import nnx
@@ -36,9 +35,8 @@ def parameters(model: Gemma2) -> list[jax.Array]:
     Raises:
         SiteError: the model's structure was changed after it was built.
     """
-    layout = _LAYOUTS.get(model)
-    leaves = None if layout is None else layout.read(model)
-    if leaves is not None:
+    read = _READERS.get(model)
+    if read and (leaves := read(model)) is not None:
         return leaves
     leaves, structure = jax.tree.flatten(model)
     if structure != _structure(model.config):
@@ -46,25 +44,20 @@ def parameters(model: Gemma2) -> list[jax.Array]:
             "The modules of this model were changed after it was built; compiled programs would "
             "ignore that. Use edits (jaxtc.edits) to change what a model computes."
         )
-    layout = _Layout.of(model)
-    read = layout.read(model)
-    if read is not None and len(read) == len(leaves) and all(map(is_, read, leaves)):
-        _LAYOUTS[model] = layout
+    read = _reader(model)
+    found = read(model)
+    if found is not None and len(found) == len(leaves) and all(map(is_, found, leaves)):
+        _READERS[model] = read
     return leaves
 
 
 def placed(
     model: Gemma2, leaves: Sequence[jax.Array], mesh: MeshLike | None = None
 ) -> Placement | None:
-    """Where the model lies, None on a single device.
-
-    Args:
-        model: whose arrays these are.
-        leaves: as :func:`parameters` gives them.
-        mesh: where the user says it is.
+    """Where the model of these :func:`parameters` lies, None on a single device.
 
     Raises:
-        ShardingError: it is not.
+        ShardingError: not on ``mesh``, where the user says it is.
     """
     first = leaves[0]
     if isinstance(first, jax.core.Tracer):
@@ -94,83 +87,54 @@ def _structure(config: Gemma2Config) -> jax.tree_util.PyTreeDef:
     return jax.tree.structure(Gemma2.abstract(config))
 
 
-class _Layout(NamedTuple):
-    """Where a model's arrays stand among the attributes of its modules, laid end to end.
+def _reader(model: Gemma2) -> Callable[[Gemma2], list[jax.Array] | None]:
+    """What reads the arrays of this model as they are now, by where they stood at this moment.
 
-    It keeps no parameter and no array, nor the model itself, which is its key in a weak mapping.
-
-    Attributes:
-        modules: every module but the model, each as often as it is reached.
-        kinds: their types, the model's first.
-        names: of all attributes of the model and the modules.
-        pick: the parameters among these attributes, in the order of ``jax.tree.leaves``.
-        rest: the other attributes.
-        same: what the others were; all of these must still be the same objects.
-        variables: types of the parameters.
-        metadata: of each parameter.
+    It gives None when anything but them was changed. It keeps no parameter and no array, nor the
+    model itself, which is its key in a weak mapping.
     """
+    modules, places = [], []
 
-    modules: tuple[nnx.Module, ...]
-    kinds: list[type]
-    names: list[str]
-    pick: itemgetter
-    rest: itemgetter
-    same: tuple
-    variables: set[type]
-    metadata: list[dict]
+    def walk(module: nnx.Module) -> None:
+        place = len(modules)
+        modules.append(module)
+        # One level of it: an attribute that is data, whatever it is, is a leaf here.
+        paths, _ = jax.tree_util.tree_flatten_with_path(module, lambda x: x is not module)
+        for (key,), child in paths:
+            if isinstance(child, nnx.Variable):
+                places.append((place, str(getattr(key, "name", getattr(key, "idx", None)))))
+            elif isinstance(child, nnx.Module):
+                walk(child)
 
-    @classmethod
-    def of(cls, model: Gemma2) -> "_Layout":
-        modules, places = [], []
+    walk(model)
+    kinds, inner = list(map(type, modules)), tuple(modules[1:])
+    attributes = [(i, name) for i, module in enumerate(modules) for name in vars(module)]
+    names = [name for _, name in attributes]
+    at = {attribute: index for index, attribute in enumerate(attributes)}
+    wanted = [at[place] for place in places]
+    pick, rest = itemgetter(*wanted), itemgetter(*sorted(set(at.values()).difference(wanted)))
+    values = [value for module in modules for value in vars(module).values()]
+    others, variables = rest(values), set(map(type, pick(values)))
+    metadata = [dict(_metadata(parameter)) for parameter in pick(values)]
 
-        def walk(module: nnx.Module) -> None:
-            place = len(modules)
-            modules.append(module)
-            # One level of it: an attribute that is data, whatever it is, is a leaf here.
-            paths, _ = jax.tree_util.tree_flatten_with_path(module, lambda x: x is not module)
-            for (key,), child in paths:
-                if isinstance(child, nnx.Variable):
-                    places.append((place, str(getattr(key, "name", getattr(key, "idx", None)))))
-                elif isinstance(child, nnx.Module):
-                    walk(child)
-
-        walk(model)
-        attributes = [(i, name) for i, module in enumerate(modules) for name in vars(module)]
-        at = {attribute: index for index, attribute in enumerate(attributes)}
-        wanted = [at[place] for place in places]
-        others = sorted(set(at.values()).difference(wanted))
-        values = [value for module in modules for value in vars(module).values()]
-        found = [values[index] for index in wanted]
-        return cls(
-            tuple(modules[1:]),
-            [type(module) for module in modules],
-            [name for _, name in attributes],
-            itemgetter(*wanted),
-            itemgetter(*others),
-            tuple(values[index] for index in others),
-            {type(parameter) for parameter in found},
-            [dict(_metadata(parameter)) for parameter in found],
-        )
-
-    def read(self, model: Gemma2) -> list[jax.Array] | None:
-        """The arrays as they are now; None when anything but them is another than it was."""
-        modules = (model, *self.modules)
-        held = list(map(vars, modules))
-        if list(map(type, modules)) != self.kinds or list(chain.from_iterable(held)) != self.names:
+    def read(model: Gemma2) -> list[jax.Array] | None:
+        now = (model, *inner)
+        held = list(map(vars, now))
+        if list(map(type, now)) != kinds or list(chain.from_iterable(held)) != names:
             return None
         values = list(chain.from_iterable(map(dict.values, held)))
         # By identity: `==` of two parameters compares their arrays.
-        if not all(map(is_, self.rest(values), self.same)):
+        if not all(map(is_, rest(values), others)):
             return None
-        found = self.pick(values)
-        if set(map(type, found)) != self.variables:
-            return None
-        if list(map(_metadata, found)) != self.metadata:
+        found = pick(values)
+        if set(map(type, found)) != variables or list(map(_metadata, found)) != metadata:
             return None
         arrays = list(map(_array, found))
         return arrays if jax.tree_util.all_leaves(arrays) else None
 
+    return read
 
-_LAYOUTS: "weakref.WeakKeyDictionary[Gemma2, _Layout]" = weakref.WeakKeyDictionary()
-# The shardings of a model's arrays, and what they amount to.
+
+# A model's reader; the shardings of its arrays, and what they amount to.
+_READERS: "weakref.WeakKeyDictionary[Gemma2, Callable]" = weakref.WeakKeyDictionary()
 _PLACED: "weakref.WeakKeyDictionary[Gemma2, tuple]" = weakref.WeakKeyDictionary()

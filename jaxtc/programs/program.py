@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -46,25 +46,16 @@ class Compile:
         return f"{self.program} compiled in {self.seconds:.2f} s: {self.because}"
 
 
-class Compiles(Sequence):
+class Compiles(list[Compile]):
     """The compiles seen inside ``with jaxtc.compiles()``, in order; prints one a line."""
-
-    def __init__(self):
-        self._found: list[Compile] = []
-
-    def __len__(self):
-        return len(self._found)
-
-    def __getitem__(self, index):
-        return self._found[index]
 
     @property
     def seconds(self) -> float:
         """Of all of them."""
-        return sum(one.seconds for one in self._found)
+        return sum(one.seconds for one in self)
 
     def __str__(self):
-        return "\n".join(map(str, self._found)) or "nothing was compiled"
+        return "\n".join(map(str, self)) or "nothing was compiled"
 
     __repr__ = __str__
 
@@ -77,9 +68,9 @@ _open: list[Compiles] = []
 def compiles() -> Iterator[Compiles]:
     """Collect what the library compiles inside: ``with jaxtc.compiles() as found: ...``.
 
-    Counts the programs of the library, whichever thread calls them, under ``vmap`` and ``grad``
-    too (the backward pass is compiled by jax itself and not seen here). Calls inside a ``jax.jit``
-    of yours become part of your program and are not counted. May be nested; each sees its own.
+    Counts the library's programs in every thread, under ``vmap`` and ``grad`` too (jax compiles the
+    backward pass itself, which is not seen here). Calls inside a ``jax.jit`` of yours become part
+    of your program and are not counted. May be nested; each sees its own.
     """
     found = Compiles()
     with _lock:
@@ -98,8 +89,7 @@ class Program:
         name: as records and the log call it.
         function: pure. Reasons are given by the names of its parameters; see
             :func:`jaxtc.programs.reasons.facts`.
-        static_argnums: as for ``jax.jit``.
-        donate_argnums: as for ``jax.jit``.
+        options: of ``jax.jit``: ``static_argnums``, ``donate_argnums``.
     """
 
     def __init__(self, name: str, function: Callable, **options: Any):
@@ -115,11 +105,7 @@ class Program:
         self._repeats: collections.Counter[Advice] = collections.Counter()
 
     def __call__(self, *args: Any) -> Any:
-        """Run it.
-
-        Raises:
-            ShardingError: arrays on different devices.
-        """
+        """Run it; raises ShardingError for arrays on different devices."""
         count, seconds = _here.compiles, _here.seconds
         try:
             out = self._jitted(*map(owned, args))
@@ -154,7 +140,7 @@ class Program:
             self._repeats.update(advice)
             repeated = [one for one in advice if self._repeats[one] == one.patience]
             for one in _open:
-                one._found.append(record)
+                one.append(record)
         log.info("%s", record)
         for one in repeated:
             log.warning(

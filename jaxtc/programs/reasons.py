@@ -1,9 +1,9 @@
 """Why a program was compiled again: its arguments' shapes and static halves, against earlier ones.
 
-:func:`facts` reads off the arguments what a program depends on: names, and values that are compared
-by ``==`` and hold no array.
+A fact of a call is a name and a value that is compared by ``==`` and holds no array.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -92,25 +92,25 @@ def facts(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def _walk(name: str, node: Any) -> Iterator[tuple[str, Any]]:
     """Facts of a pytree: the shapes of its arrays and, node by node, what is static."""
     children, structure = jax.tree_util.tree_flatten_with_path(node, lambda x: x is not node)
-    names, static = [getattr(path[0], "name", None) for path, _ in children if path], {}
     if children and not children[0][0]:
         aval = jax.typeof(node)
         weak = "weak " if getattr(aval, "weak_type", False) else ""  # a Python number
         yield name, f"{weak}{aval.dtype}{list(aval.shape)}"
         return
+    names = [getattr(path[0], "name", None) for path, _ in children]
     if isinstance(node, list | tuple):
         yield name, tuple(map(_kind, node))
     elif isinstance(node, jax.tree_util.Partial):
         yield name, _static(node.func)
     elif dataclasses.is_dataclass(node) and None not in names:
         yield name, type(node).__name__
-        fields = [field.name for field in dataclasses.fields(node) if field.name not in names]
-        static = {field: getattr(node, field) for field in fields}
+        for field in dataclasses.fields(node):
+            value = getattr(node, field.name)
+            with contextlib.suppress(TypeError):  # what has no hash is part of no key
+                if field.name not in names and hash(value) is not None:
+                    yield f"{name}.{field.name}", _static(value)
     else:
-        yield name, structure if node is not None else None
-    for field, value in static.items():
-        if _hashable(value):  # others are part of no key
-            yield f"{name}.{field}", _static(value)
+        yield name, None if node is None else structure
     for path, child in children:
         yield from _walk(name + jax.tree_util.keystr(path), child)
 
@@ -121,14 +121,6 @@ def _static(value: Any) -> Any:
     return value
 
 
-def _hashable(value: Any) -> bool:
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return True
-
-
 def _kind(node: Any) -> str:
     """An element of a list in a few words, such as ``Add at resid_mid``."""
     place = getattr(node, "site", None) or getattr(node, "address", None)
@@ -136,9 +128,9 @@ def _kind(node: Any) -> str:
 
 
 def differences(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[Reason]:
-    """What is new against an earlier call: one reason at the least."""
-    # A name that only one of them has is part of something that differs, or cannot be known (the
-    # devices of traced weights).
+    """What is new against an earlier call: at least one reason."""
+    # A name that only one of them has is part of something that differs, or is unknown (the devices
+    # of traced weights).
     names = [name for name in now if name in before and now[name] != before[name]]
     names = [n for n in names if not any(n.startswith((f"{m}.", f"{m}[")) for m in names)]
     own = [name for name in names if name.split(".")[0].split("[")[0] not in _FOLLOWING]

@@ -5,7 +5,7 @@ cache is), so that nothing is concatenated and the memory is that of the result.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -32,40 +32,33 @@ def begin(tap: Tap, slots: int) -> Record:
         if site.axes.endswith("S"):
             x = _room(x, slots, -1, MASKED if address.site == "attn_scores" else 0)
         arrays[address] = x
-    kept = zip(tap.reducers, tap.stacked(), strict=True)
-    reduced = [jax.tree.map(lambda x, r=r: _room(x, slots, _axes(r)[1]), part) for r, part in kept]
-    return arrays, reduced
+    return arrays, _each(lambda _, axis, x: _room(x, slots, axis), tap.reducers, tap.stacked())
 
 
 def proceed(record: Record, tap: Tap, places: jax.Array) -> Record:
     """The record with what a step kept, (B, 1, ...), written at each row's place (B,)."""
     arrays, reduced = record
+
+    def write(rows: int, axis: int, whole: jax.Array, new: jax.Array) -> jax.Array:
+        one = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis - 1)
+        return jax.vmap(one, (rows, rows, 0), rows)(whole, new, places)
+
     arrays = {
-        address: _write(
-            whole, tap.activations[address], places, 0, BY_NAME[address.site].sequence_axis
-        )
+        address: write(0, BY_NAME[address.site].sequence_axis, whole, tap.activations[address])
         for address, whole in arrays.items()
     }
-    parts = zip(tap.reducers, reduced, tap.stacked(), strict=True)
-    reduced = [
-        jax.tree.map(lambda whole, x, r=r: _write(whole, x, places, *_axes(r)), whole, part)
-        for r, whole, part in parts
-    ]
-    return arrays, reduced
+    return arrays, _each(write, tap.reducers, reduced, tap.stacked())
 
 
 def settled(record: Record, reducers: Sequence[Reducer], placement: Placement) -> Record:
     """The record on a mesh: arrays by the axes of their sites, what reducers kept by rows."""
     arrays, reduced = record
 
-    def by_rows(reducer: Reducer, x: jax.Array) -> jax.Array:
-        axes = ["tokens"] * x.ndim
-        axes[_axes(reducer)[0]] = "batch"
-        return placement.constrain(x, axes)
+    def by_rows(rows: int, _, x: jax.Array) -> jax.Array:
+        return placement.constrain(x, ["batch" if i == rows else "tokens" for i in range(x.ndim)])
 
     arrays = {a: placement.site(x, BY_NAME[a.site].axes) for a, x in arrays.items()}
-    kept = zip(reducers, reduced, strict=True)
-    return arrays, [jax.tree.map(lambda x, r=r: by_rows(r, x), part) for r, part in kept]
+    return arrays, _each(by_rows, reducers, reduced)
 
 
 def finish(
@@ -77,16 +70,9 @@ def finish(
     padded: bool = True,
     logits: jax.Array | None = None,
 ) -> tuple[Activations, jax.Array | None]:
-    """The record as :class:`Activations` of ``length`` tokens, and the logits cut likewise.
+    """The record as :class:`Activations` of ``length`` tokens; logits (B, W, V) are cut likewise.
 
-    Args:
-        record: what was kept.
-        asked: the captures.
-        reducers: of the captures, checked.
-        layers: of the model.
-        length: T.
-        padded: whether anything is longer.
-        logits: (B, W, V).
+    ``reducers`` are those of ``asked``, checked; ``padded`` says whether anything is longer than T.
     """
     arrays, reduced = record
     if padded:
@@ -112,21 +98,20 @@ def _cut(sites: tuple[str, ...], length: int, arrays, logits):
     return [*map(cut, sites, arrays)], None if logits is None else cut("logits", logits)
 
 
-def _axes(reducer: Reducer) -> tuple[int, int]:
-    """The axes B and T of what a reducer of each token keeps; L may be in front of them."""
-    return int(reducer.every_layer), reducer.site.sequence_axis + reducer.every_layer
+def _each(function: Callable, reducers: Sequence[Reducer], *kept: Sequence[Any]) -> list[Any]:
+    """``function(rows, axis, *arrays)`` of the arrays that each reducer of each token kept.
+
+    Their axis B is ``rows`` and T is ``axis``: L may be in front of them.
+    """
+    found = []
+    for reducer, *parts in zip(reducers, *kept, strict=True):
+        rows = int(reducer.every_layer)
+        axis = reducer.site.sequence_axis + rows
+        found.append(jax.tree.map(functools.partial(function, rows, axis), *parts))
+    return found
 
 
 def _room(x: jax.Array, slots: int, axis: int, fill: float = 0) -> jax.Array:
     pads = [(0, 0)] * x.ndim
     pads[axis] = (0, slots - x.shape[axis])
     return jnp.pad(x, pads, constant_values=fill)
-
-
-def _write(whole: jax.Array, new: jax.Array, places: jax.Array, rows: int, axis: int) -> jax.Array:
-    """``whole`` with ``new``, of one token, at each row's place along ``axis``."""
-
-    def one(whole: jax.Array, new: jax.Array, place: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(whole, new, place, axis=axis - 1)
-
-    return jax.vmap(one, (rows, rows, 0), rows)(whole, new, places)

@@ -45,9 +45,9 @@ def run(
             names of your own.
         edits: see :mod:`jaxtc.edits.values`; applied in this order.
         logits: of every token, of each prompt's last token only, or none.
-        mesh: only needed inside a ``jax.jit`` of yours, where a model does not tell on which mesh
-            it lies; elsewhere it must be the model's. Rows are divided over its axis ``data`` if
-            there are enough. Results are arrays on the mesh, see :func:`jaxtc.to_numpy`.
+        mesh: only needed inside a ``jax.jit`` of yours, where the mesh of a model is not known;
+            elsewhere it must be the model's. Rows are divided over its axis ``data`` if there are
+            enough. Results are arrays on the mesh, see :func:`jaxtc.to_numpy`.
         checks: for debugging: where targets of edits are traced, name the ones that do not exist
             through ``jax.experimental.checkify``. Under ``vmap`` alone that raises; inside ``jit``
             wrap the function, ``error, out = checkify.checkify(f)(...)``, then ``error.throw()``.

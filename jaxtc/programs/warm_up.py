@@ -25,19 +25,19 @@ def warm_up(
 ) -> Compiles:
     """Compile the programs that calls with these options will need, so that none of them waits.
 
-    Each padded length is run once on meaningless tokens: that also compiles the small programs
-    around the big one, costs one run, and takes the options just as they will be taken. Prompts of
-    any other content, and edits of other values, then run at once; another batch size does not.
+    Each padded length is run once on meaningless tokens, which compiles the small programs around
+    the big one too. Other prompts, and edits of other values, then run at once; another batch size
+    does not.
 
     Args:
         model: from :func:`jaxtc.load_model`.
-        lengths: of prompts, in tokens; those padded to the same length are one program.
+        lengths: of prompts, in tokens; those padded to the same length share a program.
         batch: B.
         max_new_tokens: warms up :func:`jaxtc.generate` with it in place of :func:`jaxtc.run`.
         options: of :func:`jaxtc.run` or :func:`jaxtc.generate`: ``capture``, ``edits``, ...
 
     Returns:
-        What was compiled; empty when all of it was there already.
+        What was compiled; empty when everything was compiled before.
 
     Raises:
         InputError: no lengths, or more tokens than the model's context.

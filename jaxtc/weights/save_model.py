@@ -18,7 +18,7 @@ from jaxtc.sharding.processes import check_here
 from jaxtc.sharding.rules import variables
 from jaxtc.weights.files import local
 from jaxtc.weights.files.model import INDEX, SINGLE
-from jaxtc.weights.files.safetensors import header
+from jaxtc.weights.files.safetensors import header, write_tensors
 from jaxtc.weights.names import Name, parameter_names
 
 # What may be in a folder that is replaced.
