@@ -34,7 +34,7 @@ _CHUNK = 1024  # tokens encoded at once: bounds the dense (tokens, M) array
 
 @dataclasses.dataclass(frozen=True)
 class _Prompt:
-    """A tokenized prompt, all of length T; ``masked`` is true on special tokens."""
+    """A tokenized prompt, T of each; ``masked`` is true on special tokens."""
 
     ids: list[int]
     pieces: tuple[str, ...]
@@ -172,16 +172,16 @@ def _by_layer(transcoders: Any, layers: int) -> Mapping[int, Transcoder]:
 
 
 def _check_finite(x: Any, what: str, dtype: Any) -> None:
-    """Refuse what has overflowed: L0 would be 0 and every comparison with it false."""
+    """Refuse overflow: comparisons with NaN are false, so L0 would be 0."""
     if np.isfinite(np.asarray(x)).all():
         return
     name = np.dtype(dtype).name
+    wider = {"float16": "'float32' or 'bfloat16'", "bfloat16": "'float32'"}.get(name)
     remedy = "The weights themselves are broken; load others."
-    if name in ("float16", "bfloat16"):
+    if wider:
         remedy = (
-            f"{name} may be too narrow for it: load it with dtype='float32'"
-            + (" or 'bfloat16'" if name == "float16" else "")
-            + " (--dtype, for the model, on the command line)."
+            f"{name} may be too narrow for it: load it with dtype={wider} (--dtype, for the model, "
+            "on the command line)."
         )
     raise JaxtcError(
         f"{what} is NaN or infinite somewhere on this prompt, so its figures would mean nothing. "
@@ -214,7 +214,7 @@ def _check_fit(transcoder: Transcoder, layer: int, site: str, model: Gemma2) -> 
 
 
 def _tokenize(tokenizer: Any, prompt: str, bos: int | None) -> tuple[_Prompt, list[str]]:
-    """The prompt's tokens, and what is odd about them."""
+    """The prompt's tokens, and warnings about them."""
     encoded = tokenizer(prompt, return_offsets_mapping=bool(tokenizer.is_fast))
     ids = list(encoded["input_ids"])
     warnings = []
@@ -256,10 +256,10 @@ def _encode(transcoder: Transcoder, x: jax.Array, top: int) -> dict[str, jax.Arr
 
 
 def _encoded(transcoder: Transcoder, x: jax.Array, top: int) -> dict[str, np.ndarray]:
-    """The strongest features, counts and reconstruction of (T, D) inputs, as (T, ...) on the host.
+    """Strongest features, counts and reconstruction of (T, D) inputs, as (T, ...) on the host.
 
-    Padded to a bucket and cut in chunks, without layer and source: one compiled program serves
-    prompts of all lengths and transcoders of all layers.
+    Padded and cut in chunks, without layer and source: few compiled programs serve all prompts and
+    all layers.
     """
     T, D = x.shape
     width = min(bucket(T), _CHUNK)

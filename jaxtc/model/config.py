@@ -153,15 +153,12 @@ class Gemma2Config:
             if not isinstance(given, Mapping | None):
                 raise ConfigError(f"{where}: {key} is {given!r}, expected an object or null.")
             rope.update(given or {})
-        tied = raw.get("tie_word_embeddings", True)
         settings = {
             # Only hidden_activation counts: transformers does not read hidden_act for Gemma-2.
             "hidden_activation": (raw.get("hidden_activation"), (None, "gelu_pytorch_tanh")),
-            "attention_bias": (raw.get("attention_bias") or None, (None,)),
-            "use_bidirectional_attention": (
-                raw.get("use_bidirectional_attention") or None, (None,)
-            ),
-            "tie_word_embeddings": (tied if tied is True else tied or False, (True,)),
+            "attention_bias": (raw.get("attention_bias"), (None, False)),
+            "use_bidirectional_attention": (raw.get("use_bidirectional_attention"), (None, False)),
+            "tie_word_embeddings": (raw.get("tie_word_embeddings", True) or False, (True,)),
             "rope_type": (rope.get("rope_type", rope.get("type")), (None, "default")),
         }  # fmt: skip
         odd = [f"{key} = {value!r}" for key, (value, fine) in settings.items() if value not in fine]
@@ -177,9 +174,9 @@ class Gemma2Config:
         for key in ("layer_types", "eos_token_id"):
             if isinstance(values.get(key), list):
                 values[key] = tuple(values[key])
-        if values.get("layer_types") is None:
-            values.pop("layer_types", None)
-        elif values["layer_types"] == ():
+        if values.get("layer_types", 0) is None:
+            del values["layer_types"]
+        elif values.get("layer_types") == ():
             raise ConfigError(
                 f"{where} has an empty list of layer_types, expected one for each layer, or no "
                 "such key (sliding and full attention then alternate)."

@@ -1,7 +1,7 @@
-"""The transcoder: a wide sparse layer that imitates an MLP through nameable features.
+"""The transcoder: a wide sparse layer that imitates an MLP through interpretable features.
 
-Its variants: with a skip connection, with one of several activations
-(:mod:`jaxtc.transcoders.activations`), and sparse autoencoders, which imitate what they read. Axis
+Variants: skip connections, other activations (:mod:`jaxtc.transcoders.activations`), and sparse
+autoencoders, which imitate what they read. Axis
 letters: ... leading axes (usually B T), D hidden (of what is read or of what is written), M
 features, K of them asked for, C capacity of the sparse path.
 """
