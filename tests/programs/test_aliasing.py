@@ -292,7 +292,7 @@ def test_soak_of_threads():
 
     def work(seed: int):
         random = np.random.default_rng(seed)
-        while time.monotonic() < end:
+        while not done or time.monotonic() < end:
             call = calls[random.integers(len(calls))]
             arrays = arrays_of(call, partial(memory, offset=8 * int(random.integers(2))))
             found = CALLS[call][0](arrays)
@@ -307,4 +307,4 @@ def test_soak_of_threads():
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
     print(f"{len(done)} calls")
-    assert not wrong and len(done) >= 8
+    assert not wrong, wrong
