@@ -11,12 +11,15 @@ from collections.abc import Iterable, Sequence
 class JaxtcError(ValueError):
     """Anything wrong with what the user gave; the message is one paragraph meant for a person.
 
-    Names out of a file are in it as they are there, so what a terminal would not print is escaped,
-    and what nobody would read is cut.
+    It may quote names out of a file, so unprintable characters are escaped and the middle of what
+    is longer than any message of ours about sane names is cut.
     """
 
     def __init__(self, message: str = ""):
-        super().__init__(_paragraph(str(message)))
+        message, most = str(message), 4000
+        if len(message) > most:
+            message = f"{message[: most // 2]} … {message[-most // 2 :]}"
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
 
 class ConfigError(JaxtcError):
@@ -45,16 +48,6 @@ class SourceError(JaxtcError):
 
 class CapacityError(JaxtcError):
     """More active features than the sparse path has room for, or more memory than there is."""
-
-
-# Longer than any message of ours about sane names.
-_MOST_LETTERS = 4000
-
-
-def _paragraph(message: str) -> str:
-    if len(message) > _MOST_LETTERS:
-        message = f"{message[: _MOST_LETTERS // 2]} … {message[-_MOST_LETTERS // 2 :]}"
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
 
 
 def first_line(error: BaseException) -> str:

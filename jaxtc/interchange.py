@@ -16,7 +16,7 @@ import numpy as np
 from jaxtc.errors import InputError
 from jaxtc.sharding.processes import whole
 
-# Types that need no look at all: most of what comes through the door.
+# What :func:`plain` mostly sees, and passes.
 _COMMON = frozenset({int, float, bool, str, type(None), np.ndarray, np.int32, np.int64})
 
 
@@ -25,13 +25,13 @@ def to_torch(tree: Any) -> Any:
 
     Shares memory through DLPack: on the CPU always, on a GPU where torch has CUDA; elsewhere, and
     for an array spread over devices, the tensor is a copy on the host. Dtypes stay, bfloat16 too.
-    What shares memory with a JAX array must not be written to: JAX takes arrays for constant.
+    What shares memory with a JAX array must not be written to: JAX arrays are constant.
     Gradients do not cross.
 
     Args:
         tree: an array of any shape, or a pytree of them, such as ``result.activations`` (whose
             addresses and aliases work as before) or a whole
-            :class:`jaxtc.programs.call.RunResult`. Leaves that are no arrays stay.
+            :class:`jaxtc.programs.call.RunResult`. Other leaves stay as they are.
 
     Raises:
         InputError: torch is not installed; a traced array, a random key, or a dtype that torch
@@ -51,7 +51,9 @@ def to_torch(tree: Any) -> Any:
         if not isinstance(x, jax.Array):
             return x
         _check_known(x, "torch")
-        if _shares(x, torch):
+        platforms = [device.platform for device in x.devices()]
+        shared = ["cpu"], *([["gpu"], ["cuda"], ["rocm"]] if torch.cuda.is_available() else [])
+        if platforms in shared:
             return torch.from_dlpack(x)
         return _numpy_to_torch(np.array(whole(x)), torch)
 
@@ -62,8 +64,8 @@ def to_numpy(tree: Any) -> Any:
     """The same structure with NumPy arrays in place of JAX arrays and torch tensors.
 
     Shares memory where the array lies on the host (views of JAX arrays are read-only). Dtypes stay;
-    bfloat16 becomes ``ml_dtypes.bfloat16``, as JAX has it. Leaves that are no arrays stay. Arrays
-    spread over devices are put together; if those are of many processes, all of these call this.
+    bfloat16 becomes ``ml_dtypes.bfloat16``, as in JAX. Other leaves stay as they are. Arrays spread
+    over devices are gathered; if they span processes, all of those must call this.
 
     Args:
         tree: an array of any shape, or a pytree of them.
@@ -88,12 +90,12 @@ def from_foreign(tree: Any) -> Any:
     64 bytes): then the other library must not write to it any more, not even after the call that
     uses it returned, as JAX computes in the background. Tensors that require gradients are
     detached. 64-bit numbers become 32-bit ones unless ``jax_enable_x64`` is set. What lies on
-    another kind of device than JAX computes on is copied there.
+    another kind of device than JAX's is copied there.
 
     Not needed to hand arrays to jaxtc, which takes them as they are (and copies them).
 
     Args:
-        tree: an array of any shape, or a pytree of them. Leaves that are no arrays stay.
+        tree: an array of any shape, or a pytree of them. Other leaves stay as they are.
 
     Raises:
         InputError: whole numbers that need 64 bits, or a tensor that has no plain memory.
@@ -108,9 +110,9 @@ def from_foreign(tree: Any) -> Any:
 def plain(given: Any) -> Any:
     """``given``, or as NumPy on the host where it is another library's array.
 
-    The door of everything in jaxtc that takes an array. Lists and tuples are looked into; NumPy and
-    JAX arrays, traced ones and all else pass as they are. Nothing is copied here: :func:`owned`
-    does that where arrays are handed to JAX.
+    Everything in jaxtc that takes an array begins with this. Lists and tuples are searched; NumPy
+    and JAX arrays, traced ones and all else pass. Nothing is copied here: :func:`owned` does that
+    where arrays are handed to JAX.
 
     Raises:
         InputError: a tensor that has no plain memory.
@@ -158,25 +160,18 @@ def stack(arrays: list) -> Any:
 
 def below(length: int, lengths: Any) -> Any:
     """(B, T) booleans, true before each of the (B,) lengths, in the library they come from."""
-    steps = _library(lengths).arange(length)
-    if _is_tensor(lengths):
-        steps = steps.to(lengths.device)
-    return steps[None] < lengths[:, None]
-
-
-def _torch() -> ModuleType | None:
-    """torch, where the user has imported it."""
-    return sys.modules.get("torch")
+    options = {"device": lengths.device} if _is_tensor(lengths) else {}
+    return _library(lengths).arange(length, **options)[None] < lengths[:, None]
 
 
 def _is_tensor(x: Any) -> bool:
-    torch = _torch()
-    return torch is not None and isinstance(x, getattr(torch, "Tensor", ()))
+    # Of a torch that the user has imported.
+    return isinstance(x, getattr(sys.modules.get("torch"), "Tensor", ()))
 
 
 def _library(x: Any) -> ModuleType:
     if _is_tensor(x):
-        return _torch()
+        return sys.modules["torch"]
     return np if isinstance(x, np.ndarray) else jnp
 
 
@@ -197,15 +192,6 @@ def _check_known(x: jax.Array, library: str) -> None:
         )
 
 
-def _shares(x: jax.Array, torch: ModuleType) -> bool:
-    """Whether torch can look at the memory of ``x``."""
-    devices = x.devices()
-    platform = next(iter(devices)).platform
-    return len(devices) == 1 and (
-        platform == "cpu" or (platform in ("gpu", "cuda", "rocm") and torch.cuda.is_available())
-    )
-
-
 def _numpy_to_torch(x: np.ndarray, torch: ModuleType) -> Any:
     # torch takes neither what is read-only nor strides that go backwards.
     if not x.flags.writeable or any(stride < 0 for stride in x.strides):
@@ -222,7 +208,7 @@ def _detached(x: Any) -> Any:
     """A tensor without gradients or pending conjugation, and with strides; others as they are."""
     if not _is_tensor(x):
         return x
-    if x.layout is not _torch().strided or x.is_meta:
+    if x.layout is not _library(x).strided or x.is_meta:
         kind = "meta" if x.is_meta else str(x.layout)
         raise InputError(
             f"This torch tensor of shape {tuple(x.shape)} is {kind} and has no plain memory to "
@@ -235,7 +221,7 @@ def _on_host(x: Any) -> np.ndarray:
     """Another library's array as NumPy, sharing memory where that is on the host."""
     x = _detached(x)
     if _is_tensor(x):
-        x, torch = x.cpu(), _torch()
+        x, torch = x.cpu(), _library(x)
         if x.dtype == torch.bfloat16:
             return x.view(torch.int16).numpy().view(jnp.bfloat16)
         try:
@@ -255,10 +241,15 @@ def _to_jax(x: Any) -> jax.Array:
     """An array of NumPy or another library as JAX's, sharing memory where possible."""
     x = _detached(x)
     host = x if isinstance(x, np.ndarray) else None
-    if host is None and _is_tensor(x) and x.device.type == "cpu":
+    if _is_tensor(x) and x.device.type == "cpu":
         host = _on_host(x)
     if host is not None and host.dtype.kind in "iu" and host.dtype.itemsize > 4:
-        _check_range(host)
+        kept = np.iinfo(jax.dtypes.canonicalize_dtype(host.dtype))
+        if host.size and not (kept.min <= host.min() and host.max() <= kept.max):
+            raise InputError(
+                f"Whole numbers from {host.min()} to {host.max()} do not fit JAX's {kept.dtype}; "
+                "set jax.config.update('jax_enable_x64', True) first to keep all 64 bits."
+            )
     try:
         made = jnp.from_dlpack(x)
     except (TypeError, ValueError, RuntimeError, BufferError):
@@ -266,13 +257,3 @@ def _to_jax(x: Any) -> jax.Array:
     if next(iter(made.devices())).platform == jax.devices()[0].platform:
         return made
     return jnp.asarray(np.asarray(made))
-
-
-def _check_range(host: np.ndarray) -> None:
-    """Refuse numbers that would wrap around when JAX makes them 32-bit."""
-    kept = np.iinfo(jax.dtypes.canonicalize_dtype(host.dtype))
-    if host.size and not (kept.min <= host.min() and host.max() <= kept.max):
-        raise InputError(
-            f"Whole numbers from {host.min()} to {host.max()} do not fit JAX's {kept.dtype}; set "
-            "jax.config.update('jax_enable_x64', True) first to keep all 64 bits."
-        )

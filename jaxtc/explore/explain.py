@@ -1,4 +1,4 @@
-"""``explain``: what the MLPs of a model did with a prompt, told by the features of transcoders.
+"""``explain``: what the MLPs of a model did with a prompt, in terms of transcoder features.
 
 Axis letters: T tokens of the prompt, D hidden, M features, V vocabulary.
 """
@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtc.captures.activations import Activations
 from jaxtc.errors import InputError, JaxtcError, SiteError, some
 from jaxtc.explore.explanation import ActiveFeature, Explanation, LayerReport, TokenReport
 from jaxtc.explore.neuronpedia import feature_url
@@ -35,7 +34,7 @@ _CHUNK = 1024  # tokens encoded at once: bounds the dense (tokens, M) array
 
 @dataclasses.dataclass(frozen=True)
 class _Prompt:
-    """A tokenized prompt: ids, pieces and masked are all of length T."""
+    """A tokenized prompt, T of each; ``masked`` is true on special tokens."""
 
     ids: list[int]
     pieces: tuple[str, ...]
@@ -54,14 +53,14 @@ def explain(
     max_new_tokens: int = 2,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Explanation:
-    """Run a prompt once, and let transcoders say which features each token's MLP output is made of.
+    """Run a prompt once and report which transcoder features each token's MLP output is made of.
 
     Args:
         model: from :func:`jaxtc.load_model`.
         tokenizer: the model's, from :func:`jaxtc.load_tokenizer`.
         prompt: text; the tokenizer puts <bos> in front.
         transcoders: one, several, or a mapping by layer. A mapping is read one layer at a time, so
-            that it may load them as they are asked for.
+            it may load them lazily.
         input_site: what to feed instead of each transcoder's own input site; ``"mlp_in"`` is what
             the Gemma Scope tutorial feeds.
         top_features: how many features to report for each token, at most M.
@@ -70,10 +69,10 @@ def explain(
         progress: called with a few words at each long step.
 
     Raises:
-        InputError: a prompt that is empty, no Unicode, or longer than the model's context; a count
-            that is out of range.
-        JaxtcError: a transcoder of another model (its D differs), or one that knows no layer; NaN
-            or infinity in what the model or a transcoder computes (float16 overflows easily).
+        InputError: a prompt that is empty, not Unicode, or longer than the model's context; a count
+            out of range.
+        JaxtcError: a transcoder of another model (its D differs), or one without a layer; NaN or
+            infinity in what the model or a transcoder computes (float16 overflows easily).
         SiteError: no such site or layer.
     """
     config = model.config
@@ -87,10 +86,10 @@ def explain(
     for name, count in counts.items():
         whole_number(name, count)
     by_layer = _by_layer(transcoders, config.num_hidden_layers)
-    told, warnings = _tokenize(tokenizer, prompt, config.bos_token_id)
-    prepare(told.ids, config, extra=max_new_tokens)  # refuses a long prompt before any long work
+    text, warnings = _tokenize(tokenizer, prompt, config.bos_token_id)
+    prepare(text.ids, config, extra=max_new_tokens)  # refuses a long prompt before any long work
 
-    # A mapping may load on demand, so its first transcoder speaks for the sites of all.
+    # A mapping may load on demand, so the sites of its first transcoder stand for all.
     layers = list(by_layer)
     first = by_layer[layers[0]]
     fed = _input_site(input_site) if input_site else first.input_site
@@ -98,65 +97,74 @@ def explain(
     _check_fit(first, layers[0], fed, model)
     progress("Running the model")
     capture = [Address(site, layer) for layer in layers for site in sites]
-    activations = run(model, told.ids, capture=capture, logits=None).activations
+    activations = run(model, text.ids, capture=capture, logits=None).activations
     for address in capture:
         _check_finite(activations[address], f"What the model has at {address}", model.dtype)
     reports = []
     for layer in layers:
         progress(f"Explaining layer {layer}")
         transcoder = first if layer == layers[0] else by_layer[layer]
-        if not {fed if input_site else transcoder.input_site, transcoder.output_site} <= {*sites}:
+        site = fed if input_site else transcoder.input_site
+        if not {site, transcoder.output_site} <= {*sites}:
             raise JaxtcError(
                 f"The transcoder of layer {layer} reads {transcoder.input_site} and writes "
                 f"{transcoder.output_site}, but that of layer {layers[0]} reads "
                 f"{first.input_site} and writes {first.output_site}; explain one kind at a time."
             )
-        site = fed if input_site else transcoder.input_site
         _check_fit(transcoder, layer, site, model)
-        report, tops = _measure(transcoder, layer, site, activations, told, top_features)
+        if top_features > transcoder.features:
+            raise InputError(
+                f"top_features is {top_features}, but the transcoder of layer {layer} has "
+                f"{transcoder.features} features."
+            )
+        read = {name: BY_NAME[name].join(activations[Address(name, layer)][0]) for name in sites}
+        figures, got = _measure(transcoder, layer, site, read, text, max(top_features, 1))
+        tops = {name: got[name][:, :top_features] for name in ("ids", "values")}
         names = promoted_pieces(model, tokenizer, transcoder, tops, promoted)
-        reports.append(_with_features(report, tops, names, transcoder.source))
+        features = [
+            tuple(
+                ActiveFeature(f, v, names[f], feature_url(transcoder.source, f))
+                for f, v in zip(ids, values, strict=True)
+                if v > 0
+            )
+            for ids, values in zip(tops["ids"].tolist(), tops["values"].tolist(), strict=True)
+        ]
+        reports.append(LayerReport(**figures, tokens=_tokens(text, got, features)))
 
     new: list[int] = []
     if max_new_tokens:
         progress("Continuing the prompt")
-        new = generate(model, told.ids, max_new_tokens).tokens[0]
+        new = generate(model, text.ids, max_new_tokens).tokens[0]
     return Explanation(
         prompt=prompt,
-        ids=tuple(told.ids),
-        tokens=told.pieces,
+        ids=tuple(text.ids),
+        tokens=text.pieces,
         layers=tuple(reports),
-        continuation=_continuation(tokenizer, told.ids, new),
+        continuation=_continuation(tokenizer, text.ids, new),
         continuation_ids=tuple(new),
         warnings=tuple(warnings),
     )
 
 
 def _by_layer(transcoders: Any, layers: int) -> Mapping[int, Transcoder]:
-    """Transcoders by layer, in order.
-
-    Raises:
-        JaxtcError: none, two for one layer, or one that knows no layer.
-        SiteError: a layer the model does not have.
-    """
+    """Transcoders by layer, in order; those of a mapping are not loaded yet."""
     if isinstance(transcoders, Mapping):
         for layer in transcoders:
             if check_layer(layer, layers, "A transcoder") != layer:
                 raise SiteError(f"A transcoder is for layer {layer}; count layers from 0 here.")
         found = transcoders
     else:
-        given = [transcoders] if isinstance(transcoders, Transcoder) else list(transcoders)
         found = {}
-        for transcoder in given:
-            if transcoder.layer is None:
+        for one in [transcoders] if isinstance(transcoders, Transcoder) else transcoders:
+            if one.layer is None:
                 raise JaxtcError(
-                    f"The transcoder from {transcoder.source or 'memory'} does not know its layer; "
+                    f"The transcoder from {one.source or 'memory'} does not know its layer; "
                     "give a mapping such as {20: transcoder}."
                 )
-            layer = check_layer(transcoder.layer, layers, "A transcoder")
+            layer = check_layer(one.layer, layers, "A transcoder")
             if layer in found:
                 raise JaxtcError(f"Two transcoders are for layer {layer}; explain one at a time.")
-            found[layer] = transcoder
+            found[layer] = one
         found = dict(sorted(found.items()))
     if not found:
         raise JaxtcError("No transcoder was given; explain needs at least one.")
@@ -164,16 +172,16 @@ def _by_layer(transcoders: Any, layers: int) -> Mapping[int, Transcoder]:
 
 
 def _check_finite(x: Any, what: str, dtype: Any) -> None:
-    """Refuse what has overflowed: L0 would be 0 and every comparison with it false."""
+    """Refuse overflow: comparisons with NaN are false, so L0 would be 0."""
     if np.isfinite(np.asarray(x)).all():
         return
     name = np.dtype(dtype).name
+    wider = {"float16": "'float32' or 'bfloat16'", "bfloat16": "'float32'"}.get(name)
     remedy = "The weights themselves are broken; load others."
-    if name in ("float16", "bfloat16"):
+    if wider:
         remedy = (
-            f"{name} may be too narrow for it: load it with dtype='float32'"
-            + (" or 'bfloat16'" if name == "float16" else "")
-            + " (--dtype, for the model, on the command line)."
+            f"{name} may be too narrow for it: load it with dtype={wider} (--dtype, for the model, "
+            "on the command line)."
         )
     raise JaxtcError(
         f"{what} is NaN or infinite somewhere on this prompt, so its figures would mean nothing. "
@@ -182,7 +190,6 @@ def _check_finite(x: Any, what: str, dtype: Any) -> None:
 
 
 def _input_site(name: str) -> str:
-    """The site that ``--input-site`` names."""
     site, layer = parse(name)
     if layer is not None:
         raise SiteError(f"input_site is {name!r}; leave the layer out: {site!r}.")
@@ -207,7 +214,7 @@ def _check_fit(transcoder: Transcoder, layer: int, site: str, model: Gemma2) -> 
 
 
 def _tokenize(tokenizer: Any, prompt: str, bos: int | None) -> tuple[_Prompt, list[str]]:
-    """The prompt's tokens, and what is odd about them."""
+    """The prompt's tokens, and warnings about them."""
     encoded = tokenizer(prompt, return_offsets_mapping=bool(tokenizer.is_fast))
     ids = list(encoded["input_ids"])
     warnings = []
@@ -249,10 +256,10 @@ def _encode(transcoder: Transcoder, x: jax.Array, top: int) -> dict[str, jax.Arr
 
 
 def _encoded(transcoder: Transcoder, x: jax.Array, top: int) -> dict[str, np.ndarray]:
-    """The strongest features, counts and reconstruction of (T, D) inputs, as (T, ...) on the host.
+    """Strongest features, counts and reconstruction of (T, D) inputs, as (T, ...) on the host.
 
-    Padded to a bucket and cut in chunks, without layer and source: one compiled program serves
-    prompts of all lengths and transcoders of all layers.
+    Padded and cut in chunks, without layer and source: few compiled programs serve all prompts and
+    all layers.
     """
     T, D = x.shape
     width = min(bucket(T), _CHUNK)
@@ -264,72 +271,40 @@ def _encoded(transcoder: Transcoder, x: jax.Array, top: int) -> dict[str, np.nda
 
 
 def _measure(
-    transcoder: Transcoder, layer: int, site: str, activations: Activations, told: _Prompt, top: int
-) -> tuple[LayerReport, dict[str, np.ndarray]]:
-    """The figures of a layer and its tokens, without features; and the features, (T, top)."""
-    if top > transcoder.features:
-        raise InputError(
-            f"top_features is {top}, but the transcoder of layer {layer} has "
-            f"{transcoder.features} features."
-        )
-    read = lambda name: BY_NAME[name].join(activations[Address(name, layer)][0])  # noqa: E731
-    target = read(transcoder.output_site)
-    got = _encoded(transcoder, read(site), max(top, 1))
+    transcoder: Transcoder, layer: int, site: str, read: Mapping[str, Any], text: _Prompt, top: int
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Fields of a :class:`LayerReport`, from activations by site, and those of its tokens."""
+    got = _encoded(transcoder, read[site], top)
     _check_finite(
         got["y"], f"What the transcoder of layer {layer} computes", transcoder.W_dec.dtype
     )
-    errors = relative_error(target, got["y"])
-    keep = ~told.masked
+    target, keep = read[transcoder.output_site], ~text.masked
+    got["relative_error"] = relative_error(target, got["y"])
     fvu = FVU().update(target, got["y"], keep)
     score = math.nan
     imitates = transcoder.output_site == "mlp_out" and transcoder.input_site != "mlp_out"
-    if imitates and transcoder.d_in == read(NOTEBOOK_SITE).shape[-1]:
+    if imitates and transcoder.d_in == read[NOTEBOOK_SITE].shape[-1]:
         same = site == NOTEBOOK_SITE
-        guess = got["y"] if same else _encoded(transcoder, read(NOTEBOOK_SITE), max(top, 1))["y"]
+        guess = got["y"] if same else _encoded(transcoder, read[NOTEBOOK_SITE], top)["y"]
         score = notebook_score(target, guess)
-    tokens = tuple(
-        TokenReport(
-            position=position,
-            id=int(told.ids[position]),
-            text=told.pieces[position],
-            masked=bool(told.masked[position]),
-            l0=int(got["l0"][position]),
-            above_one=int(got["above_one"][position]),
-            relative_error=float(errors[position]),
-            features=(),
-        )
-        for position in range(len(told.ids))
-    )
-    report = LayerReport(
-        layer=layer,
-        transcoder=transcoder.source,
-        width=transcoder.features,
-        input_site=site,
-        output_site=transcoder.output_site,
-        fvu=fvu.fvu,
-        explained_variance=fvu.explained_variance,
-        l0=Mean().update(got["l0"], keep).mean,
-        relative_error=Mean().update(errors, keep).mean,
-        notebook_score=score,
-        tokens=tokens,
-    )
-    return report, {name: got[name][:, :top] for name in ("values", "ids")}
+    figures = {
+        "layer": layer,
+        "transcoder": transcoder.source,
+        "width": transcoder.features,
+        "input_site": site,
+        "output_site": transcoder.output_site,
+        "fvu": fvu.fvu,
+        "explained_variance": fvu.explained_variance,
+        "l0": Mean().update(got["l0"], keep).mean,
+        "relative_error": Mean().update(got["relative_error"], keep).mean,
+        "notebook_score": score,
+    }
+    return figures, got
 
 
-def _with_features(
-    report: LayerReport,
-    tops: dict[str, np.ndarray],
-    names: Mapping[int, tuple[str, ...]],
-    source: str,
-) -> LayerReport:
-    """``report`` with each token's strongest active features filled in."""
-    tokens = []
-    for token in report.tokens:
-        pairs = zip(tops["ids"][token.position], tops["values"][token.position], strict=True)
-        features = tuple(
-            ActiveFeature(int(f), float(v), names[int(f)], feature_url(source, int(f)))
-            for f, v in pairs
-            if v > 0
-        )
-        tokens.append(dataclasses.replace(token, features=features))
-    return dataclasses.replace(report, tokens=tuple(tokens))
+def _tokens(
+    text: _Prompt, got: Mapping[str, np.ndarray], features: Sequence[tuple[ActiveFeature, ...]]
+) -> tuple[TokenReport, ...]:
+    figures = (got[name].tolist() for name in ("l0", "above_one", "relative_error"))
+    columns = (text.ids, text.pieces, text.masked.tolist(), *figures, features)
+    return tuple(TokenReport(*row) for row in zip(range(len(text.ids)), *columns, strict=True))

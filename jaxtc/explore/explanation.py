@@ -26,100 +26,60 @@ CONVENTIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class ActiveFeature:
-    """A feature that is active on a token.
+    """A feature that is active on a token."""
 
-    Attributes:
-        feature: its index, 0 to M−1.
-        activation: how strongly it is active.
-        promotes: pieces of the vocabulary its decoder direction pushes for, strongest first; empty
-            when its transcoder does not write to the residual stream.
-        url: its page on Neuronpedia, when there is one.
-    """
-
-    feature: int
-    activation: float
+    feature: int  #: its index, 0 to M−1
+    activation: float  #: how strongly it is active
+    #: Pieces of the vocabulary its decoder row promotes, strongest first; empty when its transcoder
+    #: does not write to the residual stream.
     promotes: tuple[str, ...]
-    url: str | None = None
+    url: str | None = None  #: its page on Neuronpedia, when there is one
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenReport:
-    """One token at one layer.
+    """One token at one layer."""
 
-    Attributes:
-        position: its place in the prompt, from 0.
-        id: its id.
-        text: its piece of the vocabulary, ▁ for a space.
-        masked: whether it is special and left out of the layer's figures.
-        l0: how many features are active.
-        above_one: how many have an activation above 1.
-        relative_error: ‖y − ŷ‖ / ‖y‖.
-        features: the strongest, strongest first.
-    """
-
-    position: int
-    id: int
-    text: str
-    masked: bool
-    l0: int
-    above_one: int
-    relative_error: float
-    features: tuple[ActiveFeature, ...]
+    position: int  #: from 0
+    id: int  #: its id
+    text: str  #: its piece of the vocabulary, ▁ for a space
+    masked: bool  #: whether it is special and left out of the layer's figures
+    l0: int  #: how many features are active
+    above_one: int  #: how many have an activation above 1
+    relative_error: float  #: ‖y − ŷ‖ / ‖y‖
+    features: tuple[ActiveFeature, ...]  #: the strongest, strongest first
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-    """One layer; NaN where a figure is not defined (the variance of a single token, say).
+    """One layer; NaN where a figure is not defined (the variance of a single token, say)."""
 
-    Attributes:
-        layer: from 0.
-        transcoder: where it was loaded from.
-        width: M, its features.
-        input_site: the site it read here.
-        output_site: the site it imitates.
-        fvu: fraction of variance unexplained, dataset-mean convention.
-        explained_variance: 1 − FVU.
-        l0: mean over unmasked tokens.
-        relative_error: mean over unmasked tokens.
-        notebook_score: :func:`jaxtc.metrics.notebook_score` with the transcoder reading
-            ``mlp_in``, whatever ``input_site`` is; NaN for one that is not about an MLP.
-        tokens: position by position.
-    """
-
-    layer: int
-    transcoder: str
-    width: int
-    input_site: str
-    output_site: str
-    fvu: float
-    explained_variance: float
-    l0: float
-    relative_error: float
+    layer: int  #: from 0
+    transcoder: str  #: where it was loaded from
+    width: int  #: M, its features
+    input_site: str  #: the site it read here
+    output_site: str  #: the site it imitates
+    fvu: float  #: fraction of variance unexplained, dataset-mean convention
+    explained_variance: float  #: 1 − FVU
+    l0: float  #: mean over unmasked tokens
+    relative_error: float  #: mean over unmasked tokens
+    #: :func:`jaxtc.metrics.notebook_score` with the transcoder reading ``mlp_in``, whatever
+    #: ``input_site`` is; NaN for one that does not imitate an MLP.
     notebook_score: float
-    tokens: tuple[TokenReport, ...]
+    tokens: tuple[TokenReport, ...]  #: by position
 
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What :func:`explain` returns.
+    """What :func:`jaxtc.explain` returns."""
 
-    Attributes:
-        prompt: the text.
-        ids: of its tokens, T.
-        tokens: their pieces, T.
-        layers: a report for each transcoder, by layer.
-        continuation: what the model says next, greedily.
-        continuation_ids: its tokens' ids.
-        warnings: what a reader should know before believing the rest.
-    """
-
-    prompt: str
-    ids: tuple[int, ...]
-    tokens: tuple[str, ...]
-    layers: tuple[LayerReport, ...]
-    continuation: str
-    continuation_ids: tuple[int, ...]
-    warnings: tuple[str, ...]
+    prompt: str  #: the text
+    ids: tuple[int, ...]  #: T token ids
+    tokens: tuple[str, ...]  #: their pieces, T
+    layers: tuple[LayerReport, ...]  #: one for each transcoder, by layer
+    continuation: str  #: the model's greedy continuation
+    continuation_ids: tuple[int, ...]  #: its token ids
+    warnings: tuple[str, ...]  #: what a reader should know before trusting the rest
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for ``json.dumps``, the conventions of its numbers included; NaN becomes None."""

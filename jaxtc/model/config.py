@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxtc.errors import ConfigError
 
-# What a config may claim: one list entry a layer is made before any weight is seen.
+# A list of this length is made before any weight is seen.
 _MOST_LAYERS = 10_000
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -20,9 +20,31 @@ def _whole(value: Any, least: int) -> bool:
 
 
 def _positive(value: Any) -> bool:
-    """Whether this is a number above 0 that float64 holds."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and 0 < value <= sys.float_info.max
+
+
+def _token(value: Any) -> bool:
+    return value is None or _whole(value, 0)
+
+
+_COUNT = (lambda value: _whole(value, 1), "a whole number of at least 1")
+_NUMBER = (_positive, "a finite number above 0")
+_CAP = (lambda value: value is None or _positive(value), _NUMBER[1])
+_ID = (_token, "the id of a token")
+_IDS = (
+    lambda value: all(_whole(v, 0) for v in value) if isinstance(value, tuple) else _token(value),
+    "the id of a token or a list of them",
+)
+# What each field may be: a predicate, and what messages say is expected.
+_FIELDS = {
+    "vocab_size": _COUNT, "hidden_size": _COUNT, "intermediate_size": _COUNT,
+    "num_hidden_layers": _COUNT, "num_attention_heads": _COUNT, "num_key_value_heads": _COUNT,
+    "head_dim": _COUNT, "sliding_window": _COUNT, "max_position_embeddings": _COUNT,
+    "pad_token_id": _ID, "bos_token_id": _ID, "eos_token_id": _IDS,
+    "query_pre_attn_scalar": _NUMBER, "rope_theta": _NUMBER, "rms_norm_eps": _NUMBER,
+    "attn_logit_softcapping": _CAP, "final_logit_softcapping": _CAP,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,28 +90,13 @@ class Gemma2Config:
             raise ConfigError("This Gemma-2 config cannot be run: " + "; ".join(problems) + ".")
 
     def _problems(self) -> list[str]:
-        found = []
-        counts = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"]
-        counts += ["num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"]
-        counts += ["max_position_embeddings"]
-        for name in counts:
-            value = getattr(self, name)
-            if not _whole(value, 1):
-                found.append(f"{name} is {value!r}, expected a whole number of at least 1")
+        found = [
+            f"{name} is {getattr(self, name)!r}, expected {expected}"
+            for name, (fits, expected) in _FIELDS.items()
+            if not fits(getattr(self, name))
+        ]
         if _whole(self.num_hidden_layers, _MOST_LAYERS + 1):
             found.append(f"num_hidden_layers is beyond {_MOST_LAYERS}")
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            value = getattr(self, name)
-            several = name == "eos_token_id" and isinstance(value, tuple)
-            if value is not None and not all(_whole(v, 0) for v in (value if several else [value])):
-                expected = "the id of a token" + (" or a list of them" if "eos" in name else "")
-                found.append(f"{name} is {value!r}, expected {expected}")
-        numbers = ["query_pre_attn_scalar", "rope_theta", "rms_norm_eps"]
-        caps = ["attn_logit_softcapping", "final_logit_softcapping"]
-        for name in numbers + [cap for cap in caps if getattr(self, cap) is not None]:
-            value = getattr(self, name)
-            if not _positive(value):
-                found.append(f"{name} is {value!r}, expected a finite number above 0")
         if found:
             return found
         if self.num_attention_heads % self.num_key_value_heads:
@@ -106,24 +113,17 @@ class Gemma2Config:
                 f"layer_types lists {len(self.layer_types)} layers, "
                 f"num_hidden_layers says {self.num_hidden_layers}"
             )
-        else:
-            for kind in self.layer_types:
-                if kind not in (SLIDING, FULL):
-                    found.append(f"layer type {kind!r} is neither {SLIDING!r} nor {FULL!r}")
-                    break
+        elif odd := [kind for kind in self.layer_types if kind not in (SLIDING, FULL)]:
+            found.append(f"layer type {odd[0]!r} is neither {SLIDING!r} nor {FULL!r}")
         return found
 
     @property
     def sizes(self) -> dict[str, int]:
         """The size of each axis letter that the config fixes: D, N, K, H, F, V."""
         return {
-            "D": self.hidden_size,
-            "N": self.num_attention_heads,
-            "K": self.num_key_value_heads,
-            "H": self.head_dim,
-            "F": self.intermediate_size,
-            "V": self.vocab_size,
-        }
+            "D": self.hidden_size, "N": self.num_attention_heads, "K": self.num_key_value_heads,
+            "H": self.head_dim, "F": self.intermediate_size, "V": self.vocab_size,
+        }  # fmt: skip
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str = "config.json") -> "Gemma2Config":
@@ -153,20 +153,15 @@ class Gemma2Config:
             if not isinstance(given, Mapping | None):
                 raise ConfigError(f"{where}: {key} is {given!r}, expected an object or null.")
             rope.update(given or {})
-        tied = raw.get("tie_word_embeddings", True)
-        unsupported = {
+        settings = {
             # Only hidden_activation counts: transformers does not read hidden_act for Gemma-2.
-            "hidden_activation": raw.get("hidden_activation")
-            if raw.get("hidden_activation") != "gelu_pytorch_tanh"
-            else None,
-            "attention_bias": raw.get("attention_bias") or None,
-            "use_bidirectional_attention": raw.get("use_bidirectional_attention") or None,
-            "tie_word_embeddings": None if tied is True else tied or False,
-            "rope_type": None
-            if rope.get("rope_type", rope.get("type", "default")) == "default"
-            else rope.get("rope_type", rope.get("type")),
-        }
-        odd = [f"{key} = {value!r}" for key, value in unsupported.items() if value is not None]
+            "hidden_activation": (raw.get("hidden_activation"), (None, "gelu_pytorch_tanh")),
+            "attention_bias": (raw.get("attention_bias"), (None, False)),
+            "use_bidirectional_attention": (raw.get("use_bidirectional_attention"), (None, False)),
+            "tie_word_embeddings": (raw.get("tie_word_embeddings", True) or False, (True,)),
+            "rope_type": (rope.get("rope_type", rope.get("type")), (None, "default")),
+        }  # fmt: skip
+        odd = [f"{key} = {value!r}" for key, (value, fine) in settings.items() if value not in fine]
         if odd:
             raise ConfigError(
                 f"{where} asks for {', '.join(odd)}, which no released Gemma-2 uses and jaxtc "
@@ -179,12 +174,12 @@ class Gemma2Config:
         for key in ("layer_types", "eos_token_id"):
             if isinstance(values.get(key), list):
                 values[key] = tuple(values[key])
-        if values.get("layer_types") is None:
-            values.pop("layer_types", None)
-        elif values["layer_types"] == ():
+        if values.get("layer_types", 0) is None:
+            del values["layer_types"]
+        elif values.get("layer_types") == ():
             raise ConfigError(
-                f"{where} has an empty list of layer_types, expected one for each layer, or none "
-                "of the key (layers then slide and see everything in turns)."
+                f"{where} has an empty list of layer_types, expected one for each layer, or no "
+                "such key (sliding and full attention then alternate)."
             )
         if values.get("sliding_window", 0) is None:
             raise ConfigError(f"{where} has no sliding_window; every Gemma-2 has one (4096).")

@@ -61,12 +61,9 @@ def softcap(x: jax.Array, cap: float | None) -> jax.Array:
 
 
 def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotary embedding, halves rotated against each other; angles in float32.
+    """Rotary embedding of ``x`` (B, T, heads, H), halves paired; angles in float32.
 
-    Args:
-        x: (B, T, heads, H).
-        positions: (B, T).
-        theta: base of the frequencies.
+    ``positions`` are (B, T), ``theta`` is the base of the frequencies.
     """
     half = x.shape[-1] // 2
     exponents = np.arange(0, half, dtype=np.float32) * np.float32(2) / np.float32(2 * half)
@@ -112,17 +109,10 @@ class Attention(nnx.Module):
 
     @jax.named_scope("attention")
     def __call__(self, x, positions, visible, past, tap):
-        """Mix values over the visible positions.
+        """((B, T, D), the new ``past``) from the input norm's output, (B, T, D).
 
-        Args:
-            x: (B, T, D), the input norm's output.
-            positions: (B, T).
-            visible: (B, T, S) booleans.
-            past: (keys, values) of the cache, each (B, S, K, H), or None.
-            tap: of this layer.
-
-        Returns:
-            ((B, T, D), the new ``past``).
+        ``positions`` are (B, T); ``visible``, (B, T, S) booleans; ``past``, (keys, values) of the
+        cache, each (B, S, K, H), or None.
         """
         config = self.config
         with jax.named_scope("qkv"):
@@ -274,13 +264,13 @@ class Gemma2(nnx.Module):
         Args:
             tokens: (B, T) int32, padded on the right.
             positions: (B, T) int32, each token's position in its own text; 0, 1, ... by default.
-            segments: (B, T) int32, for texts packed in a row: tokens see their own segment.
+            segments: (B, T) int32, for texts packed in a row: tokens attend to their own segment.
             cache: keys and values of earlier tokens; also makes this pass return its own.
             tap: captures and edits.
             depth: stop after this many layers, without logits.
             logits_at: (B,) int32, the only token of each row whose logits are wanted.
-            resume: (layer, (L, B, T, D) what enters each block): begin there, earlier blocks are
-                not run and their sites cannot be captured. The layer is data.
+            resume: (layer, (L, B, T, D) inputs of the blocks): begin there; earlier blocks are not
+                run and their sites cannot be captured. The layer is traced.
 
         Returns:
             (logits, cache). Logits are (B, T, V) float32, (B, 1, V) with ``logits_at``, None with
@@ -316,7 +306,7 @@ class Gemma2(nnx.Module):
 
 
 def resumed(layer: int, start: jax.Array, entering: jax.Array, x: jax.Array, block, *context):
-    """``x`` after this block, from layer ``start`` on; there it is taken from ``entering``."""
+    """``x`` after this block, run from layer ``start`` on, whose input is ``entering[start]``."""
     x = jnp.where(start == layer, entering[layer], x)
     return jax.lax.cond(start <= layer, lambda x: block(x, *context)[0], lambda x: x, x)
 

@@ -16,15 +16,7 @@ Init: TypeAlias = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 def declare(
     rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], init: Init, dtype: jnp.dtype
 ) -> nnx.Param:
-    """One parameter.
-
-    Args:
-        rngs: where the initialiser's key comes from.
-        shape: its shape.
-        axes: a logical name for each axis, kept as ``param.logical_axes``.
-        init: ``(key, shape, dtype) -> array``.
-        dtype: of the array.
-    """
+    """One parameter; ``axes`` name its axes in the sharding rules, as ``param.logical_axes``."""
     assert len(shape) == len(axes), (shape, axes)
     return nnx.Param(init(rngs.params(), shape, dtype), logical_axes=axes)
 

@@ -1,4 +1,4 @@
-"""What a user may give as tokens, checked and padded: the door between Python lists and arrays."""
+"""Token ids as users give them, checked and padded to arrays."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,19 +15,12 @@ from jaxtc.model.config import Gemma2Config
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """Prompts as the compiled programs take them.
+    """Prompts as the compiled programs take them."""
 
-    Attributes:
-        tokens: (B, bucket) int32, padded on the right.
-        lengths: (B,) int32, real tokens of each row.
-        known_lengths: the same as NumPy, or None inside a trace.
-        length: T, the longest prompt (or the width the caller gave).
-    """
-
-    tokens: jax.Array
-    lengths: jax.Array
-    known_lengths: np.ndarray | None
-    length: int
+    tokens: jax.Array  # (B, bucket) int32, padded on the right
+    lengths: jax.Array  # (B,) int32, real tokens of each row
+    known_lengths: np.ndarray | None  # the same as NumPy, None inside a trace
+    length: int  # T, the longest prompt (or the width the caller gave)
 
 
 def bucket(length: int) -> int:
@@ -47,7 +40,7 @@ def prepare(tokens: Any, config: Gemma2Config, lengths: Any = None, extra: int =
         tokens: ids of one prompt, a list of prompts of any lengths, or an array (T,) or (B, T)
             padded on the right.
         config: for the vocabulary and the context length.
-        lengths: (B,) real tokens of each row of an array; all of them by default.
+        lengths: (B,) real tokens of each row; all of them by default.
         extra: tokens that will be generated after the prompts.
 
     Raises:
@@ -83,13 +76,10 @@ def prepare(tokens: Any, config: Gemma2Config, lengths: Any = None, extra: int =
 
 
 def _traced(tokens: Any, config: Gemma2Config, lengths: Any, extra: int) -> Prompts:
-    """As :func:`prepare` inside a trace: shapes are checked, values become NaN when wrong."""
+    """:func:`prepare` inside a trace: shapes are checked, wrong values lead to NaN."""
     tokens = jnp.atleast_2d(jnp.asarray(tokens))
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise InputError(
-            f"Token ids are whole numbers in one row or several, got an array of {tokens.dtype} "
-            f"with shape {tokens.shape}."
-        )
+        raise _not_ids(tokens)
     batch, length = tokens.shape
     _check_context(length, extra, config)
     held = np.full(batch, length)
@@ -98,7 +88,7 @@ def _traced(tokens: Any, config: Gemma2Config, lengths: Any, extra: int) -> Prom
         lengths = known = held
     elif isinstance(lengths, jax.core.Tracer):
         lengths = jnp.broadcast_to(lengths, (batch,))
-        # An id outside the vocabulary, for the embedding to answer with NaN.
+        # The embedding of an id outside the vocabulary is NaN.
         fits = (lengths >= 1) & (lengths <= length)
         tokens = jnp.where(fits[:, None], tokens, config.vocab_size)
         lengths = jnp.clip(lengths, 1, length)
@@ -123,7 +113,6 @@ def _check_context(length: int, extra: int, config: Gemma2Config) -> None:
 
 
 def _rows(tokens: Any) -> list[np.ndarray]:
-    """The ids of each prompt, from whatever was given."""
     if isinstance(tokens, str) or (
         isinstance(tokens, Sequence) and tokens and isinstance(tokens[0], str)
     ):
@@ -139,15 +128,18 @@ def _rows(tokens: Any) -> list[np.ndarray]:
     rows = [row[0] if row.ndim == 2 and len(row) == 1 else row for row in rows]
     for row in rows:
         if row.ndim != 1 or (row.size and row.dtype.kind not in "iu"):
-            raise InputError(
-                f"Token ids are whole numbers in one row or several, got an array of "
-                f"{row.dtype} with shape {row.shape}."
-            )
+            raise _not_ids(row)
     return rows
 
 
+def _not_ids(array: Any) -> InputError:
+    return InputError(
+        f"Token ids are whole numbers in one row or several, got an array of {array.dtype} with "
+        f"shape {array.shape}."
+    )
+
+
 def _lengths(lengths: Any, held: np.ndarray) -> np.ndarray:
-    """(B,) lengths as given, each at most what its row holds."""
     known = np.atleast_1d(np.asarray(lengths))
     if known.shape != held.shape or known.dtype.kind not in "iu":
         raise InputError(f"lengths must be {len(held)} whole numbers, got {lengths!r}.")

@@ -17,7 +17,6 @@ from jaxtc.sharding.rules import DATA, MODEL, RULES, Rules, ShardingError, shard
 
 Module = TypeVar("Module", bound=nnx.Module)
 
-
 # What :func:`make_mesh` takes.
 MeshLike: TypeAlias = Mesh | Mapping[str, int] | str
 
@@ -43,7 +42,6 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def _checked(sizes: Mapping[str, int]) -> dict[str, int]:
-    """``sizes`` when they are those of a mesh."""
     known = (DATA, MODEL)
     if not sizes:
         raise ShardingError("A mesh needs at least one axis, such as {'model': 4}.")
@@ -55,8 +53,7 @@ def _checked(sizes: Mapping[str, int]) -> dict[str, int]:
             )
         if not is_whole(size, 1):
             raise ShardingError(
-                f"{size!r} devices along the mesh axis {axis!r}: expected a whole number of at "
-                "least 1."
+                f"{size!r} devices along the mesh axis {axis!r}: expected an integer of at least 1."
             )
     return {axis: int(size) for axis, size in sizes.items()}
 
@@ -70,8 +67,7 @@ def make_mesh(sizes: MeshLike, devices: Sequence[jax.Device] | None = None) -> M
             the first ones are used.
 
     Raises:
-        ShardingError: sizes that are none, or more than there are devices; a mesh without devices
-            of this process.
+        ShardingError: invalid sizes, more than there are devices, or no device of this process.
     """
     if isinstance(sizes, Mesh):
         return sizes
@@ -90,12 +86,8 @@ def make_mesh(sizes: MeshLike, devices: Sequence[jax.Device] | None = None) -> M
             f"A mesh of {show(sizes)} takes the first {count} of {len(devices)} devices, none of "
             f"them of process {jax.process_index()}. Every process needs a part: use all devices."
         )
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        devices=chosen,
-        axis_types=(AxisType.Auto,) * len(sizes),
-    )
+    types = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=chosen)
 
 
 def show(mesh: Mesh | Mapping[str, int]) -> str:
@@ -105,7 +97,7 @@ def show(mesh: Mesh | Mapping[str, int]) -> str:
 
 
 def shard(module: Module, mesh: MeshLike, rules: Rules = RULES) -> Module:
-    """A model or transcoder that is in memory, on a mesh; the one given stays as it is.
+    """A copy on a mesh of a model or transcoder that is in memory.
 
     :func:`jaxtc.load_model` and :func:`jaxtc.load_transcoder` take ``mesh=`` themselves and never
     hold more than each device's share.
@@ -125,7 +117,7 @@ def shard(module: Module, mesh: MeshLike, rules: Rules = RULES) -> Module:
 
 
 def put(x: Any, sharding: NamedSharding) -> jax.Array:
-    """``x`` laid out so. In many processes each has the same ``x`` or its part of a global one."""
+    """``x`` so sharded. In many processes each has the same ``x`` or its part of a global one."""
     if isinstance(x, jax.Array) and x.sharding == sharding:
         return x
     if isinstance(x, np.ndarray):
@@ -146,10 +138,9 @@ def _same(x: jax.Array) -> jax.Array:
 
 
 def mesh_of(tree: Any) -> Mesh | None:
-    """The mesh that the arrays of a pytree lie on: that of the first one that lies on any."""
+    """The mesh of the first array of a pytree that lies on one."""
     for leaf in [tree] if isinstance(tree, jax.Array) else jax.tree.leaves(tree):
-        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
-            found = leaf.sharding
-            if isinstance(found, NamedSharding):
-                return found.mesh
+        known = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+        if known and isinstance(leaf.sharding, NamedSharding):
+            return leaf.sharding.mesh
     return None

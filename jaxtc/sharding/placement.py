@@ -1,7 +1,7 @@
-"""What a compiled program knows of the mesh that its model lies on.
+"""What a compiled program knows about the mesh of its model.
 
-Programs take a :class:`Placement` as a static argument, so nothing is ambient; without one they are
-those of a single device. Axis letters: ... leading axes, C entries kept, D hidden, M features.
+Programs take a :class:`Placement` as a static argument, None on a single device; there is no
+ambient mesh. Axis letters: ... leading axes, C entries kept, D hidden, M features.
 """
 
 import dataclasses
@@ -22,15 +22,10 @@ FREE = PartitionSpec.UNCONSTRAINED
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """A mesh and the rules by which arrays lie on it. Hashable: part of compile keys.
-
-    Attributes:
-        mesh: of the model.
-        rules: (logical axis, mesh axis) pairs, sorted.
-    """
+    """A mesh and the rules by which arrays lie on it. Hashable: part of compile keys."""
 
     mesh: Mesh
-    rules: tuple[tuple[str, str | None], ...]
+    rules: tuple[tuple[str, str | None], ...]  # (logical axis, mesh axis), sorted
 
     @classmethod
     def of(cls, mesh: Mesh, rules: Rules = RULES) -> "Placement":
@@ -57,28 +52,28 @@ class Placement:
 
     @property
     def whole(self) -> NamedSharding:
-        """Of what every device holds whole."""
+        """Replicated."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     def constrain(self, x: jax.Array, axes: Sequence[str]) -> jax.Array:
-        """``x`` inside a program, divided as its logical axes say."""
+        """Inside a program: ``x``, sharded by its logical axes."""
         return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape))
 
     def site(self, x: jax.Array, letters: str) -> jax.Array:
-        """``x`` inside a program, at a site with these axis letters, ``"B T N H"``."""
+        """:meth:`constrain` for a site with these axis letters, ``"B T N H"``."""
         return self.constrain(x, logical(letters))
 
     def put_rows(self, x: Any) -> Any:
-        """(B, ...) on the mesh, its rows divided if there are enough; traced arrays stay."""
+        """(B, ...) on the mesh, its rows sharded if they divide; traced arrays stay."""
         if isinstance(x, jax.core.Tracer):
             return x
         x = x if isinstance(x, jax.Array) else np.asarray(x)
         return put(x, self.sharding(("batch", *["tokens"] * (x.ndim - 1)), x.shape))
 
     def put_whole(self, tree: Any) -> Any:
-        """Edits or reducers on the mesh: their arrays whole, modules in them as they are.
+        """Edits or reducers on the mesh: their arrays replicated, modules in them as they are.
 
-        Always whole, so that a program is the same wherever a value comes from.
+        Always replicated, so that a program is the same wherever a value comes from.
 
         Raises:
             ShardingError: a module that lies elsewhere.
@@ -87,11 +82,9 @@ class Placement:
         def one(leaf: Any) -> Any:
             if isinstance(leaf, nnx.Module):
                 return self._checked(leaf)
-            if isinstance(leaf, jax.core.Tracer) or not isinstance(
-                leaf, jax.Array | np.ndarray | np.generic
-            ):
-                return leaf
-            return put(leaf, self.whole)
+            array = isinstance(leaf, jax.Array | np.ndarray | np.generic)
+            traced = isinstance(leaf, jax.core.Tracer)
+            return put(leaf, self.whole) if array and not traced else leaf
 
         return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, nnx.Module))
 
@@ -107,22 +100,21 @@ class Placement:
         )
 
     def parts(self, axis: str, size: int) -> int:
-        """Into how many parts an axis of this length is divided."""
+        """How many shards an axis of this length has."""
         spec = self.sharding((axis,), (size,)).spec
         return self.mesh.shape[spec[0]] if len(spec) else 1
 
     def split(self, x: jax.Array, at: int, axis: str) -> jax.Array:
-        """``x`` with its axis ``at``, one entry for each part of a logical axis, so divided."""
+        """``x``, sharded along ``at``, which has an entry for each shard of a logical axis."""
         spec = [FREE] * x.ndim
         spec[at] = dict(self.rules)[axis]
-        sharding = NamedSharding(self.mesh, PartitionSpec(*spec))
-        return jax.lax.with_sharding_constraint(x, sharding)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*spec)))
 
 
 def placement_of(module: nnx.Module) -> Placement | None:
     """Where a model or transcoder lies; None on a single device, and inside a trace.
 
-    The rules are those by which its parameters are divided.
+    The rules are read off the shardings of its parameters.
     """
     mesh, rules = None, {}
     for _, param in variables(module):
@@ -144,13 +136,8 @@ def top_k(
     """``jax.lax.top_k``, each device among its own entries first: (..., M) to (..., k) twice.
 
     The same values and ids in the same order: in both steps the first of equal values comes first,
-    and the parts are in the order of the axis. Only k entries of each part are sent.
-
-    Args:
-        x: (..., M).
-        k: how many.
-        placement: of ``x``.
-        axes: logical names of its axes.
+    and the parts are in the order of the axis. Only k entries of each part are sent. ``axes`` are
+    the logical axes of ``x``.
     """
     if placement is None:
         return jax.lax.top_k(x, k)
@@ -162,9 +149,7 @@ def top_k(
         if last is None:
             return values, ids
         ids = ids + jax.lax.axis_index(last).astype(ids.dtype) * x.shape[-1]
-        values, ids = (
-            jax.lax.all_gather(part, last, axis=x.ndim - 1, tiled=True) for part in (values, ids)
-        )
+        values, ids = jax.lax.all_gather((values, ids), last, axis=x.ndim - 1, tiled=True)
         values, places = jax.lax.top_k(values, k)
         return values, jnp.take_along_axis(ids, places, axis=-1)
 
@@ -184,13 +169,7 @@ def mix_rows(
     """Σ over C of ``values`` (..., C) times the rows that ``ids`` (..., C) name, to (..., D).
 
     Each device mixes the rows that it holds, and the sums are added: no row is sent anywhere.
-
-    Args:
-        values: (..., C).
-        ids: (..., C) whole numbers below M.
-        rows: (M, D).
-        placement: of the rows.
-        axis: logical name of their first axis.
+    ``axis`` is the logical name of the first axis of ``rows`` (M, D), which lie at ``placement``.
     """
     parts = placement.parts(axis, len(rows)) if placement else 1
     if parts == 1:

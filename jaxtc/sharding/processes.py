@@ -1,4 +1,4 @@
-"""Many processes (``jax.distributed``): what one must tell the others."""
+"""Multi-process runs (``jax.distributed``): failing together, gathering arrays."""
 
 import contextlib
 from collections.abc import Iterator
@@ -18,12 +18,12 @@ class OtherProcessError(JaxtcError):
 
 @contextlib.contextmanager
 def agreed(mesh: Mesh | None, what: str) -> Iterator[None]:
-    """All processes come through this block, or all of them raise.
+    """All processes complete this block, or all of them raise.
 
     A process that raised alone would leave the others waiting for it, in their next computation.
 
     Args:
-        mesh: nothing is agreed on without one, nor with one of this process only.
+        mesh: None, or one within this process, makes this a no-op.
         what: is done here, for messages: "load the model".
 
     Raises:
@@ -37,11 +37,11 @@ def agreed(mesh: Mesh | None, what: str) -> Iterator[None]:
         yield
     except Exception as error:
         failed = error
-    told = multihost_utils.process_allgather(np.int32(failed is not None))
+    failures = multihost_utils.process_allgather(np.int32(failed is not None))
     if failed is not None:
         raise failed
-    if told.any():
-        where = ", ".join(map(str, np.flatnonzero(told)))
+    if failures.any():
+        where = ", ".join(map(str, np.flatnonzero(failures)))
         raise OtherProcessError(
             f"Process {where} of {jax.process_count()} could not {what}; its own error says why. "
             "Nothing is wrong with the part of this process."
@@ -49,11 +49,7 @@ def agreed(mesh: Mesh | None, what: str) -> Iterator[None]:
 
 
 def check_here(tree: Any, what: str) -> None:
-    """Refuse arrays of which this process has only a part.
-
-    Raises:
-        SourceError: there are some.
-    """
+    """Raise SourceError for arrays of which this process has only a part."""
     if any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in jax.tree.leaves(tree)):
         raise SourceError(
             f"This {what} is spread over {jax.process_count()} processes, and a file of this "

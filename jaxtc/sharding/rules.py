@@ -1,4 +1,4 @@
-"""One table from logical axes to mesh axes: where parameters, caches and activations lie.
+"""One table from logical axes to mesh axes: how parameters, caches and activations are sharded.
 
 A mesh has the axes ``data`` (rows of a batch, variants of a sweep) and ``model`` (heads, neurons,
 tokens of the vocabulary, transcoder features). Axis letters: B batch, T and S tokens, D hidden, N
@@ -20,7 +20,7 @@ Rules: TypeAlias = Mapping[str, str | None]
 
 DATA, MODEL = "data", "model"
 
-# Logical axis -> mesh axis, None for an axis that every device holds whole.
+# Logical axis -> mesh axis, None for an axis that is replicated.
 RULES: Rules = MappingProxyType({
     "batch": DATA,
     "vocab": MODEL, "heads": MODEL, "kv_heads": MODEL, "mlp": MODEL, "features": MODEL,
@@ -36,7 +36,7 @@ LETTERS: Mapping[str, str] = MappingProxyType({
 
 def logical(letters: str) -> tuple[str, ...]:
     """The logical axes of a site with these axis letters, ``"B T N H"``."""
-    # An axis of length 1 is nothing to divide.
+    # An axis of length 1 has no letter and is never sharded.
     return tuple(LETTERS.get(letter, "tokens") for letter in letters.split())
 
 
@@ -45,7 +45,7 @@ CACHE = ("batch", "slots", "kv_heads", "head_dim")
 
 
 class ShardingError(JaxtcError):
-    """A mesh that is none, or arrays that cannot be divided over it."""
+    """An invalid mesh, or arrays that do not divide over it."""
 
 
 def partition(
@@ -55,9 +55,9 @@ def partition(
     rules: Rules = RULES,
     name: str = "",
 ) -> PartitionSpec:
-    """How an array of these logical axes lies on a mesh; from sizes alone, no devices are needed.
+    """How an array of these logical axes is sharded; from sizes alone, no devices are needed.
 
-    Two axes that do not divide are held whole in place of refused: rows of a batch, and key/value
+    Two axes that do not divide are replicated rather than refused: rows of a batch, and key/value
     heads that are fewer than the devices and divide them (2, 4 or 8 devices for 2 heads).
 
     Args:
@@ -68,8 +68,8 @@ def partition(
         name: of the array, for messages.
 
     Raises:
-        ShardingError: an axis that cannot be divided, two axes over one axis of the mesh, or rules
-            with names that are no logical axes.
+        ShardingError: an axis that does not divide, two axes over one axis of the mesh, or rules
+            for unknown axes.
     """
     unknown = sorted(set(rules) - set(RULES))
     if unknown:
@@ -80,7 +80,7 @@ def partition(
     spec: list[str | None] = []
     for axis, size in zip(axes, shape, strict=True):
         target = rules.get(axis)
-        count = sizes.get(target, 1) if target is not None else 1
+        count = sizes.get(target, 1)
         if size % count and (axis == "batch" or (axis == "kv_heads" and count % size == 0)):
             count = 1
         if size % count:
@@ -107,7 +107,7 @@ def _uneven(name: str, axis: str, size: int, target: str, count: int) -> Shardin
     return ShardingError(
         f"{name or 'An array'} has {axis} = {size}, which does not divide over the {count} devices "
         f"of the mesh axis {target!r}. Choose {target}={' or '.join(map(str, sorted(near)))}, or "
-        f"hold this axis whole on each device: rules=jaxtc.sharding.RULES | {{{axis!r}: None}}."
+        f"replicate this axis: rules=jaxtc.sharding.RULES | {{{axis!r}: None}}."
     )
 
 
@@ -117,16 +117,13 @@ def shardings(module: nnx.Module, mesh: Mesh, rules: Rules = RULES) -> list[Name
     Raises:
         ShardingError: as :func:`partition`.
     """
-    found = []
-    for path, param in variables(module):
-        spec = partition(param.logical_axes, param.shape, mesh.shape, rules, path)
-        found.append(NamedSharding(mesh, spec))
-    return found
+    return [
+        NamedSharding(mesh, partition(param.logical_axes, param.shape, mesh.shape, rules, name))
+        for name, param in variables(module)
+    ]
 
 
 def variables(module: nnx.Module) -> list[tuple[str, nnx.Variable]]:
     """(name, parameter) of a module, in the order of its leaves: ``layers.3.attn.q``."""
-    flat = jax.tree_util.tree_flatten_with_path(
-        module, is_leaf=lambda x: isinstance(x, nnx.Variable)
-    )[0]
-    return [(jax.tree_util.keystr(p, simple=True, separator="."), leaf) for p, leaf in flat]
+    leaves = jax.tree.leaves_with_path(module, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return [(jax.tree_util.keystr(p, simple=True, separator="."), leaf) for p, leaf in leaves]

@@ -1,8 +1,7 @@
-"""What turns a transcoder's pre-activations into its features' activations, one class each.
+"""Activation functions of transcoders, one class each.
 
-A new activation is one class here and nothing else: the module, ``Transcoder.abstract``, file
-formats, converted checkpoints and feature edits read it. Axis letters: ... leading axes, M features
-(or those of them that are asked for).
+A new activation is one class here and nothing else: the module, file formats, converted checkpoints
+and feature edits read it. Axis letters: ... leading axes, M features (or a selection of them).
 """
 
 import dataclasses
@@ -16,32 +15,9 @@ import numpy as np
 
 from jaxtc.errors import JaxtcError, did_you_mean
 from jaxtc.helpers import is_whole
-from jaxtc.model.parameters import Init, zeros
 from jaxtc.sharding.placement import Placement, top_k
 
-__all__ = [
-    "ACTIVATIONS",
-    "Activation",
-    "BatchTopK",
-    "JumpReLU",
-    "Parameter",
-    "ReLU",
-    "TopK",
-    "activation_of",
-]
-
-
-@dataclasses.dataclass(frozen=True)
-class Parameter:
-    """A parameter of an activation.
-
-    Attributes:
-        axes: ``("features",)``, (M,); or ``()``, one number for all features.
-        init: as :func:`jaxtc.model.parameters.declare` takes it.
-    """
-
-    axes: tuple[str, ...] = ("features",)
-    init: Init = zeros
+__all__ = ["ACTIVATIONS", "Activation", "BatchTopK", "JumpReLU", "ReLU", "TopK", "activation_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,16 +26,17 @@ class Activation:
 
     Fields of a subclass are its settings: static, kept as JSON. Class attributes:
         name: what ``Transcoder(activation=name)`` calls it.
-        parameters: its arrays by name, attributes of the transcoder.
+        parameters: logical axes of its arrays, attributes of the transcoder that start as zeros:
+            ``("features",)``, (M,); or ``()``, one number for all features.
         files: the file formats that have it and how they spell each parameter. At most one
-            activation of a format has a given set of parameters: that is how files are told apart.
+            activation of a format has a given set of parameters, which identifies it in a file.
         per_feature: whether a feature's activation depends on its own pre-activation only.
         as_threshold: {parameter: array} -> thresholds, (M,) or (), of the JumpReLU that computes
             the same, for formats that lack this activation; None where there is none.
     """
 
     name: ClassVar[str]
-    parameters: ClassVar[Mapping[str, Parameter]] = MappingProxyType({})
+    parameters: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
     files: ClassVar[Mapping[str, Mapping[str, str]]] = MappingProxyType({})
     per_feature: ClassVar[bool] = True
     as_threshold: ClassVar[Callable[..., np.ndarray] | None] = None
@@ -67,17 +44,14 @@ class Activation:
     def __call__(
         self, z: jax.Array, parameters: Mapping[str, jax.Array], placement: Placement | None
     ) -> jax.Array:
-        """Activations (..., M) of pre-activations (..., M); NaN stays NaN.
+        """Activations (..., M) of pre-activations ``z`` (..., M); NaN stays NaN.
 
-        Args:
-            z: pre-activations.
-            parameters: by name, of the same features.
-            placement: where the features lie, None on a single device.
+        ``parameters`` are of the same features; ``placement`` is where those lie, if on a mesh.
         """
         raise NotImplementedError
 
     def check(self, features: int) -> None:
-        """Refuse settings that do not suit M features. Raises JaxtcError."""
+        """Raise JaxtcError for settings that do not fit M features."""
 
     def facts(self) -> dict[str, Any]:
         """Name and settings, as JSON; :func:`activation_of` takes them back."""
@@ -99,7 +73,7 @@ class JumpReLU(Activation):
     """``z`` where ``z > threshold`` (strictly) and ``z > 0``, else 0 (arXiv 2407.14435)."""
 
     name = "jumprelu"
-    parameters = MappingProxyType({"threshold": Parameter()})
+    parameters = MappingProxyType({"threshold": ("features",)})
     files = MappingProxyType({
         "gemma-scope": {"threshold": "threshold"},
         "circuit-tracer": {"threshold": "activation_function.threshold"},
@@ -152,7 +126,7 @@ class TopK(Activation):
         return jnp.where((kept & (z > 0)) | jnp.isnan(z), z, 0)
 
     def check(self, features):
-        """Refuse more than there are."""
+        """As there."""
         if self.k > features:
             raise JaxtcError(f"k is {self.k}, but the transcoder has {features} features.")
 
@@ -162,11 +136,11 @@ class BatchTopK(JumpReLU):
     """JumpReLU with one threshold for all features: BatchTopK at inference (arXiv 2412.06410).
 
     Training keeps the batch's k·B largest; the threshold is the mean, over batches, of the smallest
-    one kept. Formats without it have it as a JumpReLU, which is how SAELens publishes them too.
+    one kept. Formats without it store a JumpReLU, as SAELens does.
     """
 
     name = "batchtopk"
-    parameters = MappingProxyType({"threshold": Parameter(axes=())})
+    parameters = MappingProxyType({"threshold": ()})
     files = MappingProxyType({})
 
     def as_threshold(self, parameters):
@@ -191,8 +165,8 @@ def activation_of(given: "str | Activation | Mapping[str, Any]") -> Activation:
     """
     if isinstance(given, Activation):
         return given
-    told = dict(given) if isinstance(given, Mapping) else {"name": given}
-    name = told.pop("name", None)
+    facts = dict(given) if isinstance(given, Mapping) else {"name": given}
+    name = facts.pop("name", None)
     kind = ACTIVATIONS.get(name) if isinstance(name, str) else None
     if kind is None:
         raise JaxtcError(
@@ -200,17 +174,17 @@ def activation_of(given: "str | Activation | Mapping[str, Any]") -> Activation:
             f"{did_you_mean(str(name), ACTIVATIONS)}"
         )
     settings = [field.name for field in dataclasses.fields(kind)]
-    if sorted(map(str, told)) != sorted(settings):
+    if sorted(map(str, facts)) != sorted(settings):
         raise JaxtcError(
             f"The activation {name!r} takes {', '.join(settings) or 'no settings'}, got "
-            f"{', '.join(map(str, told)) or 'none'}; give {kind.__name__}"
+            f"{', '.join(map(str, facts)) or 'none'}; give {kind.__name__}"
             f"({', '.join(f'{s}=...' for s in settings)}) of jaxtc.transcoders.activations."
         )
-    return kind(**told)
+    return kind(**facts)
 
 
 def parameter_names() -> list[str]:
-    """The parameters of all activations; a transcoder has each, None where it is not its own's."""
+    """Of all activations; a transcoder has each, None where its own activation lacks it."""
     return sorted({name for kind in ACTIVATIONS.values() for name in kind.parameters})
 
 
@@ -227,7 +201,7 @@ def optional_in(format: str) -> frozenset[str]:
 
 
 def activation_in(format: str, names: Collection[str]) -> Activation | None:
-    """The activation of a file of this format that has these of :func:`keys_in`, None if none."""
+    """The activation of this format that has exactly these parameters, if any."""
     return next((kind() for kind in _of(format) if set(kind.parameters) == set(names)), None)
 
 

@@ -24,31 +24,23 @@ from jaxtc.interchange import owned, plain
 from jaxtc.transcoders.transcoder import SparseFeatures
 
 __all__ = [
-    "FVU",
-    "FeatureStatistics",
-    "Mean",
-    "delta_loss",
-    "loss_recovered",
-    "next_token_loss",
-    "notebook_score",
-    "relative_error",
-    "special_token_mask",
-]
+    "FVU", "FeatureStatistics", "Mean", "delta_loss", "loss_recovered", "next_token_loss",
+    "notebook_score", "relative_error", "special_token_mask",
+]  # fmt: skip
 
 
 def special_token_mask(ids: Any, special_ids: Iterable[int]) -> np.ndarray:
-    """True where a token is special (BOS, EOS, padding, ...), by id and not by place.
+    """True where a token is special (BOS, EOS, padding, ...), by id and not by position.
 
     Args:
-        ids: (...) whole numbers.
-        special_ids: the ids that count as special; None, which a tokenizer or config has in the
-            place of a token it lacks, stands for none.
+        ids: (...) integers.
+        special_ids: the ids that count as special; None, of an absent token, is skipped.
 
     Returns:
         (...) booleans.
 
     Raises:
-        InputError: a special id that is no whole number.
+        InputError: a special id that is not an integer.
     """
     special_ids = [index for index in special_ids if index is not None]
     try:
@@ -61,7 +53,7 @@ def special_token_mask(ids: Any, special_ids: Iterable[int]) -> np.ndarray:
 
 
 class FVU:
-    """Fraction of variance unexplained, over as many batches as are given to :meth:`update`.
+    """Fraction of variance unexplained, over all batches given to :meth:`update`.
 
     FVU = Σ‖y − ŷ‖² / Σ‖y − ȳ‖², both sums over the unmasked tokens of the whole dataset and ȳ (D,)
     their mean vector (the dataset-mean convention; Gemma Scope, arXiv 2408.05147 §4, reports FVU).
@@ -77,7 +69,7 @@ class FVU:
         self._residual = 0.0
 
     def update(self, target: Any, reconstruction: Any, mask: Any = None) -> "FVU":
-        """Add tokens; gives itself back.
+        """Add tokens; returns itself.
 
         Args:
             target: (..., D), y.
@@ -97,7 +89,7 @@ class FVU:
         return self
 
     def merge(self, other: "FVU") -> "FVU":
-        """Add what another accumulator saw (another process, say); gives itself back."""
+        """Add what another accumulator saw (another process, say); returns itself."""
         if other._mean is not None:
             self._residual += other._residual
             self._add_target(other.tokens, other._mean, other._deviation)
@@ -124,14 +116,11 @@ class FVU:
 
 
 class FeatureStatistics:
-    """L0, density and dead features, over as many batches as are given to :meth:`update`.
+    """L0, density and dead features of M ``features``, over all batches given to :meth:`update`.
 
-    L0 is the mean count of active features a token, a feature's density the fraction of tokens on
+    L0 is the mean count of active features per token, a feature's density the fraction of tokens on
     which it is active, and a dead feature one that is active on none of them (which says as much
     about the text as about the feature when the text is short). Active means above 0.
-
-    Args:
-        features: M.
     """
 
     def __init__(self, features: int):
@@ -139,7 +128,7 @@ class FeatureStatistics:
         self.counts = np.zeros(features, np.int64)
 
     def update(self, activations: Any, mask: Any = None) -> "FeatureStatistics":
-        """Add tokens; gives itself back.
+        """Add tokens; returns itself.
 
         Args:
             activations: (..., M), or a :class:`jaxtc.transcoders.transcoder.SparseFeatures`.
@@ -149,25 +138,26 @@ class FeatureStatistics:
             InputError: another M than this accumulator's, or tokens whose sparse features
                 overflowed their capacity.
         """
+        M = len(self.counts)
         if isinstance(activations, SparseFeatures):
             values, ids = _rows(mask, values=activations.values, ids=activations.ids)
             if np.isnan(values).any():
                 raise InputError("Some tokens have more active features than their capacity.")
             active = ids[values > 0].astype(np.int64)
-            if active.max(initial=0) >= len(self.counts):
-                raise InputError(f"Feature {active.max()} of a transcoder of {len(self.counts)}.")
-            self.counts += np.bincount(active, minlength=len(self.counts))
+            if active.max(initial=0) >= M:
+                raise InputError(f"Feature {active.max()} of a transcoder of {M}.")
+            self.counts += np.bincount(active, minlength=M)
         else:
             (values,) = _rows(mask, activations=activations)
-            if values.shape[1] != len(self.counts):
-                raise InputError(f"Expected M={len(self.counts)} features, got {values.shape[1]}.")
+            if values.shape[1] != M:
+                raise InputError(f"Expected M={M} features, got {values.shape[1]}.")
             self.counts += (values > 0).sum(0)
         self.tokens += len(values)
         return self
 
     @property
     def l0(self) -> float:
-        """Mean count of active features a token; NaN before any token."""
+        """Mean count of active features per token; NaN before any token."""
         return float(self.counts.sum() / self.tokens) if self.tokens else math.nan
 
     @property
@@ -189,7 +179,7 @@ class Mean:
         self.total = 0.0
 
     def update(self, values: Any, mask: Any = None) -> "Mean":
-        """Add (...) numbers, those of ``mask`` (...) only; gives itself back."""
+        """Add (...) numbers, those of ``mask`` (...) only; returns itself."""
         (rows,) = _rows(mask, values=np.asarray(plain(values))[..., None])
         self.tokens += len(rows)
         self.total += float(rows.sum())
@@ -224,7 +214,7 @@ def notebook_score(target: Any, reconstruction: Any) -> float:
 
     ``1 - mean((ŷ − y)²) / var(y)`` over ``[0, :, 1:]``: that slice drops the first *coordinate* of
     every token (dropping the first token, <bos>, was meant), and ``var`` is one unbiased variance
-    over all that is left, around one mean number rather than a mean vector. Kept for comparison
+    over all that is left, around a scalar mean rather than a mean vector. Kept for comparison
     with published runs; :class:`FVU` is the measure to quote.
 
     Args:
@@ -277,13 +267,8 @@ def delta_loss(clean: float, spliced: float) -> float:
 def loss_recovered(clean: float, spliced: float, ablated: float) -> float:
     """``(ablated − spliced) / (ablated − clean)``: 1 is no loss, 0 no better than a removed MLP.
 
-    Args:
-        clean: loss of the model as it is.
-        spliced: loss with the transcoder in place of the MLP.
-        ablated: loss with zeros in place of the MLP's output, at the same positions as the splice.
-
-    Returns:
-        The fraction; NaN where removing the MLP changes nothing.
+    Losses as :func:`delta_loss` takes them; ``ablated`` is with zeros in place of the MLP's output,
+    at the same positions as the splice. NaN where removing the MLP changes nothing.
     """
     return (ablated - spliced) / (ablated - clean) if ablated != clean else math.nan
 
@@ -294,16 +279,15 @@ def _rows(mask: Any, **arrays: Any) -> list[np.ndarray]:
     Raises:
         InputError: shapes that differ from each other, or from the mask's.
     """
-    mask, arrays = plain(mask), {name: plain(array) for name, array in arrays.items()}
-    shapes = {name: tuple(np.shape(array)) for name, array in arrays.items()}
-    first = next(iter(shapes.values()))
-    if any(shape != first or not shape for shape in shapes.values()):
-        given = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+    found = [np.asarray(plain(array)) for array in arrays.values()]
+    *leading, _ = shape = found[0].shape or (None,)
+    if any(array.shape != shape for array in found):
+        given = ", ".join(f"{n} {list(x.shape)}" for n, x in zip(arrays, found, strict=True))
         raise InputError(f"These must have one shape, (..., D): {given}.")
-    keep = np.ones(first[:-1], bool) if mask is None else np.asarray(mask)
-    if keep.dtype != bool or keep.shape != first[:-1]:
+    keep = np.ones(leading, bool) if mask is None else np.asarray(plain(mask))
+    if keep.dtype != bool or keep.shape != (*leading,):
         raise InputError(
-            f"The mask is {keep.dtype}{list(keep.shape)}, expected bool{list(first[:-1])}: "
-            "true on the tokens that count."
+            f"The mask is {keep.dtype}{list(keep.shape)}, expected bool{leading}: true on the "
+            "tokens that count."
         )
-    return [np.asarray(array)[keep].astype(np.float64) for array in arrays.values()]
+    return [array[keep].astype(np.float64) for array in found]

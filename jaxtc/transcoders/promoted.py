@@ -1,4 +1,4 @@
-"""The tokens that a transcoder's features push for, and the names of tokens.
+"""The tokens that a transcoder's features promote, and the names of tokens.
 
 Axis letters: D hidden, M features, V vocabulary, n features asked about.
 """
@@ -41,11 +41,11 @@ def _promoted(rows: jax.Array, gain: jax.Array, embedding: jax.Array, count: int
 def promoted_tokens(
     model: Gemma2, transcoder: Transcoder, features: Sequence[int], count: int = 5
 ) -> np.ndarray:
-    """The tokens that features push for: direct logit attribution of their decoder rows.
+    """The tokens that features promote: direct logit attribution of their decoder rows.
 
-    ``(W_dec[f] · (1 + w)) Eᵀ`` with w the final norm's gain and E the embedding. What is left out,
-    the norm's 1/rms and the softcap, changes no order; what other layers do with the feature is
-    not in it, so it says most about late layers.
+    ``(W_dec[f] · (1 + w)) Eᵀ`` with w the final norm's gain and E the embedding. The norm's 1/rms
+    and the softcap are left out and change no order; what later layers do with the feature is left
+    out too, so it says most about late layers.
 
     Args:
         model: whose unembedding to use.
@@ -84,7 +84,7 @@ def promoted_tokens(
 def promoted_pieces(
     model: Gemma2, tokenizer: Any, transcoder: Transcoder, tops: dict[str, np.ndarray], count: int
 ) -> dict[int, tuple[str, ...]]:
-    """Pieces of the vocabulary by feature, for every feature that will be shown."""
+    """Pieces of the vocabulary by feature, for every active feature of ``tops``."""
     shown = np.unique(tops["ids"][tops["values"] > 0])
     if transcoder.output_site not in _RESIDUAL:
         return {int(feature): () for feature in shown}

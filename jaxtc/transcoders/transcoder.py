@@ -1,14 +1,14 @@
-"""The transcoder: a wide sparse layer that imitates an MLP through nameable features.
+"""The transcoder: a wide sparse layer that imitates an MLP through interpretable features.
 
-Its variants: with a skip connection, with one of several activations
-(:mod:`jaxtc.transcoders.activations`), and sparse autoencoders, which imitate what they read. Axis
+Variants: skip connections, other activations (:mod:`jaxtc.transcoders.activations`), and sparse
+autoencoders, which imitate what they read. Axis
 letters: ... leading axes (usually B T), D hidden (of what is read or of what is written), M
 features, K of them asked for, C capacity of the sparse path.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,17 +20,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtc.errors import CapacityError, JaxtcError
 from jaxtc.helpers import is_whole, pytree
 from jaxtc.interchange import owned, plain
-from jaxtc.model.parameters import Init, declare, he_uniform, zeros
+from jaxtc.model.parameters import declare, he_uniform, zeros
 from jaxtc.sharding.mesh import mesh_of, put
 from jaxtc.sharding.placement import Placement, mix_rows, placement_of, top_k
 from jaxtc.sharding.processes import whole
 from jaxtc.tap.sites import parse
-from jaxtc.transcoders.activations import (
-    Activation,
-    activation_of,
-    feature_axes,
-    parameter_names,
-)
+from jaxtc.transcoders.activations import Activation, activation_of, feature_axes, parameter_names
 
 
 @pytree
@@ -90,8 +85,8 @@ class Transcoder(nnx.Module):
         W_enc: (D, M), b_enc: (M,), W_dec: (M, D), b_dec: (D,).
         activation: static; JumpReLU unless another is named, see
             :mod:`jaxtc.transcoders.activations`.
-        threshold: (M,) of JumpReLU; None for an activation without one. So are the parameters of
-            any other activation.
+        threshold: (M,) of JumpReLU; None for an activation without one, as are the parameters of
+            every other activation.
         W_skip: (D, D), [out, in], or None.
         layer: layer of the model it explains, or None when unknown.
         input_site: the site it reads; Gemma Scope's read x/rms *before* the norm's gain.
@@ -115,10 +110,7 @@ class Transcoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         d_out = d_in if d_out is None else d_out
-
-        def param(shape: tuple[int, ...], axes: tuple[str, ...], init: Init) -> nnx.Param:
-            return declare(rngs, shape, axes, init, dtype)
-
+        param = functools.partial(declare, rngs, dtype=dtype)
         self.W_enc = param((d_in, features), ("embed", "features"), he_uniform)
         self.b_enc = param((features,), ("features",), zeros)
         self.W_dec = param((features, d_out), ("features", "embed"), he_uniform)
@@ -126,8 +118,8 @@ class Transcoder(nnx.Module):
         self.activation = activation_of(activation)
         self.activation.check(features)
         for name in parameter_names():
-            one = self.activation.parameters.get(name)
-            made = one and param((features,) * len(one.axes), one.axes, one.init)
+            axes = self.activation.parameters.get(name)
+            made = None if axes is None else param((features,) * len(axes), axes, zeros)
             setattr(self, name, made)
         self.W_skip = param((d_out, d_in), ("embed", "embed"), zeros) if skip else None
         self.layer, self.source = layer, source
@@ -151,10 +143,9 @@ class Transcoder(nnx.Module):
     @property
     def variant(self) -> str:
         """What it is in a few words: "transcoder" or "sae", "+skip", "+relu" or the like."""
-        kind = "sae" if self.input_site == self.output_site else "transcoder"
-        skip = "" if self.W_skip is None else "+skip"
-        name = self.activation.name
-        return kind + skip + ("" if name == "jumprelu" else f"+{name}")
+        name = "sae" if self.input_site == self.output_site else "transcoder"
+        name += "" if self.W_skip is None else "+skip"
+        return name + ("" if self.activation.name == "jumprelu" else f"+{self.activation.name}")
 
     def facts(self) -> dict[str, Any]:
         """All but the arrays and their dtype, as JSON; :meth:`from_facts` takes them back."""
@@ -164,7 +155,7 @@ class Transcoder(nnx.Module):
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any], **options: Any) -> "Transcoder":
-        """As :meth:`abstract`, of :meth:`facts` that may come from anywhere.
+        """As :meth:`abstract`, from untrusted :meth:`facts`.
 
         Raises:
             JaxtcError: a fact that is missing, unknown or of another type.
@@ -178,40 +169,34 @@ class Transcoder(nnx.Module):
 
     def pre_activations(self, x: jax.Array) -> jax.Array:
         """``x W_enc + b_enc``: (..., D) to (..., M), in the transcoder's dtype."""
-        x = self._input(x)
-        return jnp.matmul(x, self.W_enc[...], precision="highest") + self.b_enc[...]
+        return jnp.matmul(self._input(x), self.W_enc[...], precision="highest") + self.b_enc[...]
 
     def encode(self, x: jax.Array, *, placement: Placement | None = None) -> jax.Array:
         """Feature activations: (..., D) to (..., M), 0 where a feature is not active.
 
-        Args:
-            x: (..., D).
-            placement: as :meth:`encode_sparse` takes it; only activations that compare features
-                with each other need it.
+        Only activations that compare features use ``placement``, see :meth:`encode_sparse`.
 
         Raises:
             JaxtcError: the last axis of ``x`` is not D.
         """
-        own = {name: getattr(self, name)[...] for name in self.activation.parameters}
-        return self.activation(self.pre_activations(x), own, self._placement() or placement)
+        z = self.pre_activations(x)
+        return self.activation(z, self._thresholds(), self._placement() or placement)
+
+    def _thresholds(self) -> dict[str, jax.Array]:
+        return {name: getattr(self, name)[...] for name in self.activation.parameters}
 
     def encode_features(
         self, x: jax.Array, ids: jax.Array, *, placement: Placement | None = None
     ) -> jax.Array:
-        """As :meth:`encode`, of some features only: (..., D) to (..., K).
+        """``encode(x)[..., ids]``: (..., D) to (..., K), NaN for a feature that does not exist.
 
-        Where an activation allows it, only their pre-activations are computed.
-
-        Args:
-            x: (..., D).
-            ids: (K,) whole numbers; a feature that does not exist is NaN.
-            placement: as there.
+        Where the activation allows it, only their pre-activations are computed.
         """
         if not self.activation.per_feature:
             return self._pick(self.encode(x, placement=placement), ids, -1)
         z = jnp.matmul(self._input(x), self._pick(self.W_enc[...], ids, 1), precision="highest")
-        own = {name: getattr(self, name)[...] for name in self.activation.parameters}
-        own = {name: self._pick(one, ids, 0) if one.ndim else one for name, one in own.items()}
+        own = self._thresholds().items()
+        own = {name: self._pick(one, ids, 0) if one.ndim else one for name, one in own}
         return self.activation(z + self._pick(self.b_enc[...], ids, 0), own, placement)
 
     def decoder_rows(self, ids: jax.Array) -> jax.Array:
@@ -247,12 +232,12 @@ class Transcoder(nnx.Module):
         Args:
             x: (..., D).
             capacity: C, room for active features of one token, at most M.
-            placement: where the features lie (``placement_of(transcoder)``), for use under ``jit``,
-                where arrays do not tell; each device then searches its own features first.
+            placement: of the features (``placement_of(transcoder)``), for use under ``jit``, where
+                arrays do not show it; each device then searches its own features first.
 
         Raises:
             CapacityError: a token has more than C active features. Under ``jit`` nothing can be
-                raised: that token's values are NaN, and ``count`` tells.
+                raised: that token's values are NaN, and ``count`` exceeds C.
         """
         if not isinstance(capacity, int) or not 1 <= capacity <= self.features:
             raise CapacityError(
@@ -286,15 +271,12 @@ class Transcoder(nnx.Module):
         """``x`` in the transcoder's dtype, its width checked."""
         x = owned(plain(x))
         if x.shape[-1:] != (self.d_in,):
-            heads = x.ndim > 1 and x.shape[-2] * x.shape[-1] == self.d_in
+            remedy = "it belongs to another model or another site"
+            if x.ndim > 1 and x.shape[-2] * x.shape[-1] == self.d_in:
+                remedy = "join the heads first: x.reshape(*x.shape[:-2], -1)"
             raise JaxtcError(
                 f"This transcoder reads arrays whose last axis is D={self.d_in}, got "
-                f"{tuple(x.shape)}; "
-                + (
-                    "join the heads first: x.reshape(*x.shape[:-2], -1)."
-                    if heads
-                    else "it belongs to another model or another site."
-                )
+                f"{tuple(x.shape)}; {remedy}."
             )
         weight = self.W_enc[...]
         mesh = mesh_of(weight)
@@ -303,7 +285,7 @@ class Transcoder(nnx.Module):
         return jnp.asarray(x).astype(weight.dtype)
 
     def _placement(self) -> Placement | None:
-        """:func:`placement_of`, quickly where there is none."""
+        """:func:`placement_of`, quick on a single device."""
         return None if mesh_of(self.W_enc[...]) is None else placement_of(self)
 
     def _skipped(self, y: jax.Array, x: jax.Array | None) -> jax.Array:
@@ -318,7 +300,7 @@ class Transcoder(nnx.Module):
         return y + skip
 
     def nameless(self) -> "Transcoder":
-        """The same arrays without layer and source, which would be part of a compile key."""
+        """The same arrays without layer and source, which are part of compile keys."""
         twin = jax.tree.map(lambda leaf: leaf, self)
         twin.layer, twin.source = None, ""
         return twin
@@ -326,5 +308,4 @@ class Transcoder(nnx.Module):
     @classmethod
     def abstract(cls, *args, **kwargs) -> "Transcoder":
         """The same transcoder with shapes in place of arrays; nothing is allocated."""
-        build: Callable[[], Transcoder] = lambda: cls(*args, rngs=nnx.Rngs(0), **kwargs)  # noqa: E731
-        return nnx.eval_shape(build)
+        return nnx.eval_shape(lambda: cls(*args, rngs=nnx.Rngs(0), **kwargs))

@@ -49,7 +49,7 @@ def transcoder(layer: int = 1, activation="jumprelu") -> jaxtc.Transcoder:
     """With ties: its features come in pairs that are always equal, one in each half."""
     made = jaxtc.Transcoder.abstract(24, FEATURES, activation=activation, layer=layer, source="lab")
     made = _random(made, 7 + layer)
-    own = [name for name, one in made.activation.parameters.items() if one.axes]
+    own = [name for name, axes in made.activation.parameters.items() if axes]
     for name, axis in (("W_enc", 1), ("b_enc", 0), *((name, 0) for name in own)):
         value = np.array(getattr(made, name)[...])
         half = np.split(value, 2, axis=axis)[0]
