@@ -120,6 +120,7 @@ def typed(value: Any) -> Any:
         array and value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.integer)
     ):
         return value
+    value = int(value)
     if not -(2**31) <= value < 2**31:
         raise EditError(f"{value} is not a 32-bit integer, as edits take them.")
     return np.int32(value)

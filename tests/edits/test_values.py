@@ -261,7 +261,7 @@ def test_several_at_one_site_apply_in_order():
         (lambda: MeanAblate(site="mlp_out", over="tokens"), "expected 'batch', 'prompt' or 'rows'"),
         (lambda: MeanAblate(site="attn_scores"), "scores are masked"),
         (lambda: Noise(1.5, site="mlp_out"), "a whole number or a jax.random.key"),
-        (lambda: Noise(2**31, site="mlp_out"), "no 32-bit number"),
+        (lambda: Noise(2**31, site="mlp_out"), "not a 32-bit integer"),
         (lambda: Noise(jax.random.PRNGKey(0), site="mlp_out"), "a whole number or a jax.random"),
         (lambda: Apply(3, site="mlp_out"), "expected a function, got"),
         (lambda: Copy(site="mlp_out"), "copies nothing"),
