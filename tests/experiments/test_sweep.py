@@ -303,7 +303,7 @@ def score(result):
     return result.logits.max(-1)
 
 
-@pytest.mark.parametrize("kind", [int, np.int64])
+@pytest.mark.parametrize("kind", [int, np.int64, jnp.int32, jnp.asarray])
 def test_how_a_number_is_written_compiles_nothing(kind):
     def go(kind):
         edits = [
