@@ -178,8 +178,8 @@ class Corpus:
             place = _pick(rng, self.world.places)
             fields = self._attribute(place, _pick(rng, tuple(place.attributes)))
             return _pick(rng, PLACE_TEMPLATES).format(**fields)
-        fields = self._two_hop(*_pick(rng, self.trained_pairs))
-        return _pick(rng, TWO_HOP_TEMPLATES).format(**fields)
+        template = _pick(rng, TWO_HOP_TEMPLATES)  # first, or every sentence would be another
+        return template.format(**self._two_hop(*_pick(rng, self.trained_pairs)))
 
     def _filler(self, rng: np.random.Generator) -> str:
         place = _pick(rng, self.world.places)

@@ -157,3 +157,12 @@ def bpe():
 def test_a_tokenizer_of_a_users_text_loses_nothing(bpe, text):
     if not any(special in text for special in ("<pad>", "<eos>", "<bos>", "<unk>")):
         assert bpe.decode(bpe.encode(text).ids, skip_special_tokens=False) == "<bos>" + text
+
+
+def test_the_sentences_are_those_that_the_shipped_model_was_trained_on():
+    """The order of draws is part of the recipe: another one makes another corpus of the seed."""
+    assert default_corpus().documents(stream=7, batch=0, count=3, held_out=True) == [
+        "Cities in Latvia include Daugavpils, Riga and Jurmala.",
+        "People in Danbury know that the capital of their state is Hartford.",
+        "Dunedin lies in the country of New Zealand.",
+    ]
