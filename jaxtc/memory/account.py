@@ -34,8 +34,7 @@ class Size:
     def array(self, site: str, tokens: int) -> jax.ShapeDtypeStruct:
         """The array of a site for this many tokens."""
         row = BY_NAME[site]
-        sizes = {**self.config.sizes, "B": self.batch, "T": tokens, "S": tokens, "1": 1}
-        shape = tuple(sizes[letter] for letter in row.axes.split())
+        shape = row.shape({**self.config.sizes, "B": self.batch, "T": tokens, "S": tokens})
         return jax.ShapeDtypeStruct(shape, jnp.float32 if row.float32 else self.dtype)
 
     def logits(self, which: str | None, tokens: int) -> int:

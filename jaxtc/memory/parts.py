@@ -21,7 +21,7 @@ from jaxtc.memory.account import Size, bytes_of, kept_of
 from jaxtc.model.config import FULL, Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import bucket
-from jaxtc.sharding.rules import CACHE, LETTERS, partition, variables
+from jaxtc.sharding.rules import CACHE, LETTERS, logical, partition, variables
 from jaxtc.tap.sites import BY_NAME, LOGITS
 from jaxtc.transcoders.transcoder import Transcoder
 
@@ -231,8 +231,8 @@ def _activations(
     share = 0
     for name, tree in kept_of(asked, size, cut).items():
         for x in jax.tree.leaves(tree):
-            names = [LETTERS.get(letter, "tokens") for letter in axes[name]]
-            names += ["tokens"] * (len(x.shape) - len(names))
+            names = logical(" ".join(axes[name]))
+            names += ("tokens",) * (len(x.shape) - len(names))
             # Of features (values, ids and a count) the last has an axis less.
             share += bytes_of(x) // _ways(names[: len(x.shape)], x.shape, mesh, rules, name)
     return share
