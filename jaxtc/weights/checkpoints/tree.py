@@ -21,8 +21,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxtc.errors import WeightsError
 
-# Arrays are cut along their longest axis into chunks of at most this.
-CHUNK_BYTES = 16 << 20
+# Arrays are cut along their longest axis into chunks of at most this. Those of large arrays are more
+# than 32 MiB: glibc keeps smaller blocks when they are freed (mallopt(3), M_MMAP_THRESHOLD), and
+# writing or reading such an array would take nearly twice its size.
+CHUNK_BYTES, LARGE_CHUNK_BYTES = 16 << 20, 64 << 20
 
 # Of the metadata of an orbax checkpoint.
 _METADATA = ("_CHECKPOINT_METADATA", "state/_METADATA")
@@ -52,7 +54,8 @@ def save(folder: Any, arrays: Mapping[str, jax.Array]) -> None:
 
 def save_part(folder: Any, arrays: Mapping[str, np.ndarray], notes: Mapping[str, str]) -> None:
     """Save some of the arrays of a checkpoint, with notes; :func:`finalize` makes it whole."""
-    with _orbax() as ocp:
+    large = max(array.nbytes for array in arrays.values()) > 2 * LARGE_CHUNK_BYTES
+    with _orbax(large=large) as ocp:
         ocp.partial.save(folder, unflatten_dict(arrays, sep="."), custom_metadata=dict(notes))
 
 
@@ -121,7 +124,7 @@ def load(folder: Any, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, A
 
 
 @contextlib.contextmanager
-def _orbax(reads: Any = None) -> Iterator[Any]:
+def _orbax(reads: Any = None, large: bool = False) -> Iterator[Any]:
     """Orbax with our options; a folder is read by each process without waiting for the others."""
     import orbax.checkpoint.experimental.v1 as ocp  # slow to import
 
@@ -129,7 +132,7 @@ def _orbax(reads: Any = None) -> Iterator[Any]:
     saving = context.array.saving
     saving.use_ocdbt = saving.use_zarr3 = saving.use_compression = False
     saving.enable_write_sharding_file, saving.array_metadata_store = False, None
-    saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    saving.storage_options.chunk_byte_size = LARGE_CHUNK_BYTES if large else CHUNK_BYTES
     context.memory.deepcopy_host_arrays = False
     context.pytree.loading.partial_load = True
     if reads is not None:
