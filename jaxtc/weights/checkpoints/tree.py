@@ -21,9 +21,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxtc.errors import WeightsError
 
-# Arrays are cut along their longest axis into chunks of at most this. Those of large arrays are more
-# than 32 MiB: glibc keeps smaller blocks when they are freed (mallopt(3), M_MMAP_THRESHOLD), and
-# writing or reading such an array would take nearly twice its size.
+# Arrays are cut along their longest axis into chunks of at most this. Those of large arrays are
+# more than 32 MiB: glibc keeps smaller blocks when they are freed (mallopt(3), M_MMAP_THRESHOLD),
+# and writing or reading such an array would take nearly twice its size.
 CHUNK_BYTES, LARGE_CHUNK_BYTES = 16 << 20, 64 << 20
 
 # Of the metadata of an orbax checkpoint.
