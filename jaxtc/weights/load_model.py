@@ -5,26 +5,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding
 
-from jaxtc.errors import SourceError, WeightsError, some
-from jaxtc.model.config import Gemma2Config
+from jaxtc.errors import SourceError
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.sharding.mesh import MeshLike, make_mesh
 from jaxtc.sharding.processes import agreed
-from jaxtc.sharding.rules import RULES, Rules, shardings, variables
+from jaxtc.sharding.rules import RULES, Rules, shardings
 from jaxtc.weights.checkpoints.read import Converted
 from jaxtc.weights.files import arrays, local
-from jaxtc.weights.files.model import Checkpoint, check_tensors, open_checkpoint
-from jaxtc.weights.names import Name, parameter_names
+from jaxtc.weights.files.model import files_of, open_checkpoint
+from jaxtc.weights.files.shards import fill
 from jaxtc.weights.sources.hub import TOKENIZER_FILES
 from jaxtc.weights.sources.resolve import CONVERTED, EMBEDDED, MODEL, TOKENIZER, resolve
-from jaxtc.weights.sources.verify import model_files, verify_files
+from jaxtc.weights.sources.verify import verify_files
 
-# Called with (bytes read, bytes in all) after each tensor.
+# Called with (bytes loaded, bytes in all) after each tensor.
 Progress: TypeAlias = Callable[[int, int], None]
 
 
@@ -55,7 +51,7 @@ def load_model(
         verify: hash all files first, on every process, and compare with the hub's own hashes; of
             a converted checkpoint the parts that are read are always compared with its own, with
             ``verify`` all of it.
-        progress: called with (bytes read, bytes in all) after each tensor.
+        progress: called with (bytes loaded, bytes in all) after each tensor.
 
     Raises:
         SourceError: nothing there, or no access to it.
@@ -66,30 +62,18 @@ def load_model(
     """
     dtype = arrays.default_dtype() if dtype is None else arrays.check_dtype(dtype)
     mesh = None if mesh is None else make_mesh(mesh)
+    places = mesh and functools.partial(shardings, mesh=mesh, rules=rules)
     with agreed(mesh, "load the model"):
         found = resolve(source, MODEL, revision=revision)
         folder = found.fetch()
         if found.format == CONVERTED:
             checkpoint = Converted(folder, MODEL, verify)
-            spread = mesh and functools.partial(shardings, mesh=mesh, rules=rules)
-            return checkpoint.load(checkpoint.model(dtype), spread, progress)
+            return checkpoint.load(checkpoint.model(dtype), places, progress)
         if verify:
-            verify_files(model_files(folder))
-        config = Gemma2Config.from_file(folder / "config.json")
-        places = None if mesh is None else _places(config, mesh, rules)
-        with open_checkpoint(folder) as checkpoint:
-            check_tensors(checkpoint, config)
-            values = _read(checkpoint, parameter_names(config), dtype, places, progress)
-        declared = Gemma2.abstract(config, dtype)
-        leaves = [values[name] for name, _ in variables(declared)]
-        return jax.tree.unflatten(jax.tree.structure(declared), leaves)
-
-
-def _places(config: Gemma2Config, mesh: Mesh, rules: Rules) -> dict[str, NamedSharding]:
-    """Where each parameter goes, by our names."""
-    model = Gemma2.abstract(config)
-    where = shardings(model, mesh, rules)
-    return {name: place for (name, _), place in zip(variables(model), where, strict=True)}
+            verify_files(files_of(folder))
+        with open_checkpoint(folder) as opened:
+            declared = Gemma2.abstract(opened.config, dtype)
+            return fill(declared, opened.read, folder, places, progress)
 
 
 def load_tokenizer(source: str | Path = EMBEDDED, *, revision: str | None = None) -> Any:
@@ -119,35 +103,3 @@ def load_tokenizer(source: str | Path = EMBEDDED, *, revision: str | None = None
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         raise SourceError(f"The tokenizer in {folder} cannot be loaded: {error}") from error
-
-
-def _read(
-    checkpoint: Checkpoint,
-    names: list[Name],
-    dtype: np.dtype,
-    places: dict[str, NamedSharding] | None,
-    progress: Progress | None,
-) -> dict[str, jax.Array]:
-    """The parameters by our names; the largest first, while there is most room beside them."""
-
-    def size(name: Name) -> int:
-        entry = checkpoint.entry(name.hf)
-        return entry.stop - entry.start
-
-    values, problems, done = {}, [], 0
-    total = sum(map(size, names))
-    for name in sorted(names, key=size, reverse=True):
-        place = places and places[name.ours]
-        file = checkpoint.files[name.hf]
-        array, problem = file.read(name.hf, dtype, place, shape=name.shape)
-        values[name.ours] = arrays.to_jax(array) if place is None else array
-        problems += [f"{name.hf} {problem}"] if problem else []
-        done += size(name)
-        if progress:
-            progress(done, total)
-    if problems:
-        raise WeightsError(
-            f"The weights in {checkpoint.folder} cannot be used: {some(problems, 20)}. Whatever "
-            "the model computed would be wrong; fetch the checkpoint again."
-        )
-    return values

@@ -1,10 +1,9 @@
 """Transcoders from a source: Gemma Scope's on the hub, files and folders like it, the embedded."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
@@ -12,14 +11,15 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtc.errors import SiteError, SourceError, did_you_mean
 from jaxtc.sharding.mesh import MeshLike, make_mesh
 from jaxtc.sharding.processes import agreed
-from jaxtc.sharding.rules import RULES, Rules, shardings, variables
+from jaxtc.sharding.rules import RULES, Rules, shardings
 from jaxtc.tap.sites import BY_NAME
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.checkpoints.read import Converted
 from jaxtc.weights.files import arrays
 from jaxtc.weights.files.formats import SITES, sites_of
 from jaxtc.weights.files.layout import sae_site
-from jaxtc.weights.files.transcoder import TranscoderFile, open_transcoder, read_all
+from jaxtc.weights.files.shards import fill
+from jaxtc.weights.files.transcoder import TranscoderFile, open_transcoder
 from jaxtc.weights.sources.resolve import CONVERTED, EMBEDDED, TRANSCODERS, Source, resolve
 
 
@@ -73,19 +73,6 @@ def load_transcoder(
         return load(
             resolve(source, TRANSCODERS, revision=revision, path=path).one(layer, width, l0)
         )
-
-
-def look_up(
-    found: Source, dtype: jnp.dtype | None = None, **sites: str | None
-) -> tuple[np.dtype, Transcoder]:
-    """(the widest dtype in a transcoder's file, what :func:`load_transcoder` would load from it).
-
-    The latter is without values, by default of the former dtype: only headers are read. Sites and
-    errors are as there.
-    """
-    with open_transcoder(found.file) as opened:
-        stored = opened.dtype
-        return stored, _declared(opened, stored if dtype is None else dtype, found, sites)
 
 
 def load_transcoders(
@@ -175,20 +162,13 @@ def _load(
         checkpoint = Converted(found.path, TRANSCODERS)
         return checkpoint.load(checkpoint.transcoder(found.layer, dtype, given), places)
     with open_transcoder(found.file) as opened:
-        abstract = _declared(opened, dtype, found, given)
-        names = [key for key, _ in variables(abstract)]
-        where = None if places is None else dict(zip(names, places(abstract), strict=True))
-        params = read_all(opened, dtype, where)
-    leaves = [params.pop(key) for key in names]
-    if places is None:
-        leaves = [arrays.to_jax(leaf) for leaf in leaves]
-    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+        return fill(declared(opened, dtype, found, given), opened.read, found.file, places)
 
 
-def _declared(
-    opened: TranscoderFile, dtype: np.dtype, found: Source, given: dict[str, str | None]
+def declared(
+    opened: TranscoderFile, dtype: np.dtype, found: Source, given: Mapping[str, str | None]
 ) -> Transcoder:
-    """The transcoder in an open file, without its values."""
+    """The transcoder in an open file, without its values. Sites and errors as there."""
     name, folders = found.name, opened.path.absolute().parts
     site = sae_site(folders)
     if site and "embedding" in folders:

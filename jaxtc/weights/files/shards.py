@@ -8,12 +8,19 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import NamedSharding
 
-from jaxtc.weights.files.arrays import CHUNK_BYTES, all_finite, cast, empty
+from jaxtc.errors import WeightsError, some
+from jaxtc.sharding.rules import variables
+from jaxtc.weights.files.arrays import CHUNK_BYTES, all_finite, cast, empty, to_jax
+
+_Module = TypeVar("_Module", bound=nnx.Module)
 
 # (start, stop) along each axis.
 Box = tuple[tuple[int, int], ...]
@@ -122,6 +129,46 @@ def read(
             placed += jax.block_until_ready([jax.device_put(array, x) for x in boxes[box]])
     array = jax.make_array_from_single_device_arrays(shape, sharding, placed)
     return array, next(filter(None, problems), "")
+
+
+def fill(
+    declared: _Module,
+    read: Callable[[str, np.dtype, NamedSharding | None], tuple[np.ndarray | jax.Array, str]],
+    where: Path,
+    places: Callable[[_Module], list[NamedSharding]] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> _Module:
+    """A module with its values; the largest are read first, while there is most room beside them.
+
+    Args:
+        declared: the module without its values.
+        read: (name of a parameter, dtype, sharding) -> what :func:`read` returns.
+        where: the file or folder, for messages.
+        places: (declared) -> the sharding of each leaf; by default the default device.
+        progress: called with (bytes loaded, bytes in all) after each parameter.
+
+    Raises:
+        WeightsError: values that cannot be used, those of all parameters at once.
+    """
+    names = [name for name, _ in variables(declared)]
+    leaves, structure = jax.tree.flatten(declared)
+    sizes = [leaf.size * leaf.dtype.itemsize for leaf in leaves]
+    shardings = [None] * len(leaves) if places is None else places(declared)
+    values, problems, done = {}, [], 0
+    wanted = zip(sizes, names, leaves, shardings, strict=True)
+    for size, name, leaf, sharding in sorted(wanted, key=lambda one: -one[0]):
+        array, problem = read(name, np.dtype(leaf.dtype), sharding)
+        values[name] = to_jax(array) if sharding is None else array
+        problems += [problem] if problem else []
+        done += size
+        if progress:
+            progress(done, sum(sizes))
+    if problems:
+        raise WeightsError(
+            f"{where} cannot be used: {some(problems, 20)}. Whatever was computed with these "
+            "values would be wrong; fetch them again, or train them again if they are yours."
+        )
+    return jax.tree.unflatten(structure, [values[name] for name in names])
 
 
 def read_parts(raw: Raw, dtype: np.dtype, boxes: Sequence[Box]) -> Parts:

@@ -90,25 +90,6 @@ def open_transcoder(path: Path) -> Iterator[TranscoderFile]:
         yield TranscoderFile(path, format, shapes, sites, file)
 
 
-def read_all(
-    file: TranscoderFile, dtype: np.dtype, places: Mapping[str, NamedSharding] | None = None
-) -> dict[str, np.ndarray | jax.Array]:
-    """All parameters of an open file, in memory or where ``places`` says.
-
-    Raises WeightsError as :meth:`TranscoderFile.read`, and for values that are not finite.
-    """
-    found, problems = {}, []
-    for name in file.shapes:
-        found[name], problem = file.read(name, dtype, places and places[name])
-        problems += [problem] if problem else []
-    if problems:
-        raise WeightsError(
-            f"{file.path} cannot be used: {some(problems)}. Whatever it computed would be wrong; "
-            "fetch or train it again."
-        )
-    return found
-
-
 def write_transcoder(
     format: Format, path: Path, declared: Transcoder, fetch: Callable[[str], np.ndarray]
 ) -> None:

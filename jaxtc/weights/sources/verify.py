@@ -11,21 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from jaxtc.errors import WeightsError, some
-from jaxtc.weights.files import local
-from jaxtc.weights.files.model import INDEX, SINGLE, read_index
 
 _HASH = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
-
-
-def model_files(folder: Path) -> list[Path]:
-    """The files of a model in Hugging Face's format that are read: its config and its weights.
-
-    Raises WeightsError for an unsound index of shards.
-    """
-    names = ["config.json", SINGLE]
-    if not local.has(folder, SINGLE) and local.has(folder, INDEX):
-        names = ["config.json", INDEX, *sorted(set(read_index(folder / INDEX).values()))]
-    return [folder / name for name in names if local.has(folder, name)]
 
 
 def verify_files(files: Iterable[Path]) -> None:
