@@ -1,21 +1,21 @@
 """Transcoders from a source: Gemma Scope's on the hub, files and folders like it, the embedded."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
 
-from jaxtc.errors import SiteError, SourceError, did_you_mean
+from jaxtc.errors import SiteError, SourceError
 from jaxtc.sharding.mesh import MeshLike, make_mesh
 from jaxtc.sharding.processes import agreed
 from jaxtc.sharding.rules import RULES, Rules, shardings
-from jaxtc.tap.sites import BY_NAME
+from jaxtc.tap.sites import BY_NAME, parse
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.checkpoints.read import Converted
-from jaxtc.weights.files import arrays
+from jaxtc.weights.files.arrays import check_dtype
 from jaxtc.weights.files.formats import SITES, sites_of
 from jaxtc.weights.files.layout import sae_site
 from jaxtc.weights.files.shards import fill
@@ -68,11 +68,9 @@ def load_transcoder(
         SiteError: no such site, or not a layer's; a file of which nothing says the sites.
         WeightsError: a damaged file; arrays missing, extra, misshapen, or not finite.
     """
-    mesh, load = _loader(dtype, mesh, rules, input_site, output_site)
-    with agreed(mesh, "load the transcoder"):
-        return load(
-            resolve(source, TRANSCODERS, revision=revision, path=path).one(layer, width, l0)
-        )
+    with _loader(dtype, mesh, rules, input_site=input_site, output_site=output_site) as load:
+        found = resolve(source, TRANSCODERS, revision=revision, path=path)
+        return load(found.one(layer, width, l0))
 
 
 def load_transcoders(
@@ -96,8 +94,7 @@ def load_transcoders(
     Raises:
         SourceError, SiteError, ShardingError, WeightsError: as :func:`load_transcoder`.
     """
-    mesh, load = _loader(dtype, mesh, rules, input_site, output_site)
-    with agreed(mesh, "load the transcoders"):
+    with _loader(dtype, mesh, rules, input_site=input_site, output_site=output_site) as load:
         found = resolve(source, TRANSCODERS, revision=revision)
         return {n: load(found.one(n, width, l0)) for n in which_layers(found, layers)}
 
@@ -106,43 +103,36 @@ def which_layers(found: Source, layers: str | Iterable[int]) -> Iterable[int]:
     """The layers that are meant. Raises SourceError when that is not said."""
     if isinstance(layers, str) and layers == "all":
         return found.layers()
-    if isinstance(layers, str):
-        raise SourceError(f"layers is {layers!r}, expected 'all' or whole numbers.")
-    if not isinstance(layers, Iterable):
-        raise SourceError(f"layers is {layers!r}, expected 'all' or several, such as [{layers}].")
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise SourceError(f"layers is {layers!r}, expected 'all' or several, such as [20].")
     return layers
 
 
-def available_layers(source: str | Path = EMBEDDED, revision: str | None = None) -> list[int]:
-    """The layers that a source has transcoders for.
-
-    Raises SourceError as :func:`load_transcoder`, or for a file without a ``layer_N`` folder.
-    """
-    return resolve(source, TRANSCODERS, revision=revision).layers()
-
-
+@contextlib.contextmanager
 def _loader(
-    dtype: jnp.dtype | str,
-    mesh: MeshLike | None,
-    rules: Rules,
-    input_site: str | None,
-    output_site: str | None,
-) -> tuple[Mesh | None, Callable[[Source], Transcoder]]:
-    """(the mesh, what loads one transcoder), once the arguments are checked."""
+    dtype: jnp.dtype | str, mesh: MeshLike | None, rules: Rules, **sites: str | None
+) -> Iterator[Callable[[Source], Transcoder]]:
+    """What loads one transcoder, once the arguments are checked; processes fail together."""
     mesh = None if mesh is None else make_mesh(mesh)
-    sites = {"input_site": input_site, "output_site": output_site}
+    places = mesh and functools.partial(shardings, mesh=mesh, rules=rules)
     for site in filter(None, sites.values()):
         _check_site(site)
-    places = mesh and functools.partial(shardings, mesh=mesh, rules=rules)
-    dtype = arrays.check_dtype(dtype)
-    return mesh, functools.partial(_load, dtype=dtype, given=sites, places=places)
+    dtype = check_dtype(dtype)
+
+    def load(found: Source) -> Transcoder:
+        if found.format == CONVERTED:
+            checkpoint = Converted(found.path, TRANSCODERS)
+            return checkpoint.load(checkpoint.transcoder(found.layer, dtype, sites), places)
+        with open_transcoder(found.file) as opened:
+            return fill(declared(opened, dtype, found, sites), opened.read, found.file, places)
+
+    with agreed(mesh, "load transcoders"):
+        yield load
 
 
 def _check_site(name: str) -> None:
     """Refuse what no transcoder can read or write."""
-    site = BY_NAME.get(name)
-    if site is None:
-        raise SiteError(f"There is no site called {name!r}.{did_you_mean(name, BY_NAME)}")
+    site = BY_NAME[parse(name)[0]]
     if not site.per_layer or not site.token_axes:
         raise SiteError(
             f"{name!r} [{site.axes}] is not a vector for each token and layer, which is what "
@@ -151,24 +141,13 @@ def _check_site(name: str) -> None:
         )
 
 
-def _load(
-    found: Source,
-    dtype: np.dtype,
-    given: dict[str, str | None],
-    places: Callable[[Transcoder], list[NamedSharding]] | None,
-) -> Transcoder:
-    """One transcoder; ``places`` says where its parameters go."""
-    if found.format == CONVERTED:
-        checkpoint = Converted(found.path, TRANSCODERS)
-        return checkpoint.load(checkpoint.transcoder(found.layer, dtype, given), places)
-    with open_transcoder(found.file) as opened:
-        return fill(declared(opened, dtype, found, given), opened.read, found.file, places)
-
-
 def declared(
     opened: TranscoderFile, dtype: np.dtype, found: Source, given: Mapping[str, str | None]
 ) -> Transcoder:
-    """The transcoder in an open file, without its values. Sites and errors as there."""
+    """The transcoder in an open file, without its values.
+
+    ``given`` sites and errors are as in :func:`load_transcoder`.
+    """
     name, folders = found.name, opened.path.absolute().parts
     site = sae_site(folders)
     if site and "embedding" in folders:

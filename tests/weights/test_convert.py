@@ -18,10 +18,16 @@ from jaxtc.errors import JaxtcError, SiteError, SourceError, WeightsError
 from jaxtc.weights.checkpoints.sidecar import read_sidecar, sha256
 from jaxtc.weights.conversion.convert import convert
 from jaxtc.weights.files.safetensors import SafetensorsFile
-from jaxtc.weights.load_transcoder import available_layers
 from jaxtc.weights.names import parameter_names
 from tests.support import tiny
-from tests.support.weights_files import CONFIG, params, random_model, same, write_tier
+from tests.support.weights_files import (
+    CONFIG,
+    available_layers,
+    params,
+    random_model,
+    same,
+    write_tier,
+)
 from tests.weights.killed_conversions import contents
 
 

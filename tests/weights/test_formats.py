@@ -11,8 +11,7 @@ from flax import nnx
 import jaxtc
 from jaxtc.errors import InputError, SiteError, SourceError, WeightsError
 from jaxtc.parity import flow
-from jaxtc.weights.load_transcoder import available_layers
-from tests.support.weights_files import CONFIG, compose, parse, same, write_tier
+from tests.support.weights_files import CONFIG, available_layers, compose, parse, same, write_tier
 
 D, M, O = 24, 60, 16  # noqa: E741
 SITES = {"input_site": "mlp_in", "output_site": "mlp_out"}

@@ -14,12 +14,6 @@ SHAPE = f"layer_N/width_W/average_l0_L/{PARAMS}"
 
 GEMMA_SCOPE_2B = "google/gemma-scope-2b-pt-transcoders"
 
-# The average L0 of the default transcoder for each layer of Gemma-2 2B: the choice
-# that circuit-tracer, SAELens and Neuronpedia make among those of GEMMA_SCOPE_2B.
-DEFAULT_L0 = (
-    76, 65, 49, 54, 88, 87, 95, 70, 52, 72, 88, 5, 6, 8, 8, 8, 10, 12, 13, 12, 11, 13, 15, 25, 37,
-    41,
-)  # fmt: skip
 DEFAULT_WIDTH = "16k"
 
 _LAYER = re.compile(r"(?:^|/)layer_(\d+)(?=/|$|\.safetensors$|_width_[^/]+_l0_[^/]+(?:/|$))")
@@ -47,9 +41,9 @@ SAE_SITES = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_heads"}
 
 @dataclasses.dataclass(frozen=True)
 class Tier:
-    """One transcoder of several: its file below the source, its layer, width and average L0."""
+    """One transcoder of several: its layer, width and average L0, and its file below the source."""
 
-    path: str
+    path: str = dataclasses.field(compare=False)
     layer: int
     width: str
     l0: str
@@ -61,13 +55,18 @@ class Tier:
     @property
     def is_default(self) -> bool:
         """Whether it is the default of its layer."""
-        known = self.layer < len(DEFAULT_L0) and self.width == DEFAULT_WIDTH
-        return known and self.l0 == str(DEFAULT_L0[self.layer])
+        return self in DEFAULTS
 
 
-def default_path(layer: int) -> str:
-    """The file of a layer's default transcoder in GEMMA_SCOPE_2B."""
-    return f"layer_{layer}/width_{DEFAULT_WIDTH}/average_l0_{DEFAULT_L0[layer]}/{PARAMS}"
+# The default of each layer of GEMMA_SCOPE_2B: among the average L0s that there are, the choice of
+# circuit-tracer, SAELens and Neuronpedia.
+DEFAULTS = [
+    Tier(f"layer_{layer}/width_16k/average_l0_{l0}/{PARAMS}", layer, DEFAULT_WIDTH, str(l0))
+    for layer, l0 in enumerate(
+        (76, 65, 49, 54, 88, 87, 95, 70, 52, 72, 88, 5, 6,
+         8, 8, 8, 10, 12, 13, 12, 11, 13, 15, 25, 37, 41)
+    )
+]  # fmt: skip
 
 
 def is_file(path: str) -> bool:
@@ -121,14 +120,9 @@ def tiers_in(folder: Path) -> list[Tier]:
 class Query(NamedTuple):
     """Which transcoder of a source is asked for ("16k", "71"); None stands for any."""
 
-    layer: int | None
-    width: str | None
-    l0: str | None
-
-    @property
-    def is_default(self) -> bool:
-        """Whether this asks for the default transcoder of a layer of GEMMA_SCOPE_2B."""
-        return self.layer is not None and self.width in (None, DEFAULT_WIDTH) and self.l0 is None
+    layer: int | None = None
+    width: str | None = None
+    l0: str | None = None
 
 
 def query_of(layer: int | None, width: str | None, l0: int | str | None) -> Query:

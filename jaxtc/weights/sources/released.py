@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from jaxtc.model.config import Gemma2Config
+from jaxtc.weights.files import local
 from jaxtc.weights.sources.resolve import CONFIG, EMBEDDED, resolve
 
 # What the config.json of the released checkpoints say; everything else in them is the default of
@@ -37,7 +38,9 @@ def load_config(source: str | Path = EMBEDDED, *, revision: str | None = None) -
         SourceError: nothing there, or no access to it.
         ConfigError: not a Gemma-2.
     """
-    found = resolve(source, CONFIG, revision=revision)
-    if found.size:
-        return RELEASED[found.size]
-    return Gemma2Config.from_file(found.fetch() / "config.json")
+    name = str(source).lower()
+    size = name.removeprefix("google/gemma-2-").removeprefix("gemma-2-").removesuffix("-it")
+    if size in RELEASED and revision is None and local.find(source) is None:
+        return RELEASED[size]
+    folder = resolve(source, CONFIG, revision=revision).fetch()
+    return Gemma2Config.from_file(folder / "config.json")

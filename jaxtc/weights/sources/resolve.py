@@ -11,7 +11,7 @@ import os
 from importlib import resources
 from pathlib import Path, PurePosixPath
 
-from jaxtc.errors import SourceError, did_you_mean, first_line
+from jaxtc.errors import SourceError, first_line
 from jaxtc.weights.checkpoints.read import Converted
 from jaxtc.weights.checkpoints.sidecar import SIDECAR, read_sidecar
 from jaxtc.weights.files import layout, local
@@ -24,19 +24,12 @@ EMBEDDED_DATA = Path(str(resources.files("jaxtc"))) / "embedded" / "data"
 # What is wanted of a source. A model's tokenizer and its config may be fetched without its weights.
 MODEL, TOKENIZER, CONFIG, TRANSCODERS = "model", "tokenizer", "config", "transcoders"
 
-# How it is kept.
-HUB, FOLDER, FILE, CONVERTED, RELEASED = "hub", "folder", "file", "converted", "released"
+# How it is kept: in a repository of the hub; in a folder of Hugging Face's layout, or of a
+# release's of transcoders; as one file; as a converted checkpoint.
+HUB, FOLDER, FILE, CONVERTED = "hub", "folder", "file", "converted"
 
 # Where orbax reads and writes by paths of etils.
 _BUCKETS = ("gs://", "s3://", "az://")
-
-# The released models whose configs are known, and the names that they go by.
-SIZES = ("2b", "9b", "27b")
-_NAMES = {
-    name: size
-    for size in SIZES
-    for name in (size, f"gemma-2-{size}", f"google/gemma-2-{size}", f"google/gemma-2-{size}-it")
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +38,12 @@ class Source:
 
     Attributes:
         name: as it was given; of one transcoder, the name that it goes by.
-        kind: "model", "tokenizer", "config" or "transcoders".
-        format: "hub" (a repository), "folder" (Hugging Face's layout, or a release's of
-            transcoders), "file", "converted", or "released" (a model whose config is known).
+        kind: what is wanted of it: MODEL, TOKENIZER, CONFIG or TRANSCODERS.
+        format: how it is kept: HUB, FOLDER, FILE or CONVERTED.
         path: the folder or file on this machine; None while it is on the hub only.
         inside: which transcoder below the folder or repository, "" when that is not said.
         repo, revision: the repository on the hub; its branch, tag or commit.
         layer: of one transcoder, where it is known.
-        size: "2b", "9b" or "27b" of a released model.
     """
 
     name: str
@@ -63,7 +54,6 @@ class Source:
     repo: str | None = None
     revision: str | None = None
     layer: int | None = None
-    size: str | None = None
 
     def fetch(self) -> Path:
         """The folder or file on this machine, downloaded first when it is on the hub.
@@ -88,11 +78,18 @@ class Source:
         return self.path
 
     @functools.cached_property
-    def tiers(self) -> list[layout.Tier]:
+    def _listed(self) -> list[layout.Tier]:
         """All transcoders of a folder or a repository, listed once."""
         if self.format == HUB:
             return layout.tiers_of(hub.list_files(self.repo, self.revision))
         return layout.tiers_in(self.path)
+
+    def _tiers(self, query: layout.Query) -> list[layout.Tier]:
+        """Those that may be meant; the defaults of Gemma Scope are known without the hub."""
+        usual = query.l0 is None and query.width in (None, layout.DEFAULT_WIDTH)
+        if usual and not self.inside and self.repo == layout.GEMMA_SCOPE_2B:
+            return layout.DEFAULTS
+        return self._listed
 
     def layers(self) -> list[int]:
         """The layers that there are transcoders for.
@@ -109,12 +106,10 @@ class Source:
                     "which layer; say which layer, as a number."
                 )
             return [named]
-        if self.repo == layout.GEMMA_SCOPE_2B and not self.inside:
-            return list(range(len(layout.DEFAULT_L0)))
-        layers = sorted({tier.layer for tier in self.tiers if tier.is_below(self.inside)})
-        if not layers:
+        tiers = [tier for tier in self._tiers(layout.Query()) if tier.is_below(self.inside)]
+        if not tiers:
             raise SourceError(f"{self.name} holds no transcoders; expected {layout.SHAPE} in it.")
-        return layers
+        return sorted({tier.layer for tier in tiers})
 
     def one(
         self, layer: int | None = None, width: str | None = None, l0: int | str | None = None
@@ -141,16 +136,13 @@ class Source:
     def _find(self, query: layout.Query) -> tuple[Path, str]:
         """The local file of the one transcoder that matches, and the name it goes by."""
         root, inside = self.repo or self.name, self.inside.strip("/")
-        if self.repo == layout.GEMMA_SCOPE_2B and not inside and query.is_default:
-            layout.check_layer(query.layer, range(len(layout.DEFAULT_L0)), root)
-            inside = layout.default_path(query.layer)
         for place in layout.files_of(inside):
             if file := self._get_if_there(place):
                 break
         else:
             folders = (self.repo or self.path.absolute().as_posix()).split("/")
             usual, below = layout.sae_site(folders) is None, layout.place_of(inside)
-            place = layout.choose(self.tiers, below, query, root, usual=usual).path
+            place = layout.choose(self._tiers(query), below, query, root, usual=usual).path
             found = self.path and self.path / place
             file = found or hub.download(self.repo, place, self.revision)
         return file, "/".join(filter(None, (root.rstrip("/"), layout.place_of(place))))
@@ -172,13 +164,13 @@ def resolve(
     path: str | None = None,
     default: str = MODEL,
 ) -> Source:
-    """What a source is and where it lies. Nothing is read, and no weights are fetched.
+    """The :class:`Source` of this name. Nothing is read, and no weights are fetched.
 
     Args:
         source: a hub id, with a path in the repository or without; a local folder or file; or
-            ``"embedded"``. Of a config also ``"2b"``, ``"9b"`` or ``"27b"``.
-        kind: what is wanted of it: "model", "tokenizer", "config" or "transcoders". By default
-            what it holds: a model if there is a ``config.json``, or transcoders.
+            ``"embedded"``.
+        kind: as there. By default what it holds: a model if there is a ``config.json``, or
+            transcoders.
         revision: of a hub id: a branch, tag or commit.
         path: of a transcoder below the source.
         default: the kind of a source that holds both.
@@ -254,8 +246,6 @@ def _on_hub(
     source: str | Path, kind: str | None, revision: str | None, path: str, default: str
 ) -> Source:
     name = str(source)
-    if kind == CONFIG and revision is None and name.lower() in _NAMES:
-        return Source(name, kind, RELEASED, size=_NAMES[name.lower()])
     repo, inside = (hub.split_id(source) if isinstance(source, str) else None) or ("", "")
     kind = kind or (default if not repo else TRANSCODERS if inside else None)
     # Every hub id may look like a relative path; none of a repository's ends like a file of ours.
@@ -277,8 +267,5 @@ def _nothing(name: str, kind: str) -> str:
     what, example = "folder", "google/gemma-2-2b"
     if kind == TRANSCODERS:
         what, example = "file or folder", layout.GEMMA_SCOPE_2B
-    end = f", nor one of {', '.join(SIZES)}.{did_you_mean(name.lower(), _NAMES)}"
-    return (
-        f"There is no {what} {name}, and it is not a hub id such as {example}"
-        f"{end if kind == CONFIG else '.'}"
-    )
+    sizes = ", nor one of 2b, 9b, 27b" if kind == CONFIG else ""
+    return f"There is no {what} {name}, and it is not a hub id such as {example}{sizes}."
