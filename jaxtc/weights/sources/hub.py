@@ -47,11 +47,10 @@ def download(repo: str, file: str, revision: str | None = None) -> Path:
 
 def download_if_there(repo: str, file: str, revision: str | None = None) -> Path | None:
     """As :func:`download`, None when the repository has no such file."""
-    if revision and _COMMIT.fullmatch(revision):
-        # What the cache knows of a commit stays true, also when the hub cannot be reached.
-        known = try_to_load_from_cache(repo, file, revision=revision)
-        if known is not None:
-            return None if known is _CACHED_NO_EXIST else Path(known)
+    # What the cache knows of a commit stays true, also when the hub cannot be reached.
+    known = revision and _COMMIT.fullmatch(revision)
+    if known and try_to_load_from_cache(repo, file, revision=revision) is _CACHED_NO_EXIST:
+        return None
     try:
         return download(repo, file, revision)
     except SourceError as error:
@@ -74,7 +73,7 @@ def download_model(repo: str, revision: str | None = None) -> Path:
     """
     config = download(repo, "config.json", revision)
     Gemma2Config.from_file(config)
-    commit = _pin(config, revision)
+    commit = config.parent.name  # all files are of one, whatever is pushed meanwhile
     index = download_if_there(repo, INDEX, commit)
     # Only the shards that the index names: some repositories hold the weights a second time.
     names = [SINGLE] if index is None else sorted(set(read_index(index).values()))
@@ -87,14 +86,8 @@ def download_tokenizer(repo: str, revision: str | None = None) -> Path:
     """The local folder with a tokenizer's files. Raises SourceError as :func:`download`."""
     config = download(repo, "tokenizer_config.json", revision)
     for name in (*TOKENIZER_FILES, "config.json"):
-        download_if_there(repo, name, _pin(config, revision))
+        download_if_there(repo, name, config.parent.name)
     return config.parent
-
-
-def _pin(file: Path, revision: str | None) -> str | None:
-    """The commit that ``file`` of the cache belongs to, so that the next ones come from it too."""
-    commit = file.parent.name
-    return commit if _COMMIT.fullmatch(commit) else revision
 
 
 @contextlib.contextmanager
