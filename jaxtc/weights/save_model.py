@@ -141,10 +141,8 @@ def weight_files(
         claims = ((name.hf, dtypes[name.ours], name.hf_shape) for name in part)
         write_tensors(path, header(claims, {"format": "pt"}), (fetch(name.ours) for name in part))
 
-    files: dict[str, Callable[[Path], Any]] = {
-        file: functools.partial(write, tensors)
-        for file, tensors in parts.filename_to_tensors.items()
-    }
+    found = parts.filename_to_tensors.items()
+    files = {file: functools.partial(write, tensors) for file, tensors in found}
     if parts.is_sharded:
         index = _json({"metadata": parts.metadata, "weight_map": parts.tensor_to_filename})
         files[INDEX] = lambda path: path.write_bytes(index)

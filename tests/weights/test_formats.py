@@ -150,9 +150,9 @@ def transposed(arrays, key):
     ("arrays", "messages"),
     [
         ({**circuit_tracer(), "affine_skip_connection": draw(D, D)},
-         ["W_skip and affine_skip_connection are two spellings"]),
+         ["affine_skip_connection is not part of", "'circuit-tracer', which has", "W_skip (D, D)"]),
         ({**gemma_scope_2(), "W_skip": draw(D, D)},
-         ["W_skip and affine_skip_connection are two spellings"]),
+         ["W_skip is not part of", "'gemma-scope-2', which has", "affine_skip_connection (D, D)"]),
         ({**circuit_tracer(), "scale": draw(3)}, ["scale is not part of a transcoder"]),
         ({**gemma_scope_2(), "W_enc": draw(D, M)}, ["W_enc is not part", "'gemma-scope-2'"]),
         (transposed(circuit_tracer(), "W_enc"),

@@ -210,24 +210,20 @@ def _blocks(
     The first axis is cut into ranges; in each, what is left of the others is one block. With
     ``into``, an array for the box, blocks are ranges of it.
     """
-    shape, size = raw.shape, raw.dtype.itemsize
-    sizes = [b - a for a, b in box]
+    sizes, size = [b - a for a, b in box], raw.dtype.itemsize
     # Behind this axis all are whole, so a run is a range along it.
-    last = max([axis for axis, n in enumerate(sizes) if n != shape[axis]], default=0)
-    steps = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    first = box[0][0]
+    last = max([axis for axis, n in enumerate(sizes) if n != raw.shape[axis]], default=0)
     row = math.prod(sizes[1:]) * size
     step = max(1, CHUNK_BYTES // max(row, 1))
     for low in range(0, sizes[0] if row else 0, step):
         high = min(low + step, sizes[0])
         block = np.empty((high - low, *sizes[1:]), raw.dtype) if into is None else into[low:high]
-        ranges = [(first + low, first + high), *box[1:]]
-        leading = [range(*ranges[axis]) for axis in range(last)]
+        ranges = [(box[0][0] + low, box[0][0] + high), *box[1:]]
+        corner = tuple(start for start, _ in ranges)
+        places = list(itertools.product(*(range(*bounds) for bounds in ranges[:last])))
         view = memoryview(block.reshape(-1).view(np.uint8))
-        run = (ranges[last][1] - ranges[last][0]) * steps[last] * size
-        for index, place in enumerate(itertools.product(*leading)):
-            element = sum(
-                i * step for i, step in zip((*place, ranges[last][0]), steps, strict=False)
-            )
-            raw.read_at(raw.start + element * size, view[index * run : (index + 1) * run])
-        yield block, tuple(a for a, _ in ranges)
+        run = len(view) // len(places)
+        for index, place in enumerate(places):
+            element = np.ravel_multi_index((*place, *corner[last:]), raw.shape)
+            raw.read_at(raw.start + int(element) * size, view[index * run : (index + 1) * run])
+        yield block, corner
