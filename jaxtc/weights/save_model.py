@@ -21,7 +21,7 @@ from jaxtc.sharding.processes import check_here
 from jaxtc.sharding.rules import variables
 from jaxtc.weights.files import local
 from jaxtc.weights.files.model import INDEX
-from jaxtc.weights.files.safetensors import header, write_tensors
+from jaxtc.weights.files.safetensors import write_tensors
 from jaxtc.weights.names import parameter_names
 
 # What may be in a folder that is replaced.
@@ -139,7 +139,7 @@ def weight_files(
     def write(tensors: Sequence[str], path: Path) -> None:
         part = [names[tensor] for tensor in tensors]
         claims = ((name.hf, dtypes[name.ours], name.hf_shape) for name in part)
-        write_tensors(path, header(claims, {"format": "pt"}), (fetch(name.ours) for name in part))
+        write_tensors(path, claims, (fetch(name.ours) for name in part))
 
     found = parts.filename_to_tensors.items()
     files = {file: functools.partial(write, tensors) for file, tensors in found}

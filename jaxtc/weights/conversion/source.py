@@ -19,7 +19,6 @@ from jaxtc.weights.checkpoints.read import Converted, named
 from jaxtc.weights.checkpoints.sidecar import sha256
 from jaxtc.weights.files import arrays, local
 from jaxtc.weights.files.model import files_of, open_checkpoint
-from jaxtc.weights.files.safetensors import FLOATS
 from jaxtc.weights.files.transcoder import open_transcoder
 from jaxtc.weights.load_transcoder import declared, which_layers
 from jaxtc.weights.names import parameter_names
@@ -85,7 +84,7 @@ def open_model(source: Source, dtype: np.dtype | None, verify: bool) -> Iterator
             opened = stack.enter_context(open_checkpoint(folder))
             config, names = opened.config, opened.names
             files = {path.name: path.read_bytes() for path in kept}
-            stored = {ours: FLOATS[opened.entry(name.hf).dtype] for ours, name in names.items()}
+            stored = {ours: opened.entry(name.hf).dtype for ours, name in names.items()}
             origin = source.name, _commit(folder), _state(weights)
 
             def read(ours: str, dtype: np.dtype) -> tuple[np.ndarray, Any, str]:

@@ -17,7 +17,7 @@ from jaxtc.transcoders.activations import Activation, activation_in, parameter_n
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.files.formats import SITES, Format, account, format_of
 from jaxtc.weights.files.npz import NpzFile, write_params
-from jaxtc.weights.files.safetensors import FLOATS, SafetensorsFile, header, write_tensors
+from jaxtc.weights.files.safetensors import SafetensorsFile, write_tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class TranscoderFile:
     def dtype(self) -> np.dtype:
         """The narrowest dtype that holds all its arrays as they are."""
         stored = (self._file.entries[self.format.keys[name][0]].dtype for name in self.shapes)
-        return functools.reduce(jnp.promote_types, (FLOATS.get(one, one) for one in stored))
+        return functools.reduce(jnp.promote_types, stored)
 
     def read(
         self, name: str, dtype: np.dtype, sharding: NamedSharding | None = None
@@ -128,7 +128,7 @@ def write_transcoder(
         (key, dtype, [sizes[axis] for axis in axes.split()])
         for key, axes in map(format.keys.get, names)
     ]
-    facts = {"format": "pt", "variant": declared.variant}
-    facts |= {key: getattr(declared, key) for key in SITES}
-    facts |= {} if declared.layer is None else {"layer": str(declared.layer)}
-    write_tensors(path, header(tensors, facts), map(value_of, names))
+    facts = {key: str(getattr(declared, key)) for key in ("variant", *SITES, "layer")}
+    if declared.layer is None:
+        del facts["layer"]
+    write_tensors(path, tensors, map(value_of, names), **facts)
