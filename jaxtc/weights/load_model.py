@@ -1,4 +1,4 @@
-"""Models and tokenizers from a source: a hub id, a local folder, or the embedded ones."""
+"""Models, configs and tokenizers from a source: a hub id, a local folder, or the embedded ones."""
 
 import functools
 from collections.abc import Callable
@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 
 from jaxtc.errors import SourceError
+from jaxtc.model.config import Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.sharding.mesh import MeshLike, make_mesh
 from jaxtc.sharding.processes import agreed
@@ -16,9 +17,25 @@ from jaxtc.weights.checkpoints.read import Converted
 from jaxtc.weights.files import arrays, local
 from jaxtc.weights.files.model import files_of, open_checkpoint
 from jaxtc.weights.files.shards import fill
-from jaxtc.weights.sources.hub import TOKENIZER_FILES
-from jaxtc.weights.sources.resolve import CONVERTED, EMBEDDED, MODEL, TOKENIZER, resolve
-from jaxtc.weights.sources.verify import verify_files
+from jaxtc.weights.sources.hub import TOKENIZER_FILES, verify_files
+from jaxtc.weights.sources.resolve import CONFIG, CONVERTED, EMBEDDED, MODEL, TOKENIZER, resolve
+
+# What the config.json of the released checkpoints say; everything else in them is the default of
+# Gemma2Config. Base and instruction-tuned models share sizes.
+RELEASED: dict[str, Gemma2Config] = {
+    "2b": Gemma2Config(
+        hidden_size=2304, intermediate_size=9216, num_hidden_layers=26,
+        num_attention_heads=8, num_key_value_heads=4, head_dim=256, query_pre_attn_scalar=256,
+    ),
+    "9b": Gemma2Config(
+        hidden_size=3584, intermediate_size=14336, num_hidden_layers=42,
+        num_attention_heads=16, num_key_value_heads=8, head_dim=256, query_pre_attn_scalar=256,
+    ),
+    "27b": Gemma2Config(
+        hidden_size=4608, intermediate_size=36864, num_hidden_layers=46,
+        num_attention_heads=32, num_key_value_heads=16, head_dim=128, query_pre_attn_scalar=144,
+    ),
+}  # fmt: skip
 
 # Called with (bytes loaded, bytes in all) after each tensor.
 Progress: TypeAlias = Callable[[int, int], None]
@@ -74,6 +91,28 @@ def load_model(
         with open_checkpoint(folder) as opened:
             declared = Gemma2.abstract(opened.config, dtype)
             return fill(declared, opened.read, folder, places, progress)
+
+
+def load_config(source: str | Path = EMBEDDED, *, revision: str | None = None) -> Gemma2Config:
+    """The config of a model; nothing is fetched but its ``config.json``.
+
+    Args:
+        source: a hub id, a local folder or ``"embedded"``, as :func:`jaxtc.load_model` takes it;
+            or ``"2b"``, ``"9b"`` or ``"27b"``. Those and the hub ids of the released models
+            (``google/gemma-2-2b``, ``google/gemma-2-2b-it``, ...) need no network, unless a
+            revision is asked for.
+        revision: of a hub id: a branch, tag or commit.
+
+    Raises:
+        SourceError: nothing there, or no access to it.
+        ConfigError: not a Gemma-2.
+    """
+    name = str(source).lower()
+    size = name.removeprefix("google/gemma-2-").removeprefix("gemma-2-").removesuffix("-it")
+    if size in RELEASED and revision is None and local.find(source) is None:
+        return RELEASED[size]
+    folder = resolve(source, CONFIG, revision=revision).fetch()
+    return Gemma2Config.from_file(folder / "config.json")
 
 
 def load_tokenizer(source: str | Path = EMBEDDED, *, revision: str | None = None) -> Any:

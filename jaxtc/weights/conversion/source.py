@@ -24,7 +24,6 @@ from jaxtc.weights.load_transcoder import declared, which_layers
 from jaxtc.weights.names import parameter_names
 from jaxtc.weights.sources import hub
 from jaxtc.weights.sources.resolve import CONVERTED, MODEL, TRANSCODERS, Source
-from jaxtc.weights.sources.verify import verify_files
 
 # What is written beside the weights of a model.
 _KEPT = ("config.json", *hub.TOKENIZER_FILES, "generation_config.json")
@@ -80,7 +79,7 @@ def open_model(source: Source, dtype: np.dtype | None, verify: bool) -> Iterator
                     hub.download_if_there(source.repo, name, folder.name)
             kept, weights = [folder / n for n in _KEPT if local.has(folder, n)], files_of(folder)
             if verify:
-                verify_files(dict.fromkeys([*weights, *kept]))
+                hub.verify_files(dict.fromkeys([*weights, *kept]))
             opened = stack.enter_context(open_checkpoint(folder))
             config, names = opened.config, opened.names
             files = {path.name: path.read_bytes() for path in kept}
@@ -147,7 +146,7 @@ def open_transcoders(
     else:
         paths = list(files.values())
         if verify:
-            verify_files(paths)
+            hub.verify_files(paths)
         origin = source.name, _commit(paths[0]), _state(paths)
 
         def read(full: str, dtype: np.dtype) -> tuple[np.ndarray, Any, str]:
