@@ -48,10 +48,6 @@ class Tier:
     width: str
     l0: str
 
-    def is_below(self, folder: str) -> bool:
-        """Whether it lies in this folder of the source; the empty one is the source itself."""
-        return not folder or self.path == folder or self.path.startswith(f"{folder}/")
-
     @property
     def is_default(self) -> bool:
         """Whether it is the default of its layer."""
@@ -81,10 +77,8 @@ def files_of(path: str) -> list[str]:
 
 def place_of(path: str) -> str:
     """``path`` without its file, unless the file's own name is what names it (``layer_3``)."""
-    whole = PurePosixPath(path)
-    if not is_file(path) or (whole.suffix == ".safetensors" and whole.stem != "params"):
-        return path
-    return "" if str(whole.parent) == "." else str(whole.parent)
+    folder, _, file = path.rpartition("/")
+    return folder if file in _PARAMS else path
 
 
 def sae_site(parts: Iterable[str]) -> str | None:
@@ -138,40 +132,45 @@ def query_of(layer: int | None, width: str | None, l0: int | str | None) -> Quer
     return Query(number, width, None if l0 is None else str(l0).removeprefix("average_l0_"))
 
 
-def choose(tiers: list[Tier], below: str, query: Query, source: str, *, usual: bool = True) -> Tier:
-    """The one match in the folder ``below`` of ``source`` ("" for the source itself).
+def below(tiers: list[Tier], folder: str, source: str) -> list[Tier]:
+    """Those in a folder of ``source``, "" for all of them. Raises SourceError if there are none."""
+    if not tiers:
+        raise SourceError(f"{source} holds no transcoders; expected {SHAPE} in it.")
+    inside = [tier for tier in tiers if PurePosixPath(tier.path).is_relative_to(folder)]
+    if not inside:
+        named = layer_of(folder)
+        if named is not None:
+            check_layer(named, {tier.layer for tier in tiers}, source)
+        folders = [place_of(tier.path) for tier in tiers if named in (None, tier.layer)]
+        near = did_you_mean(folder, folders)
+        raise SourceError(f"{source} has no {folder!r}.{near} It has {some(folders, 20)}.")
+    return inside
+
+
+def choose(tiers: list[Tier], query: Query, source: str, *, usual: bool = True) -> Tier:
+    """The one that matches.
 
     ``usual`` says whether each layer has a default, as it has in releases of transcoders. Raises
     SourceError, with a list of what there is, for no match or several.
     """
-    if not tiers:
-        raise SourceError(f"{source} holds no transcoders; expected {SHAPE} in it.")
-    inside = [tier for tier in tiers if tier.is_below(below)]
-    if not inside:
-        named = layer_of(below)
-        if named is not None:
-            check_layer(named, {tier.layer for tier in tiers}, source)
-        folders = [place_of(tier.path) for tier in tiers if named in (None, tier.layer)]
-        near = did_you_mean(below, folders)
-        raise SourceError(f"{source} has no {below!r}.{near} It has {some(folders, 20)}.")
     if query.layer is not None:
-        check_layer(query.layer, {tier.layer for tier in inside}, source)
-        inside = [tier for tier in inside if tier.layer == query.layer]
-    layers = sorted({tier.layer for tier in inside})
+        check_layer(query.layer, {tier.layer for tier in tiers}, source)
+        tiers = [tier for tier in tiers if tier.layer == query.layer]
+    layers = sorted({tier.layer for tier in tiers})
     if len(layers) > 1:
         raise SourceError(
             f"{source} has transcoders for layers {some([*map(str, layers)], 50)}; say which layer "
             f"(layer={layers[0]})."
         )
     for name in ("width", "l0"):
-        wanted, there = getattr(query, name), sorted({getattr(tier, name) for tier in inside})
+        wanted, there = getattr(query, name), sorted({getattr(tier, name) for tier in tiers})
         if wanted is not None and wanted not in there:
             raise SourceError(
                 f"{source} has no transcoder with {name}={wanted!r} for layer {layers[0]}; there "
                 f"is {some([repr(one) for one in there if one] or ['only one'], 20)}."
             )
-        inside = [tier for tier in inside if wanted in (None, getattr(tier, name))]
-    chosen = [tier for tier in inside if usual and query.l0 is None and tier.is_default] or inside
+        tiers = [tier for tier in tiers if wanted in (None, getattr(tier, name))]
+    chosen = [tier for tier in tiers if usual and query.l0 is None and tier.is_default] or tiers
     if len(chosen) > 1:
         raise SourceError(
             f"{source} has {len(chosen)} transcoders for layer {layers[0]}; choose one by its "

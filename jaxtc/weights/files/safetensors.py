@@ -78,11 +78,6 @@ class SafetensorsFile(local.PlainFile):
         self.entries = {name: self._entry(name, claim) for name, claim in raw.items()}
         self._data_start = 8 + len(header)
 
-    def raw(self, name: str, shape: tuple[int, ...] | None = None) -> Raw:
-        """A tensor without a fault, perhaps with its axes split or merged."""
-        entry = self.entries[name]
-        return Raw(self._read_at, self._data_start + entry.start, entry.dtype, shape or entry.shape)
-
     def read(
         self,
         name: str,
@@ -92,11 +87,15 @@ class SafetensorsFile(local.PlainFile):
         shape: tuple[int, ...] | None = None,
         transposed: bool = False,
     ) -> tuple[np.ndarray | jax.Array, str]:
-        """A tensor as :func:`~jaxtc.weights.files.shards.read` has it.
+        """A tensor without a fault, perhaps with its axes split or merged (``shape``), as
+        :func:`~jaxtc.weights.files.shards.read` has it.
 
         Raises WeightsError when the file ends or fails while it is read.
         """
-        return shards.read(self.raw(name, shape), dtype, sharding, transposed=transposed)
+        entry = self.entries[name]
+        start = self._data_start + entry.start
+        raw = Raw(self._read_at, start, entry.dtype, shape or entry.shape)
+        return shards.read(raw, dtype, sharding, transposed=transposed)
 
     def _read_at(self, offset: int, view: memoryview) -> None:
         # Not through a memory map, where a file that shrinks or a failing disk kills the process.

@@ -76,9 +76,9 @@ def open_transcoder(path: Path) -> Iterator[TranscoderFile]:
     Raises WeightsError for a damaged file, and for arrays that are missing, extra, misshapen or not
     of floats, all of them named at once.
     """
-    suffix = ".safetensors" if path.suffix == ".safetensors" else ".npz"
-    with {".npz": NpzFile, ".safetensors": SafetensorsFile}[suffix](path) as file:
-        format = format_of(suffix, file.entries)
+    kind = SafetensorsFile if path.suffix == ".safetensors" else NpzFile
+    with kind(path) as file:
+        format = format_of(f".{kind.format}", file.entries)
         if problems := account(format, file.entries):
             raise WeightsError(
                 f"{path} is not a transcoder that jaxtc can read: {some(problems, 20)}. Its keys "

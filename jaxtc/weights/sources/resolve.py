@@ -85,11 +85,14 @@ class Source:
         return layout.tiers_in(self.path)
 
     def _tiers(self, query: layout.Query) -> list[layout.Tier]:
-        """Those that may be meant; the defaults of Gemma Scope are known without the hub."""
+        """Those that may be meant; the defaults of Gemma Scope are known without the hub.
+
+        Raises SourceError if there are none.
+        """
         usual = query.l0 is None and query.width in (None, layout.DEFAULT_WIDTH)
         if usual and not self.inside and self.repo == layout.GEMMA_SCOPE_2B:
             return layout.DEFAULTS
-        return self._listed
+        return layout.below(self._listed, layout.place_of(self.inside), self.repo or self.name)
 
     def layers(self) -> list[int]:
         """The layers that there are transcoders for.
@@ -106,10 +109,7 @@ class Source:
                     "which layer; say which layer, as a number."
                 )
             return [named]
-        tiers = [tier for tier in self._tiers(layout.Query()) if tier.is_below(self.inside)]
-        if not tiers:
-            raise SourceError(f"{self.name} holds no transcoders; expected {layout.SHAPE} in it.")
-        return sorted({tier.layer for tier in tiers})
+        return sorted({tier.layer for tier in self._tiers(layout.Query())})
 
     def one(
         self, layer: int | None = None, width: str | None = None, l0: int | str | None = None
@@ -135,14 +135,14 @@ class Source:
 
     def _find(self, query: layout.Query) -> tuple[Path, str]:
         """The local file of the one transcoder that matches, and the name it goes by."""
-        root, inside = self.repo or self.name, self.inside.strip("/")
-        for place in layout.files_of(inside):
+        root = self.repo or self.name
+        for place in layout.files_of(self.inside):
             if file := self._get_if_there(place):
                 break
         else:
             folders = (self.repo or self.path.absolute().as_posix()).split("/")
-            usual, below = layout.sae_site(folders) is None, layout.place_of(inside)
-            place = layout.choose(self._tiers(query), below, query, root, usual=usual).path
+            usual = layout.sae_site(folders) is None
+            place = layout.choose(self._tiers(query), query, root, usual=usual).path
             found = self.path and self.path / place
             file = found or hub.download(self.repo, place, self.revision)
         return file, "/".join(filter(None, (root.rstrip("/"), layout.place_of(place))))
@@ -194,7 +194,7 @@ def resolve(
         )
     if path is not None and found.format == FILE:
         raise SourceError(f"{source} is a file, so there is no {path!r} in it.")
-    return dataclasses.replace(found, inside=path or "")
+    return dataclasses.replace(found, inside=(path or "").strip("/"))
 
 
 def _embedded(kind: str) -> Source:
@@ -250,7 +250,12 @@ def _on_hub(
     kind = kind or (default if not repo else TRANSCODERS if inside else None)
     # Every hub id may look like a relative path; none of a repository's ends like a file of ours.
     if not repo or (kind == TRANSCODERS and layout.is_file(repo)):
-        raise SourceError(_nothing(name, kind))
+        ours = kind == TRANSCODERS
+        raise SourceError(
+            f"There is no {'file or folder' if ours else 'folder'} {name}, and it is not a hub id "
+            f"such as {layout.GEMMA_SCOPE_2B if ours else 'google/gemma-2-2b'}"
+            f"{', nor one of 2b, 9b, 27b' if kind == CONFIG else ''}."
+        )
     if kind is None:
         config = hub.download_if_there(repo, "config.json", revision)
         kind = TRANSCODERS if config is None else MODEL
@@ -259,13 +264,5 @@ def _on_hub(
             f"{name!r} is neither a local folder nor a hub id: a model's id has two parts, such "
             f"as {repo!r}."
         )
-    inside = "/".join(filter(None, (inside, path)))
+    inside = "/".join(filter(None, (inside, path.strip("/"))))
     return Source(name, kind, HUB, inside=inside, repo=repo, revision=revision)
-
-
-def _nothing(name: str, kind: str) -> str:
-    what, example = "folder", "google/gemma-2-2b"
-    if kind == TRANSCODERS:
-        what, example = "file or folder", layout.GEMMA_SCOPE_2B
-    sizes = ", nor one of 2b, 9b, 27b" if kind == CONFIG else ""
-    return f"There is no {what} {name}, and it is not a hub id such as {example}{sizes}."
