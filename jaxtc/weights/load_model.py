@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
 
 from jaxtc.errors import SourceError
@@ -14,7 +15,8 @@ from jaxtc.sharding.mesh import MeshLike, make_mesh
 from jaxtc.sharding.processes import agreed
 from jaxtc.sharding.rules import RULES, Rules, shardings
 from jaxtc.weights.checkpoints.read import Converted
-from jaxtc.weights.files import arrays, local
+from jaxtc.weights.files import local
+from jaxtc.weights.files.arrays import check_dtype
 from jaxtc.weights.files.model import files_of, open_checkpoint
 from jaxtc.weights.files.shards import fill
 from jaxtc.weights.sources.hub import TOKENIZER_FILES, verify_files
@@ -77,7 +79,9 @@ def load_model(
             are not the hub's, or of which no hash is known, with ``verify``.
         ShardingError: no such mesh, or an axis that does not divide over it.
     """
-    dtype = arrays.default_dtype() if dtype is None else arrays.check_dtype(dtype)
+    if dtype is None:  # bfloat16 is slower on the CPU
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = check_dtype(dtype)
     mesh = None if mesh is None else make_mesh(mesh)
     places = mesh and functools.partial(shardings, mesh=mesh, rules=rules)
     with agreed(mesh, "load the model"):

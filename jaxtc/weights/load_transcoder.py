@@ -96,16 +96,7 @@ def load_transcoders(
     """
     with _loader(dtype, mesh, rules, input_site=input_site, output_site=output_site) as load:
         found = resolve(source, TRANSCODERS, revision=revision)
-        return {n: load(found.one(n, width, l0)) for n in which_layers(found, layers)}
-
-
-def which_layers(found: Source, layers: str | Iterable[int]) -> Iterable[int]:
-    """The layers that are meant. Raises SourceError when that is not said."""
-    if isinstance(layers, str) and layers == "all":
-        return found.layers()
-    if isinstance(layers, str) or not isinstance(layers, Iterable):
-        raise SourceError(f"layers is {layers!r}, expected 'all' or several, such as [20].")
-    return layers
+        return {n: load(found.one(n, width, l0)) for n in found.layers(layers)}
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from jaxtc.weights.checkpoints.sidecar import sha256
 from jaxtc.weights.files import arrays, local
 from jaxtc.weights.files.model import files_of, open_checkpoint
 from jaxtc.weights.files.transcoder import open_transcoder
-from jaxtc.weights.load_transcoder import declared, which_layers
+from jaxtc.weights.load_transcoder import declared
 from jaxtc.weights.names import parameter_names
 from jaxtc.weights.sources import hub
 from jaxtc.weights.sources.resolve import CONVERTED, MODEL, TRANSCODERS, Source
@@ -119,7 +119,7 @@ def open_transcoders(
         checkpoint = Converted(source.path, TRANSCODERS, verify)
     files: dict[int, Path] = {}
     found: dict[int, Transcoder] = {}
-    for layer in which_layers(source, layers):
+    for layer in source.layers(layers):
         one = source.one(layer, *tier)
         layer = int(layer)  # JSON knows no integers of NumPy
         if checkpoint:

@@ -5,7 +5,7 @@ Axis letters: I width of what is read, O width of what is written, M features.
 
 import dataclasses
 from collections.abc import Collection, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from jaxtc.errors import SourceError, did_you_mean
@@ -26,6 +26,7 @@ class Format:
     """How the files that ``save_transcoder(format=name)`` writes spell a transcoder.
 
     Attributes:
+        file: what they are called in a folder.
         keys: (their key, their order of axes) of each of our parameters that it has.
         sites: what such files read and write where nothing says otherwise; empty when that differs
             from release to release.
@@ -33,10 +34,15 @@ class Format:
     """
 
     name: str
-    suffix: str
+    file: str
     keys: Mapping[str, tuple[str, str]]
     sites: Mapping[str, str]
     negative: bool = True
+
+    @property
+    def suffix(self) -> str:
+        """``.npz`` or ``.safetensors``."""
+        return PurePath(self.file).suffix
 
     @property
     def optional(self) -> frozenset[str]:
@@ -68,17 +74,17 @@ def _keys(format: str, **others: tuple[str, str]) -> dict[str, tuple[str, str]]:
 
 FORMATS = (
     Format(
-        "gemma-scope", ".npz", _keys("gemma-scope"),
+        "gemma-scope", "params.npz", _keys("gemma-scope"),
         {"input_site": "mlp_in_normed", "output_site": "mlp_out"},
     ),
     # Its JumpReLU is z * (z > threshold), so below a negative threshold z < 0 would pass.
     Format(
-        "circuit-tracer", ".safetensors",
+        "circuit-tracer", "layer_{layer}.safetensors",
         _keys("circuit-tracer", W_enc=("W_enc", "M I"), W_skip=("W_skip", "O I")),
         {}, negative=False,
     ),
     Format(
-        "gemma-scope-2", ".safetensors",
+        "gemma-scope-2", "params.safetensors",
         _keys("gemma-scope-2", W_enc=("w_enc", "I M"), W_dec=("w_dec", "M O"),
               W_skip=("affine_skip_connection", "I O")),
         {"input_site": "mlp_in", "output_site": "mlp_out"},

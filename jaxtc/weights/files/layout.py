@@ -5,7 +5,6 @@ import operator
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 from jaxtc.errors import SourceError, did_you_mean, some
 
@@ -31,7 +30,6 @@ _LAYOUTS = tuple(
     )
 )
 _PARAMS = (PARAMS, "params.safetensors")
-_FILES = (*_PARAMS, "layer_*.safetensors")
 
 # Sparse autoencoders of the same release and in the same format, recognised by the name of their
 # repository; a local copy may have that name, and the hub's cache has owner and name.
@@ -106,30 +104,20 @@ def tiers_of(paths: Iterable[str], root: str = "") -> list[Tier]:
 
 def tiers_in(folder: Path) -> list[Tier]:
     """The transcoders below a folder that is a layout's root, or lies somewhere in it."""
-    files = (file for name in _FILES for file in folder.glob(f"**/{name}"))
-    paths = (file.relative_to(folder).as_posix() for file in files)
+    paths = (file.relative_to(folder).as_posix() for file in folder.rglob("*"))
     return tiers_of(paths, folder.absolute().as_posix())
 
 
-class Query(NamedTuple):
-    """Which transcoder of a source is asked for ("16k", "71"); None stands for any."""
-
-    layer: int | None = None
-    width: str | None = None
-    l0: str | None = None
-
-
-def query_of(layer: int | None, width: str | None, l0: int | str | None) -> Query:
-    """The arguments, normalised. Raises SourceError for a layer that is not an index from 0."""
+def check_index(layer: int | None) -> int | None:
+    """The layer that is asked for. Raises SourceError unless it is an index from 0, or None."""
     try:
-        number = None if layer is None else operator.index(layer)
+        number = 0 if layer is None else operator.index(layer)
     except TypeError:
         number = -1
-    if number is not None and number < 0:
+    if number < 0:
         hint = isinstance(layer, str) * f" A place below the source is given as path={layer!r}."
         raise SourceError(f"layer is {layer!r}, expected a whole number from 0.{hint}")
-    width = None if width is None else str(width).removeprefix("width_")
-    return Query(number, width, None if l0 is None else str(l0).removeprefix("average_l0_"))
+    return None if layer is None else number
 
 
 def below(tiers: list[Tier], folder: str, source: str) -> list[Tier]:
@@ -147,30 +135,40 @@ def below(tiers: list[Tier], folder: str, source: str) -> list[Tier]:
     return inside
 
 
-def choose(tiers: list[Tier], query: Query, source: str, *, usual: bool = True) -> Tier:
+def choose(
+    tiers: list[Tier],
+    layer: int | None,
+    width: str | None,
+    l0: int | str | None,
+    source: str,
+    usual: bool,
+) -> Tier:
     """The one that matches.
 
     ``usual`` says whether each layer has a default, as it has in releases of transcoders. Raises
     SourceError, with a list of what there is, for no match or several.
     """
-    if query.layer is not None:
-        check_layer(query.layer, {tier.layer for tier in tiers}, source)
-        tiers = [tier for tier in tiers if tier.layer == query.layer]
+    if layer is not None:
+        check_layer(layer, {tier.layer for tier in tiers}, source)
+        tiers = [tier for tier in tiers if tier.layer == layer]
     layers = sorted({tier.layer for tier in tiers})
     if len(layers) > 1:
         raise SourceError(
             f"{source} has transcoders for layers {some([*map(str, layers)], 50)}; say which layer "
             f"(layer={layers[0]})."
         )
-    for name in ("width", "l0"):
-        wanted, there = getattr(query, name), sorted({getattr(tier, name) for tier in tiers})
-        if wanted is not None and wanted not in there:
+    for name, prefix, wanted in (("width", "width_", width), ("l0", "average_l0_", l0)):
+        if wanted is None:
+            continue
+        wanted = str(wanted).removeprefix(prefix)
+        there = sorted({getattr(tier, name) for tier in tiers})
+        if wanted not in there:
             raise SourceError(
                 f"{source} has no transcoder with {name}={wanted!r} for layer {layers[0]}; there "
                 f"is {some([repr(one) for one in there if one] or ['only one'], 20)}."
             )
-        tiers = [tier for tier in tiers if wanted in (None, getattr(tier, name))]
-    chosen = [tier for tier in tiers if usual and query.l0 is None and tier.is_default] or tiers
+        tiers = [tier for tier in tiers if getattr(tier, name) == wanted]
+    chosen = [tier for tier in tiers if usual and l0 is None and tier.is_default] or tiers
     if len(chosen) > 1:
         raise SourceError(
             f"{source} has {len(chosen)} transcoders for layer {layers[0]}; choose one by its "

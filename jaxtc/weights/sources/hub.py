@@ -24,7 +24,7 @@ TOKENIZER_FILES = (
     "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
 
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?P<rest>(/[^/]+)*/?)")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HASH = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")  # SHA-256 of a large file, git's of a small one
 _UNREACHABLE = (errors.HTTPError, errors.EntryNotFoundError, errors.OfflineModeIsEnabled)
@@ -32,11 +32,8 @@ _UNREACHABLE = (errors.HTTPError, errors.EntryNotFoundError, errors.OfflineModeI
 
 def split_id(source: str) -> tuple[str, str] | None:
     """``owner/name/some/path`` as (``owner/name``, ``some/path``); None when it is no hub id."""
-    parts = source.strip("/").split("/")
-    repo, rest = "/".join(parts[:2]), parts[2:]
-    if source.startswith("/") or not _REPO.fullmatch(repo) or ".." in source or "" in rest:
-        return None
-    return repo, "/".join(rest)
+    match = None if ".." in source else _ID.fullmatch(source)
+    return match and (match["repo"], match["rest"].strip("/"))
 
 
 def download(repo: str, file: str, revision: str | None = None) -> Path:

@@ -8,6 +8,7 @@ or file; a checkpoint that ``jaxtc convert`` made, there or in a bucket (``gs://
 import dataclasses
 import functools
 import os
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path, PurePosixPath
 
@@ -84,21 +85,24 @@ class Source:
             return layout.tiers_of(hub.list_files(self.repo, self.revision))
         return layout.tiers_in(self.path)
 
-    def _tiers(self, query: layout.Query) -> list[layout.Tier]:
-        """Those that may be meant; the defaults of Gemma Scope are known without the hub.
+    def _tiers(self, usual: bool = True) -> list[layout.Tier]:
+        """Those that may be meant; the ``usual`` ones of Gemma Scope are known without the hub.
 
         Raises SourceError if there are none.
         """
-        usual = query.l0 is None and query.width in (None, layout.DEFAULT_WIDTH)
         if usual and not self.inside and self.repo == layout.GEMMA_SCOPE_2B:
             return layout.DEFAULTS
         return layout.below(self._listed, layout.place_of(self.inside), self.repo or self.name)
 
-    def layers(self) -> list[int]:
-        """The layers that there are transcoders for.
+    def layers(self, asked: str | Iterable[int] = "all") -> list[int]:
+        """The layers that are ``asked`` for, or all that there are transcoders for.
 
         Raises SourceError if there are none, or for a file that no ``layer_N`` folder is around.
         """
+        if isinstance(asked, Iterable) and not isinstance(asked, str):
+            return list(asked)
+        if asked != "all":
+            raise SourceError(f"layers is {asked!r}, expected 'all' or several, such as [20].")
         if self.format == CONVERTED:
             return sorted(Converted(self.path, TRANSCODERS).sidecar.transcoders)
         if self.format == FILE:
@@ -109,7 +113,7 @@ class Source:
                     "which layer; say which layer, as a number."
                 )
             return [named]
-        return sorted({tier.layer for tier in self._tiers(layout.Query())})
+        return sorted({tier.layer for tier in self._tiers()})
 
     def one(
         self, layer: int | None = None, width: str | None = None, l0: int | str | None = None
@@ -118,22 +122,23 @@ class Source:
 
         Raises SourceError: there is none, no access to it, or several candidates (all listed).
         """
-        query = layout.query_of(layer, width, l0)
+        layer = layout.check_index(layer)
         if self.format == CONVERTED:
             if self.inside or width is not None or l0 is not None:
                 raise SourceError(
                     f"{self.name} is a converted checkpoint with one transcoder a layer: give "
                     "layer only, not path, width or l0."
                 )
-            return dataclasses.replace(self, layer=query.layer)
-        file, name = (self.path, self.name) if self.format == FILE else self._find(query)
+            return dataclasses.replace(self, layer=layer)
+        single = self.format == FILE
+        file, name = (self.path, self.name) if single else self._find(layer, width, l0)
         named = layout.layer_of(file.absolute().as_posix())
-        if None not in (named, query.layer) and named != query.layer:
-            raise SourceError(f"layer={query.layer} was asked for, but {name} is of layer {named}.")
-        layer = query.layer if named is None else named
+        if None not in (named, layer) and named != layer:
+            raise SourceError(f"layer={layer} was asked for, but {name} is of layer {named}.")
+        layer = layer if named is None else named
         return dataclasses.replace(self, name=name, format=FILE, path=file, layer=layer)
 
-    def _find(self, query: layout.Query) -> tuple[Path, str]:
+    def _find(self, layer: int | None, width: str | None, l0: int | str | None) -> tuple[Path, str]:
         """The local file of the one transcoder that matches, and the name it goes by."""
         root = self.repo or self.name
         for place in layout.files_of(self.inside):
@@ -141,10 +146,11 @@ class Source:
                 break
         else:
             folders = (self.repo or self.path.absolute().as_posix()).split("/")
+            tiers = self._tiers(l0 is None and width in (None, layout.DEFAULT_WIDTH))
             usual = layout.sae_site(folders) is None
-            place = layout.choose(self._tiers(query), query, root, usual=usual).path
-            found = self.path and self.path / place
-            file = found or hub.download(self.repo, place, self.revision)
+            place = layout.choose(tiers, layer, width, l0, root, usual).path
+            here = self.path and self.path / place
+            file = here or hub.download(self.repo, place, self.revision)
         return file, "/".join(filter(None, (root.rstrip("/"), layout.place_of(place))))
 
     def _get_if_there(self, place: str) -> Path | None:
