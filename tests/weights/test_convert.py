@@ -143,7 +143,7 @@ def test_another_dtype_is_said_in_the_config(hf, tmp_path):
     told = json.loads((back / "config.json").read_bytes())
     assert told == stored | {"dtype": "bfloat16"}
     with SafetensorsFile(back / "model.safetensors") as file:
-        assert {entry.dtype for entry in file.entries.values()} == {"BF16"}
+        assert {entry.dtype for entry in file.entries.values()} == {jnp.dtype("bfloat16")}
     expected = jaxtc.load_model(hf, dtype="bfloat16")
     assert same(jaxtc.load_model(back, dtype="bfloat16"), expected)
 
