@@ -92,7 +92,6 @@ FORMATS = (
 )  # fmt: skip
 
 BY_FORMAT = {format.name: format for format in FORMATS}
-SUFFIXES = tuple(sorted({format.suffix for format in FORMATS}))
 
 
 def by_name(name: str | None, path: Path) -> Format:
@@ -108,7 +107,7 @@ def by_name(name: str | None, path: Path) -> Format:
             f"{', '.join(map(repr, BY_FORMAT))}.{did_you_mean(str(name), BY_FORMAT)}"
         )
     found = BY_FORMAT[name]
-    if path.suffix in SUFFIXES and path.suffix != found.suffix:
+    if path.suffix in {format.suffix for format in FORMATS} - {found.suffix}:
         raise SourceError(
             f"{path} cannot be of the format {name!r}, whose files end in {found.suffix}."
         )

@@ -1,15 +1,14 @@
 """Where transcoders lie in a release: the layouts of folders, their defaults, what names say."""
 
 import dataclasses
-import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from jaxtc.errors import SourceError, did_you_mean, some
+from jaxtc.helpers import is_whole
 
 PARAMS = "params.npz"
-SHAPE = f"layer_N/width_W/average_l0_L/{PARAMS}"
 
 GEMMA_SCOPE_2B = "google/gemma-scope-2b-pt-transcoders"
 
@@ -108,22 +107,25 @@ def tiers_in(folder: Path) -> list[Tier]:
     return tiers_of(paths, folder.absolute().as_posix())
 
 
-def check_index(layer: int | None) -> int | None:
-    """The layer that is asked for. Raises SourceError unless it is an index from 0, or None."""
-    try:
-        number = 0 if layer is None else operator.index(layer)
-    except TypeError:
-        number = -1
-    if number < 0:
+def asked(layer: int | None, width: str | None, l0: int | str | None) -> dict[str, int | str]:
+    """What of a :class:`Tier` is asked for. Raises SourceError for a layer that is no index."""
+    if layer is not None and not is_whole(layer):
         hint = isinstance(layer, str) * f" A place below the source is given as path={layer!r}."
         raise SourceError(f"layer is {layer!r}, expected a whole number from 0.{hint}")
-    return None if layer is None else number
+    found = {
+        "layer": None if layer is None else int(layer),
+        "width": None if width is None else str(width).removeprefix("width_"),
+        "l0": None if l0 is None else str(l0).removeprefix("average_l0_"),
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def below(tiers: list[Tier], folder: str, source: str) -> list[Tier]:
     """Those in a folder of ``source``, "" for all of them. Raises SourceError if there are none."""
     if not tiers:
-        raise SourceError(f"{source} holds no transcoders; expected {SHAPE} in it.")
+        raise SourceError(
+            f"{source} holds no transcoders; expected layer_N/width_W/average_l0_L/{PARAMS} in it."
+        )
     inside = [tier for tier in tiers if PurePosixPath(tier.path).is_relative_to(folder)]
     if not inside:
         named = layer_of(folder)
@@ -135,32 +137,22 @@ def below(tiers: list[Tier], folder: str, source: str) -> list[Tier]:
     return inside
 
 
-def choose(
-    tiers: list[Tier],
-    layer: int | None,
-    width: str | None,
-    l0: int | str | None,
-    source: str,
-    usual: bool,
-) -> Tier:
-    """The one that matches.
+def choose(tiers: list[Tier], query: Mapping[str, int | str], source: str, usual: bool) -> Tier:
+    """The one that matches what :func:`asked` says.
 
     ``usual`` says whether each layer has a default, as it has in releases of transcoders. Raises
     SourceError, with a list of what there is, for no match or several.
     """
-    if layer is not None:
-        check_layer(layer, {tier.layer for tier in tiers}, source)
-        tiers = [tier for tier in tiers if tier.layer == layer]
+    if "layer" in query:
+        check_layer(query["layer"], {tier.layer for tier in tiers}, source)
+        tiers = [tier for tier in tiers if tier.layer == query["layer"]]
     layers = sorted({tier.layer for tier in tiers})
     if len(layers) > 1:
         raise SourceError(
             f"{source} has transcoders for layers {some([*map(str, layers)], 50)}; say which layer "
             f"(layer={layers[0]})."
         )
-    for name, prefix, wanted in (("width", "width_", width), ("l0", "average_l0_", l0)):
-        if wanted is None:
-            continue
-        wanted = str(wanted).removeprefix(prefix)
+    for name, wanted in query.items():
         there = sorted({getattr(tier, name) for tier in tiers})
         if wanted not in there:
             raise SourceError(
@@ -168,7 +160,7 @@ def choose(
                 f"is {some([repr(one) for one in there if one] or ['only one'], 20)}."
             )
         tiers = [tier for tier in tiers if getattr(tier, name) == wanted]
-    chosen = [tier for tier in tiers if usual and l0 is None and tier.is_default] or tiers
+    chosen = [tier for tier in tiers if usual and "l0" not in query and tier.is_default] or tiers
     if len(chosen) > 1:
         raise SourceError(
             f"{source} has {len(chosen)} transcoders for layer {layers[0]}; choose one by its "

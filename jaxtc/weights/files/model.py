@@ -4,8 +4,9 @@ import contextlib
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from jaxtc.weights.names import BUFFERS, EMBEDDING, TIED, Name, parameter_names
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_PLAIN = re.compile(r"[^/\\:\0]+\.safetensors")  # right in the index's folder, on Windows too
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt")
 
 
@@ -102,20 +104,13 @@ def read_index(path: Path) -> dict[str, str]:
     shards = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(shards, dict) or not shards:
         raise WeightsError(f"{path} has no weight_map, which says where each tensor is.")
-    outside = sorted({repr(name) for name in shards.values() if not _is_plain(name)})
+    outside = sorted({repr(name) for name in shards.values() if not _PLAIN.fullmatch(str(name))})
     if outside:
         raise WeightsError(
             f"{path} points to {some(outside)}; an index may only name .safetensors files in its "
             "own folder. Do not use this checkpoint unless you know where it comes from."
         )
     return shards
-
-
-def _is_plain(name: object) -> bool:
-    """Whether this names a safetensors file right in the index's folder."""
-    if not isinstance(name, str) or not name.endswith(".safetensors") or "\0" in name:
-        return False
-    return PurePosixPath(name).name == name == PureWindowsPath(name).name
 
 
 def _check_inside(folder: Path, name: str) -> None:

@@ -121,10 +121,7 @@ def read(
         while parts.arrays:  # no longer there once it is on its devices
             box, array = parts.arrays.popitem()
             if transposed:
-                box, untransposed = box[::-1], array
-                array = empty(untransposed.shape[::-1], dtype)
-                np.copyto(array, untransposed.T)
-                del untransposed
+                box, array = box[::-1], np.ascontiguousarray(array.T)
             # Waiting keeps one host copy at a time where the devices have memory of their own.
             placed += jax.block_until_ready([jax.device_put(array, x) for x in boxes[box]])
     array = jax.make_array_from_single_device_arrays(shape, sharding, placed)

@@ -8,7 +8,7 @@ or file; a checkpoint that ``jaxtc convert`` made, there or in a bucket (``gs://
 import dataclasses
 import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path, PurePosixPath
 
@@ -85,12 +85,14 @@ class Source:
             return layout.tiers_of(hub.list_files(self.repo, self.revision))
         return layout.tiers_in(self.path)
 
-    def _tiers(self, usual: bool = True) -> list[layout.Tier]:
-        """Those that may be meant; the ``usual`` ones of Gemma Scope are known without the hub.
+    def _tiers(self, **query: int | str) -> list[layout.Tier]:
+        """Those that may be meant; the defaults of Gemma Scope are known without the hub.
 
         Raises SourceError if there are none.
         """
-        if usual and not self.inside and self.repo == layout.GEMMA_SCOPE_2B:
+        usual = query.get("width", layout.DEFAULT_WIDTH) == layout.DEFAULT_WIDTH
+        usual &= "l0" not in query and not self.inside
+        if usual and self.repo == layout.GEMMA_SCOPE_2B:
             return layout.DEFAULTS
         return layout.below(self._listed, layout.place_of(self.inside), self.repo or self.name)
 
@@ -122,7 +124,8 @@ class Source:
 
         Raises SourceError: there is none, no access to it, or several candidates (all listed).
         """
-        layer = layout.check_index(layer)
+        query = layout.asked(layer, width, l0)
+        layer = query.get("layer")
         if self.format == CONVERTED:
             if self.inside or width is not None or l0 is not None:
                 raise SourceError(
@@ -131,14 +134,14 @@ class Source:
                 )
             return dataclasses.replace(self, layer=layer)
         single = self.format == FILE
-        file, name = (self.path, self.name) if single else self._find(layer, width, l0)
+        file, name = (self.path, self.name) if single else self._find(query)
         named = layout.layer_of(file.absolute().as_posix())
         if None not in (named, layer) and named != layer:
             raise SourceError(f"layer={layer} was asked for, but {name} is of layer {named}.")
         layer = layer if named is None else named
         return dataclasses.replace(self, name=name, format=FILE, path=file, layer=layer)
 
-    def _find(self, layer: int | None, width: str | None, l0: int | str | None) -> tuple[Path, str]:
+    def _find(self, query: Mapping[str, int | str]) -> tuple[Path, str]:
         """The local file of the one transcoder that matches, and the name it goes by."""
         root = self.repo or self.name
         for place in layout.files_of(self.inside):
@@ -146,9 +149,8 @@ class Source:
                 break
         else:
             folders = (self.repo or self.path.absolute().as_posix()).split("/")
-            tiers = self._tiers(l0 is None and width in (None, layout.DEFAULT_WIDTH))
             usual = layout.sae_site(folders) is None
-            place = layout.choose(tiers, layer, width, l0, root, usual).path
+            place = layout.choose(self._tiers(**query), query, root, usual).path
             here = self.path and self.path / place
             file = here or hub.download(self.repo, place, self.revision)
         return file, "/".join(filter(None, (root.rstrip("/"), layout.place_of(place))))
