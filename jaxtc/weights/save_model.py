@@ -69,11 +69,13 @@ def save_model(
 
 
 def _check_replaceable(folder: Path) -> None:
-    if folder.is_file():
+    if not folder.exists():
+        return
+    if not folder.is_dir():
         raise SourceError(f"{folder} is a file; give a folder to save the model in.")
     others = sorted(
         path.name
-        for path in folder.glob("*")
+        for path in folder.iterdir()
         if path.is_dir() or not any(path.match(pattern) for pattern in _CHECKPOINT_FILES)
     )
     if others:
