@@ -154,17 +154,16 @@ class Source:
             folders = (self.repo or self.path.absolute().as_posix()).split("/")
             usual = layout.sae_site(folders) is None
             place = layout.choose(self._tiers(**query), query, root, usual).path
-            here = self.path and self.path / place
-            file = here or hub.download(self.repo, place, self.revision)
+            file = self.path / place if self.path else hub.download(self.repo, place, self.revision)
         return file, "/".join(filter(None, (root.rstrip("/"), layout.place_of(place))))
 
     def _get_if_there(self, place: str) -> Path | None:
         """The local copy of a file below the source."""
         if self.path:
             return self.path / place if local.has(self.path, place) else None
-        if not layout.tiers_of([place]):
-            return None  # no repository has it
-        return hub.download_if_there(self.repo, place, self.revision)
+        # No repository has a transcoder that follows no layout.
+        there = layout.tiers_of([place])
+        return hub.download_if_there(self.repo, place, self.revision) if there else None
 
 
 def resolve(
