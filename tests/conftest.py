@@ -25,10 +25,11 @@ MAPS = Path("/proc/self/maps")
 
 # Programs compiled without LLVM's optimizations take half as long, and most tests' time is that.
 # These folders compare programs with each other or with NumPy, within tolerances that do not depend
-# on it; parity with PyTorch, the model and the transcoders are tested as users run them.
+# on it; parity with PyTorch is tested with programs as users run them.
 # JAXTC_OPTIMIZED=1 runs everything as users do.
 QUICK = (
-    "captures", "cli", "edits", "embedded", "experiments", "explore", "programs", "tap", "tests",
+    "captures", "cli", "edits", "embedded", "experiments", "explore", "model", "programs", "tap",
+    "tests", "transcoders",
 )  # fmt: skip
 OPTIMIZED = bool(os.environ.get("JAXTC_OPTIMIZED"))
 # What takes longest comes first, so that no process is left alone with it at the end.

@@ -208,7 +208,9 @@ def test_the_other_process_fails(folder, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize(
+    "name", ["SIGINT", *(pytest.param(n, marks=pytest.mark.slow) for n in ("SIGTERM", "SIGKILL"))]
+)
 def test_ctrl_c_leaves_nothing_behind(folder, tmp_path, name):
     """Nor does being told to end, and no end leaves the other process; nor can others read what is
     there meanwhile."""

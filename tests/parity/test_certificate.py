@@ -28,8 +28,6 @@ from jaxtc.weights.sources.resolve import EMBEDDED_DATA
 from tests.parity import oracles
 from tests.parity.wrong import CODE, CONSTANTS, changed, scaled_twice
 
-DTYPES = ("float32", "bfloat16")
-
 
 @pytest.fixture(autouse=True)
 def reference(request, monkeypatch):
@@ -120,7 +118,7 @@ def test_a_right_model_passes(folder_of, name, dtype, lengths, new):
     assert given == stream | {("resid_post", layers - 1)}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("another_process")
 def test_the_embedded_model(dtype):
     narrow = dtype == "bfloat16"

@@ -211,8 +211,11 @@ THROUGH = {
 }
 
 
-# Compiling takes long; on the shipped model what researchers do to it.
-CASES = [("9b", case) for case in THROUGH] + [(EMBEDDED, "detached"), (EMBEDDED, "features")]
+# Compiling takes long; on the shipped model what researchers do to it, in `pytest -m slow`.
+SHIPPED = [
+    pytest.param(EMBEDDED, case, marks=pytest.mark.slow) for case in ("detached", "features")
+]
+CASES = [("9b", case) for case in THROUGH] + SHIPPED
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)

@@ -17,7 +17,7 @@ import pytest
 from jaxtc.errors import WeightsError
 from tests.weights.hostile import child
 
-SOME, MUTANTS = 60, int(os.environ.get("JAXTC_MUTANTS", "500"))
+SOME, MUTANTS = 20, int(os.environ.get("JAXTC_MUTANTS", "500"))
 # A process each: a crash is a failure of its batch, and no other's.
 BATCH = 500
 
