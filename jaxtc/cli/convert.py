@@ -6,7 +6,6 @@ import typer
 
 from jaxtc.cli.options import argument, option, parse_layers
 from jaxtc.cli.runtime import working
-from jaxtc.errors import InputError
 from jaxtc.helpers import gigabytes
 from jaxtc.weights.checkpoints.sidecar import read_sidecar
 from jaxtc.weights.conversion.convert import TARGETS, convert
@@ -62,15 +61,13 @@ def command(
     OUT.partial is written, and renamed to OUT once complete. The same command resumes a conversion
     that was interrupted.
     """
-    if not max_shard_size > 0:
-        raise InputError(f"--max-shard-size is {max_shard_size:g} GB, expected more than 0.")
     with working(f"Converting {source}") as progress:
         try:
             made = convert(
                 source, out, to, kind=kind, dtype=dtype, revision=revision,
                 layers=layers if layers == "all" else parse_layers(layers), width=width, l0=l0,
                 input_site=input_site, output_site=output_site, without_sites=without_sites,
-                model_name=model_name, max_shard_size=max(1, int(max_shard_size * 10**9)),
+                model_name=model_name, max_shard_size=int(max_shard_size * 10**9),
                 verify=verify, progress=progress.part,
             )  # fmt: skip
         except KeyboardInterrupt:

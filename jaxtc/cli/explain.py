@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from rich.console import Console, Group
 from rich.table import Table
@@ -21,6 +21,11 @@ from jaxtc.weights.load_transcoder import available_layers, load_transcoder
 from jaxtc.weights.sources.resolve import EMBEDDED
 
 FEATURE, PIECE, FAINT = "cyan", "green", "dim"
+LEGEND = (
+    "EV: explained variance, 1 − FVU (dataset mean). L0: active features a token (>1: those above "
+    "1). error: ‖y − ŷ‖ / ‖y‖ of a token. A layer's are over these {} tokens, without special ones. "
+    "notebook: the Gemma Scope tutorial's score (reads mlp_in, keeps <bos>, one scalar variance)."
+)
 # Of a model: where its transcoders are.
 OWN = {EMBEDDED: EMBEDDED, "google/gemma-2-2b": GEMMA_SCOPE_2B}
 # Of the embedded model: its last, where the tokens a feature promotes say most about it. Of Gemma
@@ -123,6 +128,8 @@ def draw(console: Console, found: Explanation, by_layer: bool = False) -> None:
     else:
         for report in found.layers:
             console.print(_one_layer(report))
+    counted = sum(not token.masked for token in found.layers[0].tokens)
+    console.print(Text(LEGEND.format(counted), FAINT))
     if found.continuation_ids:
         new = found.continuation or "(the model ends the text here)"
         console.print("", Text.assemble(found.prompt, (new, "bold green")), sep="\n")
@@ -154,10 +161,12 @@ def _features(token: TokenReport) -> Text:
 
 
 def _one_layer(report: LayerReport) -> Group:
+    pages = feature_url(report.transcoder, "FEATURE")
     title = Text.assemble(
         (f"Layer {report.layer}", "bold"),
         f"  {report.input_site} → {report.width} features → {report.output_site}\n",
         (report.transcoder, FAINT),
+        (f"\n{pages}" if pages else "", FEATURE),
     )
     last = "feature, activation, tokens it promotes"
     table = _table("", "token", "L0", ">1", "error", last)
@@ -166,46 +175,21 @@ def _one_layer(report: LayerReport) -> Group:
         numbers = str(token.l0), str(token.above_one), number(token.relative_error, 2)
         style = FAINT if token.masked else ""
         table.add_row(str(token.position), piece, *numbers, _features(token), style=style)
-    return Group(title, table, *_totals(report))
+    line = "  ".join(f"{name} {value}" for name, value in _figures(report).items())
+    return Group(title, table, Text(line, "bold"))
 
 
-def _totals(report: LayerReport) -> Iterator[Table | Text]:
-    counted = sum(not token.masked for token in report.tokens)
-    figures = Table.grid(padding=(0, 2))
-    figures.add_column(no_wrap=True)
-    figures.add_column(justify="right", style="bold", no_wrap=True)
-    figures.add_column(style=FAINT)
-    about = f"1 − FVU (dataset mean), over these {counted} tokens"
-    figures.add_row("explained variance", number(report.explained_variance), about)
-    figures.add_row("mean L0", number(report.l0, 1), "active features a token (>1: above 1)")
-    figures.add_row("mean error", number(report.relative_error), "‖y − ŷ‖ / ‖y‖ of a token")
-    if math.isfinite(report.notebook_score):
-        about = "as in Gemma Scope's tutorial: from mlp_in, with <bos>"
-        figures.add_row("notebook score", number(report.notebook_score), about)
-    yield figures
-    if url := feature_url(report.transcoder, "FEATURE"):
-        yield Text.assemble("Neuronpedia has a page for each feature:\n", (url, FEATURE))
-
-
-def _all_layers(found: Explanation) -> Group:
+def _all_layers(found: Explanation) -> Table:
     last = Text.assemble("strongest at ", _piece(found.tokens[-1], "bold"), " and what it promotes")
-    table = _table("layer", "EV", "L0", "error", "notebook", last)
+    table = _table("layer", *_figures(found.layers[0]), last)
     for report in found.layers:
-        token = report.tokens[-1]
-        table.add_row(
-            Text(str(report.layer), "bold"),
-            number(report.explained_variance),
-            number(report.l0, 1),
-            number(report.relative_error),
-            number(report.notebook_score),
-            _features(token),
-        )
-    counted = sum(not token.masked for token in found.layers[0].tokens)
-    meaning = Text(
-        f"EV: explained variance, 1 − FVU (dataset mean), over these {counted} tokens. "
-        "L0: active features a token. error: mean ‖y − ŷ‖ / ‖y‖. All three without special tokens. "
-        "notebook: the Gemma Scope tutorial's score (reads mlp_in, keeps <bos>, one scalar "
-        "variance).",
-        FAINT,
-    )
-    return Group(table, meaning)
+        features = _features(report.tokens[-1])
+        table.add_row(Text(str(report.layer), "bold"), *_figures(report).values(), features)
+    return table
+
+
+def _figures(report: LayerReport) -> dict[str, str]:
+    return {
+        "EV": number(report.explained_variance), "L0": number(report.l0, 1),
+        "error": number(report.relative_error), "notebook": number(report.notebook_score),
+    }  # fmt: skip

@@ -51,7 +51,6 @@ def command(
     """Continue a text, token by token as they come; steer it by transcoder features."""
     features = dict(map(_feature, steer or ()))
     check_unicode("The prompt", prompt)
-    check_unicode("--stop", stop or "")
     if stop == "":
         raise JaxtcError("--stop is empty; every text contains that. Leave it out for no stop.")
     if len(features) < len(steer or ()):

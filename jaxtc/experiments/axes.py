@@ -13,7 +13,7 @@ from jaxtc.edits.check import check_edits, settled, typed
 from jaxtc.edits.judge import Pass, judge, settle
 from jaxtc.errors import EditError, InputError
 from jaxtc.helpers import pytree
-from jaxtc.tap.positions import Places, is_traced, one_array
+from jaxtc.tap.positions import is_traced, one_array
 
 KEYS = jax.dtypes.prng_key
 
@@ -135,14 +135,9 @@ def check_axes(edit: Edit, here: Pass) -> None:
     for field in {field: None for field, _ in overs if field in edit.targets}:
         value, mine = getattr(edit, field), {over.name for name, over in overs if name == field}
         lead = [size if name in mine else 1 for name, size in axes.items()]
-        if _is_over(value) and np.ndim(value.values) == 1:
-            # One number a variant: settled as if a single variant named them all.
-            at = settle(first, field, value.values, here)
-            every = Places(at.at.T[..., None]) if isinstance(at, Places) else at[:, None]
-        else:
-            places = [dict(zip(axes, place, strict=True)) for place in np.ndindex(*lead)]
-            each = [settle(first, field, at_place(value, place), here) for place in places]
-            every = jax.tree.map(_stacked, *each)
+        places = [dict(zip(axes, place, strict=True)) for place in np.ndindex(*lead)]
+        each = [settle(first, field, at_place(value, place), here) for place in places]
+        every = jax.tree.map(_stacked, *each)
         targets[field] = jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), every)  # noqa: B023
     found = judge(dataclasses.replace(first, **targets), here)
     problems = sum(np.broadcast_to(~fine, (*axes.values(),)).astype(int) for fine in found.values())

@@ -56,8 +56,13 @@ def heat_map(
         InputError: not two axes, no number to draw, or tokens of another prompt.
         JaxtcError: matplotlib is not installed.
     """
-    plt = _pyplot()
-    values, names, ticks = _grid(found)
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise JaxtcError(
+            "Pictures need matplotlib, which is not installed: pip install 'jaxtc[notebooks]'"
+        ) from error
+    values, (rows, columns), ticks = _grid(found)
     if not np.isfinite(values).any():
         raise InputError(
             "There is no number to draw, all are NaN: an edit names what does not exist."
@@ -73,11 +78,9 @@ def heat_map(
         ax = plt.subplots(figsize=size, layout="constrained")[1]
     colors = plt.get_cmap("RdBu_r" if signed else "viridis").with_extremes(bad="lightgray")
     image = ax.imshow(values, cmap=colors, vmin=low, vmax=high, origin="lower", aspect="auto")
-    rows, columns = names
     _label(ax.set_yticks, ticks[0], MOST_ROWS)
     ax.set_ylabel(rows)
-    along = columns.split(".")[0] in ALONG or not isinstance(found, Patching | Sweep)
-    if tokens is None or not along:
+    if tokens is None or columns not in ALONG:
         _label(ax.set_xticks, ticks[1], MOST_COLUMNS)
     else:
         words = _words(tokens, ticks[1])
@@ -91,16 +94,6 @@ def heat_map(
     bar.set_label(label or (RECOVERED if share else "value"))
     ax.set_title(title if title is not None else (f"{found.site} patched" if share else ""))
     return ax
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib.pyplot
-    except ImportError as error:
-        raise JaxtcError(
-            "Pictures need matplotlib, which is not installed: pip install 'jaxtc[notebooks]'"
-        ) from error
-    return matplotlib.pyplot
 
 
 def _grid(found: Any) -> tuple[np.ndarray, list[str], list[list]]:
@@ -126,7 +119,9 @@ def _grid(found: Any) -> tuple[np.ndarray, list[str], list[list]]:
     names = list(axes)
     if names[0] in ALONG and names[1] not in ALONG:
         values, names = values.T, names[::-1]
-    return values, names, [list(_entries(axes[name])) for name in names]
+    # Entries of an axis that are arrays are called by their numbers.
+    along = [range(len(x)) if np.ndim(x) > 1 else x for x in map(axes.get, names)]
+    return values, names, list(map(list, along))
 
 
 def _by_head(values: np.ndarray, axes: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
@@ -137,11 +132,6 @@ def _by_head(values: np.ndarray, axes: dict[str, Any]) -> tuple[np.ndarray, dict
     heads = [f"{layer}.{head}" for layer in axes["layer"] for head in axes["head"]]
     flat = values.reshape(len(heads), *values.shape[2:])
     return flat, {"layer.head": heads, other: axes[other]}
-
-
-def _entries(along: Any) -> Any:
-    """What to write for each entry of an axis: itself, or its number where it is an array."""
-    return range(len(along)) if np.ndim(along) > 1 else along
 
 
 def _words(tokens: Sequence[str], positions: list) -> list[str]:

@@ -135,10 +135,9 @@ def sweep(
     # Variants that begin at the same layer go together.
     order = np.argsort(first, kind="stable")
     plan = _Plan(config, tuple(axes), logits, prompts.length, place)
-    tokens, ends, found = prompts.tokens, prompts.lengths, []
+    whole, found = (prompts.tokens, prompts.lengths, asked, edits, of, resume), []
     if place is not None:
-        given = tokens, ends, asked, edits, of, resume
-        tokens, ends, asked, edits, of, resume = place.put_whole(given)
+        whole = place.put_whole(whole)
     for start in range(0, len(order), chunk):
         ids = order[start : start + chunk]
         ids = np.pad(ids, (0, chunk - len(ids)), mode="edge")
@@ -146,7 +145,7 @@ def sweep(
         these = places[ids]
         if place is not None:
             begin, these = place.put_whole(begin), own.put_rows(these)
-        kept = _swept(plan, leaves, tokens, ends, asked, edits, of, resume, begin, these)
+        kept = _swept(plan, leaves, *whole, begin, these)
         if not found:
             _check_results(kept, len(order) / chunk)
         found.append(kept)

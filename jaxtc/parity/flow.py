@@ -130,15 +130,28 @@ def certify(
     seconds = {name: report["seconds"] for name, report in reports.items()}
     seconds["ours"] = time.monotonic() - began
     text = tokenizer() if any(text is not None for text in texts) else None
-    return verdict.certificate(
-        limits,
-        side,
-        generation=compare.generation(new, reports["theirs"]["prompts"], text),
-        transcoder=features and features.result(str(transcoder), of_layer),
+    held = [Prompt(text, len(row)) for text, row in zip(texts, ids, strict=True)]
+    found = {
+        "logits": side.predictions.result(),
+        "generation": compare.generation(new, reports["theirs"]["prompts"], text),
+        "transcoder": features and features.result(str(transcoder), of_layer),
+        "truth": side.truth_rows(),
+    }
+    rows, untested = side.rows(limits), features is not None and found["transcoder"] is None
+    failures = verdict.failures(rows, tolerances=limits, **found)
+    return Certificate(
+        passed=not failures,
+        failures=failures,
+        notes=verdict.notes(config, held, chosen, limits, untested),
+        first_jump=verdict.first(rows),
         model=str(model),
+        dtype=dtype,
         layers=chosen,
-        config=config,
-        prompts=[Prompt(text, len(row)) for text, row in zip(texts, ids, strict=True)],
+        config=config.to_dict(),
+        prompts=held,
+        sites=rows,
+        **found,
+        tolerances=dataclasses.asdict(limits),
         versions={
             "jaxtc": JAXTC_VERSION,
             **{name: version(name) for name in ("jax", "flax", "numpy")},

@@ -71,12 +71,8 @@ def forward(
     Sites that no module of ``transformers`` has are computed from hooked tensors, in the dtypes
     of its own forward pass. Masked scores are NaN.
 
-    Args:
-        model: from :func:`load`.
-        ids: (B, T).
-        mask: (B, T), 1 on real tokens.
-        keep: called with an address and its (B, ...) tensor.
-        layers: whose sites; all by default.
+    ``ids`` and ``mask`` are (B, T), the latter 1 on real tokens. ``keep`` is called with an address
+    and its (B, ...) tensor, of all ``layers`` by default.
     """
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     count = model.config.num_hidden_layers

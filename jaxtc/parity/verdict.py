@@ -1,14 +1,11 @@
 """From figures to a verdict: what is over its tolerance, where it began, what was not tested."""
 
-import dataclasses
 from collections.abc import Iterable
-from typing import Any
 
 from jaxtc.errors import some
 from jaxtc.model.config import FULL, SLIDING, Gemma2Config
 from jaxtc.parity.certificate import (
     KINDS,
-    Certificate,
     Figures,
     Generation,
     Jump,
@@ -18,30 +15,25 @@ from jaxtc.parity.certificate import (
     Transcoder,
     TruthRow,
 )
-from jaxtc.parity.ours import Comparison
 from jaxtc.parity.tolerances import Tolerances
 
 
-def certificate(tolerances: Tolerances, side: Comparison, **known: Any) -> Certificate:
-    """The certificate of a finished comparison; ``known`` are its other fields, ``config`` a
-    :class:`Gemma2Config`."""
-    config, prompts = known.pop("config"), known["prompts"]
-    rows = side.rows(tolerances)
-    logits, truth = side.predictions.result(), side.truth_rows()
-    untested = side.features is not None and known["transcoder"] is None
-    failures = [
+def failures(
+    rows: list[SiteRow],
+    truth: list[TruthRow] | None,
+    logits: Logits,
+    generation: Generation | None,
+    transcoder: Transcoder | None,
+    tolerances: Tolerances,
+) -> list[str]:
+    """A sentence for everything that is over its tolerance."""
+    return [
         *(sentence for kind in KINDS for sentence in of_sites(rows, kind)),
         *of_truth(truth, tolerances),
         *of_logits(logits, tolerances),
-        *of_generation(known["generation"], tolerances),
-        *of_transcoder(known["transcoder"]),
+        *of_generation(generation, tolerances),
+        *of_transcoder(transcoder),
     ]
-    return Certificate(
-        passed=not failures, failures=failures, logits=logits, sites=rows,
-        first_jump=first(rows), truth=truth, dtype=tolerances.dtype,
-        notes=notes(config, prompts, known["layers"], tolerances, untested), **known,
-        config=config.to_dict(), tolerances=dataclasses.asdict(tolerances),
-    )  # fmt: skip
 
 
 def over(rows: Iterable[SiteRow], kind: str) -> list[tuple[SiteRow, Figures]]:
