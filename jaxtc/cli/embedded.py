@@ -6,7 +6,6 @@ The training libraries are imported inside the commands, so that ``--help`` answ
 from __future__ import annotations
 
 import dataclasses
-import functools
 from pathlib import Path
 
 import typer
@@ -83,9 +82,8 @@ def train(
         rows=rows, length=length, vocab_size=vocab, sizes=tuple(sizes.items()),
     )  # fmt: skip
     source = UserText.from_file(text, seed) if text else default_corpus(seed)
-    console = Console()
-    log = functools.partial(console.print, highlight=False)
-    console.print(recipes.train(out, recipe, source, log=log))
+    console = Console(highlight=False)
+    console.print(recipes.train(out, recipe, source, log=console.print))
 
 
 @app.command()

@@ -12,8 +12,7 @@ from jaxtc.cli.options import STDOUT, Dtype, Model, OnlyJson, argument, option, 
 from jaxtc.cli.runtime import Progress, plain_table, working
 from jaxtc.errors import JaxtcError
 from jaxtc.explore.explain import explain
-from jaxtc.explore.explanation import Explanation, LayerReport, TokenReport
-from jaxtc.explore.neuronpedia import feature_url
+from jaxtc.explore.explanation import Explanation, LayerReport, TokenReport, feature_url
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.files.layout import GEMMA_SCOPE_2B
 from jaxtc.weights.load_model import load_model, load_tokenizer
@@ -23,8 +22,9 @@ from jaxtc.weights.sources.resolve import EMBEDDED
 FEATURE, PIECE, FAINT = "cyan", "green", "dim"
 LEGEND = (
     "EV: explained variance, 1 − FVU (dataset mean). L0: active features a token (>1: those above "
-    "1). error: ‖y − ŷ‖ / ‖y‖ of a token. A layer's are over these {} tokens, without special ones. "
-    "notebook: the Gemma Scope tutorial's score (reads mlp_in, keeps <bos>, one scalar variance)."
+    "1). error: ‖y − ŷ‖ / ‖y‖ of a token. A layer's are over these {} tokens, special ones left "
+    "out. notebook: the Gemma Scope tutorial's score (reads mlp_in, keeps <bos>, one scalar "
+    "variance)."
 )
 # Of a model: where its transcoders are.
 OWN = {EMBEDDED: EMBEDDED, "google/gemma-2-2b": GEMMA_SCOPE_2B}

@@ -113,12 +113,8 @@ class Increments:
     """The text of new tokens, as far as it is certain after each of them.
 
     A token's text depends on its neighbours: a word's leading space is there only after another
-    token, and a character may span several. So all are decoded each time.
-
-    Args:
-        tokenizer: of the model.
-        ids: of the prompt.
-        stop: ends the text; not shown, nor is what may still become it.
+    token, and a character may span several. So all are decoded each time. ``ids`` are the prompt's;
+    ``stop`` ends the text and is not shown, nor is what may still become it.
     """
 
     def __init__(self, tokenizer: Any, ids: Sequence[int], stop: str | None = None):

@@ -1,6 +1,5 @@
 """``jaxtc parity``: runs the comparison, draws its table, and writes the report."""
 
-import contextlib
 import math
 import os
 import signal
@@ -79,7 +78,11 @@ def command(
         raise InputError(f"--report and --json are both {report}; give each a file of its own.")
     if report:
         need_jinja2()
-    with _ended_as_by_ctrl_c(), working("Starting JAX") as progress:
+    # A process that a signal ends at once would leave gigabytes in the temporary folder.
+    for one in signal.Signals:
+        if one.name in ("SIGTERM", "SIGHUP") and signal.getsignal(one) == signal.SIG_DFL:
+            signal.signal(one, signal.default_int_handler)
+    with working("Starting JAX") as progress:
         found = flow.certify(
             model, prompts=prompts and read_prompts(prompts), transcoder=transcoder,
             transcoder_layer=transcoder_layer, dtype=dtype, layers=chosen, truth=truth,
@@ -92,18 +95,6 @@ def command(
     finally:
         draw(Console(stderr=json_file == STDOUT), found)
     raise typer.Exit(0 if found.passed else 1)
-
-
-@contextlib.contextmanager
-def _ended_as_by_ctrl_c() -> Iterator[None]:
-    """A process that a signal ends at once would leave gigabytes in the temporary folder."""
-    ends = [one for one in signal.Signals if one.name in ("SIGTERM", "SIGHUP")]
-    before = {one: signal.signal(one, signal.default_int_handler) for one in ends}
-    try:
-        yield
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
 
 
 def draw(console: Console, found: Certificate) -> None:

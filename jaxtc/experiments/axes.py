@@ -1,7 +1,7 @@
 """Axes of a sweep: fields of edits that hold many values in place of one."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,6 +42,12 @@ class Over:
 
 def _is_over(node: Any) -> bool:
     return isinstance(node, Over)
+
+
+def _replaced(edit: Any, function: Callable[[Over], Any]) -> Any:
+    """The edit with ``function`` of each axis in its place."""
+    swap = lambda node: function(node) if _is_over(node) else node  # noqa: E731
+    return jax.tree.map(swap, edit, is_leaf=_is_over)
 
 
 def overs_of(edit: Edit) -> list[tuple[str, Over]]:
@@ -99,11 +105,7 @@ def axes_of(edits: Sequence[Edit]) -> dict[str, Any]:
 
 def at_place(edit: Any, place: Mapping[str, Any]) -> Any:
     """The edit of one variant; axes that are not named are at their first value."""
-
-    def pick(leaf):
-        return leaf.values[place.get(leaf.name, 0)] if _is_over(leaf) else leaf
-
-    return jax.tree.map(pick, edit, is_leaf=_is_over)
+    return _replaced(edit, lambda over: over.values[place.get(over.name, 0)])
 
 
 def prepared(edit: Edit) -> Edit:
@@ -120,7 +122,7 @@ def check_axes(edit: Edit, here: Pass) -> None:
     Raises:
         EditError, SiteError: as :func:`jaxtc.edits.check.check_edits`.
     """
-    edit = jax.tree.map(_on_host, edit, is_leaf=_is_over)
+    edit = _replaced(edit, _on_host)
     overs = overs_of(edit)
     axes = {over.name: len(over) for _, over in overs}
     if not axes:
@@ -158,8 +160,7 @@ def _stacked(*arrays: Any) -> Any:
     return xp.stack([xp.atleast_1d(x) for x in arrays])
 
 
-def _on_host(node: Any) -> Any:
-    """An axis with its values as NumPy, whose entries are cheap; keys and traced ones stay."""
-    if not _is_over(node) or is_traced(node) or jnp.issubdtype(node.values.dtype, KEYS):
-        return node
-    return Over(np.asarray(node.values), node.name)
+def _on_host(over: Over) -> Over:
+    """With its values as NumPy, whose entries are cheap; keys and traced ones stay."""
+    stays = is_traced(over) or jnp.issubdtype(over.values.dtype, KEYS)
+    return over if stays else Over(np.asarray(over.values), over.name)

@@ -12,8 +12,13 @@ import jax
 import numpy as np
 
 from jaxtc.errors import InputError, JaxtcError, SiteError, some
-from jaxtc.explore.explanation import ActiveFeature, Explanation, LayerReport, TokenReport
-from jaxtc.explore.neuronpedia import feature_url
+from jaxtc.explore.explanation import (
+    ActiveFeature,
+    Explanation,
+    LayerReport,
+    TokenReport,
+    feature_url,
+)
 from jaxtc.helpers import check_unicode, whole_number
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import bucket, prepare
@@ -109,16 +114,15 @@ def explain(
                 f"{transcoder.features} features."
             )
         read = {name: BY_NAME[name].join(activations[Address(name, layer)][0]) for name in sites}
-        figures, got = _measure(transcoder, layer, site, read, ~masked, max(top_features, 1))
-        top = {name: got[name][:, :top_features] for name in ("ids", "values")}
-        names = promoted_pieces(model, tokenizer, transcoder, top, promoted)
+        figures, got = _measure(transcoder, layer, site, read, ~masked, top_features)
+        names = promoted_pieces(model, tokenizer, transcoder, got, promoted)
         features = [
             tuple(
                 ActiveFeature(f, v, names[f], feature_url(transcoder.source, f))
                 for f, v in zip(*pair, strict=True)
                 if v > 0
             )
-            for pair in zip(top["ids"].tolist(), top["values"].tolist(), strict=True)
+            for pair in zip(got["ids"].tolist(), got["values"].tolist(), strict=True)
         ]
         numbers = (got[name].tolist() for name in ("l0", "above_one", "relative_error"))
         columns = ids, pieces, masked.tolist(), *numbers, features
@@ -167,15 +171,13 @@ def _check_finite(x: Any, what: str, dtype: Any) -> None:
         return
     name = np.dtype(dtype).name
     wider = {"float16": "'float32' or 'bfloat16'", "bfloat16": "'float32'"}.get(name)
-    remedy = "The weights themselves are broken; load others."
-    if wider:
-        remedy = (
-            f"{name} may be too narrow for it: load it with dtype={wider} (--dtype, for the model, "
-            "on the command line)."
-        )
+    remedy = wider and (
+        f"{name} may be too narrow for it: load it with dtype={wider} (--dtype, for the model, on "
+        "the command line)."
+    )
     raise JaxtcError(
         f"{what} is NaN or infinite somewhere on this prompt, so its figures would mean nothing. "
-        f"It was computed in {name}. {remedy}"
+        f"It was computed in {name}. {remedy or 'The weights are broken; load others.'}"
     )
 
 
@@ -235,27 +237,26 @@ def continuation(tokenizer: Any, ids: list[int], new: list[int]) -> str:
     return after[len(before) :] if after.startswith(before) else tokenizer.decode(new)
 
 
-@functools.partial(jax.jit, static_argnames="top")
-def _encode(transcoder: Transcoder, x: jax.Array, top: int) -> dict[str, jax.Array]:
-    a = transcoder.encode(x)
-    values, ids = jax.lax.top_k(a, top)
-    counts = {"l0": (a > 0).sum(-1), "above_one": (a > 1).sum(-1)}
-    return {"values": values, "ids": ids, "y": transcoder.decode(a, x), **counts}
+@functools.partial(jax.jit, static_argnames=("top", "chunk"))
+def _encode(transcoder: Transcoder, x: jax.Array, top: int, chunk: int) -> dict[str, jax.Array]:
+    def one(x):
+        a = transcoder.encode(x)
+        values, ids = jax.lax.top_k(a, top)
+        counts = {"l0": (a > 0).sum(), "above_one": (a > 1).sum()}
+        return {"values": values, "ids": ids, "y": transcoder.decode(a, x), **counts}
+
+    return jax.lax.map(one, x, batch_size=chunk)
 
 
 def _encoded(transcoder: Transcoder, x: jax.Array, top: int) -> dict[str, np.ndarray]:
     """Strongest features, counts and reconstruction of (T, D) inputs, as (T, ...) on the host.
 
-    Padded and cut in chunks, without layer and source: few compiled programs serve all prompts and
-    all layers.
+    Padded, and without layer and source: few compiled programs serve all prompts and all layers.
     """
-    T, D = x.shape
-    width = min(bucket(T), _CHUNK)
-    padded = np.zeros((-(-T // width) * width, D), np.float32)
-    padded[:T] = np.asarray(x, np.float32)
-    nameless = transcoder.nameless()
-    parts = [_encode(nameless, part, top) for part in padded.reshape(-1, width, D)]
-    return {name: np.concatenate([part[name] for part in parts])[:T] for name in parts[0]}
+    T = len(x)
+    padded = np.pad(np.asarray(x, np.float32), ((0, bucket(T) - T), (0, 0)))
+    found = _encode(transcoder.nameless(), padded, top, _CHUNK)
+    return {name: np.asarray(value)[:T] for name, value in found.items()}
 
 
 def _measure(

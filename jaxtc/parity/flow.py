@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtc.errors import CapacityError, InputError, SourceError
+from jaxtc.errors import CapacityError, InputError
 from jaxtc.helpers import JAXTC_VERSION, whole_number
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
@@ -131,14 +131,15 @@ def certify(
     seconds["ours"] = time.monotonic() - began
     text = tokenizer() if any(text is not None for text in texts) else None
     held = [Prompt(text, len(row)) for text, row in zip(texts, ids, strict=True)]
-    found = {
-        "logits": side.predictions.result(),
-        "generation": compare.generation(new, reports["theirs"]["prompts"], text),
-        "transcoder": features and features.result(str(transcoder), of_layer),
-        "truth": side.truth_rows(),
-    }
-    rows, untested = side.rows(limits), features is not None and found["transcoder"] is None
-    failures = verdict.failures(rows, tolerances=limits, **found)
+    rows, truths, logits = side.rows(), side.truth_rows(), side.predictions.result()
+    continued = compare.generation(new, reports["theirs"]["prompts"], text)
+    compared = features and features.result(str(transcoder), of_layer)
+    untested = features is not None and compared is None
+    failures = [
+        *verdict.of_sites(rows), *verdict.of_truth(truths, limits),
+        *verdict.of_logits(logits, limits), *verdict.of_generation(continued, limits),
+        *verdict.of_transcoder(compared),
+    ]  # fmt: skip
     return Certificate(
         passed=not failures,
         failures=failures,
@@ -150,7 +151,10 @@ def certify(
         config=config.to_dict(),
         prompts=held,
         sites=rows,
-        **found,
+        logits=logits,
+        generation=continued,
+        transcoder=compared,
+        truth=truths,
         tolerances=dataclasses.asdict(limits),
         versions={
             "jaxtc": JAXTC_VERSION,
@@ -207,13 +211,7 @@ def _transcoder(
         return None, None
     found = resolve(source, TRANSCODERS)
     if layer is None:
-        try:
-            there = found.layers()
-        except SourceError as error:
-            raise SourceError(
-                f"{error} (--transcoder-layer, transcoder_layer=, says which layer's MLP a "
-                "transcoder imitates.)"
-            ) from error
+        there = found.layers()
         if len(there) > 1:
             raise InputError(
                 f"{source} has transcoders for layers {', '.join(map(str, there))}; say which "

@@ -38,11 +38,11 @@ class Comparison:
         model: Gemma2,
         work: Job,
         exact: Job | None,
-        tolerances: Tolerances,
+        limits: Tolerances,
         features: Features | None,
     ):
         self.model, self.work, self.exact, self.features = model, work, exact, features
-        self.predictions = Predictions(tolerances)
+        self.limits, self.predictions = limits, Predictions(limits)
         order = addresses(work.layers)
         self.accumulated = {address: Tally(address.site) for address in order}
         # Given too: the final sites start from it.
@@ -108,13 +108,13 @@ class Comparison:
             edits.append(SetTo(np.asarray(end)[None], site=str(self.end)))
         return edits
 
-    def rows(self, tolerances: Tolerances) -> list[SiteRow]:
+    def rows(self) -> list[SiteRow]:
         """The figures of every address, judged."""
         rows = []
         for address, whole in self.accumulated.items():
             alone = self.isolated.get(address)
-            accumulated = whole.figures(tolerances, "accumulated")
-            isolated = alone and alone.figures(tolerances, "isolated")
+            accumulated = whole.figures(self.limits, "accumulated")
+            isolated = alone and alone.figures(self.limits, "isolated")
             passed = accumulated.passed and (isolated is None or isolated.passed)
             masks = (alone or whole).masks_differ
             rows.append(SiteRow(address.site, address.layer, accumulated, isolated, masks, passed))

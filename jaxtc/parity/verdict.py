@@ -18,24 +18,6 @@ from jaxtc.parity.certificate import (
 from jaxtc.parity.tolerances import Tolerances
 
 
-def failures(
-    rows: list[SiteRow],
-    truth: list[TruthRow] | None,
-    logits: Logits,
-    generation: Generation | None,
-    transcoder: Transcoder | None,
-    tolerances: Tolerances,
-) -> list[str]:
-    """A sentence for everything that is over its tolerance."""
-    return [
-        *(sentence for kind in KINDS for sentence in of_sites(rows, kind)),
-        *of_truth(truth, tolerances),
-        *of_logits(logits, tolerances),
-        *of_generation(generation, tolerances),
-        *of_transcoder(transcoder),
-    ]
-
-
 def over(rows: Iterable[SiteRow], kind: str) -> list[tuple[SiteRow, Figures]]:
     """The rows whose error of this kind is over its tolerance, with that error."""
     pairs = [(one, getattr(one, kind)) for one in rows]
@@ -49,13 +31,14 @@ def first(rows: list[SiteRow]) -> Jump | None:
     return one and Jump(one.address, one.site, one.layer, kind, *figures.judged)
 
 
-def of_sites(rows: list[SiteRow], kind: str) -> list[str]:
-    """One sentence for every site, about the first layer over tolerance."""
-    found: dict[str, list[tuple[SiteRow, Figures]]] = {}
-    for pair in over(rows, kind):
-        found.setdefault(pair[0].site, []).append(pair)
+def of_sites(rows: list[SiteRow]) -> list[str]:
+    """One sentence for every kind of error and site, about the first layer over tolerance."""
+    found: dict[tuple[str, str], list[tuple[SiteRow, Figures]]] = {}
+    for kind in KINDS:
+        for pair in over(rows, kind):
+            found.setdefault((kind, pair[0].site), []).append(pair)
     sentences = []
-    for site, [(one, figures), *later] in found.items():
+    for (kind, site), [(one, figures), *later] in found.items():
         error, tolerance = figures.judged
         token = " at the worst token" if figures.relative <= figures.tolerance else ""
         what = f"{kind} error {error:.2e}{token}, tolerance {tolerance:.1e}"
@@ -121,18 +104,13 @@ def of_transcoder(found: Transcoder | None) -> list[str]:
     if found is None:
         return []
     where, odd = f"transcoder of layer {found.layer}", found.differing - found.near_threshold
+    own = "differs from the reference's own by"
     failures = _beyond(
         where,
         ("pre-activations from the same input differ by", found.pre_activations, found.tolerance),
         ("reconstruction from the same input differs by", found.reconstruction, found.tolerance),
-        *(
-            (
-                f"{name} differs from the reference's own by",
-                _apart(getattr(found, name), found.fvu_reference),
-                found.fvu_tolerance,
-            )
-            for name in ("fvu_ours", "fvu_theirs")
-        ),
+        (f"fvu_ours {own}", _apart(found.fvu_ours, found.fvu_reference), found.fvu_tolerance),
+        (f"fvu_theirs {own}", _apart(found.fvu_theirs, found.fvu_reference), found.fvu_tolerance),
     )
     if odd:
         failures.append(
