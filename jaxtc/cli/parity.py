@@ -136,10 +136,8 @@ def _sites(found: Certificate) -> Table:
     ratios = {row.site: row.ratio for row in found.truth or ()}
     if ratios:
         table.add_column("ours/HF", justify="right", no_wrap=True)
-    by_site: dict[str, list[SiteRow]] = {}
-    for row in found.sites:
-        by_site.setdefault(row.site, []).append(row)
-    for site, rows in by_site.items():
+    for site in dict.fromkeys(row.site for row in found.sites):
+        rows = [row for row in found.sites if row.site == site]
         alone = [row.isolated for row in rows if row.isolated]
         whole = [row.accumulated for row in rows]
         largest = max(figures.largest for figures in whole)

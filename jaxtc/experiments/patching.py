@@ -170,6 +170,6 @@ def _site(name: str, heads: bool) -> Site:
             f"{', '.join(s.name for s in fits)}."
         )
     if heads and BY_NAME[site].letters[2] not in "NK":
-        *some, last = (s.name for s in fits if s.letters[2] in "NK")
-        raise SiteError(f"{site!r} has no heads; {', '.join(some)} and {last} do.")
+        have = ", ".join(s.name for s in fits if s.letters[2] in "NK")
+        raise SiteError(f"{site!r} has no heads; these sites have: {have}.")
     return BY_NAME[site]

@@ -107,7 +107,12 @@ def _grid(found: Any) -> tuple[np.ndarray, list[str], list[list]]:
     shape = np.shape(values)  # () of a pytree that is not an array
     values = np.asarray(values, np.float64) if shape else np.zeros(())
     if {"layer", "head"} < axes.keys() and len(axes) == 3 and values.ndim in (3, 4):
-        values, axes = _by_head(values, axes)
+        (other,) = axes.keys() - {"layer", "head"}  # it gets one row a head
+        order = [list(axes).index(name) for name in ("layer", "head", other)]
+        values = np.moveaxis(values, order, [0, 1, 2])
+        values = values.reshape(-1, *values.shape[2:])
+        heads = [f"{layer}.{head}" for layer in axes["layer"] for head in axes["head"]]
+        axes = {"layer.head": heads, other: axes[other]}
     if values.ndim == 3 and len(axes) == 2:
         values = values.mean(-1)
     if values.ndim != 2 or len(axes) != 2:
@@ -122,16 +127,6 @@ def _grid(found: Any) -> tuple[np.ndarray, list[str], list[list]]:
     # Entries of an axis that are arrays are called by their numbers.
     along = [range(len(x)) if np.ndim(x) > 1 else x for x in map(axes.get, names)]
     return values, names, list(map(list, along))
-
-
-def _by_head(values: np.ndarray, axes: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
-    """(L, T, N, ...) as (L·N, T, ...), one row a head."""
-    names = list(axes)
-    (other,) = set(names) - {"layer", "head"}
-    values = np.moveaxis(values, [names.index(n) for n in ("layer", "head", other)], [0, 1, 2])
-    heads = [f"{layer}.{head}" for layer in axes["layer"] for head in axes["head"]]
-    flat = values.reshape(len(heads), *values.shape[2:])
-    return flat, {"layer.head": heads, other: axes[other]}
 
 
 def _words(tokens: Sequence[str], positions: list) -> list[str]:

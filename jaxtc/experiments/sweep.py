@@ -24,7 +24,7 @@ from jaxtc.edits.judge import Pass
 from jaxtc.errors import InputError
 from jaxtc.experiments.axes import Over, at_place, axes_of, check_axes, named, overs_of, prepared
 from jaxtc.experiments.scores import as_pytree
-from jaxtc.helpers import is_whole, pytree
+from jaxtc.helpers import pytree, whole_number
 from jaxtc.interchange import owned
 from jaxtc.memory.needs import check_fits
 from jaxtc.model.gemma2 import Gemma2
@@ -239,8 +239,8 @@ def _first_layers(
 
 def _chunk(given: int | None, prompts: Prompts, variants: int, weight: jax.Array, rows: int) -> int:
     """How many variants run at once, all chunks alike and a multiple of ``rows`` devices."""
-    if given is not None and not is_whole(given, 1):
-        raise InputError(f"chunk is {given!r}, expected a whole number of at least 1.")
+    if given is not None:
+        whole_number("chunk", given, 1)
     platform = next(iter(weight.devices())).platform
     most = given or rows * max(1, TOKENS.get(platform, TOKENS_ELSEWHERE) // prompts.tokens.size)
     even = -(-variants // -(-variants // most))

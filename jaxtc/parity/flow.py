@@ -48,7 +48,7 @@ def certify(
     layers: Iterable[int] | None = None,
     truth: bool = False,
     new_tokens: int = 16,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str], None] = lambda step: None,
     load: Callable[..., Gemma2] = load_model,
 ) -> Certificate:
     """Compare jaxtc with ``transformers``' PyTorch model, on the same weights and tokens.
@@ -78,11 +78,10 @@ def certify(
         JaxtcError: PyTorch is not installed, or its process failed.
     """
     job.need_torch()
-    say = progress or (lambda step: None)
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"dtype is {dtype!r}, expected 'float32' or 'bfloat16'.")
     whole_number("new_tokens", new_tokens)
-    say(f"Looking for {model}")
+    progress(f"Looking for {model}")
     folder = resolve(model, MODEL).fetch()
     config = Gemma2Config.from_file(folder / "config.json")
     count = config.num_hidden_layers
@@ -101,14 +100,13 @@ def certify(
             prompts=ids, layers=chosen, new_tokens=new_tokens, transcoder=file and str(file),
             transcoder_layer=of_layer, cpu=jax.config.jax_platforms == "cpu",
         )  # fmt: skip
-        reports = {"theirs": job.run(work, say)}
-        exact = None
-        if truth:
-            changes = {"truth": True, "new_tokens": 0, "transcoder": None}
-            exact = dataclasses.replace(work, name="float64", **changes)
-            reports["truth"] = job.run(exact, say)
+        reports = {"theirs": job.run(work, progress)}
+        changes = {"name": "float64", "truth": True, "new_tokens": 0, "transcoder": None}
+        exact = dataclasses.replace(work, **changes) if truth else None
+        if exact:
+            reports["truth"] = job.run(exact, progress)
         began = time.monotonic()
-        say(f"Loading {model} into JAX")
+        progress(f"Loading {model} into JAX")
         ours = load(folder, dtype=dtype)
         features = None
         if file:
@@ -122,10 +120,10 @@ def certify(
             quietly.callback(log.setLevel, log.level)
             log.setLevel(logging.ERROR)
             for index in range(len(ids)):
-                say(f"JAX, {dtype}: prompt {index + 1} of {len(ids)}")
+                progress(f"JAX, {dtype}: prompt {index + 1} of {len(ids)}")
                 side.prompt(index)
             if new_tokens:
-                say("JAX: generating")
+                progress("JAX: generating")
                 new = [generate(ours, row, new_tokens, stop=()).tokens[0] for row in ids]
     seconds = {name: report["seconds"] for name, report in reports.items()}
     seconds["ours"] = time.monotonic() - began

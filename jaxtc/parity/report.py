@@ -69,7 +69,6 @@ def render(certificate: Certificate) -> str:
         kinds=KINDS,
         sites=sites,
         farthest={kind: farthest(certificate, kind) for kind in KINDS},
-        over=sum(not row.passed for row in certificate.sites),
         shown=SHOWN,
         colours=COLOURS,
         decades=range(LEAST, 1),
@@ -77,8 +76,6 @@ def render(certificate: Certificate) -> str:
         from_file=not runs_default(certificate),
         one_a_line=all(one.text and not {*"\r\n"} & {*one.text} for one in certificate.prompts),
         layers=spans(certificate.layers),
-        tables=[one for one in certificate.tolerances.values() if isinstance(one, dict)],
-        ratios=[row.ratio for row in certificate.truth or () if row.ratio is not None],
     )
 
 

@@ -236,7 +236,7 @@ def one(job: Job, model: Gemma2ForCausalLM, index: int, ids: torch.Tensor) -> di
 
     def write(name: str, x: torch.Tensor) -> None:
         x = x if x.dtype == torch.float64 else x.float()
-        np.save(job.file(index, name), x[0].cpu().numpy(), allow_pickle=False)
+        np.save(job.folder(index) / f"{name}.npy", x[0].cpu().numpy(), allow_pickle=False)
 
     def keep(address: Address, x: torch.Tensor) -> None:
         write(str(address), x)
