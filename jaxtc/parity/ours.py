@@ -98,10 +98,9 @@ class Comparison:
         count = self.model.config.num_hidden_layers
         edits = []
         for site in GIVEN:
-            rows = {layer: self.work.array(index, Address(site, layer)) for layer in group}
-            stacked = np.zeros((count, 1, *rows[group[0]].shape), np.float32)
-            for layer, row in rows.items():
-                stacked[layer, 0] = row
+            rows = [self.work.array(index, Address(site, layer)) for layer in group]
+            stacked = np.zeros((count, 1, *rows[0].shape), np.float32)
+            stacked[group, 0] = rows
             edits.append(SetTo(PerLayer(stacked), site=site, layer=group))
         if last:
             end = self.work.array(index, self.end)
