@@ -1,6 +1,7 @@
 """Axes of a sweep: fields of edits that hold many values in place of one."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -139,8 +140,7 @@ def check_axes(edit: Edit, here: Pass) -> None:
         lead = [size if name in mine else 1 for name, size in axes.items()]
         places = [dict(zip(axes, place, strict=True)) for place in np.ndindex(*lead)]
         each = [settle(first, field, at_place(value, place), here) for place in places]
-        every = jax.tree.map(_stacked, *each)
-        targets[field] = jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), every)  # noqa: B023
+        targets[field] = jax.tree.map(functools.partial(_stacked, lead), *each)
     found = judge(dataclasses.replace(first, **targets), here)
     problems = sum(np.broadcast_to(~fine, (*axes.values(),)).astype(int) for fine in found.values())
     for axis, name in enumerate(axes):
@@ -154,10 +154,11 @@ def check_axes(edit: Edit, here: Pass) -> None:
             check_edits([variant], here.config, here.reach, here.prompts)
 
 
-def _stacked(*arrays: Any) -> Any:
-    """Values of one target, a variant each, as one array."""
+def _stacked(lead: list[int], *arrays: Any) -> Any:
+    """Values of one target, a variant each, as one array with the axes of ``lead`` in front."""
     xp = jnp if is_traced(arrays) else np
-    return xp.stack([xp.atleast_1d(x) for x in arrays])
+    arrays = [xp.atleast_1d(x) for x in arrays]
+    return xp.stack(arrays).reshape(*lead, *arrays[0].shape)
 
 
 def _on_host(over: Over) -> Over:

@@ -90,11 +90,9 @@ class Explanation:
 def feature_url(source: str, feature: int | str) -> str | None:
     """The page of a feature on Neuronpedia, or None when it has none.
 
-    Args:
-        source: the transcoder's :attr:`~jaxtc.Transcoder.source`. Pages exist for those of
-            ``google/gemma-scope-2b-pt-transcoders``, 16k wide, at each layer's default L0; the
-            denser tiers have none.
-        feature: its index.
+    ``source`` is the transcoder's. Pages exist for those of
+    ``google/gemma-scope-2b-pt-transcoders``, 16k wide, at each layer's default L0; the denser tiers
+    have none.
     """
     repo, slash, place = source.partition(GEMMA_SCOPE_2B + "/")
     tiers = [] if repo or not slash else tiers_of([f"{place}/{PARAMS}"])

@@ -48,8 +48,7 @@ class Comparison:
         # Given too: the final sites start from it.
         self.end = Address("resid_post", model.config.num_hidden_layers - 1)
         self.isolated = {a: Tally(a.site) for a in order if a.site not in GIVEN and a != self.end}
-        names = [site.name for site in SITES] if exact else []
-        self.truth = {name: (Tally(name), Tally(name)) for name in names}
+        self.truth = {site.name: (Tally(site.name), Tally(site.name)) for site in SITES if exact}
 
     def prompt(self, index: int) -> None:
         """Run one prompt both ways and compare it; its files are deleted."""
