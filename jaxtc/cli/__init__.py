@@ -65,11 +65,8 @@ def _root(
     pass
 
 
-for _name, _module in (
-    ("explain", explain), ("generate", generate), ("parity", parity), ("plan", plan),
-    ("convert", convert), ("sites", sites),
-):  # fmt: skip
-    app.command(_name)(_module.command)
+for _module in (explain, generate, parity, plan, convert, sites):
+    app.command(_module.__name__.rpartition(".")[2])(_module.command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -3,13 +3,10 @@
 from pathlib import Path
 
 import typer
-from rich.console import Console
 
 from jaxtc.cli.options import argument, option, parse_layers
 from jaxtc.cli.runtime import working
-from jaxtc.errors import InputError
 from jaxtc.helpers import gigabytes
-from jaxtc.weights.checkpoints.read import is_converted
 from jaxtc.weights.checkpoints.sidecar import read_sidecar
 from jaxtc.weights.conversion.convert import TARGETS, convert
 
@@ -64,32 +61,25 @@ def command(
     OUT.partial is written, and renamed to OUT once complete. The same command resumes a conversion
     that was interrupted.
     """
-    if not max_shard_size > 0:
-        raise InputError(f"--max-shard-size is {max_shard_size:g} GB, expected more than 0.")
     with working(f"Converting {source}") as progress:
         try:
             made = convert(
                 source, out, to, kind=kind, dtype=dtype, revision=revision,
                 layers=layers if layers == "all" else parse_layers(layers), width=width, l0=l0,
                 input_site=input_site, output_site=output_site, without_sites=without_sites,
-                model_name=model_name, max_shard_size=max(1, int(max_shard_size * 10**9)),
+                model_name=model_name, max_shard_size=int(max_shard_size * 10**9),
                 verify=verify, progress=progress.part,
             )  # fmt: skip
         except KeyboardInterrupt:
-            console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-            console.print("Interrupted. Give the same command again to go on where it stopped.")
+            note = "Interrupted. Give the same command again to go on where it stopped."
+            typer.echo(note, err=True)
             raise
-    typer.echo(f"{made}: {_size(made)}")
+    files = [path for path in made.rglob("*") if path.is_file()]
+    size = f"{gigabytes(sum(path.stat().st_size for path in files))} in {len(files)} files"
+    if to == "orbax":
+        sidecar = read_sidecar(made)
+        size += f", {sidecar.kind} in {sidecar.dtype}, content {sidecar.content[:12]}"
+    typer.echo(f"{made}: {size}")
     names = {path.name for path in made.glob("layer_*.safetensors")}
     if to == "circuit-tracer" and names != {f"layer_{i}.safetensors" for i in range(len(names))}:
         typer.echo("circuit-tracer itself loads only a set with every layer from 0 on.", err=True)
-
-
-def _size(folder: Path) -> str:
-    """What was written, in a few words."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    size = f"{gigabytes(sum(path.stat().st_size for path in files))} in {len(files)} files"
-    if not is_converted(folder):
-        return size
-    sidecar = read_sidecar(folder)
-    return f"{size}, {sidecar.kind} in {sidecar.dtype}, content {sidecar.content[:12]}"

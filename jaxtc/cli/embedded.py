@@ -6,7 +6,6 @@ The training libraries are imported inside the commands, so that ``--help`` answ
 from __future__ import annotations
 
 import dataclasses
-import functools
 from pathlib import Path
 
 import typer
@@ -17,28 +16,9 @@ from jaxtc.embedded import DATA
 from jaxtc.embedded.settings import ModelRecipe, Recipe
 from jaxtc.training.transcoders import TranscoderRecipe
 
-app = typer.Typer(
-    name="embedded",
-    help="The small model and transcoders that ship with jaxtc: train them again, measure them.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(rich_markup_mode="markdown")  # so that lines of a paragraph are joined
 
 DEFAULT = Recipe()
-TRAIN_HELP = "\n\n".join(
-    [
-        "Train a small Gemma-2, then JumpReLU transcoders on all its layers, from scratch.",
-        "Without options this makes the files that ship with jaxtc, on its generated corpus of "
-        "facts about places; it takes about 10 minutes on two free cores.",
-        "With --text the same recipe runs on a text of yours: a byte-fallback BPE tokenizer is "
-        "trained on it, then the model, then the transcoders. For example: jaxtc embedded train "
-        "--text notes.txt --out my-model --vocab 2000 --steps 3000",
-        "The result can be used wherever a model is named: jaxtc explain PROMPT --model "
-        "my-model/model --transcoder my-model/transcoders",
-        "Stop it at any time (Ctrl-C): the same command goes on from the last checkpoint.",
-    ]
-)
-
 Text = option(
     Path | None,
     "Your own text (UTF-8) in place of the generated corpus: documents separated by "
@@ -48,7 +28,7 @@ Text = option(
 Seed = option(int, "Of the text, the weights and the order.", min=0)
 
 
-@app.command(help=TRAIN_HELP)
+@app.command()
 def train(
     out: option(Path, "Where model/ and transcoders/ are written.", metavar="DIR") = Path(
         "jaxtc-embedded"
@@ -70,7 +50,20 @@ def train(
         int, "Training steps of the transcoders.", min=1
     ) = DEFAULT.transcoders.steps,
 ) -> None:
-    """Train a model and its transcoders; see TRAIN_HELP."""
+    """Train a small Gemma-2, then JumpReLU transcoders on all its layers, from scratch.
+
+    Without options this makes the files that ship with jaxtc, on its generated corpus of facts
+    about places; it takes about 10 minutes on two free cores.
+
+    With --text the same recipe runs on a text of yours: a byte-fallback BPE tokenizer is trained on
+    it, then the model, then the transcoders. For example: jaxtc embedded train --text notes.txt
+    --out my-model --vocab 2000 --steps 3000
+
+    The result can be used wherever a model is named: jaxtc explain PROMPT --model my-model/model
+    --transcoder my-model/transcoders
+
+    Stop it at any time (Ctrl-C): the same command goes on from the last checkpoint.
+    """
     from jaxtc.embedded import recipe as recipes
     from jaxtc.embedded.corpus import default_corpus
     from jaxtc.embedded.text import UserText
@@ -89,9 +82,8 @@ def train(
         rows=rows, length=length, vocab_size=vocab, sizes=tuple(sizes.items()),
     )  # fmt: skip
     source = UserText.from_file(text, seed) if text else default_corpus(seed)
-    console = Console()
-    log = functools.partial(console.print, highlight=False)
-    console.print(recipes.train(out, recipe, source, log=log))
+    console = Console(highlight=False)
+    console.print(recipes.train(out, recipe, source, log=console.print))
 
 
 @app.command()

@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections import UserDict
+from collections.abc import Mapping
 
 from rich.console import Console, Group
 from rich.table import Table
@@ -12,8 +13,7 @@ from jaxtc.cli.options import STDOUT, Dtype, Model, OnlyJson, argument, option, 
 from jaxtc.cli.runtime import Progress, plain_table, working
 from jaxtc.errors import JaxtcError
 from jaxtc.explore.explain import explain
-from jaxtc.explore.explanation import ActiveFeature, Explanation, LayerReport, TokenReport
-from jaxtc.explore.neuronpedia import feature_url
+from jaxtc.explore.explanation import Explanation, LayerReport, TokenReport, feature_url
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.files.layout import GEMMA_SCOPE_2B
 from jaxtc.weights.load_model import load_model, load_tokenizer
@@ -21,11 +21,17 @@ from jaxtc.weights.load_transcoder import load_transcoder
 from jaxtc.weights.sources.resolve import EMBEDDED, TRANSCODERS, resolve
 
 FEATURE, PIECE, FAINT = "cyan", "green", "dim"
-EDGES = 2  # columns that a table takes beside its cells and the two between them
+LEGEND = (
+    "EV: explained variance, 1 − FVU (dataset mean). L0: active features a token (>1: those above "
+    "1). error: ‖y − ŷ‖ / ‖y‖ of a token. A layer's are over these {} tokens, special ones left "
+    "out. notebook: the Gemma Scope tutorial's score (reads mlp_in, keeps <bos>, one scalar "
+    "variance)."
+)
+# Of a model: where its transcoders are.
+OWN = {EMBEDDED: EMBEDDED, "google/gemma-2-2b": GEMMA_SCOPE_2B}
 # Of the embedded model: its last, where the tokens a feature promotes say most about it. Of Gemma
 # Scope: the tutorial's.
-DEFAULT_LAYER = 3
-GEMMA_SCOPE_LAYER = 20
+USUAL_LAYER = {EMBEDDED: 3, GEMMA_SCOPE_2B: 20}
 
 
 def command(
@@ -61,7 +67,7 @@ def command(
             f"--layer is {layer!r}, expected the number of a layer, counted from 0, or 'all'."
         )
     with working("Starting JAX") as progress:
-        transcoders = find_transcoders(transcoder or own_transcoders(model), layer, progress)
+        transcoders = find_transcoders(transcoder, model, layer, progress)
         progress(f"Loading {model}")
         loaded = load_model(model, dtype=dtype, progress=progress.part)
         progress("Loading the tokenizer")
@@ -78,56 +84,40 @@ def command(
         draw(Console(), found, by_layer=layer == "all")
 
 
-def own_transcoders(model: str) -> str:
-    """Where the transcoders of a model are, for when none are named."""
-    own = {EMBEDDED: EMBEDDED, "google/gemma-2-2b": GEMMA_SCOPE_2B}
-    if model not in own:
+def find_transcoders(
+    source: str | None, model: str, layer: str | int | None, progress: Progress
+) -> Transcoder | Mapping[int, Transcoder]:
+    """The transcoder of a layer (by default, the source's usual one), or those of "all".
+
+    Without a ``source``, the model's own.
+    """
+    source = source or OWN.get(model)
+    if source is None:
         raise JaxtcError(
             f"Which transcoder explains {model}? Give --transcoder: a hub id, a folder, or a "
-            f"params.npz that was trained on this model. (Known by themselves: {', '.join(own)}.)"
+            f"params.npz that was trained on this model. (Known by themselves: {', '.join(OWN)}.)"
         )
-    return own[model]
-
-
-def find_transcoders(
-    source: str, layer: str | None, progress: Progress
-) -> Transcoder | Mapping[int, Transcoder]:
-    """The transcoder of a layer (by default, the source's usual one), or those of all."""
     if layer == "all":
-        return _OnDemand(source, resolve(source, TRANSCODERS).layers())
-    defaults = {EMBEDDED: DEFAULT_LAYER, GEMMA_SCOPE_2B: GEMMA_SCOPE_LAYER}
-    number = defaults.get(source) if layer is None else int(layer)
+        return _OnDemand.fromkeys(resolve(source, TRANSCODERS).layers(), source)
     progress(f"Loading the transcoder from {source}")
-    return load_transcoder(source, number)
+    return load_transcoder(source, USUAL_LAYER.get(source) if layer is None else int(layer))
 
 
-class _OnDemand(Mapping):
-    """Transcoders by layer, loaded when asked for and not kept: 26 take 300 MB each."""
-
-    def __init__(self, source: str, layers: list[int]):
-        self.source, self.layers = source, layers
+class _OnDemand(UserDict):
+    """Sources by layer; gives transcoders, loaded when asked for and not kept (300 MB each)."""
 
     def __getitem__(self, layer: int) -> Transcoder:
-        if layer not in self.layers:
-            raise KeyError(layer)
-        return load_transcoder(self.source, layer)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        return len(self.layers)
+        return load_transcoder(self.data[layer], layer)
 
 
-def _table(headings: Mapping[str, int], last: Text | str, columns: int) -> tuple[Table, int]:
-    """A table of columns of these widths, then one that takes the rest, and the room in that."""
+def _table(*headings: str | Text) -> Table:
+    """The last column takes the width that is left, and its lines are cut at the end of it."""
     table = plain_table()
-    for heading, width in headings.items():
+    for heading in headings[:-1]:
         side = "left" if heading == "token" else "right"
-        table.add_column(heading, justify=side, min_width=width)
-    room = max(columns - sum(headings.values()) - 2 * len(headings) - EDGES, 20)
-    table.add_column(last if isinstance(last, str) else _cut(last, room), no_wrap=True)
-    return table, room
+        table.add_column(heading, justify=side, no_wrap=True, max_width=20)
+    table.add_column(headings[-1])
+    return table
 
 
 def draw(console: Console, found: Explanation, by_layer: bool = False) -> None:
@@ -135,10 +125,12 @@ def draw(console: Console, found: Explanation, by_layer: bool = False) -> None:
     for warning in found.warnings:
         console.print(Text.assemble(("Note: ", "bold yellow"), warning))
     if by_layer:
-        console.print(_all_layers(found, console.width))
+        console.print(_all_layers(found))
     else:
         for report in found.layers:
-            console.print(_one_layer(report, console.width))
+            console.print(_one_layer(report))
+    counted = sum(not token.masked for token in found.layers[0].tokens)
+    console.print(Text(LEGEND.format(counted), FAINT))
     if found.continuation_ids:
         new = found.continuation or "(the model ends the text here)"
         console.print("", Text.assemble(found.prompt, (new, "bold green")), sep="\n")
@@ -157,90 +149,48 @@ def _piece(piece: str, style: str) -> Text:
     return Text.assemble(("▁" if begins else "", FAINT), (plain, style))
 
 
-def _feature(feature: ActiveFeature, room: int) -> Text:
-    """A feature on one line of ``room`` columns: as many of the tokens it promotes as fit."""
-    line = Text.assemble((f"{feature.feature:>5}", FEATURE), f" {feature.activation:>6.2f} ")
-    if feature.url:
-        line.stylize(f"link {feature.url}", 0, 5)
-    for index, text in enumerate(feature.promotes):
-        piece = _piece(text, PIECE)
-        last = index == len(feature.promotes) - 1
-        if index and line.cell_len + piece.cell_len + (1 if last else 3) > room:
-            line.append(" …", FAINT)
-            break
-        line = Text.assemble(line, " ", piece, "" if last else " ")
-    line.truncate(room, overflow="ellipsis")
-    return line
+def _features(token: TokenReport) -> Text:
+    """A line for each feature; nothing where there are active ones that were not asked for."""
+    lines = [] if token.l0 else [Text("none active", FAINT)]
+    for feature in token.features:
+        line = Text.assemble((f"{feature.feature:>5}", FEATURE), f" {feature.activation:>6.2f}")
+        if feature.url:
+            line.stylize(f"link {feature.url}", 0, 5)
+        pieces = [_piece(text, PIECE) for text in feature.promotes]
+        lines.append(Text("  ").join([line, *pieces]))
+    return Text("\n", no_wrap=True, overflow="ellipsis").join(lines)
 
 
-def _no_feature(token: TokenReport) -> Text:
-    """What stands for features: nothing where there are active ones that were not asked for."""
-    return Text("" if token.l0 else "none active", FAINT)
-
-
-def _cut(text: Text, room: int) -> Text:
-    text.truncate(room, overflow="ellipsis")
-    return text
-
-
-def _one_layer(report: LayerReport, columns: int) -> Group:
+def _one_layer(report: LayerReport) -> Group:
+    pages = feature_url(report.transcoder, "FEATURE")
     title = Text.assemble(
         (f"Layer {report.layer}", "bold"),
         f"  {report.input_site} → {report.width} features → {report.output_site}\n",
         (report.transcoder, FAINT),
+        (f"\n{pages}" if pages else "", FEATURE),
     )
-    pieces = [
-        _cut(_piece(token.text, FAINT if token.masked else "bold"), 20) for token in report.tokens
-    ]
-    longest = max(piece.cell_len for piece in pieces)
-    widths = {"": len(str(len(pieces))), "token": max(longest, 5), "L0": 3, ">1": 3, "error": 5}
-    table, room = _table(widths, "feature, activation, tokens it promotes", columns)
-    for token, piece in zip(report.tokens, pieces, strict=True):
-        lines = [_feature(feature, room) for feature in token.features] or [_no_feature(token)]
+    last = "feature, activation, tokens it promotes"
+    table = _table("", "token", "L0", ">1", "error", last)
+    for token in report.tokens:
+        piece = _piece(token.text, FAINT if token.masked else "bold")
         numbers = str(token.l0), str(token.above_one), number(token.relative_error, 2)
         style = FAINT if token.masked else ""
-        table.add_row(str(token.position), piece, *numbers, Text("\n").join(lines), style=style)
-    return Group(title, table, *_totals(report))
+        table.add_row(str(token.position), piece, *numbers, _features(token), style=style)
+    line = "  ".join(f"{name} {value}" for name, value in _figures(report).items())
+    return Group(title, table, Text(line, "bold"))
 
 
-def _totals(report: LayerReport) -> Iterator[Table | Text]:
-    counted = sum(not token.masked for token in report.tokens)
-    figures = Table.grid(padding=(0, 2))
-    figures.add_column(no_wrap=True)
-    figures.add_column(justify="right", style="bold", no_wrap=True)
-    figures.add_column(style=FAINT)
-    about = f"1 − FVU (dataset mean), over these {counted} tokens"
-    figures.add_row("explained variance", number(report.explained_variance), about)
-    figures.add_row("mean L0", number(report.l0, 1), "active features a token (>1: above 1)")
-    figures.add_row("mean error", number(report.relative_error), "‖y − ŷ‖ / ‖y‖ of a token")
-    if math.isfinite(report.notebook_score):
-        about = "as in Gemma Scope's tutorial: from mlp_in, with <bos>"
-        figures.add_row("notebook score", number(report.notebook_score), about)
-    yield figures
-    if url := feature_url(report.transcoder, "FEATURE"):
-        yield Text.assemble("Neuronpedia has a page for each feature:\n", (url, FEATURE))
-
-
-def _all_layers(found: Explanation, columns: int) -> Group:
+def _all_layers(found: Explanation) -> Table:
     last = Text.assemble("strongest at ", _piece(found.tokens[-1], "bold"), " and what it promotes")
-    widths = {"layer": 5, "EV": 6, "L0": 5, "error": 5, "notebook": 8}
-    table, room = _table(widths, last, columns)
+    table = _table("layer", *_figures(found.layers[0]), last)
     for report in found.layers:
-        token = report.tokens[-1]
-        table.add_row(
-            Text(str(report.layer), "bold"),
-            number(report.explained_variance),
-            number(report.l0, 1),
-            number(report.relative_error),
-            number(report.notebook_score),
-            _feature(token.features[0], room) if token.features else _no_feature(token),
-        )
-    counted = sum(not token.masked for token in found.layers[0].tokens)
-    meaning = Text(
-        f"EV: explained variance, 1 − FVU (dataset mean), over these {counted} tokens. "
-        "L0: active features a token. error: mean ‖y − ŷ‖ / ‖y‖. All three without special tokens. "
-        "notebook: the Gemma Scope tutorial's score (reads mlp_in, keeps <bos>, one scalar "
-        "variance).",
-        FAINT,
-    )
-    return Group(table, meaning)
+        features = _features(report.tokens[-1])
+        table.add_row(Text(str(report.layer), "bold"), *_figures(report).values(), features)
+    return table
+
+
+def _figures(report: LayerReport) -> dict[str, str]:
+    return {
+        "EV": number(report.explained_variance), "L0": number(report.l0, 1),
+        "error": number(report.relative_error), "notebook": number(report.notebook_score),
+    }  # fmt: skip

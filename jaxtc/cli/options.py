@@ -1,6 +1,5 @@
 """Options that several commands have, and what they share in reading them."""
 
-import functools
 import json
 import re
 import sys
@@ -12,8 +11,6 @@ import typer
 from jaxtc.errors import InputError, SourceError
 from jaxtc.helpers import for_json, write_whole
 from jaxtc.weights.files import local
-
-_MOST = 10_000  # layers, beyond any model
 
 
 def option(kind: Any, text: str, *names: str, **settings: Any) -> Any:
@@ -41,9 +38,10 @@ def parse_layers(text: str, option: str = "--layers") -> list[int]:
     """``0,5,10-12`` as [0, 5, 10, 11, 12]; an InputError names ``option``."""
     found: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,5})(?:\s*-\s*(\d{1,5}))?\s*", part, re.ASCII)
+        # No model has more than 10,000 layers.
+        match = re.fullmatch(r"\s*(\d{1,4})(?:\s*-\s*(\d{1,4}))?\s*", part, re.ASCII)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if not first <= last < _MOST:
+        if first > last:
             raise InputError(
                 f"{option} is {text!r}, expected numbers of layers from 0 and ranges of them, "
                 "such as 0,5,10-12."
@@ -67,13 +65,13 @@ def write_json(path: Path | None, value: Any) -> None:
     """What ``--json`` asked for: to a file, to stdout, or nothing. NaN and infinities are null."""
     if path is None:
         return
-    dumps = functools.partial(json.dumps, for_json(value), indent=2, allow_nan=False)
-    text = dumps(ensure_ascii=False) + "\n"
+    value = for_json(value)
+    text = json.dumps(value, indent=2, ensure_ascii=False)
     if path != STDOUT:
-        write_whole(path, text)
+        write_whole(path, text + "\n")
         return
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
-        text = dumps() + "\n"
-    sys.stdout.write(text)
+        text = json.dumps(value, indent=2)
+    print(text)

@@ -1,6 +1,5 @@
 """``jaxtc parity``: runs the comparison, draws its table, and writes the report."""
 
-import contextlib
 import math
 import os
 import signal
@@ -23,6 +22,7 @@ from jaxtc.cli.options import (
 )
 from jaxtc.cli.runtime import plain_table, working
 from jaxtc.errors import InputError
+from jaxtc.parity import flow
 from jaxtc.parity.certificate import Certificate, Figures, SiteRow
 from jaxtc.parity.report import need_jinja2, write_report
 from jaxtc.parity.texts import read_prompts
@@ -70,7 +70,7 @@ def command(
     Runs transformers' Gemma-2 in PyTorch and ours on the same tokens, one after the other, and
     compares every site of every layer. PyTorch comes with jaxtc's extra "parity".
     """
-    chosen = None if layers is None else parse_layers(layers)
+    chosen = layers and parse_layers(layers)
     for name, path in (("--report", report), ("--json", json_file)):
         if path is not None:
             check_place(name, path)
@@ -78,13 +78,15 @@ def command(
         raise InputError(f"--report and --json are both {report}; give each a file of its own.")
     if report:
         need_jinja2()
-    with _ended_as_by_ctrl_c(), working("Starting JAX") as progress:
-        from jaxtc.parity.flow import certify
-
-        found = certify(
-            model, prompts=None if prompts is None else read_prompts(prompts),
-            transcoder=transcoder, transcoder_layer=transcoder_layer, dtype=dtype, layers=chosen,
-            truth=truth, new_tokens=new_tokens, progress=progress,
+    # A process that a signal ends at once would leave gigabytes in the temporary folder.
+    for one in signal.Signals:
+        if one.name in ("SIGTERM", "SIGHUP") and signal.getsignal(one) == signal.SIG_DFL:
+            signal.signal(one, signal.default_int_handler)
+    with working("Starting JAX") as progress:
+        found = flow.certify(
+            model, prompts=prompts and read_prompts(prompts), transcoder=transcoder,
+            transcoder_layer=transcoder_layer, dtype=dtype, layers=chosen, truth=truth,
+            new_tokens=new_tokens, progress=progress,
         )  # fmt: skip
     try:
         write_json(json_file, found.to_dict())
@@ -93,22 +95,6 @@ def command(
     finally:
         draw(Console(stderr=json_file == STDOUT), found)
     raise typer.Exit(0 if found.passed else 1)
-
-
-@contextlib.contextmanager
-def _ended_as_by_ctrl_c() -> Iterator[None]:
-    """A process that a signal ends at once would leave gigabytes in the temporary folder."""
-
-    def end(number, frame):
-        raise KeyboardInterrupt
-
-    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {getattr(signal, name): signal.signal(getattr(signal, name), end) for name in names}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def draw(console: Console, found: Certificate) -> None:
@@ -121,23 +107,18 @@ def draw(console: Console, found: Certificate) -> None:
         console.print(Text.assemble(("Note: ", "bold yellow"), note))
     if found.first_jump:
         jump = found.first_jump
-        console.print(
-            Text.assemble(
-                "The error begins at ", (jump.address, "bold cyan"),
-                f" ({jump.kind} {_short(jump.relative)}, tolerance {jump.tolerance:.1e}).",
-            )
-        )  # fmt: skip
+        error = f"{jump.kind} {jump.relative:.1e}, tolerance {jump.tolerance:.1e}"
+        console.print(f"The error begins at [bold cyan]{jump.address}[/] ({error}).")
     for failure in found.failures[:SHOWN]:
         console.print(Text.assemble(("✗ ", "red"), failure))
     if len(found.failures) > SHOWN:
         console.print(Text(f"  and {len(found.failures) - SHOWN} more; --json has them.", "dim"))
-    word, style = ("PASSED", "bold green") if found.passed else ("FAILED", "bold red")
+    word, agrees = ("PASSED", "agrees") if found.passed else ("FAILED", "does not agree")
     tokens = sum(prompt.tokens for prompt in found.prompts)
     model = found.model.encode(errors="backslashreplace").decode()  # a path need not be UTF-8
-    agrees = "agrees" if found.passed else "does not agree"
     console.print(
         Text.assemble(
-            (word, style),
+            (word, "bold green" if found.passed else "bold red"),
             f": jaxtc {found.versions['jaxtc']} {agrees} with transformers "
             f"{found.versions['transformers']} (torch {found.versions['torch']}) on {model} "
             f"in {found.dtype}: {len(found.layers)} layers, {len(found.prompts)} prompts, "
@@ -155,13 +136,12 @@ def _sites(found: Certificate) -> Table:
     ratios = {row.site: row.ratio for row in found.truth or ()}
     if ratios:
         table.add_column("ours/HF", justify="right", no_wrap=True)
-    by_site: dict[str, list[SiteRow]] = {}
-    for row in found.sites:
-        by_site.setdefault(row.site, []).append(row)
-    for site, rows in by_site.items():
+    for site in dict.fromkeys(row.site for row in found.sites):
+        rows = [row for row in found.sites if row.site == site]
         alone = [row.isolated for row in rows if row.isolated]
         whole = [row.accumulated for row in rows]
-        cells = [_most(alone), _most(whole), _short(max(figures.largest for figures in whole))]
+        largest = max(figures.largest for figures in whole)
+        cells = [_most(alone), _most(whole), f"{largest:.1e}"]
         if ratios:
             ratio = ratios.get(site)
             cells.append("–" if ratio is None else f"{ratio:.2f}")
@@ -182,11 +162,7 @@ def _digit(row: SiteRow) -> tuple[str, str]:
 
 
 def _most(figures: list[Figures]) -> str:
-    return _short(max(one.relative for one in figures)) if figures else "–"
-
-
-def _short(value: float) -> str:
-    return f"{value:.1e}" if math.isfinite(value) else str(value)
+    return f"{max(one.relative for one in figures):.1e}" if figures else "–"
 
 
 def _lines(found: Certificate) -> Iterator[tuple[str, str]]:

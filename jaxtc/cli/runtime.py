@@ -32,19 +32,16 @@ class Progress:
     def __call__(self, step: str) -> None:
         """Begin a step, named by a few words."""
         self._step = step
-        self._show("")
-
-    def part(self, done: int, total: int) -> None:
-        """How far the step is; shown by a spinner only."""
-        if self._status and total:
-            self._show(f" {done / total:.0%}")
-
-    def _show(self, rest: str) -> None:
-        text = Text(f"{self._step} …{rest}")  # a Text: what the user typed is no markup
+        text = Text(f"{step} …")  # a Text: what the user typed is no markup
         if self._status:
             self._status.update(text)
         else:
             self._console.print(text, highlight=False, soft_wrap=True)
+
+    def part(self, done: int, total: int) -> None:
+        """How far the step is; shown by a spinner only."""
+        if self._status and total:
+            self._status.update(Text(f"{self._step} … {done / total:.0%}"))
 
 
 @contextlib.contextmanager
@@ -81,15 +78,12 @@ def use_compilation_cache(console: Console) -> None:
     if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
         return
     folder = user_cache_path("jaxtc") / "xla"
-    problem = make_private(folder)
-    if problem:
-        console.print(
+    if problem := make_private(folder):
+        text = (
             f"Compiled programs are not kept: {problem}. Set JAX_COMPILATION_CACHE_DIR to a folder "
-            "of your own to keep them.",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
+            "of your own to keep them."
         )
+        console.print(Text(text), highlight=False, soft_wrap=True)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # Many small programs are compiled once each; together they are a second or more.

@@ -1,7 +1,8 @@
 """Axes of a sweep: fields of edits that hold many values in place of one."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jaxtc.edits.check import check_edits, settled, typed
 from jaxtc.edits.judge import Pass, judge, settle
 from jaxtc.errors import EditError, InputError
 from jaxtc.helpers import pytree
-from jaxtc.tap.positions import Places, is_traced, one_array
+from jaxtc.tap.positions import is_traced, one_array
 
 KEYS = jax.dtypes.prng_key
 
@@ -42,6 +43,12 @@ class Over:
 
 def _is_over(node: Any) -> bool:
     return isinstance(node, Over)
+
+
+def _replaced(edit: Any, function: Callable[[Over], Any]) -> Any:
+    """The edit with ``function`` of each axis in its place."""
+    swap = lambda node: function(node) if _is_over(node) else node  # noqa: E731
+    return jax.tree.map(swap, edit, is_leaf=_is_over)
 
 
 def overs_of(edit: Edit) -> list[tuple[str, Over]]:
@@ -99,11 +106,7 @@ def axes_of(edits: Sequence[Edit]) -> dict[str, Any]:
 
 def at_place(edit: Any, place: Mapping[str, Any]) -> Any:
     """The edit of one variant; axes that are not named are at their first value."""
-
-    def pick(leaf):
-        return leaf.values[place.get(leaf.name, 0)] if _is_over(leaf) else leaf
-
-    return jax.tree.map(pick, edit, is_leaf=_is_over)
+    return _replaced(edit, lambda over: over.values[place.get(over.name, 0)])
 
 
 def prepared(edit: Edit) -> Edit:
@@ -120,7 +123,7 @@ def check_axes(edit: Edit, here: Pass) -> None:
     Raises:
         EditError, SiteError: as :func:`jaxtc.edits.check.check_edits`.
     """
-    edit = jax.tree.map(_on_host, edit, is_leaf=_is_over)
+    edit = _replaced(edit, _on_host)
     overs = overs_of(edit)
     axes = {over.name: len(over) for _, over in overs}
     if not axes:
@@ -135,15 +138,9 @@ def check_axes(edit: Edit, here: Pass) -> None:
     for field in {field: None for field, _ in overs if field in edit.targets}:
         value, mine = getattr(edit, field), {over.name for name, over in overs if name == field}
         lead = [size if name in mine else 1 for name, size in axes.items()]
-        if _is_over(value) and np.ndim(value.values) == 1:
-            # One number a variant: settled as if a single variant named them all.
-            at = settle(first, field, value.values, here)
-            every = Places(at.at.T[..., None]) if isinstance(at, Places) else at[:, None]
-        else:
-            places = [dict(zip(axes, place, strict=True)) for place in np.ndindex(*lead)]
-            each = [settle(first, field, at_place(value, place), here) for place in places]
-            every = jax.tree.map(_stacked, *each)
-        targets[field] = jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), every)  # noqa: B023
+        places = [dict(zip(axes, place, strict=True)) for place in np.ndindex(*lead)]
+        each = [settle(first, field, at_place(value, place), here) for place in places]
+        targets[field] = jax.tree.map(functools.partial(_stacked, lead), *each)
     found = judge(dataclasses.replace(first, **targets), here)
     problems = sum(np.broadcast_to(~fine, (*axes.values(),)).astype(int) for fine in found.values())
     for axis, name in enumerate(axes):
@@ -157,14 +154,14 @@ def check_axes(edit: Edit, here: Pass) -> None:
             check_edits([variant], here.config, here.reach, here.prompts)
 
 
-def _stacked(*arrays: Any) -> Any:
-    """Values of one target, a variant each, as one array."""
+def _stacked(lead: list[int], *arrays: Any) -> Any:
+    """Values of one target, a variant each, as one array with the axes of ``lead`` in front."""
     xp = jnp if is_traced(arrays) else np
-    return xp.stack([xp.atleast_1d(x) for x in arrays])
+    arrays = [xp.atleast_1d(x) for x in arrays]
+    return xp.stack(arrays).reshape(*lead, *arrays[0].shape)
 
 
-def _on_host(node: Any) -> Any:
-    """An axis with its values as NumPy, whose entries are cheap; keys and traced ones stay."""
-    if not _is_over(node) or is_traced(node) or jnp.issubdtype(node.values.dtype, KEYS):
-        return node
-    return Over(np.asarray(node.values), node.name)
+def _on_host(over: Over) -> Over:
+    """With its values as NumPy, whose entries are cheap; keys and traced ones stay."""
+    stays = is_traced(over) or jnp.issubdtype(over.values.dtype, KEYS)
+    return over if stays else Over(np.asarray(over.values), over.name)

@@ -114,10 +114,9 @@ def _backward(key: _Key, leaves, tokens, lengths, edits, of):
 
 def _checked(score: Any, batch: int) -> jax.Array:
     """What ``of`` gave, when it is a score."""
-    if jax.tree_util.all_leaves([score]) and jnp.shape(score) in ((), (batch,)):
-        score = jnp.asarray(score)
-        if jnp.issubdtype(score.dtype, jnp.floating):
-            return score
+    fits = jax.tree_util.all_leaves([score]) and jnp.shape(score) in ((), (batch,))
+    if fits and jnp.issubdtype(jnp.result_type(score), jnp.floating):
+        return jnp.asarray(score)
     given = jax.tree.map(jax.typeof, score)
     raise InputError(
         f"`of` gave {given}, expected one real number, or one for each of the {batch} rows."

@@ -161,15 +161,14 @@ def _clean_run(
 
 
 def _site(name: str, heads: bool) -> Site:
-    """The site of an address that can be patched layer by layer and token by token."""
+    """The site of an address that can be patched layer by layer, token by token."""
     site, layer = parse(name)
     fits = [s for s in SITES if s.per_layer and s.sequence_axis == 1]
+    fits = [s for s in fits if s.letters[2] in "NK"] if heads else fits
     if BY_NAME[site] not in fits or layer is not None:
+        each = "token by token" + (", head by head" if heads else "")
         raise SiteError(
-            f"{name!r} cannot be patched layer by layer and token by token; these sites can: "
+            f"{name!r} cannot be patched layer by layer, {each}; these sites can: "
             f"{', '.join(s.name for s in fits)}."
         )
-    if heads and BY_NAME[site].letters[2] not in "NK":
-        *some, last = (s.name for s in fits if s.letters[2] in "NK")
-        raise SiteError(f"{site!r} has no heads; {', '.join(some)} and {last} do.")
     return BY_NAME[site]

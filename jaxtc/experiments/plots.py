@@ -56,8 +56,13 @@ def heat_map(
         InputError: not two axes, no number to draw, or tokens of another prompt.
         JaxtcError: matplotlib is not installed.
     """
-    plt = _pyplot()
-    values, names, ticks = _grid(found)
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise JaxtcError(
+            "Pictures need matplotlib, which is not installed: pip install 'jaxtc[notebooks]'"
+        ) from error
+    values, (rows, columns), ticks = _grid(found)
     if not np.isfinite(values).any():
         raise InputError(
             "There is no number to draw, all are NaN: an edit names what does not exist."
@@ -73,11 +78,9 @@ def heat_map(
         ax = plt.subplots(figsize=size, layout="constrained")[1]
     colors = plt.get_cmap("RdBu_r" if signed else "viridis").with_extremes(bad="lightgray")
     image = ax.imshow(values, cmap=colors, vmin=low, vmax=high, origin="lower", aspect="auto")
-    rows, columns = names
     _label(ax.set_yticks, ticks[0], MOST_ROWS)
     ax.set_ylabel(rows)
-    along = columns.split(".")[0] in ALONG or not isinstance(found, Patching | Sweep)
-    if tokens is None or not along:
+    if tokens is None or columns not in ALONG:
         _label(ax.set_xticks, ticks[1], MOST_COLUMNS)
     else:
         words = _words(tokens, ticks[1])
@@ -93,16 +96,6 @@ def heat_map(
     return ax
 
 
-def _pyplot() -> Any:
-    try:
-        import matplotlib.pyplot
-    except ImportError as error:
-        raise JaxtcError(
-            "Pictures need matplotlib, which is not installed: pip install 'jaxtc[notebooks]'"
-        ) from error
-    return matplotlib.pyplot
-
-
 def _grid(found: Any) -> tuple[np.ndarray, list[str], list[list]]:
     """Values (rows, columns), the names of the two axes, and what is along them."""
     if isinstance(found, Patching | Sweep):
@@ -114,7 +107,12 @@ def _grid(found: Any) -> tuple[np.ndarray, list[str], list[list]]:
     shape = np.shape(values)  # () of a pytree that is not an array
     values = np.asarray(values, np.float64) if shape else np.zeros(())
     if {"layer", "head"} < axes.keys() and len(axes) == 3 and values.ndim in (3, 4):
-        values, axes = _by_head(values, axes)
+        (other,) = axes.keys() - {"layer", "head"}  # it gets one row a head
+        order = [list(axes).index(name) for name in ("layer", "head", other)]
+        values = np.moveaxis(values, order, [0, 1, 2])
+        values = values.reshape(-1, *values.shape[2:])
+        heads = [f"{layer}.{head}" for layer in axes["layer"] for head in axes["head"]]
+        axes = {"layer.head": heads, other: axes[other]}
     if values.ndim == 3 and len(axes) == 2:
         values = values.mean(-1)
     if values.ndim != 2 or len(axes) != 2:
@@ -126,22 +124,9 @@ def _grid(found: Any) -> tuple[np.ndarray, list[str], list[list]]:
     names = list(axes)
     if names[0] in ALONG and names[1] not in ALONG:
         values, names = values.T, names[::-1]
-    return values, names, [list(_entries(axes[name])) for name in names]
-
-
-def _by_head(values: np.ndarray, axes: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
-    """(L, T, N, ...) as (L·N, T, ...), one row a head."""
-    names = list(axes)
-    (other,) = set(names) - {"layer", "head"}
-    values = np.moveaxis(values, [names.index(n) for n in ("layer", "head", other)], [0, 1, 2])
-    heads = [f"{layer}.{head}" for layer in axes["layer"] for head in axes["head"]]
-    flat = values.reshape(len(heads), *values.shape[2:])
-    return flat, {"layer.head": heads, other: axes[other]}
-
-
-def _entries(along: Any) -> Any:
-    """What to write for each entry of an axis: itself, or its number where it is an array."""
-    return range(len(along)) if np.ndim(along) > 1 else along
+    # Entries of an axis that are arrays are called by their numbers.
+    along = [range(len(x)) if np.ndim(x) > 1 else x for x in map(axes.get, names)]
+    return values, names, list(map(list, along))
 
 
 def _words(tokens: Sequence[str], positions: list) -> list[str]:

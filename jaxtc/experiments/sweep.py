@@ -24,7 +24,7 @@ from jaxtc.edits.judge import Pass
 from jaxtc.errors import InputError
 from jaxtc.experiments.axes import Over, at_place, axes_of, check_axes, named, overs_of, prepared
 from jaxtc.experiments.scores import as_pytree
-from jaxtc.helpers import is_whole, pytree
+from jaxtc.helpers import pytree, whole_number
 from jaxtc.interchange import owned
 from jaxtc.memory.needs import check_fits
 from jaxtc.model.gemma2 import Gemma2
@@ -135,10 +135,9 @@ def sweep(
     # Variants that begin at the same layer go together.
     order = np.argsort(first, kind="stable")
     plan = _Plan(config, tuple(axes), logits, prompts.length, place)
-    tokens, ends, found = prompts.tokens, prompts.lengths, []
+    whole, found = (prompts.tokens, prompts.lengths, asked, edits, of, resume), []
     if place is not None:
-        given = tokens, ends, asked, edits, of, resume
-        tokens, ends, asked, edits, of, resume = place.put_whole(given)
+        whole = place.put_whole(whole)
     for start in range(0, len(order), chunk):
         ids = order[start : start + chunk]
         ids = np.pad(ids, (0, chunk - len(ids)), mode="edge")
@@ -146,7 +145,7 @@ def sweep(
         these = places[ids]
         if place is not None:
             begin, these = place.put_whole(begin), own.put_rows(these)
-        kept = _swept(plan, leaves, tokens, ends, asked, edits, of, resume, begin, these)
+        kept = _swept(plan, leaves, *whole, begin, these)
         if not found:
             _check_results(kept, len(order) / chunk)
         found.append(kept)
@@ -240,8 +239,8 @@ def _first_layers(
 
 def _chunk(given: int | None, prompts: Prompts, variants: int, weight: jax.Array, rows: int) -> int:
     """How many variants run at once, all chunks alike and a multiple of ``rows`` devices."""
-    if given is not None and not is_whole(given, 1):
-        raise InputError(f"chunk is {given!r}, expected a whole number of at least 1.")
+    if given is not None:
+        whole_number("chunk", given, 1)
     platform = next(iter(weight.devices())).platform
     most = given or rows * max(1, TOKENS.get(platform, TOKENS_ELSEWHERE) // prompts.tokens.size)
     even = -(-variants // -(-variants // most))

@@ -3,7 +3,6 @@
 Axis letters: T tokens of the prompt, D hidden, M features, V vocabulary.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,8 +12,13 @@ import jax
 import numpy as np
 
 from jaxtc.errors import InputError, JaxtcError, SiteError, some
-from jaxtc.explore.explanation import ActiveFeature, Explanation, LayerReport, TokenReport
-from jaxtc.explore.neuronpedia import feature_url
+from jaxtc.explore.explanation import (
+    ActiveFeature,
+    Explanation,
+    LayerReport,
+    TokenReport,
+    feature_url,
+)
 from jaxtc.helpers import check_unicode, whole_number
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import bucket, prepare
@@ -30,15 +34,6 @@ from jaxtc.transcoders.transcoder import Transcoder
 NOTEBOOK_SITE = "mlp_in"
 
 _CHUNK = 1024  # tokens encoded at once: bounds the dense (tokens, M) array
-
-
-@dataclasses.dataclass(frozen=True)
-class _Prompt:
-    """A tokenized prompt, T of each; ``masked`` is true on special tokens."""
-
-    ids: list[int]
-    pieces: tuple[str, ...]
-    masked: np.ndarray
 
 
 def explain(
@@ -85,26 +80,27 @@ def explain(
     counts = {"top_features": top_features, "promoted": promoted, "max_new_tokens": max_new_tokens}
     for name, count in counts.items():
         whole_number(name, count)
-    by_layer = _by_layer(transcoders, config.num_hidden_layers)
-    text, warnings = _tokenize(tokenizer, prompt, config.bos_token_id)
-    prepare(text.ids, config, extra=max_new_tokens)  # refuses a long prompt before any long work
+    transcoders = _by_layer(transcoders, config.num_hidden_layers)
+    ids, warnings = _tokenize(tokenizer, prompt, config.bos_token_id)
+    prepare(ids, config, extra=max_new_tokens)  # refuses a long prompt before any long work
 
     # A mapping may load on demand, so the sites of its first transcoder stand for all.
-    layers = list(by_layer)
-    first = by_layer[layers[0]]
-    fed = _input_site(input_site) if input_site else first.input_site
-    sites = sorted({fed, first.output_site, NOTEBOOK_SITE})
-    _check_fit(first, layers[0], fed, model)
+    layers = sorted(transcoders)
+    first = transcoders[layers[0]]
+    fed = input_site and _input_site(input_site)
+    sites = sorted({fed or first.input_site, first.output_site, NOTEBOOK_SITE})
     progress("Running the model")
     capture = [Address(site, layer) for layer in layers for site in sites]
-    activations = run(model, text.ids, capture=capture, logits=None).activations
+    activations = run(model, ids, capture=capture, logits=None).activations
     for address in capture:
         _check_finite(activations[address], f"What the model has at {address}", model.dtype)
+    special = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    pieces, masked = pieces_of(tokenizer, ids), special_token_mask(ids, special)
     reports = []
     for layer in layers:
         progress(f"Explaining layer {layer}")
-        transcoder = first if layer == layers[0] else by_layer[layer]
-        site = fed if input_site else transcoder.input_site
+        transcoder = first if layer == layers[0] else transcoders[layer]
+        site = fed or transcoder.input_site
         if not {site, transcoder.output_site} <= {*sites}:
             raise JaxtcError(
                 f"The transcoder of layer {layer} reads {transcoder.input_site} and writes "
@@ -118,57 +114,55 @@ def explain(
                 f"{transcoder.features} features."
             )
         read = {name: BY_NAME[name].join(activations[Address(name, layer)][0]) for name in sites}
-        figures, got = _measure(transcoder, layer, site, read, text, max(top_features, 1))
-        tops = {name: got[name][:, :top_features] for name in ("ids", "values")}
-        names = promoted_pieces(model, tokenizer, transcoder, tops, promoted)
+        figures, got = _measure(transcoder, layer, site, read, ~masked, top_features)
+        names = promoted_pieces(model, tokenizer, transcoder, got, promoted)
         features = [
             tuple(
                 ActiveFeature(f, v, names[f], feature_url(transcoder.source, f))
-                for f, v in zip(ids, values, strict=True)
+                for f, v in zip(*pair, strict=True)
                 if v > 0
             )
-            for ids, values in zip(tops["ids"].tolist(), tops["values"].tolist(), strict=True)
+            for pair in zip(got["ids"].tolist(), got["values"].tolist(), strict=True)
         ]
-        reports.append(LayerReport(**figures, tokens=_tokens(text, got, features)))
+        numbers = (got[name].tolist() for name in ("l0", "above_one", "relative_error"))
+        columns = ids, pieces, masked.tolist(), *numbers, features
+        rows = zip(range(len(ids)), *columns, strict=True)
+        reports.append(LayerReport(**figures, tokens=tuple(TokenReport(*row) for row in rows)))
 
     new: list[int] = []
     if max_new_tokens:
         progress("Continuing the prompt")
-        new = generate(model, text.ids, max_new_tokens).tokens[0]
+        new = generate(model, ids, max_new_tokens).tokens[0]
     return Explanation(
         prompt=prompt,
-        ids=tuple(text.ids),
-        tokens=text.pieces,
+        ids=tuple(ids),
+        tokens=pieces,
         layers=tuple(reports),
-        continuation=_continuation(tokenizer, text.ids, new),
+        continuation=continuation(tokenizer, ids, new),
         continuation_ids=tuple(new),
         warnings=tuple(warnings),
     )
 
 
-def _by_layer(transcoders: Any, layers: int) -> Mapping[int, Transcoder]:
-    """Transcoders by layer, in order; those of a mapping are not loaded yet."""
-    if isinstance(transcoders, Mapping):
-        for layer in transcoders:
-            if check_layer(layer, layers, "A transcoder") != layer:
-                raise SiteError(f"A transcoder is for layer {layer}; count layers from 0 here.")
-        found = transcoders
-    else:
-        found = {}
-        for one in [transcoders] if isinstance(transcoders, Transcoder) else transcoders:
-            if one.layer is None:
-                raise JaxtcError(
-                    f"The transcoder from {one.source or 'memory'} does not know its layer; "
-                    "give a mapping such as {20: transcoder}."
-                )
-            layer = check_layer(one.layer, layers, "A transcoder")
-            if layer in found:
-                raise JaxtcError(f"Two transcoders are for layer {layer}; explain one at a time.")
-            found[layer] = one
-        found = dict(sorted(found.items()))
-    if not found:
+def _by_layer(given: Any, layers: int) -> Mapping[int, Transcoder]:
+    """Transcoders by layer; those of a mapping are not loaded yet."""
+    if not isinstance(given, Mapping):
+        several = [given] if isinstance(given, Transcoder) else list(given)
+        given = {one.layer: one for one in several}
+        if None in given:
+            raise JaxtcError(
+                f"The transcoder from {given[None].source or 'memory'} does not know its layer; "
+                "give a mapping such as {20: transcoder}."
+            )
+        if len(given) < len(several):
+            named = ", ".join(str(one.layer) for one in several)
+            raise JaxtcError(f"Two transcoders are for one layer ({named}); explain one at a time.")
+    if not given:
         raise JaxtcError("No transcoder was given; explain needs at least one.")
-    return found
+    for layer in given:
+        if check_layer(layer, layers, "A transcoder") != layer:
+            raise SiteError(f"A transcoder is for layer {layer}; count layers from 0 here.")
+    return given
 
 
 def _check_finite(x: Any, what: str, dtype: Any) -> None:
@@ -177,15 +171,13 @@ def _check_finite(x: Any, what: str, dtype: Any) -> None:
         return
     name = np.dtype(dtype).name
     wider = {"float16": "'float32' or 'bfloat16'", "bfloat16": "'float32'"}.get(name)
-    remedy = "The weights themselves are broken; load others."
-    if wider:
-        remedy = (
-            f"{name} may be too narrow for it: load it with dtype={wider} (--dtype, for the model, "
-            "on the command line)."
-        )
+    remedy = wider and (
+        f"{name} may be too narrow for it: load it with dtype={wider} (--dtype, for the model, on "
+        "the command line)."
+    )
     raise JaxtcError(
         f"{what} is NaN or infinite somewhere on this prompt, so its figures would mean nothing. "
-        f"It was computed in {name}. {remedy}"
+        f"It was computed in {name}. {remedy or 'The weights are broken; load others.'}"
     )
 
 
@@ -213,8 +205,8 @@ def _check_fit(transcoder: Transcoder, layer: int, site: str, model: Gemma2) -> 
             )
 
 
-def _tokenize(tokenizer: Any, prompt: str, bos: int | None) -> tuple[_Prompt, list[str]]:
-    """The prompt's tokens, and warnings about them."""
+def _tokenize(tokenizer: Any, prompt: str, bos: int | None) -> tuple[list[int], list[str]]:
+    """The prompt's token ids, and warnings about them."""
     encoded = tokenizer(prompt, return_offsets_mapping=bool(tokenizer.is_fast))
     ids = list(encoded["input_ids"])
     warnings = []
@@ -233,13 +225,11 @@ def _tokenize(tokenizer: Any, prompt: str, bos: int | None) -> tuple[_Prompt, li
         warnings.append(
             "The prompt has <bos> twice: the tokenizer adds it, so leave it out of the text."
         )
-    special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
-    pieces = pieces_of(tokenizer, ids)
-    return _Prompt(ids, pieces, special_token_mask(ids, special)), warnings
+    return ids, warnings
 
 
-def _continuation(tokenizer: Any, ids: list[int], new: list[int]) -> str:
-    """The text of the new tokens, with the space that decoding them alone would lose."""
+def continuation(tokenizer: Any, ids: list[int], new: list[int]) -> str:
+    """The text of ``new`` tokens after ``ids``, with the space that decoding them alone loses."""
     if None in tokenizer.convert_ids_to_tokens(new):  # decoding leaves them out
         return "".join(pieces_of(tokenizer, new)).replace("▁", " ")
     before = tokenizer.decode(ids, skip_special_tokens=True)
@@ -247,46 +237,48 @@ def _continuation(tokenizer: Any, ids: list[int], new: list[int]) -> str:
     return after[len(before) :] if after.startswith(before) else tokenizer.decode(new)
 
 
-@functools.partial(jax.jit, static_argnames="top")
-def _encode(transcoder: Transcoder, x: jax.Array, top: int) -> dict[str, jax.Array]:
-    a = transcoder.encode(x)
-    values, ids = jax.lax.top_k(a, top)
-    counts = {"l0": (a > 0).sum(-1), "above_one": (a > 1).sum(-1)}
-    return {"values": values, "ids": ids, "y": transcoder.decode(a, x), **counts}
+@functools.partial(jax.jit, static_argnames=("top", "chunk"))
+def _encode(transcoder: Transcoder, x: jax.Array, top: int, chunk: int) -> dict[str, jax.Array]:
+    def one(x):
+        a = transcoder.encode(x)
+        values, ids = jax.lax.top_k(a, top)
+        counts = {"l0": (a > 0).sum(), "above_one": (a > 1).sum()}
+        return {"values": values, "ids": ids, "y": transcoder.decode(a, x), **counts}
+
+    return jax.lax.map(one, x, batch_size=chunk)
 
 
 def _encoded(transcoder: Transcoder, x: jax.Array, top: int) -> dict[str, np.ndarray]:
     """Strongest features, counts and reconstruction of (T, D) inputs, as (T, ...) on the host.
 
-    Padded and cut in chunks, without layer and source: few compiled programs serve all prompts and
-    all layers.
+    Padded, and without layer and source: few compiled programs serve all prompts and all layers.
     """
-    T, D = x.shape
-    width = min(bucket(T), _CHUNK)
-    padded = np.zeros((-(-T // width) * width, D), np.float32)
-    padded[:T] = np.asarray(x, np.float32)
-    nameless = transcoder.nameless()
-    parts = [_encode(nameless, part, top) for part in padded.reshape(-1, width, D)]
-    return {name: np.concatenate([part[name] for part in parts])[:T] for name in parts[0]}
+    T = len(x)
+    padded = np.pad(np.asarray(x, np.float32), ((0, bucket(T) - T), (0, 0)))
+    found = _encode(transcoder.nameless(), padded, top, _CHUNK)
+    return {name: np.asarray(value)[:T] for name, value in found.items()}
 
 
 def _measure(
-    transcoder: Transcoder, layer: int, site: str, read: Mapping[str, Any], text: _Prompt, top: int
+    transcoder: Transcoder,
+    layer: int,
+    site: str,
+    read: Mapping[str, Any],
+    keep: np.ndarray,
+    top: int,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Fields of a :class:`LayerReport`, from activations by site, and those of its tokens."""
     got = _encoded(transcoder, read[site], top)
     _check_finite(
         got["y"], f"What the transcoder of layer {layer} computes", transcoder.W_dec.dtype
     )
-    target, keep = read[transcoder.output_site], ~text.masked
+    target = read[transcoder.output_site]
     got["relative_error"] = relative_error(target, got["y"])
     fvu = FVU().update(target, got["y"], keep)
     score = math.nan
     imitates = transcoder.output_site == "mlp_out" and transcoder.input_site != "mlp_out"
     if imitates and transcoder.d_in == read[NOTEBOOK_SITE].shape[-1]:
-        same = site == NOTEBOOK_SITE
-        guess = got["y"] if same else _encoded(transcoder, read[NOTEBOOK_SITE], top)["y"]
-        score = notebook_score(target, guess)
+        score = notebook_score(target, _encoded(transcoder, read[NOTEBOOK_SITE], top)["y"])
     figures = {
         "layer": layer,
         "transcoder": transcoder.source,
@@ -295,16 +287,7 @@ def _measure(
         "output_site": transcoder.output_site,
         "fvu": fvu.fvu,
         "explained_variance": fvu.explained_variance,
-        "l0": Mean().update(got["l0"], keep).mean,
-        "relative_error": Mean().update(got["relative_error"], keep).mean,
         "notebook_score": score,
+        **{name: Mean().update(got[name], keep).mean for name in ("l0", "relative_error")},
     }
     return figures, got
-
-
-def _tokens(
-    text: _Prompt, got: Mapping[str, np.ndarray], features: Sequence[tuple[ActiveFeature, ...]]
-) -> tuple[TokenReport, ...]:
-    figures = (got[name].tolist() for name in ("l0", "above_one", "relative_error"))
-    columns = (text.ids, text.pieces, text.masked.tolist(), *figures, features)
-    return tuple(TokenReport(*row) for row in zip(range(len(text.ids)), *columns, strict=True))

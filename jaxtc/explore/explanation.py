@@ -1,4 +1,4 @@
-"""The records :func:`jaxtc.explain` returns, and what each of their numbers means.
+"""The records that :func:`jaxtc.explain` returns: what their numbers mean, links to features.
 
 Axis letters: T tokens of the prompt, M features, V vocabulary.
 """
@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 from jaxtc.helpers import for_json
+from jaxtc.weights.files.layout import GEMMA_SCOPE_2B, PARAMS, tiers_of
 
 #: What each number of an :class:`Explanation` means; part of its JSON.
 CONVENTIONS = {
@@ -84,3 +85,18 @@ class Explanation:
     def to_dict(self) -> dict[str, Any]:
         """Ready for ``json.dumps``, the conventions of its numbers included; NaN becomes None."""
         return for_json({**dataclasses.asdict(self), "conventions": CONVENTIONS})
+
+
+def feature_url(source: str, feature: int | str) -> str | None:
+    """The page of a feature on Neuronpedia, or None when it has none.
+
+    ``source`` is the transcoder's. Pages exist for those of
+    ``google/gemma-scope-2b-pt-transcoders``, 16k wide, at each layer's default L0; the denser tiers
+    have none.
+    """
+    repo, slash, place = source.partition(GEMMA_SCOPE_2B + "/")
+    tiers = [] if repo or not slash else tiers_of([f"{place}/{PARAMS}"])
+    if not tiers or not tiers[0].is_default:
+        return None
+    layer = tiers[0].layer
+    return f"https://www.neuronpedia.org/gemma-2-2b/{layer}-gemmascope-transcoder-16k/{feature}"

@@ -161,49 +161,28 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Certificate:
-    """The outcome of :func:`jaxtc.parity.certify`.
+    """The outcome of :func:`jaxtc.parity.certify`."""
 
-    Attributes:
-        passed: whether everything is within its tolerance.
-        failures: one sentence each: the site, the layer, the figure and its tolerance.
-        notes: what this run could not test, one sentence each.
-        first_jump: None when every site passed.
-        model: the source that was asked for.
-        dtype: of both models' weights.
-        layers: which were compared.
-        config: sizes and constants, by the names of ``config.json``.
-        prompts: in the order they were run.
-        sites: a row for every address, in the order of computation.
-        logits: of our model by itself.
-        generation, transcoder, truth: None when not asked for; ``truth`` has a row for every site.
-        tolerances: the table of this dtype, see :mod:`jaxtc.parity.tolerances`.
-        versions: of jaxtc, jax, flax, numpy, transformers, torch and Python.
-        machine: "platform", and the devices "ours" and "theirs" ran on.
-        seconds: "theirs", "ours" and, where asked for, "truth".
-        created: ISO 8601, UTC.
-        format: of :meth:`to_dict`.
-    """
-
-    passed: bool
-    failures: list[str]
-    notes: list[str]
-    first_jump: Jump | None
-    model: str
-    dtype: str
-    layers: list[int]
-    config: dict[str, Any]
-    prompts: list[Prompt]
-    sites: list[SiteRow]
-    logits: Logits
-    generation: Generation | None
+    passed: bool  # whether everything is within its tolerance
+    failures: list[str]  # one sentence each: the site, the layer, the figure and its tolerance
+    notes: list[str]  # what this run could not test, one sentence each
+    first_jump: Jump | None  # None when every site passed
+    model: str  # the source that was asked for
+    dtype: str  # of both models' weights
+    layers: list[int]  # which were compared
+    config: dict[str, Any]  # sizes and constants, by the names of ``config.json``
+    prompts: list[Prompt]  # in the order they were run
+    sites: list[SiteRow]  # a row for every address, in the order of computation
+    logits: Logits  # of our model by itself
+    generation: Generation | None  # None when not asked for, as the two below
     transcoder: Transcoder | None
-    truth: list[TruthRow] | None
-    tolerances: dict[str, Any]
-    versions: dict[str, str]
-    machine: dict[str, str]
-    seconds: dict[str, float]
-    created: str
-    format: int = VERSION
+    truth: list[TruthRow] | None  # a row for every site
+    tolerances: dict[str, Any]  # the table of this dtype, see :mod:`jaxtc.parity.tolerances`
+    versions: dict[str, str]  # of jaxtc, jax, flax, numpy, transformers, torch and Python
+    machine: dict[str, str]  # "platform", and the devices "ours" and "theirs" ran on
+    seconds: dict[str, float]  # "theirs", "ours" and, where asked for, "truth"
+    created: str  # ISO 8601, UTC
+    format: int = VERSION  # of :meth:`to_dict`
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; numbers it cannot hold are the strings "inf", "-inf" and "nan"."""

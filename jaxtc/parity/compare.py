@@ -150,13 +150,8 @@ class Features:
         self.errors = {"pre_activations": [], "reconstruction": []}
 
     def add(self, ours: dict, theirs: dict, tokens: Sequence[int]) -> None:
-        """Add one prompt.
-
-        Args:
-            ours: (T, D) "mlp_in_normed" and "mlp_out".
-            theirs: these, "reconstruction", and (T, M) "pre_activations" and "activations".
-            tokens: T ids.
-        """
+        """Add one prompt of T tokens: (T, D) "mlp_in_normed" and "mlp_out" of both, and of theirs
+        "reconstruction" and (T, M) "pre_activations" and "activations"."""
         keep = ~special_token_mask(tokens, self.special)
         if not keep.any():
             return

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtc.errors import CapacityError, InputError, SourceError
+from jaxtc.errors import CapacityError, InputError
 from jaxtc.helpers import JAXTC_VERSION, whole_number
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
@@ -48,7 +48,7 @@ def certify(
     layers: Iterable[int] | None = None,
     truth: bool = False,
     new_tokens: int = 16,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str], None] = lambda step: None,
     load: Callable[..., Gemma2] = load_model,
 ) -> Certificate:
     """Compare jaxtc with ``transformers``' PyTorch model, on the same weights and tokens.
@@ -78,11 +78,10 @@ def certify(
         JaxtcError: PyTorch is not installed, or its process failed.
     """
     job.need_torch()
-    say = progress or (lambda step: None)
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"dtype is {dtype!r}, expected 'float32' or 'bfloat16'.")
     whole_number("new_tokens", new_tokens)
-    say(f"Looking for {model}")
+    progress(f"Looking for {model}")
     folder = resolve(model, MODEL).fetch()
     config = Gemma2Config.from_file(folder / "config.json")
     count = config.num_hidden_layers
@@ -101,14 +100,13 @@ def certify(
             prompts=ids, layers=chosen, new_tokens=new_tokens, transcoder=file and str(file),
             transcoder_layer=of_layer, cpu=jax.config.jax_platforms == "cpu",
         )  # fmt: skip
-        reports = {"theirs": job.run(work, say)}
-        exact = None
-        if truth:
-            changes = {"truth": True, "new_tokens": 0, "transcoder": None}
-            exact = dataclasses.replace(work, name="float64", **changes)
-            reports["truth"] = job.run(exact, say)
+        reports = {"theirs": job.run(work, progress)}
+        changes = {"name": "float64", "truth": True, "new_tokens": 0, "transcoder": None}
+        exact = dataclasses.replace(work, **changes) if truth else None
+        if exact:
+            reports["truth"] = job.run(exact, progress)
         began = time.monotonic()
-        say(f"Loading {model} into JAX")
+        progress(f"Loading {model} into JAX")
         ours = load(folder, dtype=dtype)
         features = None
         if file:
@@ -122,23 +120,40 @@ def certify(
             quietly.callback(log.setLevel, log.level)
             log.setLevel(logging.ERROR)
             for index in range(len(ids)):
-                say(f"JAX, {dtype}: prompt {index + 1} of {len(ids)}")
+                progress(f"JAX, {dtype}: prompt {index + 1} of {len(ids)}")
                 side.prompt(index)
             if new_tokens:
-                say("JAX: generating")
+                progress("JAX: generating")
                 new = [generate(ours, row, new_tokens, stop=()).tokens[0] for row in ids]
     seconds = {name: report["seconds"] for name, report in reports.items()}
     seconds["ours"] = time.monotonic() - began
     text = tokenizer() if any(text is not None for text in texts) else None
-    return verdict.certificate(
-        limits,
-        side,
-        generation=compare.generation(new, reports["theirs"]["prompts"], text),
-        transcoder=features and features.result(str(transcoder), of_layer),
+    held = [Prompt(text, len(row)) for text, row in zip(texts, ids, strict=True)]
+    rows, truths, logits = side.rows(), side.truth_rows(), side.predictions.result()
+    continued = compare.generation(new, reports["theirs"]["prompts"], text)
+    compared = features and features.result(str(transcoder), of_layer)
+    untested = features is not None and compared is None
+    failures = [
+        *verdict.of_sites(rows), *verdict.of_truth(truths, limits),
+        *verdict.of_logits(logits, limits), *verdict.of_generation(continued, limits),
+        *verdict.of_transcoder(compared),
+    ]  # fmt: skip
+    return Certificate(
+        passed=not failures,
+        failures=failures,
+        notes=verdict.notes(config, held, chosen, limits, untested),
+        first_jump=verdict.first(rows),
         model=str(model),
+        dtype=dtype,
         layers=chosen,
-        config=config,
-        prompts=[Prompt(text, len(row)) for text, row in zip(texts, ids, strict=True)],
+        config=config.to_dict(),
+        prompts=held,
+        sites=rows,
+        logits=logits,
+        generation=continued,
+        transcoder=compared,
+        truth=truths,
+        tolerances=dataclasses.asdict(limits),
         versions={
             "jaxtc": JAXTC_VERSION,
             **{name: version(name) for name in ("jax", "flax", "numpy")},
@@ -194,13 +209,7 @@ def _transcoder(
         return None, None
     found = resolve(source, TRANSCODERS)
     if layer is None:
-        try:
-            there = found.layers()
-        except SourceError as error:
-            raise SourceError(
-                f"{error} (--transcoder-layer, transcoder_layer=, says which layer's MLP a "
-                "transcoder imitates.)"
-            ) from error
+        there = found.layers()
         if len(there) > 1:
             raise InputError(
                 f"{source} has transcoders for layers {', '.join(map(str, there))}; say which "

@@ -45,13 +45,10 @@ class Job:
         """Where a prompt's arrays are."""
         return Path(self.root) / f"{self.name}.{prompt}"
 
-    def file(self, prompt: int, name: object) -> Path:
-        """The file of an array, named by an address or "transcoder.*"."""
-        return self.folder(prompt) / f"{name}.npy"
-
     def array(self, prompt: int, name: object) -> np.ndarray:
-        """The reference's array, memory-mapped; no batch axis."""
-        return np.load(self.file(prompt, name), mmap_mode="r", allow_pickle=False)
+        """Of an address or "transcoder.*", memory-mapped; no batch axis."""
+        file = self.folder(prompt) / f"{name}.npy"
+        return np.load(file, mmap_mode="r", allow_pickle=False)
 
 
 def addresses(layers: Iterable[int]) -> list[Address]:

@@ -38,18 +38,17 @@ class Comparison:
         model: Gemma2,
         work: Job,
         exact: Job | None,
-        tolerances: Tolerances,
+        limits: Tolerances,
         features: Features | None,
     ):
         self.model, self.work, self.exact, self.features = model, work, exact, features
-        self.predictions = Predictions(tolerances)
+        self.limits, self.predictions = limits, Predictions(limits)
         order = addresses(work.layers)
         self.accumulated = {address: Tally(address.site) for address in order}
         # Given too: the final sites start from it.
         self.end = Address("resid_post", model.config.num_hidden_layers - 1)
         self.isolated = {a: Tally(a.site) for a in order if a.site not in GIVEN and a != self.end}
-        names = [site.name for site in SITES] if exact else []
-        self.truth = {name: (Tally(name), Tally(name)) for name in names}
+        self.truth = {site.name: (Tally(site.name), Tally(site.name)) for site in SITES if exact}
 
     def prompt(self, index: int) -> None:
         """Run one prompt both ways and compare it; its files are deleted."""
@@ -98,23 +97,22 @@ class Comparison:
         count = self.model.config.num_hidden_layers
         edits = []
         for site in GIVEN:
-            rows = {layer: self.work.array(index, Address(site, layer)) for layer in group}
-            stacked = np.zeros((count, 1, *rows[group[0]].shape), np.float32)
-            for layer, row in rows.items():
-                stacked[layer, 0] = row
+            rows = [self.work.array(index, Address(site, layer)) for layer in group]
+            stacked = np.zeros((count, 1, *rows[0].shape), np.float32)
+            stacked[group, 0] = rows
             edits.append(SetTo(PerLayer(stacked), site=site, layer=group))
         if last:
             end = self.work.array(index, self.end)
             edits.append(SetTo(np.asarray(end)[None], site=str(self.end)))
         return edits
 
-    def rows(self, tolerances: Tolerances) -> list[SiteRow]:
+    def rows(self) -> list[SiteRow]:
         """The figures of every address, judged."""
         rows = []
         for address, whole in self.accumulated.items():
             alone = self.isolated.get(address)
-            accumulated = whole.figures(tolerances, "accumulated")
-            isolated = alone and alone.figures(tolerances, "isolated")
+            accumulated = whole.figures(self.limits, "accumulated")
+            isolated = alone and alone.figures(self.limits, "isolated")
             passed = accumulated.passed and (isolated is None or isolated.passed)
             masks = (alone or whole).masks_differ
             rows.append(SiteRow(address.site, address.layer, accumulated, isolated, masks, passed))

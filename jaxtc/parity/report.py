@@ -1,13 +1,14 @@
 """The certificate as one HTML file: no script, nothing fetched, fit for a phone and for paper."""
 
 import functools
-import importlib.util
+import itertools
 import math
 import os
 import shlex
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
+from types import ModuleType
 
 from jaxtc.errors import InputError
 from jaxtc.helpers import write_whole
@@ -29,27 +30,20 @@ COLOURS = {
 SHOWN = 12
 
 
-def need_jinja2() -> None:
-    """Raise InputError where jinja2 is not installed."""
-    if importlib.util.find_spec("jinja2") is None:
+def need_jinja2() -> ModuleType:
+    """The module; raises InputError where it is not installed."""
+    try:
+        import jinja2
+    except ImportError as error:
         raise InputError(
             "The HTML report needs jinja2, which is not installed here: pip install "
             "'jaxtc[parity]'. The JSON form of the certificate (--json) needs nothing."
-        )
+        ) from error
+    return jinja2
 
 
 def write_report(certificate: Certificate, path: str | os.PathLike) -> Path:
-    """Write the HTML report of a certificate, whole or not at all.
-
-    The file is self-contained and has no script; what came from outside (prompts, names) is
-    escaped.
-
-    Args:
-        certificate: to show.
-        path: of the file, replaced if it exists.
-
-    Returns:
-        The path.
+    """Write the HTML report of a certificate, whole or not at all; returns the path.
 
     Raises:
         InputError: jinja2 is not installed.
@@ -60,10 +54,8 @@ def write_report(certificate: Certificate, path: str | os.PathLike) -> Path:
 
 
 def render(certificate: Certificate) -> str:
-    """The page; raises as :func:`write_report`."""
-    need_jinja2()
-    import jinja2
-
+    """The page; what came from outside (prompts, names) is escaped."""
+    jinja2 = need_jinja2()
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -77,7 +69,6 @@ def render(certificate: Certificate) -> str:
         kinds=KINDS,
         sites=sites,
         farthest={kind: farthest(certificate, kind) for kind in KINDS},
-        over=sum(not row.passed for row in certificate.sites),
         shown=SHOWN,
         colours=COLOURS,
         decades=range(LEAST, 1),
@@ -85,8 +76,6 @@ def render(certificate: Certificate) -> str:
         from_file=not runs_default(certificate),
         one_a_line=all(one.text and not {*"\r\n"} & {*one.text} for one in certificate.prompts),
         layers=spans(certificate.layers),
-        tables=[one for one in certificate.tolerances.values() if isinstance(one, dict)],
-        ratios=[row.ratio for row in certificate.truth or () if row.ratio is not None],
     )
 
 
@@ -119,13 +108,11 @@ def runs_default(certificate: Certificate) -> bool:
 
 def spans(layers: Iterable[int]) -> str:
     """``0,5,10-12``."""
-    found: list[list[int]] = []
-    for layer in sorted(layers):
-        if found and layer == found[-1][-1] + 1:
-            found[-1].append(layer)
-        else:
-            found.append([layer])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in found)
+    layers, found = sorted(layers), []
+    for _, run in itertools.groupby(enumerate(layers), lambda pair: pair[1] - pair[0]):
+        (_, first), *_, (_, last) = [*run] * 2
+        found.append(str(first) if first == last else f"{first}-{last}")
+    return ",".join(found)
 
 
 def exact(number: float | str | None, form: str = ".4g") -> str:

@@ -69,18 +69,10 @@ def tokenised(
     tokenizer: Any,
     extra: int,
 ) -> tuple[list[str | None], list[list[int]]]:
-    """Texts (None where ids were given) and ids of the prompts, checked.
+    """Texts (None where ids were given) and ids of the prompts of :func:`jaxtc.parity.certify`.
 
-    Args:
-        prompts: texts, or rows of ids; the built-in texts by default.
-        model: its source.
-        config: for the vocabulary and the context.
-        tokenizer: returns the tokenizer; called only where there is a text.
-        extra: tokens that will be added to each.
-
-    Raises:
-        InputError: no prompt, or one that the model cannot run.
-        SourceError: texts, but no tokenizer.
+    ``tokenizer`` returns it, and is called only where there is a text; ``extra`` tokens will be
+    added to each. Raises InputError for no prompt, or one that the model cannot run.
     """
     if prompts is None:
         prompts = built_in(model)

@@ -54,13 +54,6 @@ MEASURED: dict[str, tuple[float, float, float, float]] = {
 }
 
 
-def measured(site: str) -> tuple[float, ...]:
-    """The row of a site; by default the largest of each column among those of its kind."""
-    kind = BY_NAME[site].kind
-    alike = [row for name, row in MEASURED.items() if BY_NAME[name].kind == kind]
-    return MEASURED.get(site) or tuple(map(max, zip(*alike, strict=True)))
-
-
 # The others by dtype. A KL grows with the square of an error; ``margin`` is half the largest error
 # of a logit, so that the tolerance is twice that.
 PREDICTIONS = {
@@ -104,7 +97,10 @@ def tolerances(dtype: str, layers: int = DEPTH) -> Tolerances:
     """Of "float32" or "bfloat16", for a model of this many layers."""
     column = 0 if dtype == "float32" else 2
     deeper = max(1.0, layers / DEPTH)
-    rows = {site.name: measured(site.name) for site in SITES}
+    rows = {}
+    for site in SITES:
+        alike = [row for name, row in MEASURED.items() if BY_NAME[name].kind == site.kind]
+        rows[site.name] = MEASURED.get(site.name) or [*map(max, zip(*alike, strict=True))]
     predictions = {
         name: (FACTOR * deeper) ** (2 if name.startswith("kl") else 1) * value
         for name, value in PREDICTIONS[dtype].items()

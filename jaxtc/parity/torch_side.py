@@ -71,12 +71,8 @@ def forward(
     Sites that no module of ``transformers`` has are computed from hooked tensors, in the dtypes
     of its own forward pass. Masked scores are NaN.
 
-    Args:
-        model: from :func:`load`.
-        ids: (B, T).
-        mask: (B, T), 1 on real tokens.
-        keep: called with an address and its (B, ...) tensor.
-        layers: whose sites; all by default.
+    ``ids`` and ``mask`` are (B, T), the latter 1 on real tokens. ``keep`` is called with an address
+    and its (B, ...) tensor, of all ``layers`` by default.
     """
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     count = model.config.num_hidden_layers
@@ -240,7 +236,7 @@ def one(job: Job, model: Gemma2ForCausalLM, index: int, ids: torch.Tensor) -> di
 
     def write(name: str, x: torch.Tensor) -> None:
         x = x if x.dtype == torch.float64 else x.float()
-        np.save(job.file(index, name), x[0].cpu().numpy(), allow_pickle=False)
+        np.save(job.folder(index) / f"{name}.npy", x[0].cpu().numpy(), allow_pickle=False)
 
     def keep(address: Address, x: torch.Tensor) -> None:
         write(str(address), x)

@@ -1,14 +1,11 @@
 """From figures to a verdict: what is over its tolerance, where it began, what was not tested."""
 
-import dataclasses
 from collections.abc import Iterable
-from typing import Any
 
 from jaxtc.errors import some
 from jaxtc.model.config import FULL, SLIDING, Gemma2Config
 from jaxtc.parity.certificate import (
     KINDS,
-    Certificate,
     Figures,
     Generation,
     Jump,
@@ -18,30 +15,7 @@ from jaxtc.parity.certificate import (
     Transcoder,
     TruthRow,
 )
-from jaxtc.parity.ours import Comparison
 from jaxtc.parity.tolerances import Tolerances
-
-
-def certificate(tolerances: Tolerances, side: Comparison, **known: Any) -> Certificate:
-    """The certificate of a finished comparison; ``known`` are its other fields, ``config`` a
-    :class:`Gemma2Config`."""
-    config, prompts = known.pop("config"), known["prompts"]
-    rows = side.rows(tolerances)
-    logits, truth = side.predictions.result(), side.truth_rows()
-    untested = side.features is not None and known["transcoder"] is None
-    failures = [
-        *(sentence for kind in KINDS for sentence in of_sites(rows, kind)),
-        *of_truth(truth, tolerances),
-        *of_logits(logits, tolerances),
-        *of_generation(known["generation"], tolerances),
-        *of_transcoder(known["transcoder"]),
-    ]
-    return Certificate(
-        passed=not failures, failures=failures, logits=logits, sites=rows,
-        first_jump=first(rows), truth=truth, dtype=tolerances.dtype,
-        notes=notes(config, prompts, known["layers"], tolerances, untested), **known,
-        config=config.to_dict(), tolerances=dataclasses.asdict(tolerances),
-    )  # fmt: skip
 
 
 def over(rows: Iterable[SiteRow], kind: str) -> list[tuple[SiteRow, Figures]]:
@@ -57,13 +31,14 @@ def first(rows: list[SiteRow]) -> Jump | None:
     return one and Jump(one.address, one.site, one.layer, kind, *figures.judged)
 
 
-def of_sites(rows: list[SiteRow], kind: str) -> list[str]:
-    """One sentence for every site, about the first layer over tolerance."""
-    found: dict[str, list[tuple[SiteRow, Figures]]] = {}
-    for pair in over(rows, kind):
-        found.setdefault(pair[0].site, []).append(pair)
+def of_sites(rows: list[SiteRow]) -> list[str]:
+    """One sentence for every kind of error and site, about the first layer over tolerance."""
+    found: dict[tuple[str, str], list[tuple[SiteRow, Figures]]] = {}
+    for kind in KINDS:
+        for pair in over(rows, kind):
+            found.setdefault((kind, pair[0].site), []).append(pair)
     sentences = []
-    for site, [(one, figures), *later] in found.items():
+    for (kind, site), [(one, figures), *later] in found.items():
         error, tolerance = figures.judged
         token = " at the worst token" if figures.relative <= figures.tolerance else ""
         what = f"{kind} error {error:.2e}{token}, tolerance {tolerance:.1e}"
@@ -129,18 +104,13 @@ def of_transcoder(found: Transcoder | None) -> list[str]:
     if found is None:
         return []
     where, odd = f"transcoder of layer {found.layer}", found.differing - found.near_threshold
+    own = "differs from the reference's own by"
     failures = _beyond(
         where,
         ("pre-activations from the same input differ by", found.pre_activations, found.tolerance),
         ("reconstruction from the same input differs by", found.reconstruction, found.tolerance),
-        *(
-            (
-                f"{name} differs from the reference's own by",
-                _apart(getattr(found, name), found.fvu_reference),
-                found.fvu_tolerance,
-            )
-            for name in ("fvu_ours", "fvu_theirs")
-        ),
+        (f"fvu_ours {own}", _apart(found.fvu_ours, found.fvu_reference), found.fvu_tolerance),
+        (f"fvu_theirs {own}", _apart(found.fvu_theirs, found.fvu_reference), found.fvu_tolerance),
     )
     if odd:
         failures.append(

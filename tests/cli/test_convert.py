@@ -69,7 +69,7 @@ def test_the_embedded_transcoders_there_and_back(capsys, tmp_path):
         (["embedded", "out", "--kind", "transcoders", "--layers", "9"], "it has layers 0, 1, 2, 3"),
         (["embedded", "out", "--to", "npz", "--dtype", "bfloat16"], "params.npz is float32"),
         (["embedded", "out", "--verify"], "nothing says what the hub's hashes"),
-        (["embedded", "out", "--max-shard-size", "0"], "expected more than 0"),
+        (["embedded", "out", "--max-shard-size", "0"], "expected at least 1"),
         (["embedded", "out", "--to", "circuit-tracer", "--model-name", 'a"b'], "model_name is"),
     ],
 )

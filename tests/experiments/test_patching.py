@@ -181,7 +181,13 @@ WRONG = {
     "once": (SiteError, "these sites can: resid_pre", CLEAN, BAD, dict(site="embed")),
     "layer": (SiteError, "layer by layer", CLEAN, BAD, dict(site="layers.1.mlp_out")),
     "pairs": (SiteError, "token by token", CLEAN, BAD, dict(site="attn_pattern")),
-    "no heads": (SiteError, "no heads", CLEAN, BAD, dict(site="mlp_out", heads=True)),
+    "no heads": (
+        SiteError,
+        "head by head; these sites can: q",
+        CLEAN,
+        BAD,
+        dict(site="mlp_out", heads=True),
+    ),
     "edit": (EditError, "position 7", CLEAN, BAD, dict(edits=[Add(1.0, site="q", position=7)])),
 }
 

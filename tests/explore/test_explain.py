@@ -14,7 +14,7 @@ from flax import nnx
 import jaxtc
 from jaxtc.errors import InputError, JaxtcError, SiteError
 from jaxtc.explore.explain import explain
-from jaxtc.explore.neuronpedia import feature_url
+from jaxtc.explore.explanation import feature_url
 from jaxtc.transcoders.promoted import promoted_tokens
 from tests.support import tiny
 
