@@ -75,10 +75,7 @@ ERRORS = {
         "has transcoders for layers 0, 1; say which with --transcoder-layer 0",
     ),
     "layer without transcoder": ("{root}/model --transcoder-layer 1", "but no transcoder"),
-    "bare file": (
-        "{root}/model --transcoder {root}/bare/params.npz",
-        "say which layer, as a number",
-    ),
+    "bare file": ("{root}/model --transcoder {root}/bare/params.npz", "--transcoder-layer"),
     "narrow": ("{root}/model --transcoder {root}/thin/layer_1/params.npz", "another model"),
     "no such transcoder": ("{root}/model --transcoder {root}/none.npz", "There is no file"),
     "report in no folder": ("{root}/model --report {root}/none/a.html", "there is no folder"),

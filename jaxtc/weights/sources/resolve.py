@@ -115,7 +115,8 @@ class Source:
             if named is None:
                 raise SourceError(
                     f"{self.path} is one transcoder, and no folder around it (layer_N) says of "
-                    "which layer; say which layer, as a number."
+                    "which layer; say which layer, as a number (for `jaxtc parity`, "
+                    "--transcoder-layer)."
                 )
             return [named]
         return sorted({tier.layer for tier in self._tiers()})
