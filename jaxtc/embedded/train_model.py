@@ -1,6 +1,7 @@
 """Training the small Gemma-2: AdamW on packed documents, some embeddings left as drawn."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -9,11 +10,21 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxtc.embedded.settings import ModelRecipe
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.training.loop import Log, fit
 from jaxtc.training.packing import Batch, Batches, next_token_loss
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """How the model is trained."""
+
+    steps: int = 5000
+    learning_rate: float = 3e-3  # peak; 2% of the steps warm-up, linear decay to 0 from 40% on
+    weight_decay: float = 0.1  # AdamW's, of matrices, not of norms and embeddings
+    clip: float = 1.0  # largest norm of the gradient
+    seed: int = 0  # of the initial weights
 
 
 def small_config(vocab_size: int, **sizes) -> Gemma2Config:

@@ -20,10 +20,6 @@ Step = Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
 Stacked = Callable[[int, int], Any]
 
 
-def _named(leaves: list) -> dict[str, Any]:
-    return {f"leaf_{index:04d}": leaf for index, leaf in enumerate(leaves)}
-
-
 def fit(
     step: Step,
     carry: Any,
@@ -64,10 +60,7 @@ def fit(
     saver = folder and ocp.training.Checkpointer(folder.absolute(), preservation_policy=keep)
     done = saver.latest.step if saver and saver.latest else 0
     if done:
-        leaves, structure = jax.tree.flatten(carry)
-        leaves = jax.tree.map(ocp.arrays.to_shape_dtype_struct, _named(leaves))
-        found = saver.load(done, leaves)
-        carry = jax.tree.unflatten(structure, [found[leaf] for leaf in leaves])
+        carry = saver.load(done, jax.tree.map(ocp.arrays.to_shape_dtype_struct, carry))
         log(f"{name}: resuming from step {done} of {steps}")
     # Whole chunks from step 0, so that a resumed run executes the same programs.
     end = steps if stop_at is None else min(stop_at, steps)
@@ -84,7 +77,7 @@ def fit(
             pace = f"{rate * 1e3:.0f} ms/step, {rate * (steps - done):.0f} s left"
             log(f"{name}: step {done}/{steps} {values} ({pace})")
             if saver:
-                saver.save(done, _named(jax.tree.leaves(carry)))
+                saver.save(done, carry)
             saved = done
     if saver:
         saver.close()  # waits until everything is on disk

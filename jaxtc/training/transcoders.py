@@ -175,34 +175,34 @@ def train_transcoders(
         density = jnp.full(recipe.features, _REVIVED_DENSITY * recipe.rarest)
         return weights, transform.init(weights), density
 
-    def step(carry, batch):
-        number, states = carry
+    def advance(i: int, number, batch, weights: Weights, state, density):
+        x, y = (part[i] / scale for part, scale in zip(batch, scales[i], strict=True))
         ramp = jnp.minimum(1.0, number / (0.2 * recipe.steps))
         reviving = (number % recipe.revive_every == 0) & (number > 0)
         reviving &= number <= 0.6 * recipe.steps
+        gradient, (seen, now, left) = jax.grad(loss, has_aux=True)(weights, x, y, ramp, recipe)
+        updates, state = transform.update(_tangent(gradient, weights), state)
+        weights = optax.apply_updates(weights, updates)
+        weights = weights._replace(
+            W_dec=_unit_rows(weights.W_dec), threshold=jnp.maximum(weights.threshold, 0)
+        )
+        density += _DENSITY_RATE * (now - density)
+        dead = density < recipe.rarest
+        key = jax.random.fold_in(keys[i], number)
+        weights = jax.lax.cond(
+            reviving, lambda: revive(key, weights, dead, x, left), lambda: weights
+        )
+        density = jnp.where(dead & reviving, _REVIVED_DENSITY * recipe.rarest, density)
+        seen |= {"dead": dead.mean()}
+        return (weights, state, density), {f"{k}[{layers[i]}]": value for k, value in seen.items()}
+
+    def step(carry, batch):
+        number, states = carry
         after, figures = [], {}
-        for i, (weights, state, density) in enumerate(states):
-            pair = batch[0][i] / scales[i][0], batch[1][i] / scales[i][1]
-            gradient, (seen, now, left) = jax.grad(loss, has_aux=True)(weights, *pair, ramp, recipe)
-            updates, state = transform.update(_tangent(gradient, weights), state)
-            weights = optax.apply_updates(weights, updates)
-            weights = weights._replace(
-                W_dec=_unit_rows(weights.W_dec), threshold=jnp.maximum(weights.threshold, 0)
-            )
-            density += _DENSITY_RATE * (now - density)
-            dead = density < recipe.rarest
-            weights, density = jax.lax.cond(
-                reviving,
-                lambda key, w, d, dead, x, left: (
-                    revive(key, w, dead, x, left),
-                    jnp.where(dead, _REVIVED_DENSITY * recipe.rarest, d),
-                ),
-                lambda key, w, d, dead, x, left: (w, d),
-                jax.random.fold_in(keys[i], number), weights, density, dead, pair[0], left,
-            )  # fmt: skip
-            after.append((weights, state, density))
-            seen["dead"] = dead.mean()
-            figures |= {f"{name}[{layers[i]}]": value for name, value in seen.items()}
+        for i, state in enumerate(states):
+            new, seen = advance(i, number, batch, *state)
+            after.append(new)
+            figures |= seen
         return (number + 1, after), figures
 
     _, states = fit(

@@ -17,10 +17,9 @@ from jaxtc.cli import embedded as cli
 from jaxtc.embedded import DATA, model_folder, transcoder_folder
 from jaxtc.embedded.corpus import default_corpus
 from jaxtc.embedded.report import measure
-from jaxtc.embedded.settings import ModelRecipe
 from jaxtc.embedded.text import UserText
 from jaxtc.embedded.tokenizer import entity_id, world_tokenizer
-from jaxtc.embedded.train_model import small_config, train_model
+from jaxtc.embedded.train_model import ModelRecipe, small_config, train_model
 from jaxtc.training.harvest import Harvest
 from jaxtc.training.packing import EOS, Batches, next_token_loss, pack
 from jaxtc.training.transcoders import (
