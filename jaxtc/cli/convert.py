@@ -9,8 +9,7 @@ from jaxtc.cli.options import argument, option, parse_layers
 from jaxtc.cli.runtime import working
 from jaxtc.errors import InputError
 from jaxtc.helpers import gigabytes
-from jaxtc.weights.checkpoints.read import is_converted
-from jaxtc.weights.checkpoints.sidecar import read_sidecar
+from jaxtc.weights.checkpoints.sidecar import SIDECAR, read_sidecar
 from jaxtc.weights.conversion.convert import TARGETS, convert
 
 
@@ -89,7 +88,7 @@ def _size(folder: Path) -> str:
     """What was written, in a few words."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     size = f"{gigabytes(sum(path.stat().st_size for path in files))} in {len(files)} files"
-    if not is_converted(folder):
+    if not (folder / SIDECAR).exists():
         return size
     sidecar = read_sidecar(folder)
     return f"{size}, {sidecar.kind} in {sidecar.dtype}, content {sidecar.content[:12]}"

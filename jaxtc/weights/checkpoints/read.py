@@ -6,7 +6,6 @@ contents with its hashes on ``verify``, and whenever a checkpoint is converted.
 
 import functools
 import json
-import os
 import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,7 +23,7 @@ from jaxtc.sharding.rules import variables
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.checkpoints import tree
 from jaxtc.weights.checkpoints.sidecar import SIDECAR, read_bytes, read_sidecar, sha256
-from jaxtc.weights.files import arrays, local
+from jaxtc.weights.files import arrays
 from jaxtc.weights.files.layout import check_layer
 
 _Module = TypeVar("_Module", Gemma2, Transcoder)
@@ -33,12 +32,6 @@ _OTHERS = {
     "model": "transcoders, not a model; load them with load_transcoder",
     "transcoders": "a model, not transcoders; load it with load_model",
 }
-
-
-def is_converted(folder: Any) -> bool:
-    """Whether this is a folder that ``jaxtc convert`` or :func:`jaxtc.save_checkpoint` made."""
-    here = isinstance(folder, Path)
-    return local.has(folder, SIDECAR) if here else (folder / SIDECAR).exists()
 
 
 class Converted:
@@ -60,10 +53,11 @@ class Converted:
             _check_plain(folder)
         if kind not in (None, self.sidecar.kind):
             raise SourceError(f"{folder} holds {_OTHERS[kind]}.")
-        for file in self.sidecar.files if verify else ():
-            self.content(file)
-        for name in self.sidecar.arrays if verify else ():
-            self.fetch(name)
+        if verify:
+            for file in self.sidecar.files:
+                self.content(file)
+            for name in self.sidecar.arrays:
+                self.fetch(name)
 
     def content(self, file: str) -> bytes:
         """The bytes of a file beside the tree. Raises WeightsError if its hash is another."""
@@ -73,6 +67,18 @@ class Converted:
         """An array as it was written. Raises WeightsError if its hash is another."""
         array = self._load({name: self._stored(name)})[name]
         return self._checked(name, array, self.sidecar.arrays[name].sha256)
+
+    def read(self, name: str, dtype: np.dtype) -> tuple[np.ndarray, str]:
+        """An array as :meth:`fetch`, cast; and what is wrong with its values or an empty string."""
+        stored = self.fetch(name)
+        if not arrays.all_finite(stored):
+            return stored, f"{name} holds NaN or infinity"
+        if stored.dtype == dtype:
+            return stored, ""
+        array = arrays.empty(stored.shape, dtype)
+        arrays.cast(stored, array)
+        finite = arrays.all_finite(array)
+        return array, "" if finite else f"{name} holds values too large for {dtype.name}"
 
     def _checked(self, name: str, found: Any, expected: str | None) -> Any:
         if sha256(found) != expected:
@@ -166,9 +172,9 @@ class Converted:
                 "convert it again."
             )
 
-    def _stored(self, name: str, sharding: NamedSharding | None = None) -> jax.ShapeDtypeStruct:
+    def _stored(self, name: str) -> jax.ShapeDtypeStruct:
         one = self.sidecar.arrays[name]
-        return jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(one.shape, one.dtype)
 
     def _load(self, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
         assert self._sound
@@ -204,10 +210,9 @@ class Converted:
             for name in names:
                 array = found.pop(name)
                 if not _is_finite(array):
-                    place = {name: self._stored(name, wanted[name].sharding)}
-                    large = _is_finite(self._load(place)[name]) and wanted[name].dtype
-                    fault = f"values too large for {large}" if large else "NaN or infinity"
-                    problems.append(f"{name} holds {fault}")
+                    given, dtype = self.sidecar.arrays[name].dtype, wanted[name].dtype
+                    large = f"values too large for {dtype}, " * (not np.can_cast(given, dtype))
+                    problems.append(f"{name} holds {large}NaN or infinity")
                 values[name] = arrays.to_jax(array) if isinstance(array, np.ndarray) else array
                 done += sizes[name]
             if progress:
@@ -235,16 +240,11 @@ def _is_finite(array: Any) -> bool:
 
 def _check_plain(folder: Path) -> None:
     """Refuse links, which may lead anywhere, and pipes and devices, where reading hangs."""
-
-    def refuse(error: OSError) -> None:
-        raise WeightsError(f"{error.filename} cannot be read: {error.strerror}.") from error
-
-    for place, folders, files in os.walk(folder, onerror=refuse):
-        for path in (os.path.join(place, name) for name in (*folders, *files)):
-            mode = os.lstat(path).st_mode
-            if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
-                kind = "a link" if stat.S_ISLNK(mode) else "not a plain file"
-                raise WeightsError(
-                    f"{path} is {kind}, which no converted checkpoint contains. Copy or convert "
-                    "the checkpoint again."
-                )
+    for path in folder.rglob("*"):
+        mode = path.lstat().st_mode
+        if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+            kind = "a link" if stat.S_ISLNK(mode) else "not a plain file"
+            raise WeightsError(
+                f"{path} is {kind}, which no converted checkpoint contains. Copy or convert the "
+                "checkpoint again."
+            )

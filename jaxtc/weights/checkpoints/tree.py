@@ -24,9 +24,6 @@ from jaxtc.errors import WeightsError
 # Arrays are cut along their longest axis into chunks of at most this.
 CHUNK_BYTES = 16 << 20
 
-# Of the metadata of an orbax checkpoint.
-_METADATA = ("_CHECKPOINT_METADATA", "state/_METADATA")
-
 # Warnings that there is no database, that what a killed save has left is removed, and of what
 # becomes our errors.
 _EXPECTED = (
@@ -77,22 +74,19 @@ def finalize(folder: Path) -> None:
         for suffix in ("partial_save", "metadata", "metadata.new")
     )
     if kept.exists():  # an earlier merge was cut short
-        for name in _METADATA:
+        for name in ("_CHECKPOINT_METADATA", "state/_METADATA"):
             (partial / name).unlink(missing_ok=True)
-        _copy_metadata(kept, partial)
+        shutil.copytree(kept, partial, dirs_exist_ok=True)
     else:
-        _copy_metadata(partial, new)
+        shutil.copytree(partial, new, ignore=_arrays_in, dirs_exist_ok=True)
         new.rename(kept)
     with _orbax() as ocp:
         ocp.partial.finalize(folder)
     shutil.rmtree(kept)
 
 
-def _copy_metadata(source: Path, target: Path) -> None:
-    for path in (path for name in _METADATA for path in source.glob(f"*.pending_*/{name}")):
-        copy = target / path.relative_to(source)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, copy)
+def _arrays_in(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if Path(folder).name == "state" and name != "_METADATA"]
 
 
 def stored(folder: Any) -> dict[str, Any]:
