@@ -11,13 +11,12 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 from tokenizers import Tokenizer
 
 from jaxtc.embedded import model_folder, transcoder_folder
-from jaxtc.embedded.corpus import Corpus, default_corpus
+from jaxtc.embedded.corpus import Corpus
 from jaxtc.embedded.report import Report, measure
 from jaxtc.embedded.text import UserText
 from jaxtc.embedded.tokenizer import entity_id, for_transformers, train_bpe, world_tokenizer
@@ -48,15 +47,13 @@ class Recipe:
     sizes: tuple[tuple[str, int], ...] = ()  # fields of Gemma2Config other than the embedded one's
 
 
-def train(
-    out: Path, recipe: Recipe, source: Corpus | UserText | None = None, *, log: Log = print
-) -> Report:
+def train(out: Path, recipe: Recipe, source: Corpus | UserText, *, log: Log = print) -> Report:
     """Make ``out/model``, ``out/transcoders`` and ``out/report.json``.
 
     Args:
         out: created when missing; a run that was killed there resumes.
         recipe: settings.
-        source: the text; the generated corpus when None.
+        source: the text.
         log: called with lines of progress.
 
     Returns:
@@ -65,7 +62,6 @@ def train(
     Raises:
         SourceError: ``out`` holds a finished run, or one begun with other settings.
     """
-    source = default_corpus() if source is None else source
     work = _open_work(out, recipe, source)
     tokenizer = _tokenizer(work / "tokenizer.json", recipe, source)
     if not model_folder(out).exists():
@@ -74,7 +70,7 @@ def train(
         _train_transcoders(out, recipe, source, tokenizer, log)
     log("measuring")
     report = measure(out, source)
-    _write_json(out / "report.json", dataclasses.asdict(report))
+    write_whole(out / "report.json", json.dumps(dataclasses.asdict(report), indent=2) + "\n")
     shutil.rmtree(work)
     return report
 
@@ -138,7 +134,12 @@ def _train_transcoders(
 
 def _open_work(out: Path, recipe: Recipe, source: Corpus | UserText) -> Path:
     """``out/work``, if it is new or was begun with the same settings and text."""
-    work, settings = out / "work", _settings(recipe, source)
+    work = out / "work"
+    text = f"the generated corpus, seed {source.seed}"
+    if isinstance(source, UserText):
+        digest = hashlib.sha256(source.text.encode()).hexdigest()
+        text = f"text with SHA-256 {digest}, seed {source.seed}"
+    settings = json.loads(json.dumps({"text": text, **dataclasses.asdict(recipe)}))
     begun = work / "settings.json"
     if not work.exists() and (model_folder(out).exists() or transcoder_folder(out).exists()):
         raise SourceError(
@@ -153,17 +154,5 @@ def _open_work(out: Path, recipe: Recipe, source: Corpus | UserText) -> Path:
             f"{out} holds an unfinished run with other settings ({', '.join(differ)}). Use those "
             f"settings to resume it, delete {work} to start over, or give another folder."
         )
-    _write_json(begun, settings)
+    write_whole(begun, json.dumps(settings, indent=2))
     return work
-
-
-def _settings(recipe: Recipe, source: Corpus | UserText) -> dict[str, Any]:
-    text = f"the generated corpus, seed {source.seed}"
-    if isinstance(source, UserText):
-        digest = hashlib.sha256(source.text.encode()).hexdigest()
-        text = f"text with SHA-256 {digest}, seed {source.seed}"
-    return json.loads(json.dumps({"text": text, **dataclasses.asdict(recipe)}))
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_whole(path, json.dumps(content, indent=2) + "\n")

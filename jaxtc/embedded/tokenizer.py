@@ -98,11 +98,8 @@ def for_transformers(tokenizer: Tokenizer, context: int) -> Any:
 
 
 def entity_id(tokenizer: Tokenizer, name: str) -> int:
-    """The token id of an entity. Raises KeyError when it is not a single known token."""
-    index = tokenizer.token_to_id(_spaced(name))
-    if index is None:
-        raise KeyError(name)
-    return index
+    """The token id of an entity, which is a token of the world's tokenizer."""
+    return tokenizer.token_to_id(_spaced(name))
 
 
 def _spaced(name: str) -> str:

@@ -1,7 +1,7 @@
 """Activations for training transcoders: read from the model, shuffled in buckets."""
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import jax
 import numpy as np
@@ -30,8 +30,7 @@ class Harvest:
     @cached_property
     def _read(self):
         graph, params = nnx.split(self.model)
-        sites = ("mlp_in_normed", "mlp_out")
-        wanted = [Address(site, layer) for site in sites for layer in self.layers]
+        wanted = [Address(s, n) for s in ("mlp_in_normed", "mlp_out") for n in self.layers]
 
         @jax.jit
         def read(params, batch):
@@ -42,7 +41,7 @@ class Harvest:
             )  # fmt: skip
             return [tap.activations[address] for address in wanted]
 
-        return lambda batch: read(params, batch)
+        return partial(read, params)
 
     def bucket(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """(inputs, targets) of a bucket, float32 (layers, tokens, D) each."""

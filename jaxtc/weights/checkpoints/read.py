@@ -7,7 +7,7 @@ contents with its hashes on ``verify``, and whenever a checkpoint is converted.
 import functools
 import json
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,21 +56,22 @@ class Converted:
         if verify:
             for file in self.sidecar.files:
                 self.content(file)
-            for name in self.sidecar.arrays:
-                self.fetch(name)
+            for part in tree.parts(self.sidecar.arrays):
+                self.fetch(part)
 
     def content(self, file: str) -> bytes:
         """The bytes of a file beside the tree. Raises WeightsError if its hash is another."""
         return self._checked(file, read_bytes(self.folder / file), self.sidecar.files.get(file))
 
-    def fetch(self, name: str) -> np.ndarray:
-        """An array as it was written. Raises WeightsError if its hash is another."""
-        array = self._load({name: self._stored(name)})[name]
-        return self._checked(name, array, self.sidecar.arrays[name].sha256)
+    def fetch(self, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """Arrays as they were written. Raises WeightsError if the hash of one is another."""
+        said = self.sidecar.arrays
+        found = self._load({name: said[name] for name in names})
+        return {name: self._checked(name, found[name], said[name].sha256) for name in names}
 
     def read(self, name: str, dtype: np.dtype) -> tuple[np.ndarray, str]:
         """An array as :meth:`fetch`, cast; and what is wrong with its values or an empty string."""
-        stored = self.fetch(name)
+        stored = self.fetch([name])[name]
         if not arrays.all_finite(stored):
             return stored, f"{name} holds NaN or infinity"
         if stored.dtype == dtype:
@@ -145,16 +146,17 @@ class Converted:
         return abstract
 
     @functools.cached_property
-    def _sound(self) -> bool:
-        """That the tree has exactly the arrays of the sidecar. Raises WeightsError otherwise."""
-        found, said = tree.stored(self.folder), self.sidecar.arrays
+    def _load(self) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+        """:func:`tree.load` of this folder, if it has exactly the arrays of the sidecar."""
+        load, said = functools.partial(tree.load, self.folder), self.sidecar.arrays
+        found = tree.stored(self.folder)
         for name in said if not found else ():
-            tree.load(self.folder, {name: self._stored(name)})  # raises, and tells which
+            load({name: said[name]})  # raises, and tells which
         described = (
             {k: f"{x.dtype} {tuple(x.shape)}" for k, x in y.items()} for y in (found, said)
         )
         self._compare(*described, f"is not in {SIDECAR}")
-        return True
+        return load
 
     def _compare(self, found: Mapping, expected: Mapping, extra: str) -> None:
         """Refuse differences between arrays, each with its description."""
@@ -171,14 +173,6 @@ class Converted:
                 f"{some(problems, 20)}. A copy was cut short, or files were changed; copy or "
                 "convert it again."
             )
-
-    def _stored(self, name: str) -> jax.ShapeDtypeStruct:
-        one = self.sidecar.arrays[name]
-        return jax.ShapeDtypeStruct(one.shape, one.dtype)
-
-    def _load(self, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
-        assert self._sound
-        return tree.load(self.folder, wanted)
 
     def load(
         self,

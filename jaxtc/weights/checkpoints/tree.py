@@ -24,14 +24,6 @@ from jaxtc.errors import WeightsError
 # Arrays are cut along their longest axis into chunks of at most this.
 CHUNK_BYTES = 16 << 20
 
-# Warnings that there is no database, that what a killed save has left is removed, and of what
-# becomes our errors.
-_EXPECTED = (
-    "Skipping merge of OCDBT",
-    "Attempted to create temporary directory",
-    "Failed to get metadata",
-)
-
 
 def parts(names: Iterable[str]) -> list[list[str]]:
     """The names of each layer, and each name outside of the layers, which are moved at a time."""
@@ -95,15 +87,18 @@ def stored(folder: Any) -> dict[str, Any]:
         return flatten_dict(ocp.metadata(folder).metadata or {}, sep=".")
 
 
-def load(folder: Any, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
-    """Some of the arrays, cast; what has a sharding lies on its devices, the rest is NumPy's.
+def load(folder: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Some of the arrays, of the ``shape`` and cast to the ``dtype`` that is wanted; what has a
+    ``sharding`` lies on its devices, the rest is NumPy's.
 
     Raises:
         WeightsError: orbax cannot read them.
     """
     abstract = {
         # A NumPy array without memory stands for one on the host.
-        name: one if one.sharding else np.broadcast_to(np.zeros((), one.dtype), one.shape)
+        name: one
+        if getattr(one, "sharding", None)
+        else np.broadcast_to(np.zeros((), one.dtype), one.shape)
         for name, one in wanted.items()
     }
     with _orbax(folder) as ocp:
@@ -131,12 +126,11 @@ def _orbax(reads: Any = None) -> Iterator[Any]:
         context.multiprocessing.primary_host = process
         context.multiprocessing.active_processes = {process}
         context.multiprocessing.barrier_sync_key_prefix = f"jaxtc_{process}"
+    # Warnings that there is no database, that what a killed save has left is removed, and of what
+    # becomes our errors.
     absl = logging.getLogger("absl")
-
-    def is_news(record: logging.LogRecord) -> bool:
-        return not any(text in str(record.msg) for text in _EXPECTED)
-
-    absl.addFilter(is_news)
+    level = absl.level
+    absl.setLevel(logging.ERROR)
     try:
         with context:
             yield ocp
@@ -149,4 +143,4 @@ def _orbax(reads: Any = None) -> Iterator[Any]:
             "changed; copy or convert the checkpoint again."
         ) from error
     finally:
-        absl.removeFilter(is_news)
+        absl.setLevel(level)

@@ -65,11 +65,8 @@ def convert(
             model, if there is a ``config.json`` and ``to`` is for models.
         dtype: to cast to; by default each array keeps its own.
         revision: of a hub id: a branch, tag or commit.
-        layers: which transcoders, ``"all"`` or their layers.
-        width: which transcoder of a layer, see :func:`jaxtc.load_transcoder`.
-        l0: the same.
-        input_site: what transcoders read, where their source does not tell.
-        output_site: what they write, likewise.
+        layers, width, l0, input_site, output_site: of transcoders, as
+            :func:`jaxtc.load_transcoders` takes them.
         without_sites: write ``params.npz`` of transcoders whose sites it cannot hold.
         model_name: for circuit-tracer's ``config.yaml``, such as ``google/gemma-2-2b``.
         max_shard_size: most bytes of tensors in a safetensors file of a model.
