@@ -17,8 +17,8 @@ from jaxtc.explore.neuronpedia import feature_url
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.files.layout import GEMMA_SCOPE_2B
 from jaxtc.weights.load_model import load_model, load_tokenizer
-from jaxtc.weights.load_transcoder import available_layers, load_transcoder
-from jaxtc.weights.sources.resolve import EMBEDDED
+from jaxtc.weights.load_transcoder import load_transcoder
+from jaxtc.weights.sources.resolve import EMBEDDED, TRANSCODERS, resolve
 
 FEATURE, PIECE, FAINT = "cyan", "green", "dim"
 EDGES = 2  # columns that a table takes beside its cells and the two between them
@@ -94,7 +94,7 @@ def find_transcoders(
 ) -> Transcoder | Mapping[int, Transcoder]:
     """The transcoder of a layer (by default, the source's usual one), or those of all."""
     if layer == "all":
-        return _OnDemand(source, available_layers(source))
+        return _OnDemand(source, resolve(source, TRANSCODERS).layers())
     defaults = {EMBEDDED: DEFAULT_LAYER, GEMMA_SCOPE_2B: GEMMA_SCOPE_LAYER}
     number = defaults.get(source) if layer is None else int(layer)
     progress(f"Loading the transcoder from {source}")

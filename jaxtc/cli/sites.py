@@ -7,7 +7,7 @@ from jaxtc.cli.options import STDOUT, OnlyJson, option, write_json
 from jaxtc.cli.runtime import plain_table
 from jaxtc.model.config import Gemma2Config
 from jaxtc.tap.sites import SITES, Site
-from jaxtc.weights.sources.released import load_config
+from jaxtc.weights.load_model import load_config
 
 
 def command(

@@ -19,7 +19,7 @@ from jaxtc.sharding.rules import DATA, MODEL, RULES, ShardingError
 from jaxtc.tap.sites import check_layer
 from jaxtc.weights.files.arrays import check_dtype
 from jaxtc.weights.files.layout import DEFAULT_WIDTH
-from jaxtc.weights.sources.released import load_config
+from jaxtc.weights.load_model import load_config
 
 # Gemma Scope's names of widths are powers of two.
 _NAMES = "16k", "32k", "65k", "131k", "262k", "524k", "1m"

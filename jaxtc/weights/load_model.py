@@ -1,4 +1,4 @@
-"""Models and tokenizers from a source: a hub id, a local folder, or the embedded ones."""
+"""Models, configs and tokenizers from a source: a hub id, a local folder, or the embedded ones."""
 
 import functools
 from collections.abc import Callable
@@ -7,24 +7,39 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding
 
-from jaxtc.errors import SourceError, WeightsError, some
+from jaxtc.errors import SourceError
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.sharding.mesh import MeshLike, make_mesh
 from jaxtc.sharding.processes import agreed
-from jaxtc.sharding.rules import RULES, Rules, shardings, variables
+from jaxtc.sharding.rules import RULES, Rules, shardings
 from jaxtc.weights.checkpoints.read import Converted
-from jaxtc.weights.files import arrays, local
-from jaxtc.weights.files.model import Checkpoint, check_tensors, open_checkpoint
-from jaxtc.weights.names import Name, parameter_names
-from jaxtc.weights.sources.hub import TOKENIZER_FILES
-from jaxtc.weights.sources.resolve import CONVERTED, EMBEDDED, MODEL, TOKENIZER, resolve
-from jaxtc.weights.sources.verify import model_files, verify_files
+from jaxtc.weights.files import local
+from jaxtc.weights.files.arrays import check_dtype
+from jaxtc.weights.files.model import files_of, open_checkpoint
+from jaxtc.weights.files.shards import fill
+from jaxtc.weights.sources.hub import TOKENIZER_FILES, verify_files
+from jaxtc.weights.sources.resolve import CONFIG, CONVERTED, EMBEDDED, MODEL, TOKENIZER, resolve
 
-# Called with (bytes read, bytes in all) after each tensor.
+# What the config.json of the released checkpoints say; everything else in them is the default of
+# Gemma2Config. Base and instruction-tuned models share sizes.
+RELEASED: dict[str, Gemma2Config] = {
+    "2b": Gemma2Config(
+        hidden_size=2304, intermediate_size=9216, num_hidden_layers=26,
+        num_attention_heads=8, num_key_value_heads=4, head_dim=256, query_pre_attn_scalar=256,
+    ),
+    "9b": Gemma2Config(
+        hidden_size=3584, intermediate_size=14336, num_hidden_layers=42,
+        num_attention_heads=16, num_key_value_heads=8, head_dim=256, query_pre_attn_scalar=256,
+    ),
+    "27b": Gemma2Config(
+        hidden_size=4608, intermediate_size=36864, num_hidden_layers=46,
+        num_attention_heads=32, num_key_value_heads=16, head_dim=128, query_pre_attn_scalar=144,
+    ),
+}  # fmt: skip
+
+# Called with (bytes loaded, bytes in all) after each tensor.
 Progress: TypeAlias = Callable[[int, int], None]
 
 
@@ -55,7 +70,7 @@ def load_model(
         verify: hash all files first, on every process, and compare with the hub's own hashes; of
             a converted checkpoint the parts that are read are always compared with its own, with
             ``verify`` all of it.
-        progress: called with (bytes read, bytes in all) after each tensor.
+        progress: called with (bytes loaded, bytes in all) after each tensor.
 
     Raises:
         SourceError: nothing there, or no access to it.
@@ -64,32 +79,44 @@ def load_model(
             are not the hub's, or of which no hash is known, with ``verify``.
         ShardingError: no such mesh, or an axis that does not divide over it.
     """
-    dtype = arrays.default_dtype() if dtype is None else arrays.check_dtype(dtype)
+    if dtype is None:  # bfloat16 is slower on the CPU
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = check_dtype(dtype)
     mesh = None if mesh is None else make_mesh(mesh)
+    places = mesh and functools.partial(shardings, mesh=mesh, rules=rules)
     with agreed(mesh, "load the model"):
         found = resolve(source, MODEL, revision=revision)
         folder = found.fetch()
         if found.format == CONVERTED:
             checkpoint = Converted(folder, MODEL, verify)
-            spread = mesh and functools.partial(shardings, mesh=mesh, rules=rules)
-            return checkpoint.load(checkpoint.model(dtype), spread, progress)
+            return checkpoint.load(checkpoint.model(dtype), places, progress)
         if verify:
-            verify_files(model_files(folder))
-        config = Gemma2Config.from_file(folder / "config.json")
-        places = None if mesh is None else _places(config, mesh, rules)
-        with open_checkpoint(folder) as checkpoint:
-            check_tensors(checkpoint, config)
-            values = _read(checkpoint, parameter_names(config), dtype, places, progress)
-        declared = Gemma2.abstract(config, dtype)
-        leaves = [values[name] for name, _ in variables(declared)]
-        return jax.tree.unflatten(jax.tree.structure(declared), leaves)
+            verify_files(files_of(folder))
+        with open_checkpoint(folder) as opened:
+            declared = Gemma2.abstract(opened.config, dtype)
+            return fill(declared, opened.read, folder, places, progress)
 
 
-def _places(config: Gemma2Config, mesh: Mesh, rules: Rules) -> dict[str, NamedSharding]:
-    """Where each parameter goes, by our names."""
-    model = Gemma2.abstract(config)
-    where = shardings(model, mesh, rules)
-    return {name: place for (name, _), place in zip(variables(model), where, strict=True)}
+def load_config(source: str | Path = EMBEDDED, *, revision: str | None = None) -> Gemma2Config:
+    """The config of a model; nothing is fetched but its ``config.json``.
+
+    Args:
+        source: a hub id, a local folder or ``"embedded"``, as :func:`jaxtc.load_model` takes it;
+            or ``"2b"``, ``"9b"`` or ``"27b"``. Those and the hub ids of the released models
+            (``google/gemma-2-2b``, ``google/gemma-2-2b-it``, ...) need no network, unless a
+            revision is asked for.
+        revision: of a hub id: a branch, tag or commit.
+
+    Raises:
+        SourceError: nothing there, or no access to it.
+        ConfigError: not a Gemma-2.
+    """
+    name = str(source).lower()
+    size = name.removeprefix("google/gemma-2-").removeprefix("gemma-2-").removesuffix("-it")
+    if size in RELEASED and revision is None and local.find(source) is None:
+        return RELEASED[size]
+    folder = resolve(source, CONFIG, revision=revision).fetch()
+    return Gemma2Config.from_file(folder / "config.json")
 
 
 def load_tokenizer(source: str | Path = EMBEDDED, *, revision: str | None = None) -> Any:
@@ -119,35 +146,3 @@ def load_tokenizer(source: str | Path = EMBEDDED, *, revision: str | None = None
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         raise SourceError(f"The tokenizer in {folder} cannot be loaded: {error}") from error
-
-
-def _read(
-    checkpoint: Checkpoint,
-    names: list[Name],
-    dtype: np.dtype,
-    places: dict[str, NamedSharding] | None,
-    progress: Progress | None,
-) -> dict[str, jax.Array]:
-    """The parameters by our names; the largest first, while there is most room beside them."""
-
-    def size(name: Name) -> int:
-        entry = checkpoint.entry(name.hf)
-        return entry.stop - entry.start
-
-    values, problems, done = {}, [], 0
-    total = sum(map(size, names))
-    for name in sorted(names, key=size, reverse=True):
-        place = places and places[name.ours]
-        file = checkpoint.files[name.hf]
-        array, problem = file.read(name.hf, dtype, place, shape=name.shape)
-        values[name.ours] = arrays.to_jax(array) if place is None else array
-        problems += [f"{name.hf} {problem}"] if problem else []
-        done += size(name)
-        if progress:
-            progress(done, total)
-    if problems:
-        raise WeightsError(
-            f"The weights in {checkpoint.folder} cannot be used: {some(problems, 20)}. Whatever "
-            "the model computed would be wrong; fetch the checkpoint again."
-        )
-    return values

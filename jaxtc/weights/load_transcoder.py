@@ -1,25 +1,25 @@
 """Transcoders from a source: Gemma Scope's on the hub, files and folders like it, the embedded."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
 
-from jaxtc.errors import SiteError, SourceError, did_you_mean
+from jaxtc.errors import SiteError, SourceError
 from jaxtc.sharding.mesh import MeshLike, make_mesh
 from jaxtc.sharding.processes import agreed
-from jaxtc.sharding.rules import RULES, Rules, shardings, variables
-from jaxtc.tap.sites import BY_NAME
+from jaxtc.sharding.rules import RULES, Rules, shardings
+from jaxtc.tap.sites import BY_NAME, parse
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.checkpoints.read import Converted
-from jaxtc.weights.files import arrays
+from jaxtc.weights.files.arrays import check_dtype
 from jaxtc.weights.files.formats import SITES, sites_of
 from jaxtc.weights.files.layout import sae_site
-from jaxtc.weights.files.transcoder import TranscoderFile, open_transcoder, read_all
+from jaxtc.weights.files.shards import fill
+from jaxtc.weights.files.transcoder import TranscoderFile, open_transcoder
 from jaxtc.weights.sources.resolve import CONVERTED, EMBEDDED, TRANSCODERS, Source, resolve
 
 
@@ -68,24 +68,9 @@ def load_transcoder(
         SiteError: no such site, or not a layer's; a file of which nothing says the sites.
         WeightsError: a damaged file; arrays missing, extra, misshapen, or not finite.
     """
-    mesh, load = _loader(dtype, mesh, rules, input_site, output_site)
-    with agreed(mesh, "load the transcoder"):
-        return load(
-            resolve(source, TRANSCODERS, revision=revision, path=path).one(layer, width, l0)
-        )
-
-
-def look_up(
-    found: Source, dtype: jnp.dtype | None = None, **sites: str | None
-) -> tuple[np.dtype, Transcoder]:
-    """(the widest dtype in a transcoder's file, what :func:`load_transcoder` would load from it).
-
-    The latter is without values, by default of the former dtype: only headers are read. Sites and
-    errors are as there.
-    """
-    with open_transcoder(found.file) as opened:
-        stored = opened.dtype
-        return stored, _declared(opened, stored if dtype is None else dtype, found, sites)
+    with _loader(dtype, mesh, rules, input_site=input_site, output_site=output_site) as load:
+        found = resolve(source, TRANSCODERS, revision=revision, path=path)
+        return load(found.one(layer, width, l0))
 
 
 def load_transcoders(
@@ -109,53 +94,36 @@ def load_transcoders(
     Raises:
         SourceError, SiteError, ShardingError, WeightsError: as :func:`load_transcoder`.
     """
-    mesh, load = _loader(dtype, mesh, rules, input_site, output_site)
-    with agreed(mesh, "load the transcoders"):
+    with _loader(dtype, mesh, rules, input_site=input_site, output_site=output_site) as load:
         found = resolve(source, TRANSCODERS, revision=revision)
-        return {n: load(found.one(n, width, l0)) for n in which_layers(found, layers)}
+        return {n: load(found.one(n, width, l0)) for n in found.layers(layers)}
 
 
-def which_layers(found: Source, layers: str | Iterable[int]) -> Iterable[int]:
-    """The layers that are meant. Raises SourceError when that is not said."""
-    if isinstance(layers, str) and layers == "all":
-        return found.layers()
-    if isinstance(layers, str):
-        raise SourceError(f"layers is {layers!r}, expected 'all' or whole numbers.")
-    if not isinstance(layers, Iterable):
-        raise SourceError(f"layers is {layers!r}, expected 'all' or several, such as [{layers}].")
-    return layers
-
-
-def available_layers(source: str | Path = EMBEDDED, revision: str | None = None) -> list[int]:
-    """The layers that a source has transcoders for.
-
-    Raises SourceError as :func:`load_transcoder`, or for a file without a ``layer_N`` folder.
-    """
-    return resolve(source, TRANSCODERS, revision=revision).layers()
-
-
+@contextlib.contextmanager
 def _loader(
-    dtype: jnp.dtype | str,
-    mesh: MeshLike | None,
-    rules: Rules,
-    input_site: str | None,
-    output_site: str | None,
-) -> tuple[Mesh | None, Callable[[Source], Transcoder]]:
-    """(the mesh, what loads one transcoder), once the arguments are checked."""
+    dtype: jnp.dtype | str, mesh: MeshLike | None, rules: Rules, **sites: str | None
+) -> Iterator[Callable[[Source], Transcoder]]:
+    """What loads one transcoder, once the arguments are checked; processes fail together."""
     mesh = None if mesh is None else make_mesh(mesh)
-    sites = {"input_site": input_site, "output_site": output_site}
+    places = mesh and functools.partial(shardings, mesh=mesh, rules=rules)
     for site in filter(None, sites.values()):
         _check_site(site)
-    places = mesh and functools.partial(shardings, mesh=mesh, rules=rules)
-    dtype = arrays.check_dtype(dtype)
-    return mesh, functools.partial(_load, dtype=dtype, given=sites, places=places)
+    dtype = check_dtype(dtype)
+
+    def load(found: Source) -> Transcoder:
+        if found.format == CONVERTED:
+            checkpoint = Converted(found.path, TRANSCODERS)
+            return checkpoint.load(checkpoint.transcoder(found.layer, dtype, sites), places)
+        with open_transcoder(found.file) as opened:
+            return fill(declared(opened, dtype, found, sites), opened.read, found.file, places)
+
+    with agreed(mesh, "load transcoders"):
+        yield load
 
 
 def _check_site(name: str) -> None:
     """Refuse what no transcoder can read or write."""
-    site = BY_NAME.get(name)
-    if site is None:
-        raise SiteError(f"There is no site called {name!r}.{did_you_mean(name, BY_NAME)}")
+    site = BY_NAME[parse(name)[0]]
     if not site.per_layer or not site.token_axes:
         raise SiteError(
             f"{name!r} [{site.axes}] is not a vector for each token and layer, which is what "
@@ -164,31 +132,13 @@ def _check_site(name: str) -> None:
         )
 
 
-def _load(
-    found: Source,
-    dtype: np.dtype,
-    given: dict[str, str | None],
-    places: Callable[[Transcoder], list[NamedSharding]] | None,
+def declared(
+    opened: TranscoderFile, dtype: np.dtype, found: Source, given: Mapping[str, str | None]
 ) -> Transcoder:
-    """One transcoder; ``places`` says where its parameters go."""
-    if found.format == CONVERTED:
-        checkpoint = Converted(found.path, TRANSCODERS)
-        return checkpoint.load(checkpoint.transcoder(found.layer, dtype, given), places)
-    with open_transcoder(found.file) as opened:
-        abstract = _declared(opened, dtype, found, given)
-        names = [key for key, _ in variables(abstract)]
-        where = None if places is None else dict(zip(names, places(abstract), strict=True))
-        params = read_all(opened, dtype, where)
-    leaves = [params.pop(key) for key in names]
-    if places is None:
-        leaves = [arrays.to_jax(leaf) for leaf in leaves]
-    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+    """The transcoder in an open file, without its values.
 
-
-def _declared(
-    opened: TranscoderFile, dtype: np.dtype, found: Source, given: dict[str, str | None]
-) -> Transcoder:
-    """The transcoder in an open file, without its values."""
+    ``given`` sites and errors are as in :func:`load_transcoder`.
+    """
     name, folders = found.name, opened.path.absolute().parts
     site = sae_site(folders)
     if site and "embedding" in folders:

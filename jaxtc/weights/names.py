@@ -11,25 +11,22 @@ import re
 
 from jaxtc.model.config import Gemma2Config
 
-# Our name, its axes, the checkpoint's name, its axes; {l} is the layer.
-_TABLE = (
-    ("embed.weight", "V D", "model.embed_tokens.weight", "V D"),
-    ("layers.{l}.attn_in_norm.weight", "D", "model.layers.{l}.input_layernorm.weight", "D"),
-    ("layers.{l}.attn.q", "N H D", "model.layers.{l}.self_attn.q_proj.weight", "NH D"),
-    ("layers.{l}.attn.k", "K H D", "model.layers.{l}.self_attn.k_proj.weight", "KH D"),
-    ("layers.{l}.attn.v", "K H D", "model.layers.{l}.self_attn.v_proj.weight", "KH D"),
-    ("layers.{l}.attn.o", "D N H", "model.layers.{l}.self_attn.o_proj.weight", "D NH"),
-    ("layers.{l}.attn_out_norm.weight", "D",
-     "model.layers.{l}.post_attention_layernorm.weight", "D"),
-    ("layers.{l}.mlp_in_norm.weight", "D",
-     "model.layers.{l}.pre_feedforward_layernorm.weight", "D"),
-    ("layers.{l}.mlp.gate", "F D", "model.layers.{l}.mlp.gate_proj.weight", "F D"),
-    ("layers.{l}.mlp.up", "F D", "model.layers.{l}.mlp.up_proj.weight", "F D"),
-    ("layers.{l}.mlp.down", "D F", "model.layers.{l}.mlp.down_proj.weight", "D F"),
-    ("layers.{l}.mlp_out_norm.weight", "D",
-     "model.layers.{l}.post_feedforward_layernorm.weight", "D"),
-    ("final_norm.weight", "D", "model.norm.weight", "D"),
-)  # fmt: skip
+# Our name, its axes, the checkpoint's name, its axes; those of a layer are below ``layers.N``.
+_EMBEDDING = ("embed.weight", "V D", "model.embed_tokens.weight", "V D")
+_LAYER = (
+    ("attn_in_norm.weight", "D", "input_layernorm.weight", "D"),
+    ("attn.q", "N H D", "self_attn.q_proj.weight", "NH D"),
+    ("attn.k", "K H D", "self_attn.k_proj.weight", "KH D"),
+    ("attn.v", "K H D", "self_attn.v_proj.weight", "KH D"),
+    ("attn.o", "D N H", "self_attn.o_proj.weight", "D NH"),
+    ("attn_out_norm.weight", "D", "post_attention_layernorm.weight", "D"),
+    ("mlp_in_norm.weight", "D", "pre_feedforward_layernorm.weight", "D"),
+    ("mlp.gate", "F D", "mlp.gate_proj.weight", "F D"),
+    ("mlp.up", "F D", "mlp.up_proj.weight", "F D"),
+    ("mlp.down", "D F", "mlp.down_proj.weight", "D F"),
+    ("mlp_out_norm.weight", "D", "post_feedforward_layernorm.weight", "D"),
+)
+_FINAL_NORM = ("final_norm.weight", "D", "model.norm.weight", "D")
 
 # Tensors that checkpoints may hold beside the parameters: frequencies computed from the config.
 BUFFERS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
@@ -58,10 +55,11 @@ def parameter_names(config: Gemma2Config) -> list[Name]:
     def shape(axes: str) -> tuple[int, ...]:
         return tuple(math.prod(sizes[letter] for letter in axis) for axis in axes.split())
 
-    def name(row: tuple[str, str, str, str], layer: int | str = "") -> Name:
+    def name(row: tuple[str, str, str, str], below: str = "") -> Name:
         ours, axes, hf, hf_axes = row
-        return Name(ours.format(l=layer), shape(axes), hf.format(l=layer), shape(hf_axes), hf_axes)
+        hf = f"model.{below}{hf}" if below else hf
+        return Name(below + ours, shape(axes), hf, shape(hf_axes), hf_axes)
 
-    embedding, *layered, final_norm = _TABLE
-    blocks = [name(row, layer) for layer in range(config.num_hidden_layers) for row in layered]
-    return [name(embedding), *blocks, name(final_norm)]
+    layers = range(config.num_hidden_layers)
+    blocks = [name(row, f"layers.{layer}.") for layer in layers for row in _LAYER]
+    return [name(_EMBEDDING), *blocks, name(_FINAL_NORM)]

@@ -1,5 +1,6 @@
 """Writing a model as ``transformers`` reads it: config, safetensors in one file or shards."""
 
+import functools
 import json
 import math
 import os
@@ -11,15 +12,17 @@ from typing import Any
 
 import jax
 import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
 
 from jaxtc.errors import SourceError, some
+from jaxtc.model.config import Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.sharding.processes import check_here
 from jaxtc.sharding.rules import variables
 from jaxtc.weights.files import local
-from jaxtc.weights.files.model import INDEX, SINGLE
-from jaxtc.weights.files.safetensors import header, write_tensors
-from jaxtc.weights.names import Name, parameter_names
+from jaxtc.weights.files.model import INDEX
+from jaxtc.weights.files.safetensors import write_tensors
+from jaxtc.weights.names import parameter_names
 
 # What may be in a folder that is replaced.
 _CHECKPOINT_FILES = (
@@ -97,63 +100,53 @@ def _replace(folder: Path, partial: Path) -> None:
 
 def _write(model: Gemma2, folder: Path, tokenizer: Any, max_shard_size: int) -> None:
     values = dict(zip((name for name, _ in variables(model)), jax.tree.leaves(model), strict=True))
-    names = parameter_names(model.config)
-    dtypes = {ours: np.dtype(value.dtype) for ours, value in values.items()}
-    shards = split(names, dtypes, max_shard_size)
-    if len(shards) > 1:
-        (folder / INDEX).write_bytes(index(shards, dtypes))
-    for file, shard in shards.items():
-        write_shard(
-            shard, dtypes, lambda ours: np.asarray(jax.device_get(values[ours])), folder / file
-        )
+    files = weight_files(
+        model.config,
+        {ours: np.dtype(value.dtype) for ours, value in values.items()},
+        lambda ours: np.asarray(jax.device_get(values[ours])),
+        max_shard_size,
+    )
+    for file, write in files.items():
+        write(folder / file)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     config = {**model.config.to_dict(), "dtype": model.dtype.name}
     (folder / "config.json").write_bytes(_json(config))
 
 
-def split(
-    names: Sequence[Name], dtypes: Mapping[str, np.dtype], max_shard_size: int
-) -> dict[str, list[Name]]:
-    """The tensors of each file of a model, by the file's name; a tensor is never cut."""
-    shards, room = [], 0
-    for name in names:
-        size = size_of(name, dtypes)
-        if not shards or size > room:
-            shards.append([])
-            room = max_shard_size
-        shards[-1].append(name)
-        room -= size
-    count = len(shards)
-    if count == 1:
-        return {SINGLE: shards[0]}
-    return {f"model-{i:05}-of-{count:05}.safetensors": part for i, part in enumerate(shards, 1)}
-
-
-def size_of(name: Name, dtypes: Mapping[str, np.dtype]) -> int:
-    """The bytes of a parameter."""
-    return math.prod(name.shape) * dtypes[name.ours].itemsize
-
-
-def index(shards: Mapping[str, Sequence[Name]], dtypes: Mapping[str, np.dtype]) -> bytes:
-    """The index of a model in several files."""
-    total = sum(size_of(name, dtypes) for shard in shards.values() for name in shard)
-    return _json({
-        "metadata": {"total_size": total},
-        "weight_map": {name.hf: file for file, shard in shards.items() for name in shard},
-    })  # fmt: skip
-
-
-def write_shard(
-    names: Sequence[Name],
+def weight_files(
+    config: Gemma2Config,
     dtypes: Mapping[str, np.dtype],
     fetch: Callable[[str], np.ndarray],
-    path: Path,
-) -> None:
-    """Write some parameters as a safetensors file; ``fetch`` gives each by our name."""
-    tensors = ((name.hf, dtypes[name.ours], name.hf_shape) for name in names)
-    arrays = (fetch(name.ours) for name in names)
-    write_tensors(path, header(tensors, {"format": "pt"}), arrays)
+    max_shard_size: int,
+) -> dict[str, Callable[[Path], Any]]:
+    """What writes each file of a model's weights to a path, by the file's name.
+
+    Args:
+        config: of the model.
+        dtypes: of its parameters, by our names.
+        fetch: gives a parameter by our name; one is in memory at a time.
+        max_shard_size: as in :func:`save_model`.
+    """
+    names = {name.hf: name for name in parameter_names(config)}
+    parts = split_state_dict_into_shards_factory(
+        names,
+        get_storage_size=lambda name: math.prod(name.shape) * dtypes[name.ours].itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+
+    def write(tensors: Sequence[str], path: Path) -> None:
+        part = [names[tensor] for tensor in tensors]
+        claims = ((name.hf, dtypes[name.ours], name.hf_shape) for name in part)
+        write_tensors(path, claims, (fetch(name.ours) for name in part))
+
+    found = parts.filename_to_tensors.items()
+    files = {file: functools.partial(write, tensors) for file, tensors in found}
+    if parts.is_sharded:
+        index = _json({"metadata": parts.metadata, "weight_map": parts.tensor_to_filename})
+        files[INDEX] = lambda path: path.write_bytes(index)
+    return files
 
 
 def _json(value: dict[str, Any]) -> bytes:

@@ -8,7 +8,7 @@ from jaxtc.errors import SiteError, SourceError
 from jaxtc.sharding.processes import check_here
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.files import local
-from jaxtc.weights.files.formats import BY_FORMAT, SITES, Format, by_name, sites_of
+from jaxtc.weights.files.formats import SITES, Format, by_name, sites_of
 from jaxtc.weights.files.layout import sae_site
 from jaxtc.weights.files.transcoder import write_transcoder
 
@@ -51,7 +51,12 @@ def save_transcoder(
     file = local.expand(path)
     made = by_name(format, file)
     if file.suffix != made.suffix:
-        file /= _file_name(made, transcoder)
+        if "{layer}" in made.file and transcoder.layer is None:
+            raise SourceError(
+                "This transcoder does not know its layer, which names its file in a folder of this "
+                "format; give the file: path='layer_20.safetensors'."
+            )
+        file /= made.file.format(layer=transcoder.layer)
     check_savable(transcoder, made, file, without_sites)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -68,10 +73,9 @@ def check_savable(
 ) -> None:
     """Raise, as :func:`save_transcoder`, for a file that could not give the transcoder back."""
     if transcoder.W_skip is not None and "W_skip" not in made.keys:
-        others = [other.name for other in BY_FORMAT.values() if "W_skip" in other.keys]
         raise SourceError(
             f"The format {made.name!r} has no skip connection, and this transcoder has one. Give "
-            f"format={others[0]!r} (a .safetensors file)."
+            "format='circuit-tracer' (a .safetensors file)."
         )
     activation = transcoder.activation
     if made.name not in activation.files and activation.as_threshold is None:
@@ -91,15 +95,3 @@ def check_savable(
             f"(format='circuit-tracer'); or with without_sites=True, and give {given} to "
             "load_transcoder."
         )
-
-
-def _file_name(made: Format, transcoder: Transcoder) -> str:
-    """The file in a folder that a transcoder is written to."""
-    if made.name != "circuit-tracer":
-        return "params" + made.suffix
-    if transcoder.layer is None:
-        raise SourceError(
-            "This transcoder does not know its layer, which names its file in a folder of this "
-            "format; give the file: path='layer_20.safetensors'."
-        )
-    return f"layer_{transcoder.layer}.safetensors"

@@ -26,8 +26,8 @@ from jaxtc.memory.needs import estimate
 from jaxtc.memory.plan import WIDTHS, features_of, plan
 from jaxtc.model.config import Gemma2Config
 from jaxtc.sharding.rules import RULES, ShardingError
+from jaxtc.weights.load_model import RELEASED, load_config
 from jaxtc.weights.sources import hub
-from jaxtc.weights.sources.released import RELEASED, load_config
 from tests.support import tiny
 
 PARAMETERS = {"2b": 2_614_341_888, "9b": 9_241_705_984, "27b": 27_227_128_320}

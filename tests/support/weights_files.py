@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxtc
+from jaxtc.weights.sources.resolve import resolve
 
 # No two of D, N*H, K*H, F and V are equal, so a swapped axis cannot pass for the right one.
 CONFIG = jaxtc.Gemma2Config(
@@ -24,6 +25,11 @@ def random_model(dtype=jnp.float32) -> jaxtc.Gemma2:
         lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), dtype=dtype),
         jaxtc.Gemma2.abstract(CONFIG),
     )
+
+
+def available_layers(source) -> list[int]:
+    """The layers that a source has transcoders for."""
+    return resolve(source, "transcoders").layers()
 
 
 def same(a, b) -> bool:

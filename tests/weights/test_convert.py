@@ -18,10 +18,16 @@ from jaxtc.errors import JaxtcError, SiteError, SourceError, WeightsError
 from jaxtc.weights.checkpoints.sidecar import read_sidecar, sha256
 from jaxtc.weights.conversion.convert import convert
 from jaxtc.weights.files.safetensors import SafetensorsFile
-from jaxtc.weights.load_transcoder import available_layers
 from jaxtc.weights.names import parameter_names
 from tests.support import tiny
-from tests.support.weights_files import CONFIG, params, random_model, same, write_tier
+from tests.support.weights_files import (
+    CONFIG,
+    available_layers,
+    params,
+    random_model,
+    same,
+    write_tier,
+)
 from tests.weights.killed_conversions import contents
 
 
@@ -137,7 +143,7 @@ def test_another_dtype_is_said_in_the_config(hf, tmp_path):
     told = json.loads((back / "config.json").read_bytes())
     assert told == stored | {"dtype": "bfloat16"}
     with SafetensorsFile(back / "model.safetensors") as file:
-        assert {entry.dtype for entry in file.entries.values()} == {"BF16"}
+        assert {entry.dtype for entry in file.entries.values()} == {jnp.dtype("bfloat16")}
     expected = jaxtc.load_model(hf, dtype="bfloat16")
     assert same(jaxtc.load_model(back, dtype="bfloat16"), expected)
 

@@ -14,9 +14,8 @@ from flax import nnx
 import jaxtc
 from jaxtc.errors import SiteError, SourceError, WeightsError
 from jaxtc.weights.files import layout
-from jaxtc.weights.load_transcoder import available_layers
 from jaxtc.weights.sources import resolve
-from tests.support.weights_files import params, same, write_tier
+from tests.support.weights_files import available_layers, params, same, write_tier
 
 KEYS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 
@@ -356,7 +355,7 @@ def test_a_path_in_the_place_of_the_layer(scope):
         jaxtc.load_transcoder(scope, "layer_1/width_1k/average_l0_7")
     with pytest.raises(SourceError, match="layer is 1.5, expected"):
         jaxtc.load_transcoder(scope, 1.5)
-    with pytest.raises(SourceError, match="layers is 1, expected 'all' or several, such as .1."):
+    with pytest.raises(SourceError, match="layers is 1, expected 'all' or several, such as .20."):
         jaxtc.load_transcoders(scope, 1)
     assert jaxtc.load_transcoder(scope, np.int64(1)).layer == 1
 
@@ -456,6 +455,7 @@ def test_transcoders_on_disk_are_not_taken_for_autoencoders(tmp_path):
 
 
 def test_default_tiers_are_the_published_ones():
-    assert len(layout.DEFAULT_L0) == 26
-    assert layout.default_path(20) == "layer_20/width_16k/average_l0_11/params.npz"
-    assert [layout.DEFAULT_L0[layer] for layer in (0, 10, 11, 25)] == [76, 88, 5, 41]
+    assert len(layout.DEFAULTS) == 26
+    assert layout.DEFAULTS[20].path == "layer_20/width_16k/average_l0_11/params.npz"
+    assert [layout.DEFAULTS[layer].l0 for layer in (0, 10, 11, 25)] == ["76", "88", "5", "41"]
+    assert layout.tiers_of(tier.path for tier in layout.DEFAULTS) == layout.DEFAULTS

@@ -8,7 +8,7 @@ from flax import nnx
 import jaxtc
 from jaxtc.errors import SourceError
 from jaxtc.weights.files import local
-from jaxtc.weights.load_transcoder import available_layers
+from tests.support.weights_files import available_layers
 
 CALLS = {
     "load_model": jaxtc.load_model,

@@ -8,6 +8,7 @@ from flax import nnx
 import jaxtc
 from jaxtc.errors import SourceError
 from jaxtc.weights.files.layout import GEMMA_SCOPE_2B
+from jaxtc.weights.load_model import RELEASED, load_config
 from jaxtc.weights.sources import hub
 from jaxtc.weights.sources.resolve import EMBEDDED_DATA, resolve
 from tests.support.weights_files import params, random_model, write_tier
@@ -44,8 +45,7 @@ TIER = "layer_20/width_16k/average_l0_11"
         ("one.npz", {}, ("transcoders", "file", "one.npz")),
         ("tree", {}, ("transcoders", "converted", "tree")),
         ("google/gemma-2-2b", {}, ("model", "hub", None)),
-        ("google/gemma-2-2b", {"kind": "config"}, ("config", "released", None)),
-        ("2B", {"kind": "config"}, ("config", "released", None)),
+        ("google/gemma-2-2b", {"kind": "config"}, ("config", "hub", None)),
         (GEMMA_SCOPE_2B, {}, ("transcoders", "hub", None)),
         (f"{GEMMA_SCOPE_2B}/{TIER}", {}, ("transcoders", "hub", None)),
     ],
@@ -59,14 +59,21 @@ def test_what_and_where(places, source, options, expected):
         assert f"{found.repo}/{found.inside}".rstrip("/") == source
 
 
+@pytest.mark.parametrize("name", ["2B", "gemma-2-2b", "google/gemma-2-2b", "google/gemma-2-2b-it"])
+def test_configs_of_released_models_are_known(places, name):
+    assert load_config(name) is RELEASED["2b"]
+    jaxtc.save_model(random_model(), places / name)  # a folder comes first
+    assert load_config(name) == random_model().config
+
+
 def test_one_of_the_hub(places, monkeypatch):
     asked = []
 
-    def download_if_there(repo, file, revision):
-        asked.append((repo, file, revision))
+    def download(*what):
+        asked.append(what)
         return places / "one.npz"
 
-    monkeypatch.setattr(hub, "download_if_there", download_if_there)
+    monkeypatch.setattr(hub, "download", download)
     found = resolve(GEMMA_SCOPE_2B, "transcoders", revision="v1").one(20)
     assert asked == [(GEMMA_SCOPE_2B, f"{TIER}/params.npz", "v1")]
     assert (found.name, found.layer, found.file) == (
@@ -96,7 +103,7 @@ def test_a_checkpoint_in_a_bucket(monkeypatch):
     [
         ("nothing", {}, "no folder nothing, and it is not a hub id"),
         ("nothing", {"default": "transcoders"}, "no file or folder nothing"),
-        ("2c", {"kind": "config"}, "nor one of 2b, 9b, 27b. Did you mean '2b'"),
+        ("2c", {"kind": "config"}, "nor one of 2b, 9b, 27b"),
         ("one.npz", {"kind": "model"}, "is a file; give the folder"),
         ("one.npz", {"path": "layer_1"}, "is a file, so there is no 'layer_1' in it"),
         ("scope", {"kind": "model"}, "has no config.json"),

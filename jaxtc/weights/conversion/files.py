@@ -12,10 +12,8 @@ from jaxtc.tap.sites import BY_NAME
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.conversion.source import Content
 from jaxtc.weights.files.formats import BY_FORMAT
-from jaxtc.weights.files.model import INDEX
 from jaxtc.weights.files.transcoder import write_transcoder
-from jaxtc.weights.names import parameter_names
-from jaxtc.weights.save_model import index, split, write_shard
+from jaxtc.weights.save_model import weight_files
 from jaxtc.weights.save_transcoder import check_savable
 
 # By the file's name, its content, or what writes it to a path; one array is in memory at a time.
@@ -31,12 +29,7 @@ _HOOKS |= {"mlp_in": "mlp.hook_in", "mlp_proj": "mlp.hook_out"}
 def model_files(content: Content, fetch: Fetch, max_shard_size: int) -> Files:
     """A model in safetensors, in shards of at most so many bytes of tensors."""
     dtypes = {name: one.dtype for name, one in content.arrays.items()}
-    shards = split(parameter_names(content.config), dtypes, max_shard_size)
-    files: Files = {
-        file: functools.partial(write_shard, shard, dtypes, fetch) for file, shard in shards.items()
-    }
-    if len(shards) > 1:
-        files[INDEX] = index(shards, dtypes)
+    files: Files = weight_files(content.config, dtypes, fetch, max_shard_size)
     config_last = sorted(content.files, key="config.json".__eq__)
     return files | {file: content.files[file] for file in config_last}
 

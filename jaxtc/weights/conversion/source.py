@@ -16,14 +16,12 @@ from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.checkpoints.read import Converted, named
 from jaxtc.weights.checkpoints.sidecar import sha256
 from jaxtc.weights.files import local
-from jaxtc.weights.files.model import check_tensors, open_checkpoint
-from jaxtc.weights.files.safetensors import FLOATS
+from jaxtc.weights.files.model import files_of, open_checkpoint
 from jaxtc.weights.files.transcoder import open_transcoder
-from jaxtc.weights.load_transcoder import look_up, which_layers
+from jaxtc.weights.load_transcoder import declared
 from jaxtc.weights.names import parameter_names
 from jaxtc.weights.sources import hub
 from jaxtc.weights.sources.resolve import CONVERTED, MODEL, TRANSCODERS, Source
-from jaxtc.weights.sources.verify import model_files, verify_files
 
 # What is written beside the weights of a model.
 _KEPT = ("config.json", *hub.TOKENIZER_FILES, "generation_config.json")
@@ -73,21 +71,14 @@ def open_model(source: Source, dtype: np.dtype | None, verify: bool) -> Iterator
             if source.repo:  # have the tokenizer in the cache beside the weights
                 for name in _KEPT:
                     hub.download_if_there(source.repo, name, folder.name)
-            kept, weights = [folder / n for n in _KEPT if local.has(folder, n)], model_files(folder)
+            kept, weights = [folder / n for n in _KEPT if local.has(folder, n)], files_of(folder)
             if verify:
-                verify_files(dict.fromkeys([*weights, *kept]))
-            config = Gemma2Config.from_file(folder / "config.json")
+                hub.verify_files(dict.fromkeys([*weights, *kept]))
             opened = stack.enter_context(open_checkpoint(folder))
-            check_tensors(opened, config)
+            config, names = opened.config, opened.names
             files = {path.name: path.read_bytes() for path in kept}
-            names = {name.ours: name for name in parameter_names(config)}
-            stored = {ours: FLOATS[opened.entry(name.hf).dtype] for ours, name in names.items()}
+            stored, read = {k: opened.entry(x.hf).dtype for k, x in names.items()}, opened.read
             origin = source.name, _commit(folder), _state(weights)
-
-            def read(ours: str, dtype: np.dtype) -> tuple[np.ndarray, str]:
-                hf, shape = names[ours].hf, names[ours].shape
-                array, problem = opened.files[hf].read(hf, dtype, shape=shape)
-                return array, problem and f"{hf} {problem}"
 
         raw = json.loads(files["config.json"])
         key = "torch_dtype" if "torch_dtype" in raw else "dtype"
@@ -118,16 +109,19 @@ def open_transcoders(
         checkpoint = Converted(source.path, TRANSCODERS, verify)
     files: dict[int, Path] = {}
     found: dict[int, Transcoder] = {}
-    for layer in which_layers(source, layers):
+    for layer in source.layers(layers):
         one = source.one(layer, *tier)
         layer = int(layer)  # JSON knows no integers of NumPy
         if checkpoint:
             found[layer] = checkpoint.transcoder(layer, dtype, sites)
             continue
-        stored, found[layer] = look_up(one, dtype, **sites)
         files[layer] = one.file
-        if stored == np.float64 and dtype is None:
-            raise WeightsError(f"{one.file} holds float64; give dtype='float32', which is enough.")
+        with open_transcoder(one.file) as opened:
+            if opened.dtype == np.float64 and dtype is None:
+                raise WeightsError(
+                    f"{one.file} holds float64; give dtype='float32', which is enough."
+                )
+            found[layer] = declared(opened, dtype or opened.dtype, one, sites)
     if not found:
         raise SourceError("layers is empty, so there is nothing to convert.")
     found = dict(sorted(found.items()))
@@ -142,7 +136,7 @@ def open_transcoders(
     else:
         paths = list(files.values())
         if verify:
-            verify_files(paths)
+            hub.verify_files(paths)
         origin = source.name, _commit(paths[0]), _state(paths)
 
         def read(full: str, dtype: np.dtype) -> tuple[np.ndarray, str]:

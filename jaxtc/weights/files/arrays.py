@@ -33,11 +33,6 @@ def check_dtype(dtype: jnp.dtype | str) -> np.dtype:
     return found
 
 
-def default_dtype() -> np.dtype:
-    """float32 on the CPU (bfloat16 is slower there), bfloat16 on accelerators."""
-    return np.dtype(np.float32) if jax.default_backend() == "cpu" else _BF16
-
-
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An uninitialised array that jax can take over on the CPU without a copy."""
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize

@@ -4,9 +4,9 @@ Axis letters: I width of what is read, O width of what is written, M features.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from pathlib import Path
-from typing import TypeAlias
+from collections.abc import Collection, Mapping
+from pathlib import Path, PurePath
+from typing import Any
 
 from jaxtc.errors import SourceError, did_you_mean
 from jaxtc.transcoders.activations import keys_in, optional_in, parameter_names
@@ -20,31 +20,38 @@ AXES: Mapping[str, str] = {
 # What transcoders read and write; a safetensors header may say it.
 SITES = ("input_site", "output_site")
 
-# What a file says of its arrays, by key: (shape, why it cannot be read or "").
-Claims: TypeAlias = Mapping[str, tuple[tuple[int, ...], str]]
-
 
 @dataclasses.dataclass(frozen=True)
 class Format:
     """How the files that ``save_transcoder(format=name)`` writes spell a transcoder.
 
     Attributes:
+        file: what they are called in a folder.
         keys: (their key, their order of axes) of each of our parameters that it has.
-        sites: (read, written) by such files where nothing says otherwise; None when that differs
+        sites: what such files read and write where nothing says otherwise; empty when that differs
             from release to release.
         negative: whether thresholds below 0 mean what they do here.
     """
 
     name: str
-    suffix: str
+    file: str
     keys: Mapping[str, tuple[str, str]]
-    sites: tuple[str, str] | None
+    sites: Mapping[str, str]
     negative: bool = True
+
+    @property
+    def suffix(self) -> str:
+        """``.npz`` or ``.safetensors``."""
+        return PurePath(self.file).suffix
 
     @property
     def optional(self) -> frozenset[str]:
         """Our parameters that a file may lack."""
         return optional_in(self.name) | {"W_skip"}
+
+    def transposed(self, name: str) -> bool:
+        """Whether it keeps this parameter with its axes reversed."""
+        return self.keys[name][1] != AXES[name]
 
     def describe(self) -> str:
         """Its arrays, for messages."""
@@ -66,23 +73,25 @@ def _keys(format: str, **others: tuple[str, str]) -> dict[str, tuple[str, str]]:
 
 
 FORMATS = (
-    Format("gemma-scope", ".npz", _keys("gemma-scope"), ("mlp_in_normed", "mlp_out")),
+    Format(
+        "gemma-scope", "params.npz", _keys("gemma-scope"),
+        {"input_site": "mlp_in_normed", "output_site": "mlp_out"},
+    ),
     # Its JumpReLU is z * (z > threshold), so below a negative threshold z < 0 would pass.
     Format(
-        "circuit-tracer", ".safetensors",
+        "circuit-tracer", "layer_{layer}.safetensors",
         _keys("circuit-tracer", W_enc=("W_enc", "M I"), W_skip=("W_skip", "O I")),
-        None, negative=False,
+        {}, negative=False,
     ),
     Format(
-        "gemma-scope-2", ".safetensors",
+        "gemma-scope-2", "params.safetensors",
         _keys("gemma-scope-2", W_enc=("w_enc", "I M"), W_dec=("w_dec", "M O"),
               W_skip=("affine_skip_connection", "I O")),
-        ("mlp_in", "mlp_out"),
+        {"input_site": "mlp_in", "output_site": "mlp_out"},
     ),
 )  # fmt: skip
 
 BY_FORMAT = {format.name: format for format in FORMATS}
-SUFFIXES = tuple(sorted({format.suffix for format in FORMATS}))
 
 
 def by_name(name: str | None, path: Path) -> Format:
@@ -98,58 +107,42 @@ def by_name(name: str | None, path: Path) -> Format:
             f"{', '.join(map(repr, BY_FORMAT))}.{did_you_mean(str(name), BY_FORMAT)}"
         )
     found = BY_FORMAT[name]
-    if path.suffix in SUFFIXES and path.suffix != found.suffix:
+    if path.suffix in {format.suffix for format in FORMATS} - {found.suffix}:
         raise SourceError(
             f"{path} cannot be of the format {name!r}, whose files end in {found.suffix}."
         )
     return found
 
 
-def sites_of(site: str | None, format: Format) -> dict[str, str]:
+def sites_of(site: str | None, format: Format) -> Mapping[str, str]:
     """The site of an autoencoder, read and written, or a format's sites; empty without either."""
-    pair = (site, site) if site else format.sites
-    return dict(zip(SITES, pair, strict=True)) if pair else {}
+    return dict.fromkeys(SITES, site) if site else format.sites
 
 
-def format_of(suffix: str, claims: Claims) -> Format:
+def format_of(suffix: str, keys: Collection[str]) -> Format:
     """The format with this suffix that has most of these keys."""
 
     def known(format: Format) -> int:
-        return sum(key in claims for key, _ in format.keys.values())
+        return sum(key in keys for key, _ in format.keys.values())
 
     return max((f for f in FORMATS if f.suffix == suffix), key=known)
 
 
-def account(format: Format, claims: Claims) -> tuple[list[str], dict[str, tuple[int, ...]]]:
-    """(everything that keeps these arrays from being a transcoder, shapes of our parameters)."""
+def account(format: Format, entries: Mapping[str, Any]) -> list[str]:
+    """Everything that keeps arrays from being a transcoder; ``entries`` have a shape and a fault,
+    why the array cannot be read or "".
+    """
     ours = {key: name for name, (key, _) in format.keys.items()}
     problems = [
         f"{key} is missing"
         for key, name in ours.items()
-        if key not in claims and name not in format.optional
+        if key not in entries and name not in format.optional
     ]
-    skips = {spelled.keys["W_skip"][0] for spelled in FORMATS if "W_skip" in spelled.keys}
-    both = skips <= set(claims)
-    if both:
-        problems.append(
-            f"{' and '.join(sorted(skips))} are two spellings of a skip connection, one the "
-            "transpose of the other; keep the right one"
-        )
-    problems += [
-        f"{key} is not part of a transcoder"
-        for key in claims
-        if key not in ours and not (both and key in skips)
-    ]
-    problems += [f"{key} {fault}" for key, (_, fault) in claims.items() if key in ours and fault]
-    given = {key: shape for key, (shape, fault) in claims.items() if key in ours and not fault}
-    problems += _misshapen(format, {ours[key]: shape for key, shape in given.items()})
-    if problems:
-        return problems, {}
-    return [], {
-        name: given[key] if axes == AXES[name] else given[key][::-1]
-        for name, (key, axes) in format.keys.items()
-        if key in given
-    }
+    problems += [f"{key} is not part of a transcoder" for key in entries if key not in ours]
+    known = {key: entry for key, entry in entries.items() if key in ours}
+    problems += [f"{key} {entry.fault}" for key, entry in known.items() if entry.fault]
+    shapes = {ours[key]: entry.shape for key, entry in known.items() if not entry.fault}
+    return problems + _misshapen(format, shapes)
 
 
 def _misshapen(format: Format, given: Mapping[str, tuple[int, ...]]) -> list[str]:

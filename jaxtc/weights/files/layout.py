@@ -1,25 +1,17 @@
 """Where transcoders lie in a release: the layouts of folders, their defaults, what names say."""
 
 import dataclasses
-import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 from jaxtc.errors import SourceError, did_you_mean, some
+from jaxtc.helpers import is_whole
 
 PARAMS = "params.npz"
-SHAPE = f"layer_N/width_W/average_l0_L/{PARAMS}"
 
 GEMMA_SCOPE_2B = "google/gemma-scope-2b-pt-transcoders"
 
-# The average L0 of the default transcoder for each layer of Gemma-2 2B: the choice
-# that circuit-tracer, SAELens and Neuronpedia make among those of GEMMA_SCOPE_2B.
-DEFAULT_L0 = (
-    76, 65, 49, 54, 88, 87, 95, 70, 52, 72, 88, 5, 6, 8, 8, 8, 10, 12, 13, 12, 11, 13, 15, 25, 37,
-    41,
-)  # fmt: skip
 DEFAULT_WIDTH = "16k"
 
 _LAYER = re.compile(r"(?:^|/)layer_(\d+)(?=/|$|\.safetensors$|_width_[^/]+_l0_[^/]+(?:/|$))")
@@ -37,7 +29,6 @@ _LAYOUTS = tuple(
     )
 )
 _PARAMS = (PARAMS, "params.safetensors")
-_FILES = (*_PARAMS, "layer_*.safetensors")
 
 # Sparse autoencoders of the same release and in the same format, recognised by the name of their
 # repository; a local copy may have that name, and the hub's cache has owner and name.
@@ -47,27 +38,28 @@ SAE_SITES = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_heads"}
 
 @dataclasses.dataclass(frozen=True)
 class Tier:
-    """One transcoder of several: its file below the source, its layer, width and average L0."""
+    """One transcoder of several: its layer, width and average L0, and its file below the source."""
 
-    path: str
+    path: str = dataclasses.field(compare=False)
     layer: int
     width: str
     l0: str
 
-    def is_below(self, folder: str) -> bool:
-        """Whether it lies in this folder of the source; the empty one is the source itself."""
-        return not folder or self.path == folder or self.path.startswith(f"{folder}/")
-
     @property
     def is_default(self) -> bool:
         """Whether it is the default of its layer."""
-        known = self.layer < len(DEFAULT_L0) and self.width == DEFAULT_WIDTH
-        return known and self.l0 == str(DEFAULT_L0[self.layer])
+        return self in DEFAULTS
 
 
-def default_path(layer: int) -> str:
-    """The file of a layer's default transcoder in GEMMA_SCOPE_2B."""
-    return f"layer_{layer}/width_{DEFAULT_WIDTH}/average_l0_{DEFAULT_L0[layer]}/{PARAMS}"
+# The default of each layer of GEMMA_SCOPE_2B: among the average L0s that there are, the choice of
+# circuit-tracer, SAELens and Neuronpedia.
+DEFAULTS = [
+    Tier(f"layer_{layer}/width_16k/average_l0_{l0}/{PARAMS}", layer, DEFAULT_WIDTH, str(l0))
+    for layer, l0 in enumerate(
+        (76, 65, 49, 54, 88, 87, 95, 70, 52, 72, 88, 5, 6,
+         8, 8, 8, 10, 12, 13, 12, 11, 13, 15, 25, 37, 41)
+    )
+]  # fmt: skip
 
 
 def is_file(path: str) -> bool:
@@ -82,10 +74,8 @@ def files_of(path: str) -> list[str]:
 
 def place_of(path: str) -> str:
     """``path`` without its file, unless the file's own name is what names it (``layer_3``)."""
-    whole = PurePosixPath(path)
-    if not is_file(path) or (whole.suffix == ".safetensors" and whole.stem != "params"):
-        return path
-    return "" if str(whole.parent) == "." else str(whole.parent)
+    folder, _, file = path.rpartition("/")
+    return folder if file in _PARAMS else path
 
 
 def sae_site(parts: Iterable[str]) -> str | None:
@@ -113,71 +103,64 @@ def tiers_of(paths: Iterable[str], root: str = "") -> list[Tier]:
 
 def tiers_in(folder: Path) -> list[Tier]:
     """The transcoders below a folder that is a layout's root, or lies somewhere in it."""
-    files = (file for name in _FILES for file in folder.glob(f"**/{name}"))
-    paths = (file.relative_to(folder).as_posix() for file in files)
+    paths = (file.relative_to(folder).as_posix() for file in folder.rglob("*"))
     return tiers_of(paths, folder.absolute().as_posix())
 
 
-class Query(NamedTuple):
-    """Which transcoder of a source is asked for ("16k", "71"); None stands for any."""
-
-    layer: int | None
-    width: str | None
-    l0: str | None
-
-    @property
-    def is_default(self) -> bool:
-        """Whether this asks for the default transcoder of a layer of GEMMA_SCOPE_2B."""
-        return self.layer is not None and self.width in (None, DEFAULT_WIDTH) and self.l0 is None
-
-
-def query_of(layer: int | None, width: str | None, l0: int | str | None) -> Query:
-    """The arguments, normalised. Raises SourceError for a layer that is not an index from 0."""
-    try:
-        number = None if layer is None else operator.index(layer)
-    except TypeError:
-        number = -1
-    if number is not None and number < 0:
+def asked(layer: int | None, width: str | None, l0: int | str | None) -> dict[str, int | str]:
+    """What of a :class:`Tier` is asked for. Raises SourceError for a layer that is no index."""
+    if layer is not None and not is_whole(layer):
         hint = isinstance(layer, str) * f" A place below the source is given as path={layer!r}."
         raise SourceError(f"layer is {layer!r}, expected a whole number from 0.{hint}")
-    width = None if width is None else str(width).removeprefix("width_")
-    return Query(number, width, None if l0 is None else str(l0).removeprefix("average_l0_"))
+    found = {
+        "layer": None if layer is None else int(layer),
+        "width": None if width is None else str(width).removeprefix("width_"),
+        "l0": None if l0 is None else str(l0).removeprefix("average_l0_"),
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
-def choose(tiers: list[Tier], below: str, query: Query, source: str, *, usual: bool = True) -> Tier:
-    """The one match in the folder ``below`` of ``source`` ("" for the source itself).
+def below(tiers: list[Tier], folder: str, source: str) -> list[Tier]:
+    """Those in a folder of ``source``, "" for all of them. Raises SourceError if there are none."""
+    if not tiers:
+        raise SourceError(
+            f"{source} holds no transcoders; expected layer_N/width_W/average_l0_L/{PARAMS} in it."
+        )
+    inside = [tier for tier in tiers if PurePosixPath(tier.path).is_relative_to(folder)]
+    if not inside:
+        named = layer_of(folder)
+        if named is not None:
+            check_layer(named, {tier.layer for tier in tiers}, source)
+        folders = [place_of(tier.path) for tier in tiers if named in (None, tier.layer)]
+        near = did_you_mean(folder, folders)
+        raise SourceError(f"{source} has no {folder!r}.{near} It has {some(folders, 20)}.")
+    return inside
+
+
+def choose(tiers: list[Tier], query: Mapping[str, int | str], source: str, usual: bool) -> Tier:
+    """The one that matches what :func:`asked` says.
 
     ``usual`` says whether each layer has a default, as it has in releases of transcoders. Raises
     SourceError, with a list of what there is, for no match or several.
     """
-    if not tiers:
-        raise SourceError(f"{source} holds no transcoders; expected {SHAPE} in it.")
-    inside = [tier for tier in tiers if tier.is_below(below)]
-    if not inside:
-        named = layer_of(below)
-        if named is not None:
-            check_layer(named, {tier.layer for tier in tiers}, source)
-        folders = [place_of(tier.path) for tier in tiers if named in (None, tier.layer)]
-        near = did_you_mean(below, folders)
-        raise SourceError(f"{source} has no {below!r}.{near} It has {some(folders, 20)}.")
-    if query.layer is not None:
-        check_layer(query.layer, {tier.layer for tier in inside}, source)
-        inside = [tier for tier in inside if tier.layer == query.layer]
-    layers = sorted({tier.layer for tier in inside})
+    if "layer" in query:
+        check_layer(query["layer"], {tier.layer for tier in tiers}, source)
+        tiers = [tier for tier in tiers if tier.layer == query["layer"]]
+    layers = sorted({tier.layer for tier in tiers})
     if len(layers) > 1:
         raise SourceError(
             f"{source} has transcoders for layers {some([*map(str, layers)], 50)}; say which layer "
             f"(layer={layers[0]})."
         )
-    for name in ("width", "l0"):
-        wanted, there = getattr(query, name), sorted({getattr(tier, name) for tier in inside})
-        if wanted is not None and wanted not in there:
+    for name, wanted in query.items():
+        there = sorted({getattr(tier, name) for tier in tiers})
+        if wanted not in there:
             raise SourceError(
                 f"{source} has no transcoder with {name}={wanted!r} for layer {layers[0]}; there "
                 f"is {some([repr(one) for one in there if one] or ['only one'], 20)}."
             )
-        inside = [tier for tier in inside if wanted in (None, getattr(tier, name))]
-    chosen = [tier for tier in inside if usual and query.l0 is None and tier.is_default] or inside
+        tiers = [tier for tier in tiers if getattr(tier, name) == wanted]
+    chosen = [tier for tier in tiers if usual and "l0" not in query and tier.is_default] or tiers
     if len(chosen) > 1:
         raise SourceError(
             f"{source} has {len(chosen)} transcoders for layer {layers[0]}; choose one by its "

@@ -37,12 +37,11 @@ def open_plain(path: Path) -> BinaryIO:
     Raises WeightsError, without waiting, when it cannot be opened, or is a folder, pipe or device.
     """
 
-    def opener(name: str, flags: int) -> int:
-        # Opening a pipe would wait for a writer.
-        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
-
+    at_once = getattr(os, "O_NONBLOCK", 0)  # opening a pipe would wait for a writer
     try:
-        file = open(path, "rb", buffering=0, opener=opener)  # noqa: SIM115
+        file = open(  # noqa: SIM115
+            path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | at_once)
+        )
     except OSError as error:
         raise WeightsError(f"{path} cannot be opened: {error.strerror}.") from error
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):

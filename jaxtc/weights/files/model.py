@@ -2,68 +2,94 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
+import re
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxtc.errors import SourceError, WeightsError, some
 from jaxtc.model.config import Gemma2Config
 from jaxtc.weights.files import local
-from jaxtc.weights.files.arrays import CHUNK_BYTES
 from jaxtc.weights.files.safetensors import Entry, SafetensorsFile
-from jaxtc.weights.files.shards import read_parts
 from jaxtc.weights.names import BUFFERS, EMBEDDING, TIED, Name, parameter_names
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_PLAIN = re.compile(r"[^/\\:\0]+\.safetensors")  # right in the index's folder, on Windows too
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt")
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """The open safetensors files of the model in a folder, by the names of their tensors."""
+    """The open files of the model in a folder, each under the names of its tensors."""
 
     folder: Path
+    config: Gemma2Config
     files: dict[str, SafetensorsFile]
 
-    def entry(self, name: str) -> Entry:
+    @functools.cached_property
+    def names(self) -> dict[str, Name]:
+        """The parameters of a model of this config, by our names."""
+        return {name.ours: name for name in parameter_names(self.config)}
+
+    def entry(self, tensor: str) -> Entry:
         """What the header of its file says of a tensor."""
-        return self.files[name].entries[name]
+        return self.files[tensor].entries[tensor]
+
+    def read(
+        self, ours: str, dtype: np.dtype, sharding: NamedSharding | None = None
+    ) -> tuple[np.ndarray | jax.Array, str]:
+        """A parameter by our name, as :func:`jaxtc.weights.files.shards.read`."""
+        name = self.names[ours]
+        array, problem = self.files[name.hf].read(name.hf, dtype, sharding, shape=name.shape)
+        return array, problem and f"{name.hf} {problem}"
 
 
 @contextlib.contextmanager
 def open_checkpoint(folder: Path) -> Iterator[Checkpoint]:
-    """The checkpoint in ``folder``, its files closed at the end.
+    """The model in ``folder``; its tensors are exactly the parameters that its config says.
 
-    Raises SourceError for a folder without one, WeightsError for unsound files or a missing shard.
+    Raises SourceError for a folder without weights, ConfigError for a config that is not a
+    Gemma-2's, WeightsError for unsound files, a missing shard, or other tensors, all of them named.
     """
+    config = Gemma2Config.from_file(folder / "config.json")
     with contextlib.ExitStack() as stack:
         if local.has(folder, SINGLE):
             file = stack.enter_context(SafetensorsFile(folder / SINGLE))
-            yield Checkpoint(folder, dict.fromkeys(file.entries, file))
-            return
-        if not local.has(folder, INDEX):
+            files = dict.fromkeys(file.entries, file)
+        elif local.has(folder, INDEX):
+            files = _open_shards(folder, stack)
+        else:
             others = sorted(path.name for path in folder.iterdir() if path.suffix in _WEIGHTS)
             found = f"; what it has is {some(others)}" if others else ""
             raise SourceError(
                 f"{folder} has neither {SINGLE} nor {INDEX}{found}. jaxtc reads Hugging Face "
                 "checkpoints in safetensors format; save_pretrained of transformers writes one."
             )
-        shards = read_index(folder / INDEX)
-        names = sorted(set(shards.values()))
-        missing = [name for name in names if not local.has(folder, name)]
-        if missing:
+        checkpoint = Checkpoint(folder, config, files)
+        problems = _account(checkpoint) or _untied(checkpoint)
+        if problems:
             raise WeightsError(
-                f"{folder} lacks {some(missing)} of the {len(names)} files that {INDEX} names. "
-                "Download or copy them too."
+                f"The tensors in {folder} are not those of the Gemma-2 in its config.json: "
+                f"{some(problems, 20)}. Weights and config must come from the same checkpoint."
             )
-        for name in names:
-            _check_inside(folder, name)
-        opened = {name: stack.enter_context(SafetensorsFile(folder / name)) for name in names}
-        yield Checkpoint(folder, _merge(folder, shards, opened))
+        yield checkpoint
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files of the model in a folder that are read: its config and its weights.
+
+    Raises WeightsError for an unsound index of shards.
+    """
+    names = ["config.json", SINGLE]
+    if not local.has(folder, SINGLE) and local.has(folder, INDEX):
+        names = ["config.json", INDEX, *sorted(set(read_index(folder / INDEX).values()))]
+    return [folder / name for name in names if local.has(folder, name)]
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -78,20 +104,13 @@ def read_index(path: Path) -> dict[str, str]:
     shards = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(shards, dict) or not shards:
         raise WeightsError(f"{path} has no weight_map, which says where each tensor is.")
-    outside = sorted({repr(name) for name in shards.values() if not _is_plain(name)})
+    outside = sorted({repr(name) for name in shards.values() if not _PLAIN.fullmatch(str(name))})
     if outside:
         raise WeightsError(
             f"{path} points to {some(outside)}; an index may only name .safetensors files in its "
             "own folder. Do not use this checkpoint unless you know where it comes from."
         )
     return shards
-
-
-def _is_plain(name: object) -> bool:
-    """Whether this names a safetensors file right in the index's folder."""
-    if not isinstance(name, str) or not name.endswith(".safetensors") or "\0" in name:
-        return False
-    return PurePosixPath(name).name == name == PureWindowsPath(name).name
 
 
 def _check_inside(folder: Path, name: str) -> None:
@@ -108,9 +127,19 @@ def _check_inside(folder: Path, name: str) -> None:
         )
 
 
-def _merge(
-    folder: Path, shards: dict[str, str], opened: dict[str, SafetensorsFile]
-) -> dict[str, SafetensorsFile]:
+def _open_shards(folder: Path, stack: contextlib.ExitStack) -> dict[str, SafetensorsFile]:
+    """The shards, by the names of the tensors that they and the index agree on."""
+    shards = read_index(folder / INDEX)
+    names = sorted(set(shards.values()))
+    missing = [name for name in names if not local.has(folder, name)]
+    if missing:
+        raise WeightsError(
+            f"{folder} lacks {some(missing)} of the {len(names)} files that {INDEX} names. "
+            "Download or copy them too."
+        )
+    for name in names:
+        _check_inside(folder, name)
+    opened = {name: stack.enter_context(SafetensorsFile(folder / name)) for name in names}
     files: dict[str, SafetensorsFile] = {}
     problems = [
         f"{tensor} is not in {name}, where the index says it is"
@@ -132,19 +161,9 @@ def _merge(
     return files
 
 
-def check_tensors(checkpoint: Checkpoint, config: Gemma2Config) -> None:
-    """Raise WeightsError, naming all faults, unless the tensors are exactly the parameters."""
-    problems = _account(checkpoint, parameter_names(config)) or _untied(checkpoint)
-    if problems:
-        raise WeightsError(
-            f"The tensors in {checkpoint.folder} are not those of the Gemma-2 in its config.json: "
-            f"{some(problems, 20)}. Weights and config must come from the same checkpoint."
-        )
-
-
-def _account(checkpoint: Checkpoint, names: list[Name]) -> list[str]:
+def _account(checkpoint: Checkpoint) -> list[str]:
     """Everything that keeps the tensors from being the parameters, from the headers alone."""
-    expected = {name.hf: name for name in names}
+    expected = {name.hf: name for name in checkpoint.names.values()}
     problems = [f"{hf} is missing" for hf in expected if hf not in checkpoint.files]
     for hf in checkpoint.files:
         entry, name = checkpoint.entry(hf), expected.get(hf)
@@ -163,20 +182,12 @@ def _account(checkpoint: Checkpoint, names: list[Name]) -> list[str]:
 
 
 def _untied(checkpoint: Checkpoint) -> list[str]:
-    """A problem when a stored output matrix is not the embedding that the config says it is.
-
-    Each of several processes compares its part of the two.
-    """
+    """A problem when a stored output matrix is not the embedding that the config says it is."""
     if TIED not in checkpoint.files:
         return []
-    vocab, width = checkpoint.entry(TIED).shape
-    step = max(1, CHUNK_BYTES // (8 * width))
-    for low in range(step * jax.process_index(), vocab, step * jax.process_count()):
-        box = (low, min(low + step, vocab)), (0, width)
-        ours, theirs = (
-            read_parts(checkpoint.files[hf].raw(hf), np.dtype(np.float32), [box])
-            for hf in (EMBEDDING, TIED)
-        )
-        if not np.array_equal(ours.arrays[box], theirs.arrays[box]):
-            return [f"{TIED} differs from {EMBEDDING}, to which the config ties it"]
-    return []
+    ours, theirs = (
+        checkpoint.files[hf].read(hf, checkpoint.entry(hf).dtype)[0] for hf in (EMBEDDING, TIED)
+    )
+    if np.array_equal(ours, theirs):
+        return []
+    return [f"{TIED} differs from {EMBEDDING}, to which the config ties it"]

@@ -102,11 +102,8 @@ class NpzFile(local.PlainFile):
             _header(stream)
 
             def read_at(_: int, view: memoryview) -> None:
-                while view:
-                    count = stream.readinto(view)
-                    if not count:
-                        raise EOFError("it ended early")
-                    view = view[count:]
+                if stream.readinto(view) < len(view):
+                    raise EOFError("it ended early")
 
             raw = Raw(read_at, 0, member.dtype, shape, stream=True)
             return shards.read(raw, dtype, sharding, transposed=member.fortran != transposed)

@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +38,16 @@ _NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What the header says of one tensor: dtype name, shape, and bytes ``start`` to ``stop``."""
+    """What the header says of one tensor, and its bytes, ``start`` to ``stop``.
 
-    dtype: str
+    ``fault`` is why it cannot be read as weights, or ""; then ``dtype`` is None.
+    """
+
+    dtype: np.dtype | None
     shape: tuple[int, ...]
+    fault: str
     start: int
     stop: int
-
-    @property
-    def fault(self) -> str:
-        """Why it cannot be read as weights, or empty."""
-        if self.dtype in FLOATS:
-            return ""
-        return f"has dtype {self.dtype}, not one of {', '.join(FLOATS)}"
 
 
 class SafetensorsFile(local.PlainFile):
@@ -81,12 +78,6 @@ class SafetensorsFile(local.PlainFile):
         self.entries = {name: self._entry(name, claim) for name, claim in raw.items()}
         self._data_start = 8 + len(header)
 
-    def raw(self, name: str, shape: tuple[int, ...] | None = None) -> Raw:
-        """A tensor whose dtype is in :data:`FLOATS`, perhaps with its axes split or merged."""
-        entry = self.entries[name]
-        start = self._data_start + entry.start
-        return Raw(self._read_at, start, FLOATS[entry.dtype], shape or entry.shape)
-
     def read(
         self,
         name: str,
@@ -96,11 +87,15 @@ class SafetensorsFile(local.PlainFile):
         shape: tuple[int, ...] | None = None,
         transposed: bool = False,
     ) -> tuple[np.ndarray | jax.Array, str]:
-        """A tensor as :func:`~jaxtc.weights.files.shards.read` has it.
+        """A tensor without a fault, perhaps with its axes split or merged (``shape``), as
+        :func:`~jaxtc.weights.files.shards.read` has it.
 
         Raises WeightsError when the file ends or fails while it is read.
         """
-        return shards.read(self.raw(name, shape), dtype, sharding, transposed=transposed)
+        entry = self.entries[name]
+        start = self._data_start + entry.start
+        raw = Raw(self._read_at, start, entry.dtype, shape or entry.shape)
+        return shards.read(raw, dtype, sharding, transposed=transposed)
 
     def _read_at(self, offset: int, view: memoryview) -> None:
         # Not through a memory map, where a file that shrinks or a failing disk kills the process.
@@ -127,26 +122,9 @@ class SafetensorsFile(local.PlainFile):
             raise self.unsound(
                 f"the entry of {name!r} is not dtype, shape and data_offsets of an array"
             )
-        return Entry(claim["dtype"], tuple(claim["shape"]), *claim["data_offsets"])
-
-
-def header(
-    tensors: Iterable[tuple[str, np.dtype, Sequence[int]]], metadata: Mapping[str, str]
-) -> bytes:
-    """The beginning of a file, up to the bytes of its first tensor.
-
-    Tensors are (name, dtype, shape) in the order of their bytes; transformers insists on the
-    metadata ``format``.
-    """
-    found, end = {"__metadata__": dict(metadata)}, 0
-    for name, dtype, shape in tensors:
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        found[name] = {
-            "dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end],
-        }  # fmt: skip
-    encoded = json.dumps(found, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    return len(encoded).to_bytes(8, "little") + encoded
+        dtype, shape = FLOATS.get(claim["dtype"]), tuple(claim["shape"])
+        fault = "" if dtype else f"has dtype {claim['dtype']}, not one of {', '.join(FLOATS)}"
+        return Entry(dtype, shape, fault, *claim["data_offsets"])
 
 
 def pieces(array: np.ndarray) -> Iterator[memoryview]:
@@ -158,10 +136,27 @@ def pieces(array: np.ndarray) -> Iterator[memoryview]:
         yield memoryview(part.reshape(-1).view(np.uint8))
 
 
-def write_tensors(path: Path, header: bytes, arrays: Iterable[np.ndarray]) -> None:
-    """Write a file, whole or not at all; each array is asked for when its turn comes."""
+def write_tensors(
+    path: Path,
+    tensors: Iterable[tuple[str, np.dtype, Sequence[int]]],
+    arrays: Iterable[np.ndarray],
+    **metadata: str,
+) -> None:
+    """Write a file, whole or not at all; each array is asked for when its turn comes.
+
+    Tensors are (name, dtype, shape) in the order of the arrays.
+    """
+    # transformers insists on the format, which is its word for the framework.
+    found, end = {"__metadata__": {"format": "pt", **metadata}}, 0
+    for name, dtype, shape in tensors:
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        found[name] = {
+            "dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end],
+        }  # fmt: skip
+    header = json.dumps(found, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
     with local.replacing(path) as partial, partial.open("wb") as file:
-        file.write(header)
+        file.write(len(header).to_bytes(8, "little") + header)
         for array in arrays:
             file.writelines(pieces(array))
             del array  # before the next one is made

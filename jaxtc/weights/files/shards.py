@@ -8,12 +8,19 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import NamedSharding
 
-from jaxtc.weights.files.arrays import CHUNK_BYTES, all_finite, cast, empty
+from jaxtc.errors import WeightsError, some
+from jaxtc.sharding.rules import variables
+from jaxtc.weights.files.arrays import CHUNK_BYTES, all_finite, cast, empty, to_jax
+
+_Module = TypeVar("_Module", bound=nnx.Module)
 
 # (start, stop) along each axis.
 Box = tuple[tuple[int, int], ...]
@@ -114,14 +121,51 @@ def read(
         while parts.arrays:  # no longer there once it is on its devices
             box, array = parts.arrays.popitem()
             if transposed:
-                box, untransposed = box[::-1], array
-                array = empty(untransposed.shape[::-1], dtype)
-                np.copyto(array, untransposed.T)
-                del untransposed
+                box, array = box[::-1], np.ascontiguousarray(array.T)
             # Waiting keeps one host copy at a time where the devices have memory of their own.
             placed += jax.block_until_ready([jax.device_put(array, x) for x in boxes[box]])
     array = jax.make_array_from_single_device_arrays(shape, sharding, placed)
     return array, next(filter(None, problems), "")
+
+
+def fill(
+    declared: _Module,
+    read: Callable[[str, np.dtype, NamedSharding | None], tuple[np.ndarray | jax.Array, str]],
+    where: Path,
+    places: Callable[[_Module], list[NamedSharding]] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> _Module:
+    """A module with its values; the largest are read first, while there is most room beside them.
+
+    Args:
+        declared: the module without its values.
+        read: (name of a parameter, dtype, sharding) -> what :func:`read` returns.
+        where: the file or folder, for messages.
+        places: (declared) -> the sharding of each leaf; by default the default device.
+        progress: called with (bytes loaded, bytes in all) after each parameter.
+
+    Raises:
+        WeightsError: values that cannot be used, those of all parameters at once.
+    """
+    names = [name for name, _ in variables(declared)]
+    leaves, structure = jax.tree.flatten(declared)
+    sizes = [leaf.size * leaf.dtype.itemsize for leaf in leaves]
+    shardings = [None] * len(leaves) if places is None else places(declared)
+    values, problems, done = {}, [], 0
+    wanted = zip(sizes, names, leaves, shardings, strict=True)
+    for size, name, leaf, sharding in sorted(wanted, key=lambda one: -one[0]):
+        array, problem = read(name, np.dtype(leaf.dtype), sharding)
+        values[name] = to_jax(array) if sharding is None else array
+        problems += [problem] if problem else []
+        done += size
+        if progress:
+            progress(done, sum(sizes))
+    if problems:
+        raise WeightsError(
+            f"{where} cannot be used: {some(problems, 20)}. Whatever was computed with these "
+            "values would be wrong; fetch them again, or train them again if they are yours."
+        )
+    return jax.tree.unflatten(structure, [values[name] for name in names])
 
 
 def read_parts(raw: Raw, dtype: np.dtype, boxes: Sequence[Box]) -> Parts:
@@ -163,24 +207,20 @@ def _blocks(
     The first axis is cut into ranges; in each, what is left of the others is one block. With
     ``into``, an array for the box, blocks are ranges of it.
     """
-    shape, size = raw.shape, raw.dtype.itemsize
-    sizes = [b - a for a, b in box]
+    sizes, size = [b - a for a, b in box], raw.dtype.itemsize
     # Behind this axis all are whole, so a run is a range along it.
-    last = max([axis for axis, n in enumerate(sizes) if n != shape[axis]], default=0)
-    steps = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    first = box[0][0]
+    last = max([axis for axis, n in enumerate(sizes) if n != raw.shape[axis]], default=0)
     row = math.prod(sizes[1:]) * size
     step = max(1, CHUNK_BYTES // max(row, 1))
     for low in range(0, sizes[0] if row else 0, step):
         high = min(low + step, sizes[0])
         block = np.empty((high - low, *sizes[1:]), raw.dtype) if into is None else into[low:high]
-        ranges = [(first + low, first + high), *box[1:]]
-        leading = [range(*ranges[axis]) for axis in range(last)]
+        ranges = [(box[0][0] + low, box[0][0] + high), *box[1:]]
+        corner = tuple(start for start, _ in ranges)
+        places = list(itertools.product(*(range(*bounds) for bounds in ranges[:last])))
         view = memoryview(block.reshape(-1).view(np.uint8))
-        run = (ranges[last][1] - ranges[last][0]) * steps[last] * size
-        for index, place in enumerate(itertools.product(*leading)):
-            element = sum(
-                i * step for i, step in zip((*place, ranges[last][0]), steps, strict=False)
-            )
-            raw.read_at(raw.start + element * size, view[index * run : (index + 1) * run])
-        yield block, tuple(a for a, _ in ranges)
+        run = len(view) // len(places)
+        for index, place in enumerate(places):
+            element = np.ravel_multi_index((*place, *corner[last:]), raw.shape)
+            raw.read_at(raw.start + int(element) * size, view[index * run : (index + 1) * run])
+        yield block, corner

@@ -15,24 +15,32 @@ from jaxtc.errors import WeightsError, did_you_mean, some
 from jaxtc.tap.sites import BY_NAME
 from jaxtc.transcoders.activations import Activation, activation_in, parameter_names
 from jaxtc.transcoders.transcoder import Transcoder
-from jaxtc.weights.files.formats import AXES, SITES, Format, account, format_of
+from jaxtc.weights.files.formats import SITES, Format, account, format_of
 from jaxtc.weights.files.npz import NpzFile, write_params
-from jaxtc.weights.files.safetensors import FLOATS, SafetensorsFile, header, write_tensors
+from jaxtc.weights.files.safetensors import SafetensorsFile, write_tensors
 
 
 @dataclasses.dataclass(frozen=True)
 class TranscoderFile:
     """An open file whose arrays are those of a transcoder, as ``format`` spells them.
 
-    ``shapes`` are of our parameters that it has, in our orientation; ``sites`` what the file itself
-    says of ``input_site`` and ``output_site``.
+    ``sites`` are what the file itself says of ``input_site`` and ``output_site``.
     """
 
     path: Path
     format: Format
-    shapes: Mapping[str, tuple[int, ...]]
     sites: Mapping[str, str]
     _file: NpzFile | SafetensorsFile
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of our parameters that it has, in our orientation."""
+        held = self._file.entries
+        return {
+            name: held[key].shape[:: -1 if self.format.transposed(name) else 1]
+            for name, (key, _) in self.format.keys.items()
+            if key in held
+        }
 
     @property
     def activation(self) -> Activation | None:
@@ -43,7 +51,7 @@ class TranscoderFile:
     def dtype(self) -> np.dtype:
         """The narrowest dtype that holds all its arrays as they are."""
         stored = (self._file.entries[self.format.keys[name][0]].dtype for name in self.shapes)
-        return functools.reduce(jnp.promote_types, (FLOATS.get(one, one) for one in stored))
+        return functools.reduce(jnp.promote_types, stored)
 
     def read(
         self, name: str, dtype: np.dtype, sharding: NamedSharding | None = None
@@ -52,8 +60,8 @@ class TranscoderFile:
 
         Raises WeightsError when the file ends or fails while it is read.
         """
-        key, axes = self.format.keys[name]
-        array, problem = self._file.read(key, dtype, sharding, transposed=axes != AXES[name])
+        key, transposed = self.format.keys[name][0], self.format.transposed(name)
+        array, problem = self._file.read(key, dtype, sharding, transposed=transposed)
         if not problem and name == "threshold" and not self.format.negative:
             parts = [array] if sharding is None else [x.data for x in array.addressable_shards]
             if any((part < 0).any() for part in parts):
@@ -68,12 +76,10 @@ def open_transcoder(path: Path) -> Iterator[TranscoderFile]:
     Raises WeightsError for a damaged file, and for arrays that are missing, extra, misshapen or not
     of floats, all of them named at once.
     """
-    suffix = ".safetensors" if path.suffix == ".safetensors" else ".npz"
-    with {".npz": NpzFile, ".safetensors": SafetensorsFile}[suffix](path) as file:
-        claims = {name: (entry.shape, entry.fault) for name, entry in file.entries.items()}
-        format = format_of(suffix, claims)
-        problems, shapes = account(format, claims)
-        if problems:
+    kind = SafetensorsFile if path.suffix == ".safetensors" else NpzFile
+    with kind(path) as file:
+        format = format_of(f".{kind.format}", file.entries)
+        if problems := account(format, file.entries):
             raise WeightsError(
                 f"{path} is not a transcoder that jaxtc can read: {some(problems, 20)}. Its keys "
                 f"are taken for the format {format.name!r}, which has {format.describe()}."
@@ -87,26 +93,7 @@ def open_transcoder(path: Path) -> Iterator[TranscoderFile]:
                     f"{did_you_mean(site, BY_NAME)} `jaxtc sites` lists them; the file was written "
                     "by another version of jaxtc or by hand."
                 )
-        yield TranscoderFile(path, format, shapes, sites, file)
-
-
-def read_all(
-    file: TranscoderFile, dtype: np.dtype, places: Mapping[str, NamedSharding] | None = None
-) -> dict[str, np.ndarray | jax.Array]:
-    """All parameters of an open file, in memory or where ``places`` says.
-
-    Raises WeightsError as :meth:`TranscoderFile.read`, and for values that are not finite.
-    """
-    found, problems = {}, []
-    for name in file.shapes:
-        found[name], problem = file.read(name, dtype, places and places[name])
-        problems += [problem] if problem else []
-    if problems:
-        raise WeightsError(
-            f"{file.path} cannot be used: {some(problems)}. Whatever it computed would be wrong; "
-            "fetch or train it again."
-        )
-    return found
+        yield TranscoderFile(path, format, sites, file)
 
 
 def write_transcoder(
@@ -130,18 +117,18 @@ def write_transcoder(
             value = fetch(name)
         if name == "threshold" and not format.negative:
             value = np.maximum(value, 0)  # which has no effect on what it computes
-        value = value if format.keys[name][1] == AXES[name] else value.T
+        value = value.T if format.transposed(name) else value
         # NumPy would write a transposed view in the order that it has in memory.
         return np.ascontiguousarray(value, np.float32) if npz else value
 
     if npz:
         return write_params(path, ((format.keys[name][0], value_of(name)) for name in names))
-    tensors = []
-    for name in names:
-        key, axes = format.keys[name]
-        shape = (declared.features,) if axes == "M" else getattr(declared, name).shape
-        tensors.append((key, dtype, shape if axes == AXES[name] else shape[::-1]))
-    facts = {"format": "pt", "variant": declared.variant}
-    facts |= {key: getattr(declared, key) for key in SITES}
-    facts |= {} if declared.layer is None else {"layer": str(declared.layer)}
-    write_tensors(path, header(tensors, facts), map(value_of, names))
+    sizes = {"I": declared.d_in, "M": declared.features, "O": declared.d_out}
+    tensors = [
+        (key, dtype, [sizes[axis] for axis in axes.split()])
+        for key, axes in map(format.keys.get, names)
+    ]
+    facts = {key: str(getattr(declared, key)) for key in ("variant", *SITES, "layer")}
+    if declared.layer is None:
+        del facts["layer"]
+    write_tensors(path, tensors, map(value_of, names), **facts)

@@ -1,8 +1,10 @@
-"""Files from the Hugging Face hub: only those that are needed, and errors that say what to do."""
+"""Files from the Hugging Face hub: only those that are needed, and errors that say what to do;
+whether files are still those that the hub has."""
 
 import contextlib
+import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from huggingface_hub import (
@@ -13,7 +15,7 @@ from huggingface_hub import (
     try_to_load_from_cache,
 )
 
-from jaxtc.errors import SourceError, first_line
+from jaxtc.errors import SourceError, WeightsError, first_line, some
 from jaxtc.model.config import Gemma2Config
 from jaxtc.weights.files.model import INDEX, SINGLE, read_index
 
@@ -22,18 +24,16 @@ TOKENIZER_FILES = (
     "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
 
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?P<rest>(/[^/]+)*/?)")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_HASH = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")  # SHA-256 of a large file, git's of a small one
 _UNREACHABLE = (errors.HTTPError, errors.EntryNotFoundError, errors.OfflineModeIsEnabled)
 
 
 def split_id(source: str) -> tuple[str, str] | None:
     """``owner/name/some/path`` as (``owner/name``, ``some/path``); None when it is no hub id."""
-    parts = source.strip("/").split("/")
-    repo, rest = "/".join(parts[:2]), parts[2:]
-    if source.startswith("/") or not _REPO.fullmatch(repo) or ".." in source or "" in rest:
-        return None
-    return repo, "/".join(rest)
+    match = None if ".." in source else _ID.fullmatch(source)
+    return match and (match["repo"], match["rest"].strip("/"))
 
 
 def download(repo: str, file: str, revision: str | None = None) -> Path:
@@ -47,11 +47,10 @@ def download(repo: str, file: str, revision: str | None = None) -> Path:
 
 def download_if_there(repo: str, file: str, revision: str | None = None) -> Path | None:
     """As :func:`download`, None when the repository has no such file."""
-    if revision and _COMMIT.fullmatch(revision):
-        # What the cache knows of a commit stays true, also when the hub cannot be reached.
-        known = try_to_load_from_cache(repo, file, revision=revision)
-        if known is not None:
-            return None if known is _CACHED_NO_EXIST else Path(known)
+    # What the cache knows of a commit stays true, also when the hub cannot be reached.
+    known = revision and _COMMIT.fullmatch(revision)
+    if known and try_to_load_from_cache(repo, file, revision=revision) is _CACHED_NO_EXIST:
+        return None
     try:
         return download(repo, file, revision)
     except SourceError as error:
@@ -74,7 +73,7 @@ def download_model(repo: str, revision: str | None = None) -> Path:
     """
     config = download(repo, "config.json", revision)
     Gemma2Config.from_file(config)
-    commit = _pin(config, revision)
+    commit = config.parent.name  # all files are of one, whatever is pushed meanwhile
     index = download_if_there(repo, INDEX, commit)
     # Only the shards that the index names: some repositories hold the weights a second time.
     names = [SINGLE] if index is None else sorted(set(read_index(index).values()))
@@ -87,14 +86,8 @@ def download_tokenizer(repo: str, revision: str | None = None) -> Path:
     """The local folder with a tokenizer's files. Raises SourceError as :func:`download`."""
     config = download(repo, "tokenizer_config.json", revision)
     for name in (*TOKENIZER_FILES, "config.json"):
-        download_if_there(repo, name, _pin(config, revision))
+        download_if_there(repo, name, config.parent.name)
     return config.parent
-
-
-def _pin(file: Path, revision: str | None) -> str | None:
-    """The commit that ``file`` of the cache belongs to, so that the next ones come from it too."""
-    commit = file.parent.name
-    return commit if _COMMIT.fullmatch(commit) else revision
 
 
 @contextlib.contextmanager
@@ -152,3 +145,54 @@ def _status(error: BaseException | None) -> int | None:
             return error.response.status_code
         error = error.__cause__
     return None
+
+
+def verify_files(files: Iterable[Path]) -> None:
+    """Hash files as the hub does and compare.
+
+    Raises WeightsError when a file is not what the hub has, or nothing here says what that is.
+    """
+    expected = {file: _hub_hash(file) for file in files}
+    unknown = [file for file, digest in expected.items() if digest is None]
+    if unknown:
+        raise WeightsError(
+            f"{unknown[0].parent} cannot be verified: nothing says what the hub's hashes of "
+            f"{some([file.name for file in unknown])} are. They are known of a hub id's files in "
+            "the hub's own cache, and of a folder that `hf download --local-dir` made; for other "
+            "folders leave verify out."
+        )
+    wrong = [file for file, digest in expected.items() if _hash(file, len(digest)) != digest]
+    if wrong:
+        raise WeightsError(
+            f"{some([file.name for file in wrong])} in {wrong[0].parent} "
+            f"{'is' if len(wrong) == 1 else 'are'} not what the Hugging Face hub has "
+            f"({wrong[0].name} should hash to {expected[wrong[0]][:12]}…): damaged or changed "
+            f"since. Remove {wrong[0].resolve()} and fetch it again."
+        )
+
+
+def _hub_hash(file: Path) -> str | None:
+    """The hash by which the hub knows a file, None when it is not known here.
+
+    The hub's client keeps it: in its cache a file is a link to ``blobs/HASH``, beside a folder that
+    was downloaded (``hf download --local-dir``) it is in ``.cache/huggingface``.
+    """
+    blob, file = file.resolve(), file.absolute()
+    kept = [blob.name] if blob.parent.name == "blobs" else []
+    for folder in file.parents:
+        name = f"{file.relative_to(folder).as_posix()}.metadata"
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            lines = (folder / ".cache/huggingface/download" / name).read_text(encoding="utf-8")
+            kept += lines.splitlines()[1:2]
+    return next(filter(_HASH.fullmatch, kept), None)
+
+
+def _hash(file: Path, digits: int) -> str:
+    try:
+        # git's hash of a blob begins with its size; not for security, but it is the hub's name.
+        blob = f"blob {file.stat().st_size}\0".encode()
+        made = hashlib.sha256() if digits == 64 else hashlib.sha1(blob, usedforsecurity=False)
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, lambda: made).hexdigest()
+    except OSError as error:
+        raise WeightsError(f"{file} cannot be read: {error.strerror}.") from error

@@ -8,10 +8,11 @@ or file; a checkpoint that ``jaxtc convert`` made, there or in a bucket (``gs://
 import dataclasses
 import functools
 import os
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path, PurePosixPath
 
-from jaxtc.errors import SourceError, did_you_mean, first_line
+from jaxtc.errors import SourceError, first_line
 from jaxtc.weights.checkpoints.read import Converted
 from jaxtc.weights.checkpoints.sidecar import SIDECAR, read_sidecar
 from jaxtc.weights.files import layout, local
@@ -24,19 +25,12 @@ EMBEDDED_DATA = Path(str(resources.files("jaxtc"))) / "embedded" / "data"
 # What is wanted of a source. A model's tokenizer and its config may be fetched without its weights.
 MODEL, TOKENIZER, CONFIG, TRANSCODERS = "model", "tokenizer", "config", "transcoders"
 
-# How it is kept.
-HUB, FOLDER, FILE, CONVERTED, RELEASED = "hub", "folder", "file", "converted", "released"
+# How it is kept: in a repository of the hub; in a folder of Hugging Face's layout, or of a
+# release's of transcoders; as one file; as a converted checkpoint.
+HUB, FOLDER, FILE, CONVERTED = "hub", "folder", "file", "converted"
 
 # Where orbax reads and writes by paths of etils.
 _BUCKETS = ("gs://", "s3://", "az://")
-
-# The released models whose configs are known, and the names that they go by.
-SIZES = ("2b", "9b", "27b")
-_NAMES = {
-    name: size
-    for size in SIZES
-    for name in (size, f"gemma-2-{size}", f"google/gemma-2-{size}", f"google/gemma-2-{size}-it")
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +39,12 @@ class Source:
 
     Attributes:
         name: as it was given; of one transcoder, the name that it goes by.
-        kind: "model", "tokenizer", "config" or "transcoders".
-        format: "hub" (a repository), "folder" (Hugging Face's layout, or a release's of
-            transcoders), "file", "converted", or "released" (a model whose config is known).
+        kind: what is wanted of it: MODEL, TOKENIZER, CONFIG or TRANSCODERS.
+        format: how it is kept: HUB, FOLDER, FILE or CONVERTED.
         path: the folder or file on this machine; None while it is on the hub only.
         inside: which transcoder below the folder or repository, "" when that is not said.
         repo, revision: the repository on the hub; its branch, tag or commit.
         layer: of one transcoder, where it is known.
-        size: "2b", "9b" or "27b" of a released model.
     """
 
     name: str
@@ -63,7 +55,6 @@ class Source:
     repo: str | None = None
     revision: str | None = None
     layer: int | None = None
-    size: str | None = None
 
     def fetch(self) -> Path:
         """The folder or file on this machine, downloaded first when it is on the hub.
@@ -88,17 +79,32 @@ class Source:
         return self.path
 
     @functools.cached_property
-    def tiers(self) -> list[layout.Tier]:
+    def _listed(self) -> list[layout.Tier]:
         """All transcoders of a folder or a repository, listed once."""
         if self.format == HUB:
             return layout.tiers_of(hub.list_files(self.repo, self.revision))
         return layout.tiers_in(self.path)
 
-    def layers(self) -> list[int]:
-        """The layers that there are transcoders for.
+    def _tiers(self, **query: int | str) -> list[layout.Tier]:
+        """Those that may be meant; the defaults of Gemma Scope are known without the hub.
+
+        Raises SourceError if there are none.
+        """
+        usual = query.get("width", layout.DEFAULT_WIDTH) == layout.DEFAULT_WIDTH
+        usual &= "l0" not in query and not self.inside
+        if usual and self.repo == layout.GEMMA_SCOPE_2B:
+            return layout.DEFAULTS
+        return layout.below(self._listed, layout.place_of(self.inside), self.repo or self.name)
+
+    def layers(self, asked: str | Iterable[int] = "all") -> list[int]:
+        """The layers that are ``asked`` for, or all that there are transcoders for.
 
         Raises SourceError if there are none, or for a file that no ``layer_N`` folder is around.
         """
+        if isinstance(asked, Iterable) and not isinstance(asked, str):
+            return list(asked)
+        if asked != "all":
+            raise SourceError(f"layers is {asked!r}, expected 'all' or several, such as [20].")
         if self.format == CONVERTED:
             return sorted(Converted(self.path, TRANSCODERS).sidecar.transcoders)
         if self.format == FILE:
@@ -109,12 +115,7 @@ class Source:
                     "which layer; say which layer, as a number."
                 )
             return [named]
-        if self.repo == layout.GEMMA_SCOPE_2B and not self.inside:
-            return list(range(len(layout.DEFAULT_L0)))
-        layers = sorted({tier.layer for tier in self.tiers if tier.is_below(self.inside)})
-        if not layers:
-            raise SourceError(f"{self.name} holds no transcoders; expected {layout.SHAPE} in it.")
-        return layers
+        return sorted({tier.layer for tier in self._tiers()})
 
     def one(
         self, layer: int | None = None, width: str | None = None, l0: int | str | None = None
@@ -123,36 +124,35 @@ class Source:
 
         Raises SourceError: there is none, no access to it, or several candidates (all listed).
         """
-        query = layout.query_of(layer, width, l0)
+        query = layout.asked(layer, width, l0)
+        layer = query.get("layer")
         if self.format == CONVERTED:
             if self.inside or width is not None or l0 is not None:
                 raise SourceError(
                     f"{self.name} is a converted checkpoint with one transcoder a layer: give "
                     "layer only, not path, width or l0."
                 )
-            return dataclasses.replace(self, layer=query.layer)
-        file, name = (self.path, self.name) if self.format == FILE else self._find(query)
+            return dataclasses.replace(self, layer=layer)
+        single = self.format == FILE
+        file, name = (self.path, self.name) if single else self._find(query)
         named = layout.layer_of(file.absolute().as_posix())
-        if None not in (named, query.layer) and named != query.layer:
-            raise SourceError(f"layer={query.layer} was asked for, but {name} is of layer {named}.")
-        layer = query.layer if named is None else named
+        if None not in (named, layer) and named != layer:
+            raise SourceError(f"layer={layer} was asked for, but {name} is of layer {named}.")
+        layer = layer if named is None else named
         return dataclasses.replace(self, name=name, format=FILE, path=file, layer=layer)
 
-    def _find(self, query: layout.Query) -> tuple[Path, str]:
+    def _find(self, query: Mapping[str, int | str]) -> tuple[Path, str]:
         """The local file of the one transcoder that matches, and the name it goes by."""
-        root, inside = self.repo or self.name, self.inside.strip("/")
-        if self.repo == layout.GEMMA_SCOPE_2B and not inside and query.is_default:
-            layout.check_layer(query.layer, range(len(layout.DEFAULT_L0)), root)
-            inside = layout.default_path(query.layer)
-        for place in layout.files_of(inside):
+        root = self.repo or self.name
+        for place in layout.files_of(self.inside):
             if file := self._get_if_there(place):
                 break
         else:
             folders = (self.repo or self.path.absolute().as_posix()).split("/")
-            usual, below = layout.sae_site(folders) is None, layout.place_of(inside)
-            place = layout.choose(self.tiers, below, query, root, usual=usual).path
-            found = self.path and self.path / place
-            file = found or hub.download(self.repo, place, self.revision)
+            usual = layout.sae_site(folders) is None
+            place = layout.choose(self._tiers(**query), query, root, usual).path
+            here = self.path and self.path / place
+            file = here or hub.download(self.repo, place, self.revision)
         return file, "/".join(filter(None, (root.rstrip("/"), layout.place_of(place))))
 
     def _get_if_there(self, place: str) -> Path | None:
@@ -172,13 +172,13 @@ def resolve(
     path: str | None = None,
     default: str = MODEL,
 ) -> Source:
-    """What a source is and where it lies. Nothing is read, and no weights are fetched.
+    """The :class:`Source` of this name. Nothing is read, and no weights are fetched.
 
     Args:
         source: a hub id, with a path in the repository or without; a local folder or file; or
-            ``"embedded"``. Of a config also ``"2b"``, ``"9b"`` or ``"27b"``.
-        kind: what is wanted of it: "model", "tokenizer", "config" or "transcoders". By default
-            what it holds: a model if there is a ``config.json``, or transcoders.
+            ``"embedded"``.
+        kind: as there. By default what it holds: a model if there is a ``config.json``, or
+            transcoders.
         revision: of a hub id: a branch, tag or commit.
         path: of a transcoder below the source.
         default: the kind of a source that holds both.
@@ -202,7 +202,7 @@ def resolve(
         )
     if path is not None and found.format == FILE:
         raise SourceError(f"{source} is a file, so there is no {path!r} in it.")
-    return dataclasses.replace(found, inside=path or "")
+    return dataclasses.replace(found, inside=(path or "").strip("/"))
 
 
 def _embedded(kind: str) -> Source:
@@ -254,13 +254,16 @@ def _on_hub(
     source: str | Path, kind: str | None, revision: str | None, path: str, default: str
 ) -> Source:
     name = str(source)
-    if kind == CONFIG and revision is None and name.lower() in _NAMES:
-        return Source(name, kind, RELEASED, size=_NAMES[name.lower()])
     repo, inside = (hub.split_id(source) if isinstance(source, str) else None) or ("", "")
     kind = kind or (default if not repo else TRANSCODERS if inside else None)
     # Every hub id may look like a relative path; none of a repository's ends like a file of ours.
     if not repo or (kind == TRANSCODERS and layout.is_file(repo)):
-        raise SourceError(_nothing(name, kind))
+        ours = kind == TRANSCODERS
+        raise SourceError(
+            f"There is no {'file or folder' if ours else 'folder'} {name}, and it is not a hub id "
+            f"such as {layout.GEMMA_SCOPE_2B if ours else 'google/gemma-2-2b'}"
+            f"{', nor one of 2b, 9b, 27b' if kind == CONFIG else ''}."
+        )
     if kind is None:
         config = hub.download_if_there(repo, "config.json", revision)
         kind = TRANSCODERS if config is None else MODEL
@@ -269,16 +272,5 @@ def _on_hub(
             f"{name!r} is neither a local folder nor a hub id: a model's id has two parts, such "
             f"as {repo!r}."
         )
-    inside = "/".join(filter(None, (inside, path)))
+    inside = "/".join(filter(None, (inside, path.strip("/"))))
     return Source(name, kind, HUB, inside=inside, repo=repo, revision=revision)
-
-
-def _nothing(name: str, kind: str) -> str:
-    what, example = "folder", "google/gemma-2-2b"
-    if kind == TRANSCODERS:
-        what, example = "file or folder", layout.GEMMA_SCOPE_2B
-    end = f", nor one of {', '.join(SIZES)}.{did_you_mean(name.lower(), _NAMES)}"
-    return (
-        f"There is no {what} {name}, and it is not a hub id such as {example}"
-        f"{end if kind == CONFIG else '.'}"
-    )

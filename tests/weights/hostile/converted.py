@@ -12,7 +12,7 @@ from jaxtc.sharding.rules import variables
 from jaxtc.tap.sites import parse
 from jaxtc.weights.checkpoints.read import Converted
 from jaxtc.weights.conversion.convert import convert
-from jaxtc.weights.load_transcoder import available_layers
+from tests.support.weights_files import available_layers
 from tests.weights.hostile.folders import Folder, model, put
 from tests.weights.hostile.mutate import ODD, dump, mutate_bytes, mutate_json, pick, whole
 from tests.weights.hostile.tensors import MESHES

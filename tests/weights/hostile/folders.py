@@ -11,7 +11,6 @@ from flax import nnx
 
 import jaxtc
 from jaxtc.weights.files.model import open_checkpoint
-from jaxtc.weights.files.safetensors import FLOATS
 from tests.weights.hostile.mutate import ODD, dump, mutate_bytes, mutate_json, pick, whole
 from tests.weights.hostile.tensors import CONFIG, FLOAT32, MESHES, put, same
 
@@ -135,7 +134,7 @@ class Index(Folder):
         with open_checkpoint(self.folder) as checkpoint:
             found = {}
             for name, file in checkpoint.files.items():
-                if checkpoint.entry(name).dtype in FLOATS:
+                if not checkpoint.entry(name).fault:
                     array, problem = file.read(name, FLOAT32)
                     found[name] = None if problem else array
             return found

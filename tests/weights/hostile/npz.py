@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 import jaxtc
-from jaxtc.weights.files.transcoder import open_transcoder, read_all
+from jaxtc.weights.files.transcoder import open_transcoder
 from tests.weights.hostile.mutate import mutate_bytes, pick, whole
-from tests.weights.hostile.tensors import FLOAT32, MESHES, OneFile, put, same
+from tests.weights.hostile.tensors import MESHES, OneFile, put, read_all, same
 
 SHAPES = {"W_enc": (5, 7), "W_dec": (7, 3), "b_enc": (7,), "b_dec": (3,), "threshold": (7,)}
 CENTRAL, LOCAL = b"PK\x01\x02", b"PK\x03\x04"
@@ -243,7 +243,7 @@ class Npz(OneFile):
             made = jaxtc.load_transcoder(self.path, mesh=MESHES[deep])
             return {key: np.asarray(getattr(made, key)[...]) for key in SHAPES}
         with open_transcoder(self.path) as opened:
-            return read_all(opened, FLOAT32)
+            return read_all(opened)
 
     def check(self, loaded: dict[str, np.ndarray]) -> None:
         """Compare with what numpy reads."""

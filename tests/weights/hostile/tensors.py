@@ -10,8 +10,9 @@ import safetensors.numpy
 from flax import nnx
 
 import jaxtc
-from jaxtc.weights.files.safetensors import FLOATS, SafetensorsFile
-from jaxtc.weights.files.transcoder import open_transcoder, read_all
+from jaxtc.errors import WeightsError
+from jaxtc.weights.files.safetensors import SafetensorsFile
+from jaxtc.weights.files.transcoder import open_transcoder
 from tests.weights.hostile.mutate import ODD, dump, mutate_bytes, mutate_json, pick, whole
 
 CONFIG = jaxtc.Gemma2Config(
@@ -181,7 +182,7 @@ class Tensors(OneFile):
         found = {}
         with SafetensorsFile(self.path) as file:
             for name, entry in file.entries.items():
-                if entry.dtype in FLOATS:
+                if not entry.fault:
                     array, problem = file.read(name, FLOAT32)
                     found[name] = None if problem else array
         return found
@@ -203,6 +204,15 @@ def same(name: str, ours: np.ndarray | None, theirs: np.ndarray) -> None:
     ours = np.asarray(ours)
     assert ours.shape == theirs.shape, f"{name}: {ours.shape}, not {theirs.shape}"
     assert np.array_equal(ours, theirs), f"{name} has other values than the file"
+
+
+def read_all(opened) -> dict[str, np.ndarray]:
+    """The parameters of an open file of a transcoder."""
+    found = {name: opened.read(name, FLOAT32) for name in opened.shapes}
+    problems = [problem for _, problem in found.values() if problem]
+    if problems:
+        raise WeightsError(f"{opened.path} cannot be used: {', '.join(problems)}.")
+    return {name: array for name, (array, _) in found.items()}
 
 
 class Transcoders(Tensors):
@@ -232,7 +242,7 @@ class Transcoders(Tensors):
             held = {name: getattr(made, name) for name in NAMES}
             return {name: np.asarray(p[...]) for name, p in held.items() if p is not None}
         with open_transcoder(self.path) as opened:
-            return read_all(opened, FLOAT32)
+            return read_all(opened)
 
     def check(self, loaded: dict[str, np.ndarray]) -> None:
         """Compare with the safetensors library, keys and transposes by hand."""
