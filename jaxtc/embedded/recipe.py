@@ -116,7 +116,6 @@ def _train_transcoders(
     bucket = min(_BUCKET, recipe.transcoders.steps * recipe.transcoders.batch)
     transcoders = train_transcoders(
         Harvest(model, batches(), layers, bucket),
-        layers,
         recipe.transcoders,
         folder=out / "work/transcoder-steps",
         log=log,

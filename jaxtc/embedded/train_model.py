@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -114,7 +113,7 @@ def train_model(
     params, _ = fit(
         step,
         (params, transform.init(params)),
-        lambda start, count: jax.tree.map(jnp.asarray, batches.stacked(start, count)),
+        batches.__getitem__,
         recipe.steps, name="model", folder=folder, stop_at=stop_at, log=log,
     )  # fmt: skip
     return nnx.merge(graph, params)

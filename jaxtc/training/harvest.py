@@ -63,12 +63,8 @@ class Harvest:
         self._held = (number, pair)
         return pair
 
-    def stacked(self, start: int, count: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Training batches ``start`` to ``start + count - 1``: (count, layers, batch, D) each."""
-        per_bucket = self.tokens // batch
-        pairs = []
-        for step in range(start, start + count):
-            x, y = self.bucket(step // per_bucket)
-            span = slice(step % per_bucket * batch, (step % per_bucket + 1) * batch)
-            pairs.append((x[:, span], y[:, span]))
-        return tuple(np.stack(parts) for parts in zip(*pairs, strict=True))
+    def batch(self, number: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """(inputs, targets) of a training batch, (layers, size, D) each."""
+        bucket, start = divmod(number * size, self.tokens // size * size)
+        x, y = self.bucket(bucket)
+        return x[:, start : start + size], y[:, start : start + size]

@@ -11,19 +11,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
 Log = Callable[[str], None]
-#: (carry, batch) -> (carry, figures), traceable; figures are scalars by name.
-Step = Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
-#: (first step, count) -> the batches of these steps, stacked along a new first axis.
-Stacked = Callable[[int, int], Any]
 
 
 def fit(
-    step: Step,
+    step: Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]],
     carry: Any,
-    batches: Stacked,
+    batch: Callable[[int], Any],
     steps: int,
     *,
     name: str,
@@ -36,9 +33,9 @@ def fit(
     """Run ``steps`` steps from ``carry``, or from the latest checkpoint in ``folder``.
 
     Args:
-        step: one step.
+        step: one step, traceable: (carry, batch) -> (carry, figures), scalars by name.
         carry: parameters, optimiser state and whatever else a step changes; a pytree of arrays.
-        batches: the data; must depend on its arguments only, so that a run resumes exactly.
+        batch: the data of a step, by its number only, so that a run resumes exactly.
         steps: in all.
         name: of what is trained, for the log.
         folder: of the latest checkpoint, written whole or not at all; None for none.
@@ -67,7 +64,8 @@ def fit(
     started, first, saved = time.monotonic(), done, done
     while done < end:
         count = min(chunk, steps - done)
-        carry, figures = run_chunk(carry, batches(done, count))  # returns at once
+        stacked = jax.tree.map(lambda *one: np.stack(one), *map(batch, range(done, done + count)))
+        carry, figures = run_chunk(carry, stacked)  # returns at once
         done += count
         if done - saved >= save_every or done >= end:
             values = " ".join(f"{key} {float(value):.4g}" for key, value in figures.items())

@@ -94,10 +94,6 @@ class Batches:
         encoded = self.tokenizer.encode_batch(texts)
         return pack([e.ids for e in encoded], self.rows, self.length)
 
-    def stacked(self, start: int, count: int) -> Batch:
-        """Batches ``start`` to ``start + count - 1``, each array [count, B, T]."""
-        return Batch(*map(np.stack, zip(*(self[start + i] for i in range(count)), strict=True)))
-
 
 def next_token_loss(logits: jax.Array, batch: Batch) -> jax.Array:
     """Mean cross-entropy in nats of the next token, within documents.

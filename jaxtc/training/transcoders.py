@@ -11,7 +11,6 @@ features that hardly ever fire on the tokens explained worst (after Bricken et a
 Monosemanticity"). Axis letters: n tokens, D hidden, M features.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -147,24 +146,23 @@ def revive(key: jax.Array, weights: Weights, dead: jax.Array, x: jax.Array, left
 
 def train_transcoders(
     harvest: Harvest,
-    layers: Sequence[int],
     recipe: TranscoderRecipe,
     *,
     folder: Path | None = None,
     stop_at: int | None = None,
     log: Log = print,
 ) -> list[Transcoder]:
-    """Train one transcoder per layer, all on the same tokens.
+    """Train one transcoder per layer of the harvest, all on the same tokens.
 
     Args:
         harvest: where activations come from.
-        layers: those of ``harvest``.
         recipe: settings.
         folder, stop_at, log: as in :func:`jaxtc.training.loop.fit`.
 
     Returns:
         Transcoders of raw activations, with decoder rows of norm 1.
     """
+    layers = harvest.layers
     x, y = (part[:, : recipe.batch * 4] for part in harvest.bucket(0))
     scales = [(_rms(x[i]), _rms(y[i])) for i in range(len(layers))]
     keys = jax.random.split(jax.random.key(recipe.seed), len(layers))
@@ -208,7 +206,7 @@ def train_transcoders(
     _, states = fit(
         step,
         (jnp.zeros((), jnp.int32), [start(i) for i in range(len(layers))]),
-        lambda first, count: harvest.stacked(first, count, recipe.batch),
+        lambda number: harvest.batch(number, recipe.batch),
         recipe.steps, name="transcoders", folder=folder, chunk=16, stop_at=stop_at, log=log,
     )  # fmt: skip
     return [_fold(states[i][0], *scales[i], layer) for i, layer in enumerate(layers)]

@@ -106,7 +106,7 @@ def test_a_killed_transcoder_run_goes_on_to_the_same_weights(tmp_path):
 
     def go(**options):
         harvest = Harvest(model, tiny_batches(stream=1), (0, 1), tokens=512)
-        return train_transcoders(harvest, (0, 1), recipe, **options)
+        return train_transcoders(harvest, recipe, **options)
 
     whole = go(log=lambda line: None)
     go(folder=tmp_path, stop_at=16, log=lambda line: None)
