@@ -149,7 +149,7 @@ class Corpus:
         return [_item(template, fields) for templates, fields in facts for template in templates]
 
     def documents(self, stream: int, batch: int, count: int, held_out: bool = False) -> list[str]:
-        """As :meth:`jaxtc.training.packing.TextSource.documents`."""
+        """Sentences of a batch of a stream, of the training text or of the held-out text only."""
         rng = np.random.default_rng([self.seed, 3, stream, batch, held_out])
         found: list[str] = []
         while len(found) < count:

@@ -48,16 +48,10 @@ class Recipe:
 
 
 def train(out: Path, recipe: Recipe, source: Corpus | UserText, *, log: Log = print) -> Report:
-    """Make ``out/model``, ``out/transcoders`` and ``out/report.json``.
+    """Make ``out/model``, ``out/transcoders`` and ``out/report.json``, and return what that says.
 
-    Args:
-        out: created when missing; a run that was killed there resumes.
-        recipe: settings.
-        source: the text.
-        log: called with lines of progress.
-
-    Returns:
-        Measurements of the files that were written.
+    The folder is created when missing; a run that was killed there resumes. ``log`` is called with
+    lines of progress.
 
     Raises:
         SourceError: ``out`` holds a finished run, or one begun with other settings.
@@ -95,7 +89,7 @@ def _train_model(
         frozen = [entity_id(tokenizer, city) for city in cities]
     model = train_model(
         small_config(tokenizer.get_vocab_size(), **dict(recipe.sizes)),
-        Batches(source, tokenizer, recipe.rows, recipe.length, MODEL_STREAM),
+        Batches(source.documents, tokenizer, recipe.rows, recipe.length, MODEL_STREAM),
         recipe.model,
         frozen_tokens=frozen,
         folder=out / "work/model-steps",
@@ -112,7 +106,9 @@ def _train_transcoders(
     model = load_model(model_folder(out), dtype=jnp.float32)
     layers = tuple(range(model.config.num_hidden_layers))
     rows = max(4096 // recipe.length, 1)
-    batches = functools.partial(Batches, source, tokenizer, rows, recipe.length, TRANSCODER_STREAM)
+    batches = functools.partial(
+        Batches, source.documents, tokenizer, rows, recipe.length, TRANSCODER_STREAM
+    )
     bucket = min(_BUCKET, recipe.transcoders.steps * recipe.transcoders.batch)
     transcoders = train_transcoders(
         Harvest(model, batches(), layers, bucket),

@@ -38,7 +38,6 @@ def small_config(vocab_size: int, **sizes) -> Gemma2Config:
         "query_pre_attn_scalar": 32,
         # Shorter than a sentence: information from further back needs the global layers.
         "sliding_window": 4,
-        "max_position_embeddings": 8192,
     }
     return Gemma2Config(vocab_size=vocab_size, **{**defaults, **sizes})
 
@@ -89,9 +88,6 @@ def train_model(
     """Train a Gemma-2 from random weights, float32.
 
     Args:
-        config: its sizes.
-        batches: the training text.
-        recipe: settings.
         frozen_tokens: ids whose embeddings stay at their random initial values, so that what the
             model learns about these tokens has to be learnt by its layers.
         folder, stop_at, log: as in :func:`jaxtc.training.loop.fit`.

@@ -117,17 +117,11 @@ def loss(weights: Weights, x: jax.Array, y: jax.Array, ramp: jax.Array, recipe: 
 
 
 def revive(key: jax.Array, weights: Weights, dead: jax.Array, x: jax.Array, left: jax.Array):
-    """Resample dead features, each on a token drawn in proportion to its squared error.
+    """Resample dead features, (M,) booleans, each on a token drawn by its squared error.
 
     The new feature fires on tokens whose input lies in the direction of that token's (from the
-    batch's mean), and writes the residual there.
-
-    Args:
-        key: for the draw.
-        weights: before.
-        dead: (M,) booleans.
-        x: (n, D) inputs of a batch.
-        left: (n, D), target minus reconstruction of that batch.
+    batch's mean), and writes the residual there. Of the batch, ``x`` (n, D) are the inputs and
+    ``left`` (n, D) target minus reconstruction.
     """
     squared = jnp.sum(left**2, axis=1)
     drawn = jax.random.categorical(key, jnp.log(squared + 1e-12), shape=dead.shape)
@@ -154,13 +148,8 @@ def train_transcoders(
 ) -> list[Transcoder]:
     """Train one transcoder per layer of the harvest, all on the same tokens.
 
-    Args:
-        harvest: where activations come from.
-        recipe: settings.
-        folder, stop_at, log: as in :func:`jaxtc.training.loop.fit`.
-
-    Returns:
-        Transcoders of raw activations, with decoder rows of norm 1.
+    The transcoders are of raw activations, with decoder rows of norm 1; ``folder``, ``stop_at`` and
+    ``log`` are as in :func:`jaxtc.training.loop.fit`.
     """
     layers = harvest.layers
     x, y = (part[:, : recipe.batch * 4] for part in harvest.bucket(0))

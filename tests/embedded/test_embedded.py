@@ -42,7 +42,7 @@ def tiny_config():
 
 
 def tiny_batches(**options):
-    return Batches(CORPUS, TOKENIZER, 4, 48, **options)
+    return Batches(CORPUS.documents, TOKENIZER, 4, 48, **options)
 
 
 def test_packing_keeps_every_document_whole():

@@ -7,7 +7,7 @@ contents with its hashes on ``verify``, and whenever a checkpoint is converted.
 import functools
 import json
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,7 +63,7 @@ class Converted:
         """The bytes of a file beside the tree. Raises WeightsError if its hash is another."""
         return self._checked(file, read_bytes(self.folder / file), self.sidecar.files.get(file))
 
-    def fetch(self, names: Iterable[str]) -> dict[str, np.ndarray]:
+    def fetch(self, names: Collection[str]) -> dict[str, np.ndarray]:
         """Arrays as they were written. Raises WeightsError if the hash of one is another."""
         said = self.sidecar.arrays
         found = self._load({name: said[name] for name in names})
@@ -71,15 +71,17 @@ class Converted:
 
     def read(self, name: str, dtype: np.dtype) -> tuple[np.ndarray, str]:
         """An array as :meth:`fetch`, cast; and what is wrong with its values or an empty string."""
-        stored = self.fetch([name])[name]
-        if not arrays.all_finite(stored):
-            return stored, f"{name} holds NaN or infinity"
-        if stored.dtype == dtype:
-            return stored, ""
-        array = arrays.empty(stored.shape, dtype)
-        arrays.cast(stored, array)
-        finite = arrays.all_finite(array)
-        return array, "" if finite else f"{name} holds values too large for {dtype.name}"
+        array = stored = self.fetch([name])[name]
+        if stored.dtype != dtype:
+            array = arrays.empty(stored.shape, dtype)
+            arrays.cast(stored, array)
+        if arrays.all_finite(array):
+            return array, ""
+        large = arrays.all_finite(stored) and dtype.name
+        return (
+            array,
+            f"{name} holds {f'values too large for {large}' if large else 'NaN or infinity'}",
+        )
 
     def _checked(self, name: str, found: Any, expected: str | None) -> Any:
         if sha256(found) != expected:
@@ -180,15 +182,9 @@ class Converted:
         places: Callable[[_Module], list[NamedSharding]] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> _Module:
-        """A module with its values, read a layer at a time; the largest first, while there is room.
+        """What :meth:`model` or :meth:`transcoder` gave with its values, read a layer at a time.
 
-        Args:
-            abstract: as :meth:`model` or :meth:`transcoder` gave it.
-            places: (abstract) -> a sharding for each leaf; the default device if None.
-            progress: called with (bytes loaded, bytes in all) after each layer.
-
-        Raises:
-            WeightsError: arrays that cannot be read, or hold values that are not finite.
+        Arguments and errors are those of :func:`jaxtc.weights.files.shards.fill`.
         """
         leaves = named(abstract)
         where = [None] * len(leaves) if places is None else places(abstract)
