@@ -77,11 +77,8 @@ class Converted:
             arrays.cast(stored, array)
         if arrays.all_finite(array):
             return array, ""
-        large = arrays.all_finite(stored) and dtype.name
-        return (
-            array,
-            f"{name} holds {f'values too large for {large}' if large else 'NaN or infinity'}",
-        )
+        large = f"values too large for {dtype.name}"
+        return array, f"{name} holds {large if arrays.all_finite(stored) else 'NaN or infinity'}"
 
     def _checked(self, name: str, found: Any, expected: str | None) -> Any:
         if sha256(found) != expected:
