@@ -56,7 +56,8 @@ def load_model(
     """A Gemma-2 with its weights, on one device or spread over a mesh of them.
 
     On a mesh each process reads the bytes of its own devices' shards only and never holds more than
-    those. All processes call this; if one of them fails, all raise.
+    those (but an output matrix that is stored too is compared whole with the embedding). All
+    processes call this; if one of them fails, all raise.
 
     Args:
         source: a hub id (``google/gemma-2-2b``), a local folder with ``config.json`` and

@@ -121,11 +121,8 @@ def sites_of(site: str | None, format: Format) -> Mapping[str, str]:
 
 def format_of(suffix: str, keys: Collection[str]) -> Format:
     """The format with this suffix that has most of these keys."""
-
-    def known(format: Format) -> int:
-        return sum(key in keys for key, _ in format.keys.values())
-
-    return max((f for f in FORMATS if f.suffix == suffix), key=known)
+    fitting = [format for format in FORMATS if format.suffix == suffix]
+    return max(fitting, key=lambda format: sum(key in keys for key, _ in format.keys.values()))
 
 
 def account(format: Format, entries: Mapping[str, Any]) -> list[str]:

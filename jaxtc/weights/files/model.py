@@ -115,12 +115,9 @@ def read_index(path: Path) -> dict[str, str]:
 
 def _check_inside(folder: Path, name: str) -> None:
     """Refuse a shard that is a link out of the folder, except into the hub cache's own blobs."""
-    root = folder.resolve()
-    allowed = [root]
-    if root.parent.name == "snapshots":
-        allowed.append(root.parent.parent / "blobs")
-    target = (folder / name).resolve()
-    if not any(target.is_relative_to(place) for place in allowed):
+    root, target = folder.resolve(), (folder / name).resolve()
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    if not target.is_relative_to(root) and not target.is_relative_to(blobs):
         raise WeightsError(
             f"{folder / name} is a link to {target}, outside its folder, and is not followed. "
             "Copy the file here, or give the folder that holds the files themselves."
@@ -140,35 +137,30 @@ def _open_shards(folder: Path, stack: contextlib.ExitStack) -> dict[str, Safeten
     for name in names:
         _check_inside(folder, name)
     opened = {name: stack.enter_context(SafetensorsFile(folder / name)) for name in names}
-    files: dict[str, SafetensorsFile] = {}
+    there = {(tensor, name) for name, file in opened.items() for tensor in file.entries}
+    said = shards.items()
     problems = [
         f"{tensor} is not in {name}, where the index says it is"
-        for tensor, name in shards.items()
-        if tensor not in opened[name].entries
+        for tensor, name in sorted(said - there)
     ]
-    for name, file in opened.items():
-        for tensor in file.entries:
-            if tensor in files:
-                problems.append(f"{tensor} is in {files[tensor].path.name} and again in {name}")
-            elif tensor not in shards:
-                problems.append(f"{tensor} is in {name} but not in the index")
-            files[tensor] = file
+    for tensor, name in sorted(there - said):
+        where = f"in {shards[tensor]} by the index" if tensor in shards else "not in the index"
+        problems.append(f"{tensor} is in {name} but {where}")
     if problems:
         raise WeightsError(
             f"The files in {folder} do not agree with {INDEX}: {some(problems, 20)}. They may come "
             "from two different checkpoints; fetch them again."
         )
-    return files
+    return {tensor: opened[name] for tensor, name in said}
 
 
 def _account(checkpoint: Checkpoint) -> list[str]:
     """Everything that keeps the tensors from being the parameters, from the headers alone."""
     expected = {name.hf: name for name in checkpoint.names.values()}
     problems = [f"{hf} is missing" for hf in expected if hf not in checkpoint.files]
+    expected[TIED] = expected[EMBEDDING]
     for hf in checkpoint.files:
         entry, name = checkpoint.entry(hf), expected.get(hf)
-        if hf == TIED:
-            name = expected[EMBEDDING]
         if name is None:
             if not BUFFERS.fullmatch(hf):
                 problems.append(f"{hf} is not a tensor of this model")

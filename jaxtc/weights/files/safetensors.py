@@ -21,10 +21,10 @@ from safetensors import SafetensorError, safe_open
 
 from jaxtc.errors import WeightsError, first_line
 from jaxtc.weights.files import local, shards
+from jaxtc.weights.files.arrays import CHUNK_BYTES
 from jaxtc.weights.files.shards import Raw
 
 _MOST_AXES = 64  # of a NumPy array
-_PIECE_BYTES = 8 << 20
 
 # The dtypes that weights are read from.
 FLOATS = {
@@ -129,7 +129,7 @@ class SafetensorsFile(local.PlainFile):
 
 def pieces(array: np.ndarray) -> Iterator[memoryview]:
     """The bytes of an array in C order, however it lies in memory; few are copied at once."""
-    step = max(1, _PIECE_BYTES * len(array) // max(array.nbytes, 1)) if array.ndim else 1
+    step = max(1, CHUNK_BYTES * len(array) // max(array.nbytes, 1)) if array.ndim else 1
     rows = np.atleast_1d(array)
     for start in range(0, len(rows), step):
         part = np.ascontiguousarray(rows[start : start + step])

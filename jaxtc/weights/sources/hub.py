@@ -51,12 +51,9 @@ def download_if_there(repo: str, file: str, revision: str | None = None) -> Path
     known = revision and _COMMIT.fullmatch(revision)
     if known and try_to_load_from_cache(repo, file, revision=revision) is _CACHED_NO_EXIST:
         return None
-    try:
-        return download(repo, file, revision)
-    except SourceError as error:
-        if isinstance(error.__cause__, errors.RemoteEntryNotFoundError):
-            return None
-        raise
+    with _explained(repo, file, revision), contextlib.suppress(errors.RemoteEntryNotFoundError):
+        return Path(hf_hub_download(repo, file, revision=revision))
+    return None
 
 
 def list_files(repo: str, revision: str | None = None) -> list[str]:

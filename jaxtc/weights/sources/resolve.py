@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path, PurePosixPath
 
-from jaxtc.errors import SourceError, first_line
+from jaxtc.errors import SourceError, did_you_mean, first_line
 from jaxtc.weights.checkpoints.read import Converted
 from jaxtc.weights.checkpoints.sidecar import SIDECAR, read_sidecar
 from jaxtc.weights.files import layout, local
@@ -28,6 +28,9 @@ MODEL, TOKENIZER, CONFIG, TRANSCODERS = "model", "tokenizer", "config", "transco
 # How it is kept: in a repository of the hub; in a folder of Hugging Face's layout, or of a
 # release's of transcoders; as one file; as a converted checkpoint.
 HUB, FOLDER, FILE, CONVERTED = "hub", "folder", "file", "converted"
+
+# Of the released models, whose configs are known without a source.
+SIZES = ("2b", "9b", "27b")
 
 # Where orbax reads and writes by paths of etils.
 _BUCKETS = ("gs://", "s3://", "az://")
@@ -151,17 +154,16 @@ class Source:
             folders = (self.repo or self.path.absolute().as_posix()).split("/")
             usual = layout.sae_site(folders) is None
             place = layout.choose(self._tiers(**query), query, root, usual).path
-            here = self.path and self.path / place
-            file = here or hub.download(self.repo, place, self.revision)
+            file = self.path / place if self.path else hub.download(self.repo, place, self.revision)
         return file, "/".join(filter(None, (root.rstrip("/"), layout.place_of(place))))
 
     def _get_if_there(self, place: str) -> Path | None:
         """The local copy of a file below the source."""
         if self.path:
             return self.path / place if local.has(self.path, place) else None
-        if not layout.tiers_of([place]):
-            return None  # no repository has it
-        return hub.download_if_there(self.repo, place, self.revision)
+        # No repository has a transcoder that follows no layout.
+        there = layout.tiers_of([place])
+        return hub.download_if_there(self.repo, place, self.revision) if there else None
 
 
 def resolve(
@@ -259,10 +261,11 @@ def _on_hub(
     # Every hub id may look like a relative path; none of a repository's ends like a file of ours.
     if not repo or (kind == TRANSCODERS and layout.is_file(repo)):
         ours = kind == TRANSCODERS
+        sizes = f", nor one of {', '.join(SIZES)}.{did_you_mean(name.lower(), SIZES)}"
         raise SourceError(
             f"There is no {'file or folder' if ours else 'folder'} {name}, and it is not a hub id "
             f"such as {layout.GEMMA_SCOPE_2B if ours else 'google/gemma-2-2b'}"
-            f"{', nor one of 2b, 9b, 27b' if kind == CONFIG else ''}."
+            f"{sizes if kind == CONFIG else '.'}"
         )
     if kind is None:
         config = hub.download_if_there(repo, "config.json", revision)
