@@ -1,7 +1,4 @@
-"""``jaxtc embedded``: make the embedded model again, or one from your own text, and measure it.
-
-The training libraries are imported inside the commands, so that ``--help`` answers at once.
-"""
+"""``jaxtc embedded``: make the embedded model again, or one from your own text, and measure it."""
 
 from __future__ import annotations
 
@@ -13,12 +10,16 @@ from rich.console import Console
 
 from jaxtc.cli.options import STDOUT, OnlyJson, argument, option, write_json
 from jaxtc.embedded import DATA
-from jaxtc.embedded.settings import ModelRecipe, Recipe
+from jaxtc.embedded import recipe as recipes
+from jaxtc.embedded.corpus import default_corpus
+from jaxtc.embedded.report import measure
+from jaxtc.embedded.text import UserText
+from jaxtc.embedded.train_model import ModelRecipe
 from jaxtc.training.transcoders import TranscoderRecipe
 
 app = typer.Typer(rich_markup_mode="markdown")  # so that lines of a paragraph are joined
 
-DEFAULT = Recipe()
+DEFAULT = recipes.Recipe()
 Text = option(
     Path | None,
     "Your own text (UTF-8) in place of the generated corpus: documents separated by "
@@ -64,17 +65,13 @@ def train(
 
     Stop it at any time (Ctrl-C): the same command goes on from the last checkpoint.
     """
-    from jaxtc.embedded import recipe as recipes
-    from jaxtc.embedded.corpus import default_corpus
-    from jaxtc.embedded.text import UserText
-
     sizes = {
         "num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": mlp,
         "num_attention_heads": heads, "num_key_value_heads": max(heads // 2, 1),
         "head_dim": hidden // heads, "query_pre_attn_scalar": hidden // heads,
         "sliding_window": window,
     }  # fmt: skip
-    recipe = Recipe(
+    recipe = recipes.Recipe(
         model=ModelRecipe(steps=steps, seed=seed),
         transcoders=TranscoderRecipe(
             features=features, target_l0=l0, steps=transcoder_steps, seed=seed
@@ -99,10 +96,6 @@ def report(
 
     Give --text and --seed as they were in training, so that the held-out part is the same.
     """
-    from jaxtc.embedded.corpus import default_corpus
-    from jaxtc.embedded.report import measure
-    from jaxtc.embedded.text import UserText
-
     source = UserText.from_file(text, seed) if text else default_corpus(seed)
     with Console(stderr=True).status("Measuring"):
         found = measure(folder or DATA, source)

@@ -8,7 +8,7 @@ text, is held out of training.
 """
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -113,17 +113,17 @@ class Corpus:
     def h1_pairs(self) -> frozenset[CityFact]:
         """(city, relation) pairs that no two-hop sentence states."""
         rng = np.random.default_rng([self.seed, 1])
-        pairs = self._pairs(set(self.world.place_of) - self.h2_cities)
+        pairs = self._pairs(self.world.place_of.keys() - self.h2_cities)
         picked = rng.choice(len(pairs), size=round(_HELD_OUT_PAIRS * len(pairs)), replace=False)
         return frozenset(pairs[i] for i in picked)
 
     @cached_property
     def trained_pairs(self) -> tuple[CityFact, ...]:
         """(city, relation) pairs that two-hop training sentences state."""
-        pairs = self._pairs(set(self.world.place_of) - self.h2_cities)
+        pairs = self._pairs(self.world.place_of.keys() - self.h2_cities)
         return tuple(pair for pair in pairs if pair not in self.h1_pairs)
 
-    def _pairs(self, cities: set[str]) -> list[CityFact]:
+    def _pairs(self, cities: Set[str]) -> list[CityFact]:
         places = self.world.place_of.items()
         return [(city, r) for city, place in places if city in cities for r in place.attributes]
 
@@ -134,24 +134,22 @@ class Corpus:
         training), ``"h1"`` and ``"h2"`` (two-hop, held out).
         """
         if kind == "one_hop":
-            return [
-                *(_item(t, self._city(c)) for c in self.world.place_of for t in CITY_TEMPLATES),
-                *(
-                    _item(t, self._attribute(place, relation))
-                    for place in self.world.places
-                    for relation in place.attributes
-                    for t in PLACE_TEMPLATES
-                ),
+            facts = [(CITY_TEMPLATES, self._city(city)) for city in self._cities]
+            places = self.world.places
+            facts += [
+                (PLACE_TEMPLATES, self._attribute(p, r)) for p in places for r in p.attributes
             ]
-        pairs = {
-            "two_hop": self.trained_pairs,
-            "h1": sorted(self.h1_pairs),
-            "h2": self._pairs(set(self.h2_cities)),
-        }[kind]
-        return [_item(t, self._two_hop(*pair)) for pair in pairs for t in TWO_HOP_TEMPLATES]
+        else:
+            pairs = {
+                "two_hop": self.trained_pairs,
+                "h1": sorted(self.h1_pairs),
+                "h2": self._pairs(self.h2_cities),
+            }[kind]
+            facts = [(TWO_HOP_TEMPLATES, self._two_hop(*pair)) for pair in pairs]
+        return [_item(template, fields) for templates, fields in facts for template in templates]
 
     def documents(self, stream: int, batch: int, count: int, held_out: bool = False) -> list[str]:
-        """As :meth:`jaxtc.training.packing.TextSource.documents`."""
+        """Sentences of a batch of a stream, of the training text or of the held-out text only."""
         rng = np.random.default_rng([self.seed, 3, stream, batch, held_out])
         found: list[str] = []
         while len(found) < count:

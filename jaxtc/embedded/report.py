@@ -21,7 +21,6 @@ from jaxtc.edits.values import Zero
 from jaxtc.embedded import DATA, model_folder, transcoder_folder
 from jaxtc.embedded.corpus import Corpus, Item, default_corpus
 from jaxtc.embedded.text import UserText
-from jaxtc.embedded.tokenizer import load_tokenizer
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.programs.run import run
 from jaxtc.tap.sites import Address
@@ -124,7 +123,7 @@ def measure(
     """
     source = default_corpus() if source is None else source
     model = load_model(model_folder(root), dtype=jnp.float32)
-    tokenizer = load_tokenizer(model_folder(root))
+    tokenizer = Tokenizer.from_file(str(model_folder(root) / "tokenizer.json"))
     transcoders = load_transcoders(transcoder_folder(root))
     splice = Splice(transcoders, position=_TEXT)
     zero = Zero(site="mlp_out", position=_TEXT)
@@ -162,23 +161,19 @@ def accuracy(
     prompts = [encoded.ids for encoded in tokenizer.encode_batch([i.prompt for i in items])]
     encoded = tokenizer.encode_batch([i.answer for i in items], add_special_tokens=False)
     answers = np.array([answer.ids[0] for answer in encoded])
-    right = 0
-    for start, tokens, lengths in _batches(prompts):
-        logits = run(model, tokens, lengths=lengths, edits=edits, logits="last").logits
-        guesses = np.asarray(logits).argmax(axis=-1)
-        wanted = answers[start : start + _ROWS]
-        right += int((guesses[: len(wanted)] == wanted).sum())
-    return right / len(items)
+    guesses = [
+        run(model, tokens, lengths=lengths, edits=edits, logits="last").logits.argmax(axis=-1)
+        for tokens, lengths in _batches(prompts)
+    ]
+    return float((np.concatenate(guesses)[: len(items)] == answers).mean())
 
 
 def text_loss(model: Gemma2, ids: Sequence[Sequence[int]], edits: Sequence[Edit] = ()) -> float:
     """Mean cross-entropy in nats of each document's tokens after the first."""
     mean = Mean()
-    for start, tokens, lengths in _batches(ids):
+    for tokens, lengths in _batches(ids):
         logits = run(model, tokens, lengths=lengths, edits=edits).logits
-        mask = np.arange(1, tokens.shape[1])[None] < lengths[:, None]
-        mask[len(ids) - start :] = False  # rows that pad the batch
-        mean.update(next_token_loss(logits, tokens), mask)
+        mean.update(next_token_loss(logits, tokens), tokens[:, 1:] != PAD)
     return mean.mean
 
 
@@ -192,10 +187,9 @@ def reconstruction(
         n: (Address(t.input_site, n), Address(t.output_site, n)) for n, t in transcoders.items()
     }
     wanted = [address for pair in sites.values() for address in pair]
-    for start, tokens, lengths in _batches(ids):
+    for tokens, lengths in _batches(ids):
         held = run(model, tokens, lengths=lengths, capture=wanted, logits=None).activations
         mask = ~special_token_mask(tokens, (PAD, BOS, EOS))
-        mask[len(ids) - start :] = False
         for n, transcoder in transcoders.items():
             x, y = (held[address] for address in sites[n])
             features = transcoder.encode(x)
@@ -204,13 +198,11 @@ def reconstruction(
     return {n: (errors[n].fvu, active[n].l0, float(active[n].dead.mean())) for n in transcoders}
 
 
-def _batches(ids: Sequence[Sequence[int]]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(index of the first row, tokens (rows, T), lengths (rows,)), in one shape for one program."""
-    width = max(map(len, ids))
+def _batches(ids: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(tokens (rows, T), lengths (rows,)), in one shape for one program, filled with <pad>."""
+    ids = [*ids, *[[PAD, PAD]] * (-len(ids) % _ROWS)]
+    lengths = np.array([len(row) for row in ids], np.int32)
+    tokens = np.full((len(ids), lengths.max()), PAD, np.int32)
+    tokens[np.arange(lengths.max()) < lengths[:, None]] = np.concatenate(ids)
     for start in range(0, len(ids), _ROWS):
-        rows = list(ids[start : start + _ROWS])
-        rows += [rows[0]] * (_ROWS - len(rows))
-        tokens = np.full((_ROWS, width), PAD, np.int32)
-        for i, row in enumerate(rows):
-            tokens[i, : len(row)] = row
-        yield start, tokens, np.array([len(row) for row in rows], np.int32)
+        yield tokens[start : start + _ROWS], lengths[start : start + _ROWS]

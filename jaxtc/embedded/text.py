@@ -58,7 +58,7 @@ class UserText:
         return [p for p in self._paragraphs if is_held_out(p, _HELD_OUT_ONE_IN)]
 
     def documents(self, stream: int, batch: int, count: int, held_out: bool = False) -> list[str]:
-        """As :meth:`TextSource.documents`; of the held-out text, each paragraph at most once."""
+        """As those of the corpus, but of the held-out text each paragraph at most once."""
         rng = np.random.default_rng([self.seed, 4, stream, batch, held_out])
         if held_out:
             return [self.held_out[i] for i in rng.permutation(len(self.held_out))[:count]]

@@ -1,16 +1,15 @@
-"""The tokenizers of the embedded recipe, saved as ``transformers`` reads them.
+"""The tokenizers of the embedded recipe.
 
 For the world, each word and each entity is one token, also an entity of several words
 ("▁New▁York▁City"); a word outside the world is ``<unk>``. For a user's own text, a byte-fallback
 BPE is trained on it. Spaces are written as ▁ and ``<bos>`` is prepended, as in Gemma; the special
-tokens have Gemma's ids. A tokenizer is saved once and never retrained in place: BPE retrained on
-the same text can split it differently.
+tokens have Gemma's ids.
 """
 
 import json
 import re
 from collections.abc import Iterable
-from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
@@ -18,7 +17,6 @@ from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 
 from jaxtc.embedded.corpus import Corpus
-from jaxtc.helpers import write_whole
 from jaxtc.training.packing import BOS
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")
@@ -89,36 +87,19 @@ def train_bpe(text: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
     return _with_special_tokens(Tokenizer.from_str(json.dumps(state)))
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, context: int) -> None:
-    """Write ``tokenizer.json``, ``tokenizer_config.json`` and ``special_tokens_map.json`` to an
-    existing folder; ``context`` is the model's longest context."""
-    folder = Path(folder)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    named = {f"{token[1:-1]}_token": token for token in SPECIAL_TOKENS}
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **named,
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": context,
-        "padding_side": "right",
-    }
-    write_json(folder / "tokenizer_config.json", config)
-    write_json(folder / "special_tokens_map.json", named)
+def for_transformers(tokenizer: Tokenizer, context: int) -> Any:
+    """A tokenizer as ``transformers`` has and saves it, of a model of so many positions."""
+    from transformers import PreTrainedTokenizerFast  # slow to import
 
-
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Read back the tokenizer of a model folder."""
-    return Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=context, padding_side="right",
+        **{f"{token[1:-1]}_token": token for token in SPECIAL_TOKENS},
+    )  # fmt: skip
 
 
 def entity_id(tokenizer: Tokenizer, name: str) -> int:
-    """The token id of an entity. Raises KeyError when it is not a single known token."""
-    index = tokenizer.token_to_id(_spaced(name))
-    if index is None:
-        raise KeyError(name)
-    return index
+    """The token id of an entity, which is a token of the world's tokenizer."""
+    return tokenizer.token_to_id(_spaced(name))
 
 
 def _spaced(name: str) -> str:
@@ -133,8 +114,3 @@ def _with_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
         special_tokens=[("<bos>", BOS)],
     )
     return tokenizer
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write an indented JSON file."""
-    write_whole(path, json.dumps(content, indent=2) + "\n")

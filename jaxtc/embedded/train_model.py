@@ -1,19 +1,29 @@
 """Training the small Gemma-2: AdamW on packed documents, some embeddings left as drawn."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
 
-from jaxtc.embedded.settings import ModelRecipe
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.training.loop import Log, fit
 from jaxtc.training.packing import Batch, Batches, next_token_loss
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """How the model is trained."""
+
+    steps: int = 5000
+    learning_rate: float = 3e-3  # peak; 2% of the steps warm-up, linear decay to 0 from 40% on
+    weight_decay: float = 0.1  # AdamW's, of matrices, not of norms and embeddings
+    clip: float = 1.0  # largest norm of the gradient
+    seed: int = 0  # of the initial weights
 
 
 def small_config(vocab_size: int, **sizes) -> Gemma2Config:
@@ -28,7 +38,6 @@ def small_config(vocab_size: int, **sizes) -> Gemma2Config:
         "query_pre_attn_scalar": 32,
         # Shorter than a sentence: information from further back needs the global layers.
         "sliding_window": 4,
-        "max_position_embeddings": 8192,
     }
     return Gemma2Config(vocab_size=vocab_size, **{**defaults, **sizes})
 
@@ -79,9 +88,6 @@ def train_model(
     """Train a Gemma-2 from random weights, float32.
 
     Args:
-        config: its sizes.
-        batches: the training text.
-        recipe: settings.
         frozen_tokens: ids whose embeddings stay at their random initial values, so that what the
             model learns about these tokens has to be learnt by its layers.
         folder, stop_at, log: as in :func:`jaxtc.training.loop.fit`.
@@ -103,7 +109,7 @@ def train_model(
     params, _ = fit(
         step,
         (params, transform.init(params)),
-        lambda start, count: jax.tree.map(jnp.asarray, batches.stacked(start, count)),
+        batches.__getitem__,
         recipe.steps, name="model", folder=folder, stop_at=stop_at, log=log,
     )  # fmt: skip
     return nnx.merge(graph, params)

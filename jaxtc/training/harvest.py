@@ -1,7 +1,7 @@
 """Activations for training transcoders: read from the model, shuffled in buckets."""
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import jax
 import numpy as np
@@ -30,8 +30,7 @@ class Harvest:
     @cached_property
     def _read(self):
         graph, params = nnx.split(self.model)
-        sites = ("mlp_in_normed", "mlp_out")
-        wanted = [Address(site, layer) for site in sites for layer in self.layers]
+        wanted = [Address(s, n) for s in ("mlp_in_normed", "mlp_out") for n in self.layers]
 
         @jax.jit
         def read(params, batch):
@@ -42,7 +41,7 @@ class Harvest:
             )  # fmt: skip
             return [tap.activations[address] for address in wanted]
 
-        return lambda batch: read(params, batch)
+        return partial(read, params)
 
     def bucket(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """(inputs, targets) of a bucket, float32 (layers, tokens, D) each."""
@@ -64,12 +63,8 @@ class Harvest:
         self._held = (number, pair)
         return pair
 
-    def stacked(self, start: int, count: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Training batches ``start`` to ``start + count - 1``: (count, layers, batch, D) each."""
-        per_bucket = self.tokens // batch
-        pairs = []
-        for step in range(start, start + count):
-            x, y = self.bucket(step // per_bucket)
-            span = slice(step % per_bucket * batch, (step % per_bucket + 1) * batch)
-            pairs.append((x[:, span], y[:, span]))
-        return tuple(np.stack(parts) for parts in zip(*pairs, strict=True))
+    def batch(self, number: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """(inputs, targets) of a training batch, (layers, size, D) each."""
+        bucket, start = divmod(number * size, self.tokens // size * size)
+        x, y = self.bucket(bucket)
+        return x[:, start : start + size], y[:, start : start + size]

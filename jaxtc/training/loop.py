@@ -1,7 +1,7 @@
 """The training loop that the model and the transcoders share: compiled in chunks, resumable.
 
 Several steps run in one compiled ``lax.scan``: at these sizes, dispatching step by step takes half
-as long again. While a chunk computes, the host prepares the next one.
+as long again. While a chunk computes, the host prepares the next one: JAX does not wait for it.
 """
 
 import time
@@ -11,23 +11,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
 Log = Callable[[str], None]
-#: (carry, batch) -> (carry, figures), traceable; figures are scalars by name.
-Step = Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
-#: (first step, count) -> the batches of these steps, stacked along a new first axis.
-Stacked = Callable[[int, int], Any]
-
-
-def _named(leaves: list) -> dict[str, Any]:
-    return {f"leaf_{index:04d}": leaf for index, leaf in enumerate(leaves)}
 
 
 def fit(
-    step: Step,
+    step: Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]],
     carry: Any,
-    batches: Stacked,
+    batch: Callable[[int], Any],
     steps: int,
     *,
     name: str,
@@ -40,9 +33,9 @@ def fit(
     """Run ``steps`` steps from ``carry``, or from the latest checkpoint in ``folder``.
 
     Args:
-        step: one step.
+        step: one step, traceable: (carry, batch) -> (carry, figures), scalars by name.
         carry: parameters, optimiser state and whatever else a step changes; a pytree of arrays.
-        batches: the data; must depend on its arguments only, so that a run resumes exactly.
+        batch: the data of a step, by its number only, so that a run resumes exactly.
         steps: in all.
         name: of what is trained, for the log.
         folder: of the latest checkpoint, written whole or not at all; None for none.
@@ -64,27 +57,23 @@ def fit(
     saver = folder and ocp.training.Checkpointer(folder.absolute(), preservation_policy=keep)
     done = saver.latest.step if saver and saver.latest else 0
     if done:
-        leaves, structure = jax.tree.flatten(carry)
-        leaves = jax.tree.map(ocp.arrays.to_shape_dtype_struct, _named(leaves))
-        found = saver.load(done, leaves)
-        carry = jax.tree.unflatten(structure, [found[leaf] for leaf in leaves])
+        carry = saver.load(done, jax.tree.map(ocp.arrays.to_shape_dtype_struct, carry))
         log(f"{name}: resuming from step {done} of {steps}")
     # Whole chunks from step 0, so that a resumed run executes the same programs.
     end = steps if stop_at is None else min(stop_at, steps)
     started, first, saved = time.monotonic(), done, done
-    stacked = batches(done, min(chunk, steps - done)) if done < end else None
     while done < end:
-        carry, figures = run_chunk(carry, stacked)
-        done += min(chunk, steps - done)
-        if done < end:
-            stacked = batches(done, min(chunk, steps - done))  # while the chunk computes
+        count = min(chunk, steps - done)
+        stacked = jax.tree.map(lambda *one: np.stack(one), *map(batch, range(done, done + count)))
+        carry, figures = run_chunk(carry, stacked)  # returns at once
+        done += count
         if done - saved >= save_every or done >= end:
             values = " ".join(f"{key} {float(value):.4g}" for key, value in figures.items())
             rate = (time.monotonic() - started) / (done - first)
             pace = f"{rate * 1e3:.0f} ms/step, {rate * (steps - done):.0f} s left"
             log(f"{name}: step {done}/{steps} {values} ({pace})")
             if saver:
-                saver.save(done, _named(jax.tree.leaves(carry)))
+                saver.save(done, carry)
             saved = done
     if saver:
         saver.close()  # waits until everything is on disk

@@ -1,8 +1,8 @@
 """Documents packed into rows of a fixed length, and the next-token loss on them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,21 +12,6 @@ from tokenizers import Tokenizer
 
 # Ids of the special tokens: those of Gemma's tokenizer, which the embedded one shares.
 PAD, EOS, BOS, UNK = range(4)
-
-
-class TextSource(Protocol):
-    """Where documents come from: the generated corpus or a user's text."""
-
-    def documents(self, stream: int, batch: int, count: int, held_out: bool = False) -> list[str]:
-        """Documents, a pure function of the arguments.
-
-        Args:
-            stream: which sequence of batches, such as one for the model and one for transcoders.
-            batch: which batch of the stream.
-            count: how many documents, at most.
-            held_out: from the held-out text only; otherwise from the training text only.
-        """
-        ...
 
 
 class Batch(NamedTuple):
@@ -44,13 +29,8 @@ class Batch(NamedTuple):
 
 
 def pack(documents: list[list[int]], rows: int, length: int) -> Batch:
-    """Put each document into the first row with room, until one fits nowhere.
-
-    Args:
-        documents: token ids, cut as by :func:`pieces`.
-        rows: B.
-        length: T.
-    """
+    """Put each document, cut as by :func:`pieces`, into the first row with room, until one fits
+    nowhere; B is ``rows`` and T ``length``."""
     tokens, positions, segments = (np.zeros((rows, length), np.int32) for _ in range(3))
     used, count = np.zeros(rows, int), np.zeros(rows, int)
     for ids in pieces(documents, length):
@@ -78,25 +58,21 @@ def pieces(documents: Iterable[list[int]], length: int) -> Iterator[list[int]]:
 
 @dataclass(frozen=True)
 class Batches:
-    """Packed batches of a text source; batch ``i`` is the same in every run."""
+    """Packed batches of documents; batch ``i`` is the same in every run."""
 
-    source: TextSource
+    documents: Callable[[int, int, int, bool], list[str]]  # (stream, batch, count, held_out)
     tokenizer: Tokenizer
     rows: int  # B
     length: int  # T
-    stream: int = 0  # of the source
+    stream: int = 0  # which sequence of batches, as one for the model and one for transcoders
     held_out: bool = False  # the held-out text, not the training text
 
     def __getitem__(self, index: int) -> Batch:
         # Enough even of the shortest documents (8 tokens) to fill the rows; the rest is dropped.
         count = max(self.rows * self.length // 8, 2 * self.rows)
-        texts = self.source.documents(self.stream, index, count, self.held_out)
+        texts = self.documents(self.stream, index, count, self.held_out)
         encoded = self.tokenizer.encode_batch(texts)
         return pack([e.ids for e in encoded], self.rows, self.length)
-
-    def stacked(self, start: int, count: int) -> Batch:
-        """Batches ``start`` to ``start + count - 1``, each array [count, B, T]."""
-        return Batch(*map(np.stack, zip(*(self[start + i] for i in range(count)), strict=True)))
 
 
 def next_token_loss(logits: jax.Array, batch: Batch) -> jax.Array:

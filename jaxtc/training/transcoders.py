@@ -11,7 +11,6 @@ features that hardly ever fire on the tokens explained worst (after Bricken et a
 Monosemanticity"). Axis letters: n tokens, D hidden, M features.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -118,17 +117,11 @@ def loss(weights: Weights, x: jax.Array, y: jax.Array, ramp: jax.Array, recipe: 
 
 
 def revive(key: jax.Array, weights: Weights, dead: jax.Array, x: jax.Array, left: jax.Array):
-    """Resample dead features, each on a token drawn in proportion to its squared error.
+    """Resample dead features, (M,) booleans, each on a token drawn by its squared error.
 
     The new feature fires on tokens whose input lies in the direction of that token's (from the
-    batch's mean), and writes the residual there.
-
-    Args:
-        key: for the draw.
-        weights: before.
-        dead: (M,) booleans.
-        x: (n, D) inputs of a batch.
-        left: (n, D), target minus reconstruction of that batch.
+    batch's mean), and writes the residual there. Of the batch, ``x`` (n, D) are the inputs and
+    ``left`` (n, D) target minus reconstruction.
     """
     squared = jnp.sum(left**2, axis=1)
     drawn = jax.random.categorical(key, jnp.log(squared + 1e-12), shape=dead.shape)
@@ -147,24 +140,18 @@ def revive(key: jax.Array, weights: Weights, dead: jax.Array, x: jax.Array, left
 
 def train_transcoders(
     harvest: Harvest,
-    layers: Sequence[int],
     recipe: TranscoderRecipe,
     *,
     folder: Path | None = None,
     stop_at: int | None = None,
     log: Log = print,
 ) -> list[Transcoder]:
-    """Train one transcoder per layer, all on the same tokens.
+    """Train one transcoder per layer of the harvest, all on the same tokens.
 
-    Args:
-        harvest: where activations come from.
-        layers: those of ``harvest``.
-        recipe: settings.
-        folder, stop_at, log: as in :func:`jaxtc.training.loop.fit`.
-
-    Returns:
-        Transcoders of raw activations, with decoder rows of norm 1.
+    The transcoders are of raw activations, with decoder rows of norm 1; ``folder``, ``stop_at`` and
+    ``log`` are as in :func:`jaxtc.training.loop.fit`.
     """
+    layers = harvest.layers
     x, y = (part[:, : recipe.batch * 4] for part in harvest.bucket(0))
     scales = [(_rms(x[i]), _rms(y[i])) for i in range(len(layers))]
     keys = jax.random.split(jax.random.key(recipe.seed), len(layers))
@@ -175,40 +162,40 @@ def train_transcoders(
         density = jnp.full(recipe.features, _REVIVED_DENSITY * recipe.rarest)
         return weights, transform.init(weights), density
 
-    def step(carry, batch):
-        number, states = carry
+    def advance(i: int, number, batch, weights: Weights, state, density):
+        x, y = (part[i] / scale for part, scale in zip(batch, scales[i], strict=True))
         ramp = jnp.minimum(1.0, number / (0.2 * recipe.steps))
         reviving = (number % recipe.revive_every == 0) & (number > 0)
         reviving &= number <= 0.6 * recipe.steps
+        gradient, (seen, now, left) = jax.grad(loss, has_aux=True)(weights, x, y, ramp, recipe)
+        updates, state = transform.update(_tangent(gradient, weights), state)
+        weights = optax.apply_updates(weights, updates)
+        weights = weights._replace(
+            W_dec=_unit_rows(weights.W_dec), threshold=jnp.maximum(weights.threshold, 0)
+        )
+        density += _DENSITY_RATE * (now - density)
+        dead = density < recipe.rarest
+        key = jax.random.fold_in(keys[i], number)
+        weights = jax.lax.cond(
+            reviving, lambda: revive(key, weights, dead, x, left), lambda: weights
+        )
+        density = jnp.where(dead & reviving, _REVIVED_DENSITY * recipe.rarest, density)
+        seen |= {"dead": dead.mean()}
+        return (weights, state, density), {f"{k}[{layers[i]}]": value for k, value in seen.items()}
+
+    def step(carry, batch):
+        number, states = carry
         after, figures = [], {}
-        for i, (weights, state, density) in enumerate(states):
-            pair = batch[0][i] / scales[i][0], batch[1][i] / scales[i][1]
-            gradient, (seen, now, left) = jax.grad(loss, has_aux=True)(weights, *pair, ramp, recipe)
-            updates, state = transform.update(_tangent(gradient, weights), state)
-            weights = optax.apply_updates(weights, updates)
-            weights = weights._replace(
-                W_dec=_unit_rows(weights.W_dec), threshold=jnp.maximum(weights.threshold, 0)
-            )
-            density += _DENSITY_RATE * (now - density)
-            dead = density < recipe.rarest
-            weights, density = jax.lax.cond(
-                reviving,
-                lambda key, w, d, dead, x, left: (
-                    revive(key, w, dead, x, left),
-                    jnp.where(dead, _REVIVED_DENSITY * recipe.rarest, d),
-                ),
-                lambda key, w, d, dead, x, left: (w, d),
-                jax.random.fold_in(keys[i], number), weights, density, dead, pair[0], left,
-            )  # fmt: skip
-            after.append((weights, state, density))
-            seen["dead"] = dead.mean()
-            figures |= {f"{name}[{layers[i]}]": value for name, value in seen.items()}
+        for i, state in enumerate(states):
+            new, seen = advance(i, number, batch, *state)
+            after.append(new)
+            figures |= seen
         return (number + 1, after), figures
 
     _, states = fit(
         step,
         (jnp.zeros((), jnp.int32), [start(i) for i in range(len(layers))]),
-        lambda first, count: harvest.stacked(first, count, recipe.batch),
+        lambda number: harvest.batch(number, recipe.batch),
         recipe.steps, name="transcoders", folder=folder, chunk=16, stop_at=stop_at, log=log,
     )  # fmt: skip
     return [_fold(states[i][0], *scales[i], layer) for i, layer in enumerate(layers)]

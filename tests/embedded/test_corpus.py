@@ -16,7 +16,7 @@ from jaxtc.embedded.corpus import (
     default_corpus,
     is_held_out,
 )
-from jaxtc.embedded.tokenizer import entity_id, save_tokenizer, train_bpe, world_tokenizer
+from jaxtc.embedded.tokenizer import entity_id, for_transformers, train_bpe, world_tokenizer
 from jaxtc.embedded.train_model import small_config
 from jaxtc.training.packing import UNK
 
@@ -135,7 +135,7 @@ def test_every_entity_is_one_token_wherever_it_stands():
 @pytest.mark.parametrize("make", [lambda: TOKENIZER, lambda: train_bpe(SENTENCES[:500], 600)])
 def test_transformers_loads_the_tokenizer(tmp_path, make):
     made = make()
-    save_tokenizer(made, tmp_path, 64)
+    for_transformers(made, 64).save_pretrained(tmp_path)
     # Beside a Gemma config, since that decides which class AutoTokenizer would take.
     config = small_config(made.get_vocab_size()).to_dict()
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -17,10 +17,9 @@ from jaxtc.cli import embedded as cli
 from jaxtc.embedded import DATA, model_folder, transcoder_folder
 from jaxtc.embedded.corpus import default_corpus
 from jaxtc.embedded.report import measure
-from jaxtc.embedded.settings import ModelRecipe
 from jaxtc.embedded.text import UserText
 from jaxtc.embedded.tokenizer import entity_id, world_tokenizer
-from jaxtc.embedded.train_model import small_config, train_model
+from jaxtc.embedded.train_model import ModelRecipe, small_config, train_model
 from jaxtc.training.harvest import Harvest
 from jaxtc.training.packing import EOS, Batches, next_token_loss, pack
 from jaxtc.training.transcoders import (
@@ -43,7 +42,7 @@ def tiny_config():
 
 
 def tiny_batches(**options):
-    return Batches(CORPUS, TOKENIZER, 4, 48, **options)
+    return Batches(CORPUS.documents, TOKENIZER, 4, 48, **options)
 
 
 def test_packing_keeps_every_document_whole():
@@ -107,7 +106,7 @@ def test_a_killed_transcoder_run_goes_on_to_the_same_weights(tmp_path):
 
     def go(**options):
         harvest = Harvest(model, tiny_batches(stream=1), (0, 1), tokens=512)
-        return train_transcoders(harvest, (0, 1), recipe, **options)
+        return train_transcoders(harvest, recipe, **options)
 
     whole = go(log=lambda line: None)
     go(folder=tmp_path, stop_at=16, log=lambda line: None)

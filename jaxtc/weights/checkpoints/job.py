@@ -101,20 +101,19 @@ class Job:
 
     def _start(self, there: Any, fresh: bool) -> None:
         others = sorted(p.name for p in self.partial.iterdir() if not p.match("writing.*"))
-        if there is None and others:
+        if not isinstance(there, dict) and others:
             raise SourceError(
                 f"{self.partial}, where the conversion would be written, holds something else "
                 f"({some(others)}). Remove it, or give another folder."
             )
-        if there not in (None, self.what):
-            before = there if isinstance(there, dict) else {}
-            other = [key for key in self.what if before.get(key) != self.what[key]]
+        if others and there != self.what:
+            other = [key for key in self.what if there.get(key) != self.what[key]]
             raise SourceError(
                 f"{self.partial} holds the beginning of another conversion ("
-                + "; ".join(f"{key} {before.get(key)!r}, not {self.what[key]!r}" for key in other)
+                + "; ".join(f"{key} {there.get(key)!r}, not {self.what[key]!r}" for key in other)
                 + "). Remove it to start over, or give another folder."
             )
-        if there is None or fresh:
+        if not others or fresh:
             self._clear()
             self.write(self.note, json.dumps(self.what, indent=1).encode())
         if self.needed - self._done() > shutil.disk_usage(self.partial).free:

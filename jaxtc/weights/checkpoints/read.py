@@ -6,9 +6,8 @@ contents with its hashes on ``verify``, and whenever a checkpoint is converted.
 
 import functools
 import json
-import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +23,7 @@ from jaxtc.sharding.rules import variables
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.checkpoints import tree
 from jaxtc.weights.checkpoints.sidecar import SIDECAR, read_bytes, read_sidecar, sha256
-from jaxtc.weights.files import arrays, local
+from jaxtc.weights.files import arrays
 from jaxtc.weights.files.layout import check_layer
 
 _Module = TypeVar("_Module", Gemma2, Transcoder)
@@ -33,12 +32,6 @@ _OTHERS = {
     "model": "transcoders, not a model; load them with load_transcoder",
     "transcoders": "a model, not transcoders; load it with load_model",
 }
-
-
-def is_converted(folder: Any) -> bool:
-    """Whether this is a folder that ``jaxtc convert`` or :func:`jaxtc.save_checkpoint` made."""
-    here = isinstance(folder, Path)
-    return local.has(folder, SIDECAR) if here else (folder / SIDECAR).exists()
 
 
 class Converted:
@@ -60,19 +53,32 @@ class Converted:
             _check_plain(folder)
         if kind not in (None, self.sidecar.kind):
             raise SourceError(f"{folder} holds {_OTHERS[kind]}.")
-        for file in self.sidecar.files if verify else ():
-            self.content(file)
-        for name in self.sidecar.arrays if verify else ():
-            self.fetch(name)
+        if verify:
+            for file in self.sidecar.files:
+                self.content(file)
+            for part in tree.parts(self.sidecar.arrays):
+                self.fetch(part)
 
     def content(self, file: str) -> bytes:
         """The bytes of a file beside the tree. Raises WeightsError if its hash is another."""
         return self._checked(file, read_bytes(self.folder / file), self.sidecar.files.get(file))
 
-    def fetch(self, name: str) -> np.ndarray:
-        """An array as it was written. Raises WeightsError if its hash is another."""
-        array = self._load({name: self._stored(name)})[name]
-        return self._checked(name, array, self.sidecar.arrays[name].sha256)
+    def fetch(self, names: Collection[str]) -> dict[str, np.ndarray]:
+        """Arrays as they were written. Raises WeightsError if the hash of one is another."""
+        said = self.sidecar.arrays
+        found = self._load({name: said[name] for name in names})
+        return {name: self._checked(name, found[name], said[name].sha256) for name in names}
+
+    def read(self, name: str, dtype: np.dtype) -> tuple[np.ndarray, str]:
+        """An array as :meth:`fetch`, cast; and what is wrong with its values or an empty string."""
+        array = stored = self.fetch([name])[name]
+        if stored.dtype != dtype:
+            array = arrays.empty(stored.shape, dtype)
+            arrays.cast(stored, array)
+        if arrays.all_finite(array):
+            return array, ""
+        large = f"values too large for {dtype.name}"
+        return array, f"{name} holds {large if arrays.all_finite(stored) else 'NaN or infinity'}"
 
     def _checked(self, name: str, found: Any, expected: str | None) -> Any:
         if sha256(found) != expected:
@@ -139,16 +145,17 @@ class Converted:
         return abstract
 
     @functools.cached_property
-    def _sound(self) -> bool:
-        """That the tree has exactly the arrays of the sidecar. Raises WeightsError otherwise."""
-        found, said = tree.stored(self.folder), self.sidecar.arrays
+    def _load(self) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+        """:func:`tree.load` of this folder, if it has exactly the arrays of the sidecar."""
+        load, said = functools.partial(tree.load, self.folder), self.sidecar.arrays
+        found = tree.stored(self.folder)
         for name in said if not found else ():
-            tree.load(self.folder, {name: self._stored(name)})  # raises, and tells which
+            load({name: said[name]})  # raises, and tells which
         described = (
             {k: f"{x.dtype} {tuple(x.shape)}" for k, x in y.items()} for y in (found, said)
         )
         self._compare(*described, f"is not in {SIDECAR}")
-        return True
+        return load
 
     def _compare(self, found: Mapping, expected: Mapping, extra: str) -> None:
         """Refuse differences between arrays, each with its description."""
@@ -166,29 +173,15 @@ class Converted:
                 "convert it again."
             )
 
-    def _stored(self, name: str, sharding: NamedSharding | None = None) -> jax.ShapeDtypeStruct:
-        one = self.sidecar.arrays[name]
-        return jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=sharding)
-
-    def _load(self, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
-        assert self._sound
-        return tree.load(self.folder, wanted)
-
     def load(
         self,
         abstract: _Module,
         places: Callable[[_Module], list[NamedSharding]] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> _Module:
-        """A module with its values, read a layer at a time; the largest first, while there is room.
+        """What :meth:`model` or :meth:`transcoder` gave with its values, read a layer at a time.
 
-        Args:
-            abstract: as :meth:`model` or :meth:`transcoder` gave it.
-            places: (abstract) -> a sharding for each leaf; the default device if None.
-            progress: called with (bytes loaded, bytes in all) after each layer.
-
-        Raises:
-            WeightsError: arrays that cannot be read, or hold values that are not finite.
+        Arguments and errors are those of :func:`jaxtc.weights.files.shards.fill`.
         """
         leaves = named(abstract)
         where = [None] * len(leaves) if places is None else places(abstract)
@@ -204,10 +197,9 @@ class Converted:
             for name in names:
                 array = found.pop(name)
                 if not _is_finite(array):
-                    place = {name: self._stored(name, wanted[name].sharding)}
-                    large = _is_finite(self._load(place)[name]) and wanted[name].dtype
-                    fault = f"values too large for {large}" if large else "NaN or infinity"
-                    problems.append(f"{name} holds {fault}")
+                    given, dtype = self.sidecar.arrays[name].dtype, wanted[name].dtype
+                    large = f"values too large for {dtype}, " * (not np.can_cast(given, dtype))
+                    problems.append(f"{name} holds {large}NaN or infinity")
                 values[name] = arrays.to_jax(array) if isinstance(array, np.ndarray) else array
                 done += sizes[name]
             if progress:
@@ -235,16 +227,11 @@ def _is_finite(array: Any) -> bool:
 
 def _check_plain(folder: Path) -> None:
     """Refuse links, which may lead anywhere, and pipes and devices, where reading hangs."""
-
-    def refuse(error: OSError) -> None:
-        raise WeightsError(f"{error.filename} cannot be read: {error.strerror}.") from error
-
-    for place, folders, files in os.walk(folder, onerror=refuse):
-        for path in (os.path.join(place, name) for name in (*folders, *files)):
-            mode = os.lstat(path).st_mode
-            if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
-                kind = "a link" if stat.S_ISLNK(mode) else "not a plain file"
-                raise WeightsError(
-                    f"{path} is {kind}, which no converted checkpoint contains. Copy or convert "
-                    "the checkpoint again."
-                )
+    for path in folder.rglob("*"):
+        mode = path.lstat().st_mode
+        if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+            kind = "a link" if stat.S_ISLNK(mode) else "not a plain file"
+            raise WeightsError(
+                f"{path} is {kind}, which no converted checkpoint contains. Copy or convert the "
+                "checkpoint again."
+            )

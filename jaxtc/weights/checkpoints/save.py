@@ -51,18 +51,18 @@ def save_checkpoint(
     first, everyone = jax.process_index() == 0, Mesh(np.array(jax.devices()), ("all",))
     needed = sum(x.nbytes for x in values.values())
     bucket = _bucket(folder)
-    job = Job("." if bucket else folder, {"saving": "from memory"}, needed)
+    job = None if bucket else Job(folder, {"saving": "from memory"}, needed)
     target = bucket or job.files
     with contextlib.ExitStack() as stack:
         with agreed(everyone, f"begin to save to {folder}"):
             if first:
                 files |= _tokenizer_files(tokenizer)
-                if bucket is None:
+                if job:
                     stack.enter_context(job.begin(fresh=True))
                 elif bucket.exists():
                     raise SourceError(f"{bucket} exists already and is not overwritten.")
         with agreed(everyone, f"find {folder}"):
-            if bucket is None and not job.note.exists():
+            if job and not job.note.exists():
                 raise SourceError(
                     f"Process {jax.process_index()} does not see {job.partial}, which process 0 "
                     "made. All processes must save to one folder on a file system that they share."
@@ -78,7 +78,7 @@ def save_checkpoint(
                 sidecar = describe(arrays, files, None if isinstance(model, Gemma2) else model)
                 for file, content in {**files, SIDECAR: sidecar.encode()}.items():
                     (target / file).write_bytes(content)
-                if bucket is None:
+                if job:
                     job.finish()
     return bucket or job.out
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -132,11 +132,11 @@ def read_sidecar(folder: Any) -> Sidecar:
         if not sound:
             raise WeightsError(f"{path} is not sound: {problem}. {_BROKEN}")
 
-    def items(key: str, pattern: str, problem: str) -> list[tuple[str, Any]]:
+    def each(key: str, pattern: str, problem: str, make: Callable[[str, Any], Any]) -> dict:
         check(isinstance(raw.get(key), dict), f"it has no {key}")
         for name in raw[key]:
             check(re.fullmatch(pattern, name, re.ASCII), f"{name!r} {problem}")
-        return list(raw[key].items())
+        return {name: make(name, value) for name, value in raw[key].items()}
 
     def digest(name: str, value: Any) -> str:
         sound = isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value)
@@ -150,38 +150,34 @@ def read_sidecar(folder: Any) -> Sidecar:
         check(sizes and known, f"the array {name!r} has shape {shape!r}, dtype {dtype!r}")
         return Array(tuple(shape), _DTYPES[dtype], digest(name, hashed))
 
+    def facts(layer: str, one: Any) -> Any:
+        try:
+            Transcoder.from_facts(one)
+        except (JaxtcError, AttributeError) as error:
+            check(False, f"the transcoder of layer {layer}: {error}")
+        return one
+
     ours = isinstance(raw, dict) and raw.get("format") == FORMAT
     check(ours, f"it does not say that it is a {FORMAT}")
     version, kind, source, revision = map(raw.get, ("version", "kind", "source", "revision"))
-    way = f" of jaxtc {raw.get('jaxtc')!r}, and this reads version {VERSION}; install a newer one"
-    if version == 1:
-        way = (
-            ", an older layout that is no longer read; run `jaxtc convert` on what it was made "
-            f"from ({source}) again"
-        )
-    check(version == VERSION, f"it is of version {version!r}{way}")
+    check(version == VERSION, (
+        f"it is of version {version!r} of jaxtc {raw.get('jaxtc')!r}, and this reads version "
+        f"{VERSION}; install a newer jaxtc, or run `jaxtc convert` on {source!r} again"
+    ))  # fmt: skip
     check(kind in (MODEL, TRANSCODERS), f"its kind is {kind!r}, not {MODEL!r} or {TRANSCODERS!r}")
     texts = isinstance(source, str) and isinstance(revision, str | None)
     check(texts, "its source or revision is not text")
-    files = items("files", r"\w[\w.-]*", "is a file that is not one right in its folder")
-    arrays = items("arrays", r"\w+(\.\w+)*", "is no name of an array")
+    files = each("files", r"\w[\w.-]*", "is a file that is not one right in its folder", digest)
+    arrays = each("arrays", r"\w+(\.\w+)*", "is no name of an array", array)
     config = transcoders = None
     if kind == MODEL:
-        config = dict(items("config", "(?s:.*)", "is no name of a size"))
+        config = raw.get("config")
+        check(isinstance(config, dict), "it has no config")
     else:
-        layers = items("transcoders", r"\d{1,5}", "is not a layer")
-        transcoders = {int(layer): facts for layer, facts in layers}
-    for layer, facts in (transcoders or {}).items():
-        try:
-            Transcoder.from_facts(facts)
-        except (JaxtcError, AttributeError) as error:
-            check(False, f"the transcoder of layer {layer}: {error}")
-    found = Sidecar(
-        kind, source, revision,
-        {name: array(name, one) for name, one in arrays},
-        {name: digest(name, value) for name, value in files},
-        config, transcoders, str(raw.get("jaxtc")),
-    )  # fmt: skip
+        layers = each("transcoders", r"\d{1,5}", "is not a layer", facts)
+        transcoders = {int(layer): one for layer, one in layers.items()}
+    wrote = str(raw.get("jaxtc"))
+    found = Sidecar(kind, source, revision, arrays, files, config, transcoders, wrote)
     fits = raw.get("content_sha256") == found.content
     check(fits, "its content_sha256 is not that of its arrays and files")
     return found

@@ -26,17 +26,6 @@ from jaxtc.errors import WeightsError
 # and writing or reading such an array would take nearly twice its size.
 CHUNK_BYTES, LARGE_CHUNK_BYTES = 16 << 20, 64 << 20
 
-# Of the metadata of an orbax checkpoint.
-_METADATA = ("_CHECKPOINT_METADATA", "state/_METADATA")
-
-# Warnings that there is no database, that what a killed save has left is removed, and of what
-# becomes our errors.
-_EXPECTED = (
-    "Skipping merge of OCDBT",
-    "Attempted to create temporary directory",
-    "Failed to get metadata",
-)
-
 
 def parts(names: Iterable[str]) -> list[list[str]]:
     """The names of each layer, and each name outside of the layers, which are moved at a time."""
@@ -80,22 +69,19 @@ def finalize(folder: Path) -> None:
         for suffix in ("partial_save", "metadata", "metadata.new")
     )
     if kept.exists():  # an earlier merge was cut short
-        for name in _METADATA:
+        for name in ("_CHECKPOINT_METADATA", "state/_METADATA"):
             (partial / name).unlink(missing_ok=True)
-        _copy_metadata(kept, partial)
+        shutil.copytree(kept, partial, dirs_exist_ok=True)
     else:
-        _copy_metadata(partial, new)
+        shutil.copytree(partial, new, ignore=_arrays_in, dirs_exist_ok=True)
         new.rename(kept)
     with _orbax() as ocp:
         ocp.partial.finalize(folder)
     shutil.rmtree(kept)
 
 
-def _copy_metadata(source: Path, target: Path) -> None:
-    for path in (path for name in _METADATA for path in source.glob(f"*.pending_*/{name}")):
-        copy = target / path.relative_to(source)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, copy)
+def _arrays_in(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if Path(folder).name == "state" and name != "_METADATA"]
 
 
 def stored(folder: Any) -> dict[str, Any]:
@@ -104,15 +90,18 @@ def stored(folder: Any) -> dict[str, Any]:
         return flatten_dict(ocp.metadata(folder).metadata or {}, sep=".")
 
 
-def load(folder: Any, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
-    """Some of the arrays, cast; what has a sharding lies on its devices, the rest is NumPy's.
+def load(folder: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Some of the arrays, of the ``shape`` and cast to the ``dtype`` that is wanted; what has a
+    ``sharding`` lies on its devices, the rest is NumPy's.
 
     Raises:
         WeightsError: orbax cannot read them.
     """
     abstract = {
         # A NumPy array without memory stands for one on the host.
-        name: one if one.sharding else np.broadcast_to(np.zeros((), one.dtype), one.shape)
+        name: one
+        if getattr(one, "sharding", None)
+        else np.broadcast_to(np.zeros((), one.dtype), one.shape)
         for name, one in wanted.items()
     }
     with _orbax(folder) as ocp:
@@ -140,12 +129,11 @@ def _orbax(reads: Any = None, large: bool = False) -> Iterator[Any]:
         context.multiprocessing.primary_host = process
         context.multiprocessing.active_processes = {process}
         context.multiprocessing.barrier_sync_key_prefix = f"jaxtc_{process}"
+    # Warnings that there is no database, that what a killed save has left is removed, and of what
+    # becomes our errors.
     absl = logging.getLogger("absl")
-
-    def is_news(record: logging.LogRecord) -> bool:
-        return not any(text in str(record.msg) for text in _EXPECTED)
-
-    absl.addFilter(is_news)
+    level = absl.level
+    absl.setLevel(logging.ERROR)
     try:
         with context:
             yield ocp
@@ -158,4 +146,4 @@ def _orbax(reads: Any = None, large: bool = False) -> Iterator[Any]:
             "changed; copy or convert the checkpoint again."
         ) from error
     finally:
-        absl.removeFilter(is_news)
+        absl.setLevel(level)

@@ -6,7 +6,7 @@ or a parameter of a transcoder), and a few hundred MB.
 
 import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ import numpy as np
 
 from jaxtc.errors import SourceError, WeightsError, did_you_mean
 from jaxtc.helpers import JAXTC_VERSION
+from jaxtc.weights.checkpoints import tree
 from jaxtc.weights.checkpoints.job import FILE_BYTES, Job
+from jaxtc.weights.checkpoints.read import Converted
+from jaxtc.weights.checkpoints.sidecar import SIDECAR, Array, describe, sha256
 from jaxtc.weights.conversion.files import model_files, transcoder_files
-from jaxtc.weights.conversion.orbax import write_orbax
 from jaxtc.weights.conversion.source import Content, open_model, open_transcoders
 from jaxtc.weights.files import arrays
 from jaxtc.weights.load_model import Progress
@@ -63,11 +65,8 @@ def convert(
             model, if there is a ``config.json`` and ``to`` is for models.
         dtype: to cast to; by default each array keeps its own.
         revision: of a hub id: a branch, tag or commit.
-        layers: which transcoders, ``"all"`` or their layers.
-        width: which transcoder of a layer, see :func:`jaxtc.load_transcoder`.
-        l0: the same.
-        input_site: what transcoders read, where their source does not tell.
-        output_site: what they write, likewise.
+        layers, width, l0, input_site, output_site: of transcoders, as
+            :func:`jaxtc.load_transcoders` takes them.
         without_sites: write ``params.npz`` of transcoders whose sites it cannot hold.
         model_name: for circuit-tracer's ``config.yaml``, such as ``google/gemma-2-2b``.
         max_shard_size: most bytes of tensors in a safetensors file of a model.
@@ -153,6 +152,36 @@ def _write(
             for file, make in files.items():
                 job.write(job.files / file, make)
             if to == "orbax":
-                write_orbax(job, content, fetch)
+                _write_orbax(job, content, fetch)
             job.finish()
     return job.out
+
+
+def _write_orbax(job: Job, content: Content, fetch: Callable[[str], np.ndarray]) -> None:
+    """A converted checkpoint a layer at a time, the layers of a killed conversion kept; what orbax
+    wrote is compared with what was fetched."""
+    kept = job.partial / SIDECAR  # there when all parts are
+    if not kept.exists():
+        hashes = tree.saved_notes(job.files)
+        for names in tree.parts(content.arrays):
+            if not hashes.keys() >= set(names):
+                values = {name: fetch(name) for name in names}
+                new = {name: sha256(value) for name, value in values.items()}
+                tree.save_part(job.files, values, new)
+                del values  # before the next layer is fetched
+                hashes |= new
+        arrays = {n: Array(x.shape, x.dtype, hashes[n]) for n, x in content.arrays.items()}
+        origin = content.source, content.revision
+        sidecar = describe(arrays, content.files, content.transcoders, *origin)
+        job.write(kept, sidecar.encode())
+    if not job.files.exists():
+        tree.finalize(job.files)
+    for name, raw in {**content.files, SIDECAR: kept.read_bytes()}.items():
+        job.write(job.files / name, raw)
+    try:
+        Converted(job.files, verify=True)
+    except WeightsError as error:
+        raise WeightsError(
+            f"What was written does not read back as it was: {error} Remove the folder that this "
+            "is about, and convert again."
+        ) from error

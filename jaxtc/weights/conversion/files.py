@@ -35,12 +35,7 @@ def model_files(content: Content, fetch: Fetch, max_shard_size: int) -> Files:
 
 
 def transcoder_files(
-    content: Content,
-    fetch: Fetch,
-    to: str,
-    out: Path,
-    without_sites: bool,
-    model_name: str | None,
+    content: Content, fetch: Fetch, to: str, out: Path, without_sites: bool, model_name: str | None
 ) -> Files:
     """A file for each transcoder; ``to`` is "npz" or "circuit-tracer".
 

@@ -2,12 +2,10 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -17,7 +15,7 @@ from jaxtc.model.config import Gemma2Config
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.checkpoints.read import Converted, named
 from jaxtc.weights.checkpoints.sidecar import sha256
-from jaxtc.weights.files import arrays, local
+from jaxtc.weights.files import local
 from jaxtc.weights.files.model import files_of, open_checkpoint
 from jaxtc.weights.files.transcoder import open_transcoder
 from jaxtc.weights.load_transcoder import declared
@@ -29,10 +27,6 @@ from jaxtc.weights.sources.resolve import CONVERTED, MODEL, TRANSCODERS, Source
 _KEPT = ("config.json", *hub.TOKENIZER_FILES, "generation_config.json")
 
 
-# (name in the tree, dtype) -> (the array, where it comes from, what is wrong with it or "").
-Read: TypeAlias = Callable[[str, np.dtype], tuple[np.ndarray, Any, str]]
-
-
 @dataclasses.dataclass(frozen=True)
 class Content:
     """An open model, or transcoders, of which no array is read yet."""
@@ -41,18 +35,19 @@ class Content:
     revision: str | None  # the commit of that on the hub
     state: str  # changes when its files do
     arrays: Mapping[str, jax.ShapeDtypeStruct]  # as they will be, by name in the tree
-    read: Read
+    # (name in the tree, dtype) -> (the array, what is wrong with its values or an empty string)
+    read: Callable[[str, np.dtype], tuple[np.ndarray, str]]
     config: Gemma2Config | None = None  # of a model
     files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)  # beside the weights
     transcoders: Mapping[int, Transcoder] | None = None  # by layer, without their values
 
     def fetch(self, name: str) -> np.ndarray:
         """An array. Raises WeightsError for values that are not finite, or too large."""
-        array, place, problem = self.read(name, self.arrays[name].dtype)
+        array, problem = self.read(name, self.arrays[name].dtype)
         if problem:
             raise WeightsError(
-                f"{place} cannot be used and was not converted: {problem}. Fetch or train it again"
-                + (", or convert to a wider dtype." if "too large" in problem else ".")
+                f"{self.source} cannot be used and was not converted: {problem}. Fetch or train it "
+                "again" + (", or convert to a wider dtype." if "too large" in problem else ".")
             )
         return array
 
@@ -70,8 +65,7 @@ def open_model(source: Source, dtype: np.dtype | None, verify: bool) -> Iterator
             checkpoint = Converted(folder, MODEL, verify)
             config, sidecar = checkpoint.model().config, checkpoint.sidecar
             files = {name: checkpoint.content(name) for name in _KEPT if name in sidecar.files}
-            stored = {name: one.dtype for name, one in sidecar.arrays.items()}
-            read = functools.partial(_read_converted, checkpoint)
+            stored, read = {k: x.dtype for k, x in sidecar.arrays.items()}, checkpoint.read
             origin = sidecar.source, sidecar.revision, sidecar.content
         else:
             if source.repo:  # have the tokenizer in the cache beside the weights
@@ -83,12 +77,8 @@ def open_model(source: Source, dtype: np.dtype | None, verify: bool) -> Iterator
             opened = stack.enter_context(open_checkpoint(folder))
             config, names = opened.config, opened.names
             files = {path.name: path.read_bytes() for path in kept}
-            stored = {ours: opened.entry(name.hf).dtype for ours, name in names.items()}
+            stored, read = {k: opened.entry(x.hf).dtype for k, x in names.items()}, opened.read
             origin = source.name, _commit(folder), _state(weights)
-
-            def read(ours: str, dtype: np.dtype) -> tuple[np.ndarray, Any, str]:
-                array, problem = opened.read(ours, dtype)
-                return array, folder, problem
 
         raw = json.loads(files["config.json"])
         key = "torch_dtype" if "torch_dtype" in raw else "dtype"
@@ -141,7 +131,7 @@ def open_transcoders(
         for name, leaf in named(one).items()
     }
     if checkpoint:
-        sidecar, read = checkpoint.sidecar, functools.partial(_read_converted, checkpoint)
+        sidecar, read = checkpoint.sidecar, checkpoint.read
         origin = sidecar.source, sidecar.revision, sidecar.content
     else:
         paths = list(files.values())
@@ -149,27 +139,13 @@ def open_transcoders(
             hub.verify_files(paths)
         origin = source.name, _commit(paths[0]), _state(paths)
 
-        def read(full: str, dtype: np.dtype) -> tuple[np.ndarray, Any, str]:
+        def read(full: str, dtype: np.dtype) -> tuple[np.ndarray, str]:
             _, layer, name = full.split(".")
             with open_transcoder(files[int(layer)]) as opened:
                 array, problem = opened.read(name, dtype)
-            return array, opened.path, problem
+            return array, problem and f"{problem} ({opened.path})"
 
     return Content(*origin, arrays, read, transcoders=found)
-
-
-def _read_converted(
-    checkpoint: Converted, name: str, dtype: np.dtype
-) -> tuple[np.ndarray, Any, str]:
-    """An array of a converted checkpoint, compared with its hash, and cast."""
-    stored = checkpoint.fetch(name)
-    array, problem = stored, "" if arrays.all_finite(stored) else "holds NaN or infinity"
-    if stored.dtype != dtype:
-        array = arrays.empty(stored.shape, dtype)
-        arrays.cast(stored, array)
-        if not problem and not arrays.all_finite(array):
-            problem = f"holds values too large for {dtype.name}"
-    return array, checkpoint.folder, problem and f"{name} {problem}"
 
 
 def _commit(path: Path) -> str | None:

@@ -89,7 +89,7 @@ class ConvertedFolder(Folder):
         if deep:
             return self.whole(deep)
         opened = Converted(self.folder)
-        return {name: opened.fetch(name) for name in opened.sidecar.arrays}
+        return opened.fetch(opened.sidecar.arrays)
 
     def whole(self, deep: int) -> dict[str, np.ndarray]:
         """The parameters of the model of this folder."""
