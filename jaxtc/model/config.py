@@ -15,7 +15,7 @@ _MOST_LAYERS = 10_000
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
-def _whole(value: Any, least: int) -> bool:
+def _whole(value: Any, least: int = 0) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
@@ -25,26 +25,22 @@ def _positive(value: Any) -> bool:
 
 
 def _token(value: Any) -> bool:
-    return value is None or _whole(value, 0)
+    return value is None or _whole(value)
 
 
-_COUNT = (lambda value: _whole(value, 1), "a whole number of at least 1")
-_NUMBER = (_positive, "a finite number above 0")
-_CAP = (lambda value: value is None or _positive(value), _NUMBER[1])
-_ID = (_token, "the id of a token")
-_IDS = (
-    lambda value: all(_whole(v, 0) for v in value) if isinstance(value, tuple) else _token(value),
-    "the id of a token or a list of them",
-)
-# What each field may be: a predicate, and what messages say is expected.
-_FIELDS = {
-    "vocab_size": _COUNT, "hidden_size": _COUNT, "intermediate_size": _COUNT,
-    "num_hidden_layers": _COUNT, "num_attention_heads": _COUNT, "num_key_value_heads": _COUNT,
-    "head_dim": _COUNT, "sliding_window": _COUNT, "max_position_embeddings": _COUNT,
-    "pad_token_id": _ID, "bos_token_id": _ID, "eos_token_id": _IDS,
-    "query_pre_attn_scalar": _NUMBER, "rope_theta": _NUMBER, "rms_norm_eps": _NUMBER,
-    "attn_logit_softcapping": _CAP, "final_logit_softcapping": _CAP,
-}  # fmt: skip
+def _tokens(value: Any) -> bool:
+    return all(map(_whole, value)) if isinstance(value, tuple) else _token(value)
+
+
+# What a field may be, by its type: a predicate, and what messages say is expected.
+_TYPES = {
+    int: (lambda v: _whole(v, 1), "a whole number of at least 1"),
+    float: (_positive, "a finite number above 0"),
+    float | None: (lambda v: v is None or _positive(v), "a finite number above 0"),
+    int | None: (_token, "the id of a token"),
+    int | tuple[int, ...] | None: (_tokens, "the id of a token or a list of them"),
+    tuple[str, ...] | None: (lambda v: isinstance(v, tuple | None), "a list of names"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +65,7 @@ class Gemma2Config:
     head_dim: int = 256
     query_pre_attn_scalar: float = 256
     sliding_window: int = 4096
-    layer_types: tuple[str, ...] = ()
+    layer_types: tuple[str, ...] | None = None  # sliding and full attention alternate
     attn_logit_softcapping: float | None = 50.0
     final_logit_softcapping: float | None = 30.0
     rope_theta: float = 10000.0
@@ -81,20 +77,19 @@ class Gemma2Config:
 
     def __post_init__(self):
         layers = self.num_hidden_layers
-        if self.layer_types == () and _whole(layers, 1) and layers <= _MOST_LAYERS:
+        if self.layer_types is None and _whole(layers) and layers <= _MOST_LAYERS:
             # Even layers slide, odd ones see everything (facts of the released checkpoints).
             kinds = tuple((SLIDING, FULL)[i % 2] for i in range(layers))
             object.__setattr__(self, "layer_types", kinds)
-        problems = self._problems()
-        if problems:
+        if problems := self._problems():
             raise ConfigError("This Gemma-2 config cannot be run: " + "; ".join(problems) + ".")
 
     def _problems(self) -> list[str]:
-        found = [
-            f"{name} is {getattr(self, name)!r}, expected {expected}"
-            for name, (fits, expected) in _FIELDS.items()
-            if not fits(getattr(self, name))
-        ]
+        found = []
+        for field in dataclasses.fields(self):
+            value, (fits, expected) = getattr(self, field.name), _TYPES[field.type]
+            if not fits(value):
+                found.append(f"{field.name} is {value!r}, expected {expected}")
         if _whole(self.num_hidden_layers, _MOST_LAYERS + 1):
             found.append(f"num_hidden_layers is beyond {_MOST_LAYERS}")
         if found:
@@ -106,9 +101,7 @@ class Gemma2Config:
             )
         if self.head_dim % 2:
             found.append(f"head_dim ({self.head_dim}) is odd, rotary embedding needs pairs")
-        if not isinstance(self.layer_types, tuple):
-            found.append(f"layer_types is {self.layer_types!r}, expected a list of names")
-        elif len(self.layer_types) != self.num_hidden_layers:
+        if len(self.layer_types) != self.num_hidden_layers:
             found.append(
                 f"layer_types lists {len(self.layer_types)} layers, "
                 f"num_hidden_layers says {self.num_hidden_layers}"
@@ -139,13 +132,11 @@ class Gemma2Config:
         """
         kind = raw.get("model_type")
         if kind != "gemma2":
-            names = raw.get("architectures")
-            known = isinstance(names, list) and all(isinstance(name, str) for name in names)
-            named = (known and ", ".join(names)) or "no architecture named"
             raise ConfigError(
-                f"{where} describes model_type {kind!r} ({named}), but jaxtc runs Gemma-2 only "
-                "(model_type 'gemma2'). Give a Gemma-2 checkpoint, for example "
-                "google/gemma-2-2b, google/gemma-2-9b or google/gemma-2-27b."
+                f"{where} describes model_type {kind!r} (architectures: "
+                f"{raw.get('architectures')}), but jaxtc runs Gemma-2 only (model_type 'gemma2'). "
+                "Give a Gemma-2 checkpoint, for example google/gemma-2-2b, google/gemma-2-9b or "
+                "google/gemma-2-27b."
             )
         rope = {}
         for key in ("rope_scaling", "rope_parameters"):
@@ -174,15 +165,6 @@ class Gemma2Config:
         for key in ("layer_types", "eos_token_id"):
             if isinstance(values.get(key), list):
                 values[key] = tuple(values[key])
-        if values.get("layer_types", 0) is None:
-            del values["layer_types"]
-        elif values.get("layer_types") == ():
-            raise ConfigError(
-                f"{where} has an empty list of layer_types, expected one for each layer, or no "
-                "such key (sliding and full attention then alternate)."
-            )
-        if values.get("sliding_window", 0) is None:
-            raise ConfigError(f"{where} has no sliding_window; every Gemma-2 has one (4096).")
         return cls(**values)
 
     @classmethod

@@ -159,7 +159,7 @@ def test_dtypes(dtype):
 
 def test_the_embedding_scale_is_rounded_to_the_weights_dtype():
     """sqrt(3584) = 59.87 is 59.75 in bfloat16, as the released models were trained."""
-    config = dataclasses.replace(CONFIG, hidden_size=3584, num_hidden_layers=1, layer_types=())
+    config = dataclasses.replace(CONFIG, hidden_size=3584, num_hidden_layers=1, layer_types=None)
     embed = Gemma2.abstract(config, jnp.bfloat16).embed
     embed.weight.set_value(jnp.ones((config.vocab_size, 3584), jnp.bfloat16))
     assert (embed.encode(jnp.array([[2]])) == 59.75).all()
@@ -271,7 +271,7 @@ def test_rotation_counts_beyond_256_in_bfloat16():
 
 def test_a_block_by_hand():
     """One layer, one token: attention is the identity on values, so NumPy can say it all."""
-    config = dataclasses.replace(CONFIG, num_hidden_layers=1, layer_types=())
+    config = dataclasses.replace(CONFIG, num_hidden_layers=1, layer_types=None)
     model = Gemma2(config, rngs=nnx.Rngs(3))
     for norm in (model.final_norm, model.layers[0].mlp_in_norm, model.layers[0].attn_out_norm):
         norm.weight[...] = jnp.linspace(-0.5, 0.5, config.hidden_size)
