@@ -156,12 +156,10 @@ class Edit:
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what it changes")
 
-    def check(self, sizes: dict[str, int], lengths: np.ndarray | None) -> None:
+    def check(self, sizes: dict[str, int]) -> None:
         """Raise EditError for what is wrong with this edit's own fields, before anything runs.
 
-        Args:
-            sizes: of the axis letters, "L" among them for the layers; T and S are the true length.
-            lengths: (B,) tokens of each prompt, None inside a trace.
+        ``sizes`` are of the axis letters, "L" for the layers; T and S are the true length.
         """
 
     def fits(self, rows: np.ndarray, lengths: np.ndarray) -> Any:

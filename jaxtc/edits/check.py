@@ -42,7 +42,7 @@ def check_edits(
         EditError: a target out of range or never reached, or a value that does not fit.
         SiteError: a layer that does not exist.
     """
-    checked, unsure, here = [], False, Pass.over(prompts, config, reach, extra)
+    checked, unsure, here = [], False, Pass(config, reach, prompts.lengths, extra, prompts)
     for given in edits:
         edit = settled(given, here)
         for rule, fine in judge(edit, here).items():
@@ -72,20 +72,25 @@ def settled(edit: Edit, here: Pass) -> Edit:
             found[name] = _real(edit, value)
         else:
             found[name] = typed(value)
-    if here.extra and edit.needs_prompt and not _prompt_only(edit):
+    if here.extra and edit.needs_prompt and _part(edit) != "prompt":
         raise EditError(
             f"{edit} needs the whole prompt at once and cannot apply to generated tokens: give "
             "position='prompt'."
         )
     edit = dataclasses.replace(edit, **found)
-    edit.check(sizes, here.prompts.known_lengths)
+    edit.check(sizes)
     return edit
 
 
 def of_phase(edits: Sequence[Edit], new: bool) -> tuple[Edit, ...]:
     """The edits that can apply to the prompt, or to new tokens, as far as their kind tells."""
     other = "prompt" if new else "new"
-    return tuple(edit for edit in edits if getattr(edit.position, "part", None) != other)
+    return tuple(edit for edit in edits if _part(edit) != other)
+
+
+def _part(edit: Edit) -> str | None:
+    """ "prompt" or "new", where that is all that the edit's position names."""
+    return getattr(edit.position, "part", None)
 
 
 def _check_kind(edit: Edit) -> None:
@@ -126,10 +131,6 @@ def typed(value: Any) -> Any:
     return np.int32(value)
 
 
-def _prompt_only(edit: Edit) -> bool:
-    return getattr(edit.position, "part", None) == "prompt"
-
-
 def _real(edit: Edit, value: Any) -> Any:
     """``value`` as an array of floats, whose type does not depend on how it was written."""
     if isinstance(value, PerLayer):
@@ -156,7 +157,7 @@ def _value(edit: Edit, name: str, value: Any, sizes: dict[str, int], here: Pass)
         )
     letters = site.letters[len(site.letters) - len(shape) :]
     tokens = [letter in "TS" and n > 1 for letter, n in zip(letters, shape, strict=True)]
-    if any(tokens) and here.extra and not _prompt_only(edit):
+    if any(tokens) and here.extra and _part(edit) != "prompt":
         raise EditError(
             f"{edit}: its {name} of shape {shape} has an entry for each token of the prompt, and "
             "none for those that are generated: give position='prompt'."

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxtc.edits.base import TARGETS, Edit, Index, own_shape, register_edit
 from jaxtc.errors import EditError
+from jaxtc.helpers import is_whole
 from jaxtc.tap.context import Context, own
 from jaxtc.tap.positions import is_traced
 from jaxtc.tap.sites import BY_NAME, parse
@@ -34,10 +35,6 @@ class TranscoderEdit(Edit):
     reads: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
 
     def __post_init__(self):
-        if isinstance(self.transcoder, Mapping):
-            keys = (int(k) if isinstance(k, np.integer) else k for k in self.transcoder)
-            named = dict(zip(keys, self.transcoder.values(), strict=True))
-            object.__setattr__(self, "transcoder", named)
         given = self._transcoders()
         if not given and not self.site:
             raise self._no_transcoder()
@@ -60,10 +57,8 @@ class TranscoderEdit(Edit):
     def _transcoders(self) -> dict[int | None, Transcoder]:
         """By layer; a single one, for any layer, under None; none inside a flattened pytree."""
         given = self.transcoder
-        if isinstance(given, Mapping):
-            held = dict(given)
-            return held if all(isinstance(t, Transcoder) for t in held.values()) else {}
-        return {None: given} if isinstance(given, Transcoder) else {}
+        held = given if isinstance(given, Mapping) else {None: given}
+        return held if all(isinstance(one, Transcoder) for one in held.values()) else {}
 
     @property
     def layers(self) -> tuple[int, ...] | None:
@@ -74,12 +69,12 @@ class TranscoderEdit(Edit):
         given = jax.tree.map(lambda t: t.nameless(), self.transcoder, is_leaf=single)
         return dataclasses.replace(self, transcoder=given)
 
-    def check(self, sizes, lengths):
+    def check(self, sizes):
         held = self._transcoders()
         if not held:
             raise self._no_transcoder()
         for layer, transcoder in held.items():
-            if layer is not None and not (isinstance(layer, int) and 0 <= layer < sizes["L"]):
+            if layer is not None and not (is_whole(layer) and layer < sizes["L"]):
                 raise EditError(
                     f"{self} names a transcoder for layer {layer!r}; this model has layers 0 to "
                     f"{sizes['L'] - 1}."
@@ -175,8 +170,8 @@ class FeatureEdit(TranscoderEdit):
             raise self._no_transcoder()
         return {"M": held[None].features}
 
-    def check(self, sizes, lengths):
-        super().check(sizes, lengths)
+    def check(self, sizes):
+        super().check(sizes)
         for name in self.amounts:
             value = getattr(self, name)
             shape = () if value is None else own_shape(self, value, sizes["L"])
@@ -186,22 +181,24 @@ class FeatureEdit(TranscoderEdit):
                     f"feature, {np.shape(self.feature)}."
                 )
 
-    def changed(self, a: jax.Array, layer: int) -> jax.Array:
+    def changed(self, a: jax.Array, *amounts: jax.Array | None) -> jax.Array:
+        """(B, T, K) activations to new ones; the edit's :attr:`amounts` are spread likewise."""
         raise NotImplementedError
 
     def new(self, x: jax.Array, context: Context) -> jax.Array:
+        def spread(amount):
+            amount = jnp.asarray(own(amount, context.layer)).astype(a.dtype)
+            return jnp.broadcast_to(amount, a.shape)
+
         made = self._here(context)
         ids = jnp.atleast_1d(jnp.asarray(self.feature))
         # A traced id that does not exist gives NaN.
         a = made.encode_features(self._read(context), ids, placement=context.placement)
-        changed = self.changed(a, context.layer) - a
-        delta = jnp.matmul(changed, made.decoder_rows(ids), precision="highest")
+        given = (getattr(self, name) for name in self.amounts)
+        amounts = (None if amount is None else spread(amount) for amount in given)
+        change = self.changed(a, *amounts) - a
+        delta = jnp.matmul(change, made.decoder_rows(ids), precision="highest")
         return (x.astype(jnp.float32) + delta.reshape(x.shape)).astype(x.dtype)
-
-
-def _per_feature(value: Any, a: jax.Array, layer: int) -> jax.Array:
-    value = jnp.asarray(own(value, layer))
-    return jnp.broadcast_to(value.astype(a.dtype), a.shape)
 
 
 @register_edit("reads")
@@ -216,8 +213,8 @@ class SetFeature(FeatureEdit):
     value: Any
     amounts = ("value",)
 
-    def changed(self, a: jax.Array, layer: int) -> jax.Array:
-        return _per_feature(self.value, a, layer)
+    def changed(self, a, value):
+        return value
 
 
 @register_edit("reads")
@@ -231,8 +228,8 @@ class ScaleFeature(FeatureEdit):
     factor: Any
     amounts = ("factor",)
 
-    def changed(self, a: jax.Array, layer: int) -> jax.Array:
-        return a * _per_feature(self.factor, a, layer)
+    def changed(self, a, factor):
+        return a * factor
 
 
 @register_edit("reads")
@@ -248,8 +245,8 @@ class ClampFeature(FeatureEdit):
     high: Any = None
     amounts = ("low", "high")
 
-    def check(self, sizes, lengths):
-        super().check(sizes, lengths)
+    def check(self, sizes):
+        super().check(sizes)
         if self.low is None and self.high is None:
             raise EditError(f"{self} has no bound: give low, high or both.")
         if self.low is None or self.high is None or is_traced((self.low, self.high)):
@@ -258,8 +255,7 @@ class ClampFeature(FeatureEdit):
         if (low > high).any():
             raise EditError(f"{self}: low {self.low} is above high {self.high}.")
 
-    def changed(self, a: jax.Array, layer: int) -> jax.Array:
-        low = -jnp.inf if self.low is None else _per_feature(self.low, a, layer)
-        high = jnp.inf if self.high is None else _per_feature(self.high, a, layer)
+    def changed(self, a, low, high):
+        low, high = -jnp.inf if low is None else low, jnp.inf if high is None else high
         # Bounds that were traced may be the wrong way round.
         return jnp.where(low > high, jnp.nan, jnp.clip(a, low, high))

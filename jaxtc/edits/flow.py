@@ -39,7 +39,7 @@ class Copy(Edit):
         "from_position": Tokens(rows="from_row"),
     }
 
-    def check(self, sizes, lengths):
+    def check(self, sizes):
         if self.from_row is None and self.from_position is None:
             raise EditError(f"{self} copies nothing: give from_row, from_position or both.")
         if np.shape(self.from_row) not in ((), (sizes["B"],)):
@@ -137,7 +137,7 @@ class KnockOut(Edit):
     site: str = "attn_pattern"
     handles_key = True
 
-    def check(self, sizes, lengths):
+    def check(self, sizes):
         if self.site != "attn_pattern":
             raise EditError(f"{self} works at attn_pattern only; use jaxtc.Zero at other sites.")
         if self.key is None and self.head is None:

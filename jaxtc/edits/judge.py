@@ -47,12 +47,6 @@ class Pass(NamedTuple):
     extra: int = 0
     prompts: Prompts | None = None
 
-    @classmethod
-    def over(cls, prompts: Prompts, config: Gemma2Config, reach: tuple, extra: int = 0) -> "Pass":
-        """The pass over these prompts."""
-        known = prompts.known_lengths
-        return cls(config, reach, prompts.lengths if known is None else known, extra, prompts)
-
     def sizes(self, edit: Edit) -> dict[str, int]:
         """Sizes of the axes that an edit's targets range over, by letter."""
         layers = self.config.num_hidden_layers
@@ -177,7 +171,7 @@ def refusal(rule: str, edit: Edit, given: Edit, here: Pass) -> EditError:
             return EditError(f"{given}: a {rule} is named twice in {named.tolist()}.")
         if rule == "layer":
             check_layer(int(outside[0]), size, str(given))
-        owner = OWNERS.get(_axis(edit, target, BY_NAME[edit.site]), "this model")
+        owner = OWNERS.get(target.letters, "this model")
         return EditError(
             f"{given}: {rule} {outside[0]} does not exist; {owner} has "
             f"{rule.removeprefix('from_')}s 0 to {size - 1}."

@@ -123,7 +123,7 @@ class MeanAblate(Edit):
     over: Literal["batch", "prompt", "rows"] = "batch"
     values = ("value",)
 
-    def check(self, sizes, lengths):
+    def check(self, sizes):
         if self.over not in ("batch", "prompt", "rows"):
             raise EditError(f"{self}: over is {self.over!r}, expected 'batch', 'prompt' or 'rows'.")
         if self.value is None and self.site == "attn_scores":
@@ -160,7 +160,7 @@ class ProjectOut(Edit):
     direction: Any
     amounts = ("direction",)
 
-    def check(self, sizes, lengths):
+    def check(self, sizes):
         shape = own_shape(self, self.direction, sizes["L"])
         size = BY_NAME[self.site].shape(sizes)[-1]
         if BY_NAME[self.site].kind == "pairs":
@@ -211,7 +211,7 @@ class Noise(Edit):
     scale: Any = 1.0
     values = ("scale",)
 
-    def check(self, sizes, lengths):
+    def check(self, sizes):
         kind = getattr(self.seed, "dtype", np.dtype(object))
         fine = jnp.issubdtype(kind, jax.dtypes.prng_key) or jnp.issubdtype(kind, jnp.integer)
         if not fine or np.ndim(self.seed):
@@ -310,7 +310,7 @@ class Apply(Edit):
         if callable(self.function) and jax.tree_util.all_leaves([self.function]):
             object.__setattr__(self, "function", jax.tree_util.Partial(self.function))
 
-    def check(self, sizes, lengths):
+    def check(self, sizes):
         if not callable(self.function):
             raise EditError(f"{self}: expected a function, got {type(self.function).__name__}.")
 

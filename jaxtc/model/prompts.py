@@ -18,8 +18,7 @@ class Prompts:
     """Prompts as the compiled programs take them."""
 
     tokens: jax.Array  # (B, bucket) int32, padded on the right
-    lengths: jax.Array  # (B,) int32, real tokens of each row
-    known_lengths: np.ndarray | None  # the same as NumPy, None inside a trace
+    lengths: np.ndarray | jax.Array  # (B,) int32, real tokens of each row; NumPy where known
     length: int  # T, the longest prompt (or the width the caller gave)
 
 
@@ -72,7 +71,7 @@ def prepare(tokens: Any, config: Gemma2Config, lengths: Any = None, extra: int =
             )
         array[index, :count] = row[:count]
     _check_context(int(known.max()), extra, config)
-    return Prompts(array, known.astype(np.int32), known, int(held.max()))
+    return Prompts(array, known.astype(np.int32), int(held.max()))
 
 
 def _traced(tokens: Any, config: Gemma2Config, lengths: Any, extra: int) -> Prompts:
@@ -83,9 +82,8 @@ def _traced(tokens: Any, config: Gemma2Config, lengths: Any, extra: int) -> Prom
     batch, length = tokens.shape
     _check_context(length, extra, config)
     held = np.full(batch, length)
-    known = None
     if lengths is None:
-        lengths = known = held
+        lengths = held
     elif isinstance(lengths, jax.core.Tracer):
         lengths = jnp.broadcast_to(lengths, (batch,))
         # The embedding of an id outside the vocabulary is NaN.
@@ -93,14 +91,14 @@ def _traced(tokens: Any, config: Gemma2Config, lengths: Any, extra: int) -> Prom
         tokens = jnp.where(fits[:, None], tokens, config.vocab_size)
         lengths = jnp.clip(lengths, 1, length)
     else:
-        lengths = known = _lengths(lengths, held)
-        if (known < 1).any():
-            raise InputError(f"lengths are at least 1, got {known.tolist()}.")
+        lengths = _lengths(lengths, held)
+        if (lengths < 1).any():
+            raise InputError(f"lengths are at least 1, got {lengths.tolist()}.")
     # Ids past a prompt's length may be out of range, and their NaN would reach other tokens.
-    real = jnp.arange(length)[None] < jnp.asarray(lengths)[:, None]
+    real = jnp.arange(length)[None] < lengths[:, None]
     tokens = jnp.where(real, tokens, 0).astype(jnp.int32)
     padded = jnp.pad(tokens, [(0, 0), (0, bucket(length) - length)])
-    return Prompts(padded, jnp.asarray(lengths, jnp.int32), known, length)
+    return Prompts(padded, lengths.astype(np.int32), length)
 
 
 def _check_context(length: int, extra: int, config: Gemma2Config) -> None:

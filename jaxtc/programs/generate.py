@@ -168,8 +168,8 @@ def generate(
     length = prompts.length + step
     activations, _ = recording.finish(state[1], asked, reducers, layers, length)
     texts = np.asarray(prompts.tokens)
-    ends = prompts.known_lengths + [len(row) - 1 for row in new]
-    given = [texts[i, :n].tolist() for i, n in enumerate(prompts.known_lengths)]
+    ends = prompts.lengths + [len(row) - 1 for row in new]
+    given = [texts[i, :n].tolist() for i, n in enumerate(prompts.lengths)]
     return Generation(given, new, activations, ends.astype(np.int32))
 
 

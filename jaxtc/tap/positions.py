@@ -43,24 +43,6 @@ class Token:
 
 @pytree
 @dataclasses.dataclass(frozen=True)
-class Slice:
-    """Positions from ``start`` to before ``stop``, as in a Python slice; bounds are data.
-
-    ``part`` is "prompt" or "new" for all of those tokens (static).
-    """
-
-    start: Any = None
-    stop: Any = None
-    part: str = dataclasses.field(default="", metadata={"static": True})
-
-    __post_init__ = plain_fields
-
-    def __str__(self):
-        return self.part or f"{self.start}:{self.stop}"
-
-
-@pytree
-@dataclasses.dataclass(frozen=True)
 class Places:
     """Positions one by one. Attributes: at: (B, P) int32, counted from the front of each row."""
 
@@ -81,19 +63,21 @@ class Places:
 @pytree
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """A range in each row.
+    """A range in each row, as a Python slice names it until it is located.
 
     Attributes:
         start, stop: (B,) int32, counted from the front; stop excluded.
-        part: "prompt" or "new" where that is what it was named by (static).
+        part: "prompt" or "new" for all of those tokens (static).
     """
 
-    start: Any
-    stop: Any
+    start: Any = None
+    stop: Any = None
     part: str = dataclasses.field(default="", metadata={"static": True})
 
+    __post_init__ = plain_fields
+
     def __str__(self):
-        return self.part or "(a range)"
+        return self.part or f"{self.start}:{self.stop}"
 
     def selects(self, positions: jax.Array) -> jax.Array:
         """(B, T) positions to (B, T) booleans: those in the range."""
@@ -134,11 +118,11 @@ def spelled(position: Any) -> Any:
     if isinstance(position, str):
         if position not in ("prompt", "new"):
             raise EditError(f"position is {position!r}, expected 'prompt', 'new', or numbers.")
-        return Slice(part=position)
+        return Span(part=position)
     if isinstance(position, slice):
         if position.step not in (None, 1):
             raise EditError(f"{position} has a step; give a range(...), a list or a mask instead.")
-        return Slice(position.start, position.stop)
+        return Span(position.start, position.stop)
     return one_array(position)
 
 
@@ -169,8 +153,8 @@ def locate(
 
     Args:
         position: an int (negative from each prompt's own end), ints (P,) or (B, P), a slice, a
-            mask (T,) or (B, T) of booleans, "prompt", "new", or a :class:`Token`. One that is
-            located already stays as it is.
+            mask (T,) or (B, T) of booleans, "prompt", "new", or a :class:`Token`. What is located
+            already stays as it is.
         tokens: (B, W) ids, padded.
         lengths: (B,) tokens of each prompt.
         length: T, the longest prompt.
@@ -181,7 +165,7 @@ def locate(
         EditError: not a position, or of the wrong shape.
     """
     position = spelled(position)
-    if isinstance(position, Places | Span | Mask):
+    if isinstance(position, Places | Mask):
         return position
     traced = is_traced((position, lengths, tokens if isinstance(position, Token) else None))
     xp = jnp if traced else np
@@ -200,7 +184,7 @@ def locate(
         parts = position.id, position.occurrence, position.offset
         numbers = [each(part, f"in {position} the numbers") for part in parts]
         return Places(_find(*numbers, xp.asarray(tokens), lengths, xp)[:, None])
-    if isinstance(position, Slice):
+    if isinstance(position, Span):
         if position.part == "new":
             if not new:
                 raise EditError(f"{what}: 'new' names generated tokens, and run generates none.")

@@ -81,7 +81,6 @@ class JumpReLU(Activation):
     })  # fmt: skip
 
     def __call__(self, z, parameters, placement):
-        """As the class says."""
         # Comparisons with NaN are false, so "off" rather than "on" keeps it.
         return jnp.where((z <= parameters["threshold"]) | (z <= 0), 0, z)
 
@@ -94,11 +93,9 @@ class ReLU(Activation):
     files = MappingProxyType({"circuit-tracer": {}, "gemma-scope-2": {}})
 
     def __call__(self, z, parameters, placement):
-        """As the class says."""
         return jnp.where(z <= 0, 0, z)
 
     def as_threshold(self, parameters):
-        """0."""
         return np.float32(0)
 
 
@@ -120,13 +117,11 @@ class TopK(Activation):
         object.__setattr__(self, "k", int(self.k))  # JSON has no integers of NumPy
 
     def __call__(self, z, parameters, placement):
-        """As the class says."""
         ids = _top_k(jax.lax.stop_gradient(z), self.k, placement, feature_axes(z.ndim))[1]
         kept = jnp.put_along_axis(jnp.zeros(z.shape, bool), ids, True, axis=-1, inplace=False)
         return jnp.where((kept & (z > 0)) | jnp.isnan(z), z, 0)
 
     def check(self, features):
-        """As there."""
         if self.k > features:
             raise JaxtcError(f"k is {self.k}, but the transcoder has {features} features.")
 
@@ -144,7 +139,6 @@ class BatchTopK(JumpReLU):
     files = MappingProxyType({})
 
     def as_threshold(self, parameters):
-        """The threshold."""
         return parameters["threshold"]
 
 

@@ -10,6 +10,7 @@ tokens should not count: transcoders are not trained on them, and the norm of <b
 swamp a sum of squares. Use ``mask=~special_token_mask(ids, special_ids)``.
 """
 
+import dataclasses
 import math
 import operator
 from collections.abc import Iterable
@@ -52,6 +53,7 @@ def special_token_mask(ids: Any, special_ids: Iterable[int]) -> np.ndarray:
     return np.isin(np.asarray(plain(ids)), special)
 
 
+@dataclasses.dataclass(eq=False)
 class FVU:
     """Fraction of variance unexplained, over all batches given to :meth:`update`.
 
@@ -60,13 +62,18 @@ class FVU:
     The denominator is built by merging the means and squared deviations of batches (Chan, Golub
     and LeVeque 1983): Σ‖y‖² − n‖ȳ‖² would lose every digit where the mean is large beside the
     spread. Any split into batches gives the same result up to float64 rounding.
+
+    Attributes:
+        tokens: how many so far.
+        mean: ȳ.
+        deviation: Σ‖y − ȳ‖².
+        residual: Σ‖y − ŷ‖².
     """
 
-    def __init__(self):
-        self.tokens = 0
-        self._mean: np.ndarray | None = None
-        self._deviation = 0.0
-        self._residual = 0.0
+    tokens: int = 0
+    mean: np.ndarray | float = 0.0
+    deviation: float = 0.0
+    residual: float = 0.0
 
     def update(self, target: Any, reconstruction: Any, mask: Any = None) -> "FVU":
         """Add tokens; returns itself.
@@ -80,34 +87,29 @@ class FVU:
             InputError: shapes that differ from each other or from those of earlier batches.
         """
         y, guess = _rows(mask, target=target, reconstruction=reconstruction)
-        if self._mean is not None and y.shape[1] != len(self._mean):
-            raise InputError(f"Tokens of D={y.shape[1]} after tokens of D={len(self._mean)}.")
-        if len(y):
-            mean = y.mean(0)
-            self._residual += float(np.square(y - guess).sum())
-            self._add_target(len(y), mean, float(np.square(y - mean).sum()))
-        return self
+        if self.tokens and y.shape[1] != len(self.mean):
+            raise InputError(f"Tokens of D={y.shape[1]} after tokens of D={len(self.mean)}.")
+        if not len(y):
+            return self
+        mean = y.mean(0)
+        deviation, residual = (float(np.square(y - around).sum()) for around in (mean, guess))
+        return self.merge(FVU(len(y), mean, deviation, residual))
 
     def merge(self, other: "FVU") -> "FVU":
         """Add what another accumulator saw (another process, say); returns itself."""
-        if other._mean is not None:
-            self._residual += other._residual
-            self._add_target(other.tokens, other._mean, other._deviation)
-        return self
-
-    def _add_target(self, tokens: int, mean: np.ndarray, deviation: float) -> None:
-        if self._mean is None:
-            self._mean = np.zeros_like(mean)
-        total = self.tokens + tokens
-        step = mean - self._mean
-        self._deviation += deviation + float(step @ step) * self.tokens * tokens / total
-        self._mean = self._mean + step * (tokens / total)
+        total = self.tokens + other.tokens
+        share = other.tokens / max(total, 1)
+        step = other.mean - self.mean
+        self.deviation += other.deviation + float(np.sum(step**2)) * self.tokens * share
+        self.mean = self.mean + step * share
+        self.residual += other.residual
         self.tokens = total
+        return self
 
     @property
     def fvu(self) -> float:
         """The fraction; NaN where the targets do not vary (no token, or only one)."""
-        return self._residual / self._deviation if self._deviation > 0 else math.nan
+        return self.residual / (self.deviation or math.nan)
 
     @property
     def explained_variance(self) -> float:
@@ -158,12 +160,12 @@ class FeatureStatistics:
     @property
     def l0(self) -> float:
         """Mean count of active features per token; NaN before any token."""
-        return float(self.counts.sum() / self.tokens) if self.tokens else math.nan
+        return float(self.counts.sum() / (self.tokens or math.nan))
 
     @property
     def density(self) -> np.ndarray:
         """(M,) float64, the fraction of tokens on which each feature is active."""
-        return self.counts / self.tokens if self.tokens else np.full(len(self.counts), math.nan)
+        return self.counts / (self.tokens or math.nan)
 
     @property
     def dead(self) -> np.ndarray:
@@ -188,7 +190,7 @@ class Mean:
     @property
     def mean(self) -> float:
         """NaN before any number."""
-        return self.total / self.tokens if self.tokens else math.nan
+        return self.total / (self.tokens or math.nan)
 
 
 def relative_error(target: Any, reconstruction: Any) -> np.ndarray:
@@ -270,7 +272,7 @@ def loss_recovered(clean: float, spliced: float, ablated: float) -> float:
     Losses as :func:`delta_loss` takes them; ``ablated`` is with zeros in place of the MLP's output,
     at the same positions as the splice. NaN where removing the MLP changes nothing.
     """
-    return (ablated - spliced) / (ablated - clean) if ablated != clean else math.nan
+    return (ablated - spliced) / (ablated - clean or math.nan)
 
 
 def _rows(mask: Any, **arrays: Any) -> list[np.ndarray]:

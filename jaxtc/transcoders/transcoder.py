@@ -45,6 +45,8 @@ class SparseFeatures:
     count: jax.Array
 
 
+# Compiled, as sharded arrays outside a trace need a program.
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def _sparse(a: jax.Array, capacity: int, placement: Placement | None) -> SparseFeatures:
     """Of dense activations (..., M)."""
     values, ids = top_k(a, capacity, placement, feature_axes(a.ndim))
@@ -53,9 +55,7 @@ def _sparse(a: jax.Array, capacity: int, placement: Placement | None) -> SparseF
     return SparseFeatures(values, ids, count)
 
 
-_sparse_on_mesh = functools.partial(jax.jit, static_argnums=(1, 2))(_sparse)
-_mixed_on_mesh = functools.partial(jax.jit, static_argnums=(3, 4))(mix_rows)
-
+_mix_rows = jax.jit(mix_rows, static_argnums=(3, 4))
 
 _FACTS = (
     "d_in", "features", "d_out", "activation", "skip", "layer", "input_site", "output_site",
@@ -243,9 +243,8 @@ class Transcoder(nnx.Module):
             raise CapacityError(
                 f"capacity is {capacity!r}, expected 1 to {self.features} (this transcoder's M)."
             )
-        here = self._placement()
-        sparse = _sparse if here is None else _sparse_on_mesh
-        found = sparse(self.encode(x, placement=placement), capacity, here or placement)
+        a = self.encode(x, placement=placement)
+        found = _sparse(a, capacity, self._placement() or placement)
         if not isinstance(found.count, jax.core.Tracer):
             most = int(np.max(whole(found.count), initial=0))
             if most > capacity:
@@ -261,10 +260,8 @@ class Transcoder(nnx.Module):
         Raises:
             JaxtcError: as :meth:`decode`.
         """
-        features = owned(jax.tree.map(plain, features))
-        here = self._placement()
-        mix = mix_rows if here is None else _mixed_on_mesh
-        mixed = mix(features.values, features.ids, self.W_dec[...], here, "features")
+        features, here = owned(jax.tree.map(plain, features)), self._placement()
+        mixed = _mix_rows(features.values, features.ids, self.W_dec[...], here, "features")
         return self._skipped(mixed + self.b_dec[...], x)
 
     def _input(self, x: jax.Array) -> jax.Array:

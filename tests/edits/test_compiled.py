@@ -336,7 +336,7 @@ def test_mean_of_positions_that_few_prompts_have_has_a_gradient():
 
     def total(x):
         tap = Tap((), edit, jnp.broadcast_to(jnp.arange(16), (3, 16)), jnp.asarray(LENGTHS))
-        return (tap("resid_post", x, 0) ** 2).sum()
+        return (tap.at(0)("resid_post", x) ** 2).sum()
 
     assert np.isfinite(jax.grad(total)(jnp.ones((3, 16, D)))).all()
 

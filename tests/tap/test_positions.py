@@ -82,7 +82,7 @@ def at(found):
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_spelling(spelling):
     position, of = SPELLINGS[spelling]
-    found = resolve(position, MADE.tokens, MADE.known_lengths, T)
+    found = resolve(position, MADE.tokens, MADE.lengths, T)
     np.testing.assert_array_equal(at(found), named(of))
     # Only real tokens are named, and every array is of one dtype.
     assert all(np.asarray(leaf).dtype in (np.int32, bool) for leaf in jax.tree.leaves(found))
