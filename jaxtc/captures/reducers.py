@@ -23,7 +23,7 @@ from jaxtc.tap.context import Context
 from jaxtc.tap.positions import Mask, Places, is_traced
 from jaxtc.tap.sites import Address
 from jaxtc.tap.tap import along
-from jaxtc.transcoders.transcoder import SparseFeatures, Transcoder
+from jaxtc.transcoders.transcoder import SparseFeatures, Transcoder, nameless
 
 __all__ = [
     "At", "Features", "Mean", "Norm", "Project", "Reducer", "Top", "TopK", "register_reducer",
@@ -277,8 +277,7 @@ class Features(Reducer):
                 f"{self}: capacity is {self.capacity!r}, expected 1 to {given.features} (this "
                 "transcoder's features)."
             )
-        checked = super().checked(config, prompts)
-        return dataclasses.replace(checked, transcoder=given.nameless())
+        return nameless(super().checked(config, prompts))
 
     def reduce(self, x: jax.Array, context: Context) -> SparseFeatures:
         x = self.site.join(x)

@@ -173,10 +173,6 @@ class Edit:
         """What is wrong where :meth:`fits` is false, for messages."""
         return "its targets do not fit each other."
 
-    def prepared(self) -> "Edit":
-        """The edit as compiled programs take it: static parts that change nothing are dropped."""
-        return self
-
     def __str__(self):
         parts = [self.site]
         for name in TARGETS:

@@ -20,6 +20,7 @@ from jaxtc.model.prompts import Prompts
 from jaxtc.tap.context import PerLayer, broadcasts
 from jaxtc.tap.positions import is_traced
 from jaxtc.tap.sites import BY_NAME, ORDER
+from jaxtc.transcoders.transcoder import nameless
 
 
 def check_edits(
@@ -52,7 +53,7 @@ def check_edits(
         checked.append(edit)
     if len(checked) > 1:
         check_conflicts(checked, config.num_hidden_layers, prompts.tokens.shape[1])
-    return tuple(edit.prepared() for edit in checked), unsure
+    return nameless(tuple(checked)), unsure
 
 
 def settled(edit: Edit, here: Pass) -> Edit:

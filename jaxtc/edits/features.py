@@ -35,9 +35,9 @@ class TranscoderEdit(Edit):
     reads: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
 
     def __post_init__(self):
-        given = self._transcoders()
-        if not given and not self.site:
-            raise self._no_transcoder()
+        if isinstance(self.transcoder, Mapping):
+            object.__setattr__(self, "transcoder", dict(self.transcoder))
+        given = self._transcoders(required=not self.site)
         if given:
             first = next(iter(given.values()))
             object.__setattr__(self, "site", self.site or first.output_site)
@@ -54,26 +54,26 @@ class TranscoderEdit(Edit):
                 )
             object.__setattr__(self, "layer", single.layer)
 
-    def _transcoders(self) -> dict[int | None, Transcoder]:
+    def _transcoders(self, required: bool = True) -> dict[int | None, Transcoder]:
         """By layer; a single one, for any layer, under None; none inside a flattened pytree."""
         given = self.transcoder
-        held = given if isinstance(given, Mapping) else {None: given}
-        return held if all(isinstance(one, Transcoder) for one in held.values()) else {}
+        held = given if isinstance(given, dict) else {None: given}
+        if held and all(isinstance(one, Transcoder) for one in held.values()):
+            return held
+        if required:
+            what = "an empty mapping" if given == {} else type(given).__name__
+            raise EditError(
+                f"{type(self).__name__} was given {what}, expected a jaxtc.Transcoder (or, for "
+                "Splice, a mapping of layers to them)."
+            )
+        return {}
 
     @property
     def layers(self) -> tuple[int, ...] | None:
-        return tuple(self.transcoder) if isinstance(self.transcoder, Mapping) else None
-
-    def prepared(self) -> "TranscoderEdit":
-        single = lambda node: isinstance(node, Transcoder)  # noqa: E731
-        given = jax.tree.map(lambda t: t.nameless(), self.transcoder, is_leaf=single)
-        return dataclasses.replace(self, transcoder=given)
+        return tuple(self.transcoder) if isinstance(self.transcoder, dict) else None
 
     def check(self, sizes):
-        held = self._transcoders()
-        if not held:
-            raise self._no_transcoder()
-        for layer, transcoder in held.items():
+        for layer, transcoder in self._transcoders().items():
             if layer is not None and not (is_whole(layer) and layer < sizes["L"]):
                 raise EditError(
                     f"{self} names a transcoder for layer {layer!r}; this model has layers 0 to "
@@ -91,17 +91,9 @@ class TranscoderEdit(Edit):
                     f"{written} at {self.site}. It belongs to another model or another site."
                 )
 
-    def _no_transcoder(self) -> EditError:
-        given = self.transcoder
-        what = "an empty mapping" if given == {} else type(given).__name__
-        return EditError(
-            f"{type(self).__name__} was given {what}, expected a jaxtc.Transcoder (or, for Splice, "
-            "a mapping of layers to them)."
-        )
-
     def _here(self, context: Context) -> Transcoder:
         given = self.transcoder
-        return given[context.layer] if isinstance(given, Mapping) else given
+        return given[context.layer] if isinstance(given, dict) else given
 
     def _read(self, context: Context) -> jax.Array:
         """(B, T, D) what the transcoder reads; of a site with heads, all of them in one axis."""
@@ -166,8 +158,6 @@ class FeatureEdit(TranscoderEdit):
         held = self._transcoders()
         if held.keys() - {None}:
             raise EditError(f"{self} takes one transcoder; give an edit for each layer.")
-        if not held:
-            raise self._no_transcoder()
         return {"M": held[None].features}
 
     def check(self, sizes):

@@ -23,7 +23,7 @@ from jaxtc.programs.run import run
 from jaxtc.tap.sites import BY_NAME, Address, check_layer, parse
 from jaxtc.transcoders.metrics import FVU, Mean, notebook_score, relative_error, special_token_mask
 from jaxtc.transcoders.promoted import pieces_of, promoted_pieces
-from jaxtc.transcoders.transcoder import Transcoder
+from jaxtc.transcoders.transcoder import Transcoder, nameless
 
 #: The site the Gemma Scope tutorial notebook feeds its transcoder: what the MLP reads, with the
 #: norm's gain. Gemma Scope's weights were trained on ``mlp_in_normed``.
@@ -265,8 +265,8 @@ def _encoded(transcoder: Transcoder, x: jax.Array, top: int) -> dict[str, np.nda
     width = min(bucket(T), _CHUNK)
     padded = np.zeros((-(-T // width) * width, D), np.float32)
     padded[:T] = np.asarray(x, np.float32)
-    nameless = transcoder.nameless()
-    parts = [_encode(nameless, part, top) for part in padded.reshape(-1, width, D)]
+    transcoder = nameless(transcoder)
+    parts = [_encode(transcoder, part, top) for part in padded.reshape(-1, width, D)]
     return {name: np.concatenate([part[name] for part in parts])[:T] for name in parts[0]}
 
 

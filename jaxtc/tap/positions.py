@@ -152,9 +152,7 @@ def locate(
     """Absolute positions in each row, whether or not those tokens exist (see :func:`present`).
 
     Args:
-        position: an int (negative from each prompt's own end), ints (P,) or (B, P), a slice, a
-            mask (T,) or (B, T) of booleans, "prompt", "new", or a :class:`Token`. What is located
-            already stays as it is.
+        position: in any spelling of :class:`jaxtc.Edit`; what is located already stays as it is.
         tokens: (B, W) ids, padded.
         lengths: (B,) tokens of each prompt.
         length: T, the longest prompt.

@@ -5,9 +5,9 @@ Several numbers go by the name "explained variance" in this field. This module's
 others, for comparison. Axis letters: ... leading axes (usually B T), D hidden, M features, V
 vocabulary. Arrays may be JAX's, NumPy's or torch's, of any float dtype, bfloat16 included.
 
-A ``mask`` is true on the tokens that count and has the leading axes of what it masks. Special
-tokens should not count: transcoders are not trained on them, and the norm of <bos> alone would
-swamp a sum of squares. Use ``mask=~special_token_mask(ids, special_ids)``.
+A ``mask`` (...), booleans, is true on the tokens that count; all do by default. Special tokens
+should not: transcoders are not trained on them, and the norm of <bos> alone would swamp a sum of
+squares. Use ``mask=~special_token_mask(ids, special_ids)``.
 """
 
 import dataclasses
@@ -76,12 +76,7 @@ class FVU:
     residual: float = 0.0
 
     def update(self, target: Any, reconstruction: Any, mask: Any = None) -> "FVU":
-        """Add tokens; returns itself.
-
-        Args:
-            target: (..., D), y.
-            reconstruction: (..., D), ŷ.
-            mask: (...) booleans, true where a token counts; all by default.
+        """Add tokens: ``target`` y and ``reconstruction`` ŷ, each (..., D); returns itself.
 
         Raises:
             InputError: shapes that differ from each other or from those of earlier batches.
@@ -130,11 +125,9 @@ class FeatureStatistics:
         self.counts = np.zeros(features, np.int64)
 
     def update(self, activations: Any, mask: Any = None) -> "FeatureStatistics":
-        """Add tokens; returns itself.
+        """Add tokens: (..., M), or :class:`jaxtc.transcoders.transcoder.SparseFeatures`.
 
-        Args:
-            activations: (..., M), or a :class:`jaxtc.transcoders.transcoder.SparseFeatures`.
-            mask: (...) booleans, true where a token counts; all by default.
+        Returns itself.
 
         Raises:
             InputError: another M than this accumulator's, or tokens whose sparse features
@@ -194,14 +187,9 @@ class Mean:
 
 
 def relative_error(target: Any, reconstruction: Any) -> np.ndarray:
-    """‖y − ŷ‖ / ‖y‖ of each token: 0 is perfect, 1 as bad as guessing nothing.
+    """‖y − ŷ‖ / ‖y‖ of each token, (...) float64: 0 is perfect, 1 as bad as guessing nothing.
 
-    Args:
-        target: (..., D), y.
-        reconstruction: (..., D), ŷ.
-
-    Returns:
-        (...) float64, NaN where y is zero.
+    ``target`` y and ``reconstruction`` ŷ are (..., D); NaN where y is zero.
     """
     target = plain(target)
     y, guess = _rows(None, target=target, reconstruction=reconstruction)

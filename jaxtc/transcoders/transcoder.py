@@ -296,13 +296,19 @@ class Transcoder(nnx.Module):
         skip = jnp.einsum("...i,oi->...o", self._input(x), self.W_skip[...], precision="highest")
         return y + skip
 
-    def nameless(self) -> "Transcoder":
-        """The same arrays without layer and source, which are part of compile keys."""
-        twin = jax.tree.map(lambda leaf: leaf, self)
-        twin.layer, twin.source = None, ""
-        return twin
-
     @classmethod
     def abstract(cls, *args, **kwargs) -> "Transcoder":
         """The same transcoder with shapes in place of arrays; nothing is allocated."""
         return nnx.eval_shape(lambda: cls(*args, rngs=nnx.Rngs(0), **kwargs))
+
+
+def nameless(tree: Any) -> Any:
+    """A pytree without its transcoders' layers and sources, which are part of compile keys."""
+
+    def one(node: Any) -> Any:
+        if isinstance(node, Transcoder):
+            node = jax.tree.map(lambda leaf: leaf, node)
+            node.layer, node.source = None, ""
+        return node
+
+    return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, Transcoder))
