@@ -228,31 +228,31 @@ def check_conflicts(edits: Sequence[Edit], layers: int, width: int) -> None:
                 + (", or put it after the other." if before else ".")
             )
         if i < j and isinstance(a, FeatureEdit) and isinstance(b, FeatureEdit) and a.site == b.site:
-            _check_features(a, b, layers, width)
+            _check_features(a, b, width)
 
 
-def _check_features(a: FeatureEdit, b: FeatureEdit, layers: int, width: int) -> None:
+def _check_features(a: FeatureEdit, b: FeatureEdit, width: int) -> None:
     """Each adds its difference from the transcoder's own activation, so two would add up wrong."""
-    if a.transcoder.W_enc[...] is not b.transcoder.W_enc[...]:
+    targets = [(target, getattr(a, name), getattr(b, name)) for name, target in a.targets.items()]
+    if a.transcoder.W_enc[...] is not b.transcoder.W_enc[...] or is_traced(targets):
         return
-    if is_traced([getattr(edit, name) for edit in (a, b) for name in edit.targets]):
-        return
-    shared = [_layers_of(a, layers) & _layers_of(b, layers)]
-    for name in ("feature", "row", "coordinate"):
-        mine, others = getattr(a, name), getattr(b, name)
-        if mine is not None and others is not None:
-            shared.append(np.intersect1d(mine, others).size)
-    if a.position is not None and b.position is not None:
-        # As far as the prompts go; what follows them is named by spans and numbers alike.
-        batch = next(iter(vars(a.position).values())).shape[0]
-        at = np.broadcast_to(np.arange(2 * width), (batch, 2 * width))
-        shared.append((a.position.selects(at) & b.position.selects(at)).any())
-    if all(shared):
-        raise EditError(
-            f"{a} and {b} both change feature {np.intersect1d(a.feature, b.feature)[0]} at the "
-            "same tokens, and each adds its difference from what the transcoder itself finds "
-            "there. Make it one edit, or give them different positions."
-        )
+    for target, mine, others in targets:
+        if mine is None or others is None:
+            continue
+        if isinstance(target, Tokens):
+            # As far as the prompts go; what follows them is named by spans and numbers alike.
+            batch = len(jax.tree.leaves(mine)[0])
+            at = np.broadcast_to(np.arange(2 * width), (batch, 2 * width))
+            shared = (mine.selects(at) & others.selects(at)).any()
+        else:
+            shared = np.intersect1d(mine, others).size
+        if not shared:
+            return
+    raise EditError(
+        f"{a} and {b} both change feature {np.intersect1d(a.feature, b.feature)[0]} at the same "
+        "tokens, and each adds its difference from what the transcoder itself finds there. Make it "
+        "one edit, or give them different positions."
+    )
 
 
 def _layers_of(edit: Edit, layers: int) -> set[int]:
