@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.captures.base import Reducer, register_reducer
-from jaxtc.errors import CapacityError, InputError, SiteError
-from jaxtc.helpers import is_whole, pytree, whole_number
+from jaxtc.errors import InputError, SiteError
+from jaxtc.helpers import pytree, whole_number
 from jaxtc.sharding.placement import top_k
 from jaxtc.sharding.rules import logical
 from jaxtc.tap.context import Context
@@ -271,11 +271,6 @@ class Features(Reducer):
                 f"{self}: the transcoder reads D={given.d_in}, but {self.site.name} "
                 f"[{self.site.axes}] has {size or 'no'} entries for a token. It belongs to another "
                 "model or another site."
-            )
-        if not is_whole(self.capacity, 1) or self.capacity > given.features:
-            raise CapacityError(
-                f"{self}: capacity is {self.capacity!r}, expected 1 to {given.features} (this "
-                "transcoder's features)."
             )
         return nameless(super().checked(config, prompts))
 

@@ -162,15 +162,15 @@ class Edit:
         ``sizes`` are of the axis letters, "L" for the layers; T and S are the true length.
         """
 
-    def fits(self, rows: np.ndarray, lengths: np.ndarray) -> Any:
-        """(...,) booleans: whether targets that exist fit each other; None where they always do.
+    def fits(self, lengths: np.ndarray) -> Any:
+        """(..., B) booleans: whether targets that exist fit each other; None where they always do.
 
-        Asked on the host only, for ``rows`` (..., B), booleans, of prompts of ``lengths`` (B,);
-        "..." are the variants of a sweep. Inside a trace :meth:`new` gives NaN in its place.
+        Asked on the host only, for prompts of ``lengths`` (B,); "..." are the variants of a sweep.
+        Inside a trace :meth:`new` gives NaN in its place.
         """
 
-    def misfit(self, rows: np.ndarray, lengths: np.ndarray) -> str:
-        """What is wrong where :meth:`fits` is false, for messages."""
+    def misfit(self, row: int, lengths: np.ndarray) -> str:
+        """What is wrong in a row where :meth:`fits` is false, for messages."""
         return "its targets do not fit each other."
 
     def __str__(self):

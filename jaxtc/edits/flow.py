@@ -58,23 +58,10 @@ class Copy(Edit):
                     "many as `position`."
                 )
 
-    def fits(self, rows, lengths):
-        return None if self.from_position is not None else (self._has(lengths) | ~rows).all(-1)
-
-    def misfit(self, rows, lengths):
-        row = int(np.argmax(~self._has(lengths) & rows))
-        source = int(np.broadcast_to(self.from_row, rows.shape)[row])
-        what = "all"
-        if isinstance(self.position, Places):
-            what = f"position {', '.join(map(str, self.position.at[source]))}"
-        return (
-            f"it copies {what} of row {source}, which has {lengths[source]} tokens, into row {row} "
-            f"of {lengths[row]}. Count from the end (position=-1), say where to copy from "
-            "(from_position=...), or use prompts of one length."
-        )
-
-    def _has(self, lengths: np.ndarray) -> np.ndarray:
-        """(..., B) booleans: whether the row that each is copied from has the same tokens."""
+    def fits(self, lengths):
+        """Whether the row that each is copied from has the same tokens."""
+        if self.from_position is not None:
+            return None
         froms = np.atleast_1d(np.clip(self.from_row, 0, len(lengths) - 1))
         froms = np.broadcast_to(froms, (*froms.shape[:-1], len(lengths)))
         if not isinstance(self.position, Places):
@@ -86,6 +73,17 @@ class Copy(Edit):
         step, step_there = at - lengths[:, None], taken - lengths[froms]
         paired = np.where(step_there < 0, step < 0, step_there == step)
         return ((taken >= 0) & paired).all(-1)
+
+    def misfit(self, row, lengths):
+        source = int(np.broadcast_to(self.from_row, lengths.shape)[row])
+        what = "all"
+        if isinstance(self.position, Places):
+            what = f"position {', '.join(map(str, self.position.at[source]))}"
+        return (
+            f"it copies {what} of row {source}, which has {lengths[source]} tokens, into row {row} "
+            f"of {lengths[row]}. Count from the end (position=-1), say where to copy from "
+            "(from_position=...), or use prompts of one length."
+        )
 
     @property
     def needs_prompt(self) -> bool:

@@ -127,8 +127,9 @@ def judge(edit: Edit, here: Pass, *, inside: bool = False) -> dict[str, Any]:
             found["layers"] = (layers[..., None] == xp.asarray(edit.layers)).any(-1).all(-1)
         found["reach"] = (layers <= here.reach[0] - (ORDER[edit.site] > here.reach[1])).all(-1)
     if not inside and not is_traced((here.lengths, [getattr(edit, name) for name in edit.targets])):
-        fine = edit.fits(_rows(edit, Tokens(), batch, np), here.lengths)
-        found |= {} if fine is None else {"fits": fine}
+        fine = edit.fits(here.lengths)
+        if fine is not None:
+            found["fits"] = (fine | ~_rows(edit, Tokens(), batch, np)).all(-1)
     return found
 
 
@@ -177,9 +178,8 @@ def refusal(rule: str, edit: Edit, given: Edit, here: Pass) -> EditError:
             f"{rule.removeprefix('from_')}s 0 to {size - 1}."
         )
     if rule == "fits":
-        return EditError(
-            f"{given}: {edit.misfit(_rows(edit, Tokens(), len(lengths), np), lengths)}"
-        )
+        wrong = ~edit.fits(lengths) & _rows(edit, Tokens(), len(lengths), np)
+        return EditError(f"{given}: {edit.misfit(int(np.argmax(wrong)), lengths)}")
     layers = np.atleast_1d(_layers(edit, here))
     if rule == "layers":
         wrong = np.setdiff1d(layers, edit.layers)[0]

@@ -189,9 +189,8 @@ def keys_in(format: str) -> dict[str, str]:
 
 def optional_in(format: str) -> frozenset[str]:
     """The parameters of :func:`keys_in` that not every activation of the format has."""
-    return frozenset(keys_in(format)).difference(
-        frozenset.intersection(*(frozenset(kind.parameters) for kind in _of(format)))
-    )
+    each = [frozenset(kind.parameters) for kind in _of(format)]
+    return frozenset.union(*each) - frozenset.intersection(*each)
 
 
 def activation_in(format: str, names: Collection[str]) -> Activation | None:

@@ -57,18 +57,14 @@ def _sparse(a: jax.Array, capacity: int, placement: Placement | None) -> SparseF
 
 _mix_rows = jax.jit(mix_rows, static_argnums=(3, 4))
 
-_FACTS = (
-    "d_in", "features", "d_out", "activation", "skip", "layer", "input_site", "output_site",
-    "source",
-)  # fmt: skip
-
-
-def _is_sound(fact: str, value: Any) -> bool:
-    if fact in ("d_in", "features", "d_out"):
-        return is_whole(value, 1) and value < 2**31
-    if fact == "layer":
-        return value is None or is_whole(value)
-    return isinstance(value, {"activation": Mapping, "skip": bool}.get(fact, str))
+# What each fact of a transcoder may be.
+_FACTS = {
+    **dict.fromkeys(("d_in", "features", "d_out"), lambda n: is_whole(n, 1) and n < 2**31),
+    "activation": lambda given: isinstance(given, Mapping),
+    "skip": lambda given: isinstance(given, bool),
+    "layer": lambda n: n is None or is_whole(n),
+    **dict.fromkeys(("input_site", "output_site", "source"), lambda s: isinstance(s, str)),
+}
 
 
 class Transcoder(nnx.Module):
@@ -160,8 +156,8 @@ class Transcoder(nnx.Module):
         Raises:
             JaxtcError: a fact that is missing, unknown or of another type.
         """
-        wrong = [name for name in _FACTS if not _is_sound(name, facts.get(name))]
-        wrong += facts.keys() - set(_FACTS)
+        wrong = [name for name, fits in _FACTS.items() if not fits(facts.get(name))]
+        wrong += facts.keys() - _FACTS.keys()
         if wrong:
             given = ", ".join(f"{name}={facts.get(name)!r}" for name in wrong)
             raise JaxtcError(f"These are not the facts of a transcoder: {given}.")
@@ -239,7 +235,7 @@ class Transcoder(nnx.Module):
             CapacityError: a token has more than C active features. Under ``jit`` nothing can be
                 raised: that token's values are NaN, and ``count`` exceeds C.
         """
-        if not isinstance(capacity, int) or not 1 <= capacity <= self.features:
+        if not is_whole(capacity, 1) or capacity > self.features:
             raise CapacityError(
                 f"capacity is {capacity!r}, expected 1 to {self.features} (this transcoder's M)."
             )
