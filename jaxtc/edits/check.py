@@ -32,9 +32,7 @@ def check_edits(
 ) -> tuple[tuple[Edit, ...], bool]:
     """Refuse edits that could not fire, and bring them to the form that compiled programs take.
 
-    Args:
-        edits: as the user gave them.
-        config, reach, prompts, extra: as of :class:`jaxtc.edits.judge.Pass`.
+    ``config, reach, prompts, extra`` are as of :class:`jaxtc.edits.judge.Pass`.
 
     Returns:
         (the edits, whether some target is traced, so that only ``judge.all_there`` can tell).
@@ -122,9 +120,8 @@ def typed(value: Any) -> Any:
     if type(value) is float:
         return np.float32(value)
     array = isinstance(value, np.generic | np.ndarray | jax.Array) and not is_traced(value)
-    if type(value) is not int and not (
-        array and value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.integer)
-    ):
+    single = array and value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.integer)
+    if type(value) is not int and not single:
         return value
     value = int(value)
     if not -(2**31) <= value < 2**31:

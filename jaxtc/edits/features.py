@@ -124,9 +124,9 @@ class Splice(TranscoderEdit):
 
     @property
     def replaces(self) -> bool:
-        where = (self.position, self.row, self.head, self.coordinate)
-        needed = self.error or self.site in self.reads
-        return not needed and all(value is None for value in where)
+        if self.error or self.site in self.reads:
+            return False
+        return all(getattr(self, name) is None for name in TARGETS.keys() - {"layer"})
 
     def new(self, x: jax.Array, context: Context) -> jax.Array:
         made = self._here(context)(self._read(context), placement=context.placement)

@@ -24,21 +24,16 @@ def _positive(value: Any) -> bool:
     return number and 0 < value <= sys.float_info.max
 
 
-def _token(value: Any) -> bool:
-    return value is None or _whole(value)
-
-
-def _tokens(value: Any) -> bool:
-    return all(map(_whole, value)) if isinstance(value, tuple) else _token(value)
-
-
 # What a field may be, by its type: a predicate, and what messages say is expected.
 _TYPES = {
     int: (lambda v: _whole(v, 1), "a whole number of at least 1"),
     float: (_positive, "a finite number above 0"),
     float | None: (lambda v: v is None or _positive(v), "a finite number above 0"),
-    int | None: (_token, "the id of a token"),
-    int | tuple[int, ...] | None: (_tokens, "the id of a token or a list of them"),
+    int | None: (lambda v: v is None or _whole(v), "the id of a token"),
+    int | tuple[int, ...] | None: (
+        lambda v: all(map(_whole, v)) if isinstance(v, tuple) else v is None or _whole(v),
+        "the id of a token or a list of them",
+    ),
     tuple[str, ...] | None: (lambda v: isinstance(v, tuple | None), "a list of names"),
 }
 
@@ -122,9 +117,7 @@ class Gemma2Config:
     def from_dict(cls, raw: Mapping[str, Any], where: str = "config.json") -> "Gemma2Config":
         """Read the contents of a ``config.json``, as written by ``transformers`` 4.42 up to 5.x.
 
-        Args:
-            raw: the parsed JSON object.
-            where: what to call it in error messages.
+        ``where`` is what errors call it.
 
         Raises:
             ConfigError: another architecture, a feature Gemma-2 checkpoints do not use, or
@@ -144,15 +137,16 @@ class Gemma2Config:
             if not isinstance(given, Mapping | None):
                 raise ConfigError(f"{where}: {key} is {given!r}, expected an object or null.")
             rope.update(given or {})
-        settings = {
+        settings = {"tie_word_embeddings": True} | dict(raw)
+        settings["rope_type"] = rope.get("rope_type", rope.get("type"))
+        fine = {
             # Only hidden_activation counts: transformers does not read hidden_act for Gemma-2.
-            "hidden_activation": (raw.get("hidden_activation"), (None, "gelu_pytorch_tanh")),
-            "attention_bias": (raw.get("attention_bias"), (None, False)),
-            "use_bidirectional_attention": (raw.get("use_bidirectional_attention"), (None, False)),
-            "tie_word_embeddings": (raw.get("tie_word_embeddings", True) or False, (True,)),
-            "rope_type": (rope.get("rope_type", rope.get("type")), (None, "default")),
+            "hidden_activation": (None, "gelu_pytorch_tanh"), "attention_bias": (None, False),
+            "use_bidirectional_attention": (None, False), "tie_word_embeddings": (True,),
+            "rope_type": (None, "default"),
         }  # fmt: skip
-        odd = [f"{key} = {value!r}" for key, (value, fine) in settings.items() if value not in fine]
+        given = {key: settings.get(key) for key in fine}
+        odd = [f"{key} = {value!r}" for key, value in given.items() if value not in fine[key]]
         if odd:
             raise ConfigError(
                 f"{where} asks for {', '.join(odd)}, which no released Gemma-2 uses and jaxtc "

@@ -31,14 +31,9 @@ __all__ = [
 
 
 def special_token_mask(ids: Any, special_ids: Iterable[int]) -> np.ndarray:
-    """True where a token is special (BOS, EOS, padding, ...), by id and not by position.
+    """(...) booleans: which of ``ids`` (...) are special (BOS, EOS, padding), wherever they stand.
 
-    Args:
-        ids: (...) integers.
-        special_ids: the ids that count as special; None, of an absent token, is skipped.
-
-    Returns:
-        (...) booleans.
+    None among ``special_ids``, of an absent token, is skipped.
 
     Raises:
         InputError: a special id that is not an integer.
@@ -141,12 +136,12 @@ class FeatureStatistics:
             active = ids[values > 0].astype(np.int64)
             if active.max(initial=0) >= M:
                 raise InputError(f"Feature {active.max()} of a transcoder of {M}.")
-            self.counts += np.bincount(active, minlength=M)
         else:
             (values,) = _rows(mask, activations=activations)
             if values.shape[1] != M:
                 raise InputError(f"Expected M={M} features, got {values.shape[1]}.")
-            self.counts += (values > 0).sum(0)
+            active = np.nonzero(values > 0)[1]
+        self.counts += np.bincount(active, minlength=M)
         self.tokens += len(values)
         return self
 
@@ -205,11 +200,8 @@ def notebook_score(target: Any, reconstruction: Any) -> float:
     ``1 - mean((ŷ − y)²) / var(y)`` over ``[0, :, 1:]``: that slice drops the first *coordinate* of
     every token (dropping the first token, <bos>, was meant), and ``var`` is one unbiased variance
     over all that is left, around a scalar mean rather than a mean vector. Kept for comparison
-    with published runs; :class:`FVU` is the measure to quote.
-
-    Args:
-        target: (T, D) or (1, T, D), y.
-        reconstruction: the same shape, ŷ.
+    with published runs; :class:`FVU` is the measure to quote. ``target`` y and ``reconstruction`` ŷ
+    are (T, D) or (1, T, D).
 
     Raises:
         InputError: shapes that differ, or a batch of several prompts (the notebook reads one).
@@ -227,13 +219,8 @@ def notebook_score(target: Any, reconstruction: Any) -> float:
 def next_token_loss(logits: Any, tokens: Any) -> jax.Array:
     """Cross entropy of each next token, in nats: −log softmax(logits[t])[tokens[t+1]].
 
-    Args:
-        logits: (B, T, V).
-        tokens: (B, T).
-
-    Returns:
-        (B, T−1) float32; entry t is the loss of token t+1. To leave out special tokens as answers,
-        average with ``Mean().update(loss, mask[:, 1:])``.
+    Of ``logits`` (B, T, V) and ``tokens`` (B, T) to (B, T−1) float32; entry t is the loss of token
+    t+1. To leave out special tokens as answers, average with ``Mean().update(loss, mask[:, 1:])``.
     """
     return _next_token_loss(*owned(plain((logits, tokens))))
 

@@ -206,9 +206,7 @@ class Transcoder(nnx.Module):
     def decode(self, a: jax.Array, x: jax.Array | None = None) -> jax.Array:
         """``a W_dec + b_dec``, and the skip connection's part: (..., M) to (..., D).
 
-        Args:
-            a: feature activations.
-            x: (..., D) what the transcoder read; only a skip connection looks at it.
+        Only a skip connection looks at ``x`` (..., D), what the transcoder read.
 
         Raises:
             JaxtcError: this transcoder has a skip connection and ``x`` is missing.
@@ -226,7 +224,7 @@ class Transcoder(nnx.Module):
         """The active features only, largest first; the dense (..., M) array is not kept.
 
         Args:
-            x: (..., D).
+            x: what it reads, (..., D).
             capacity: C, room for active features of one token, at most M.
             placement: of the features (``placement_of(transcoder)``), for use under ``jit``, where
                 arrays do not show it; each device then searches its own features first.

@@ -106,7 +106,7 @@ OTHERS = [
     ({"layer_types": {}}, "layer_types is {}, expected a list"),
     ({"layer_types": []}, "layer_types lists 0 layers"),
     ({"tie_word_embeddings": "yes"}, "tie_word_embeddings = 'yes'"),
-    ({"tie_word_embeddings": None}, "tie_word_embeddings = False"),
+    ({"tie_word_embeddings": None}, "tie_word_embeddings = None"),
     ({"model_type": "llama", "architectures": [1]}, "runs Gemma-2 only"),
     ({"model_type": "llama", "architectures": 7}, "runs Gemma-2 only"),
 ]
