@@ -7,13 +7,12 @@ from typing import Any
 import jax
 
 from jaxtc.errors import SiteError
-from jaxtc.helpers import pytree
+from jaxtc.helpers import frozen_pytree
 from jaxtc.interchange import stack
 from jaxtc.tap.sites import BY_NAME, Address, parse, resolve
 
 
-@pytree
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+@frozen_pytree("layers", "aliases")
 class Activations(Mapping):
     """The captured arrays, by address.
 
@@ -29,9 +28,9 @@ class Activations(Mapping):
     """
 
     arrays: dict[Address, jax.Array]
-    layers: int = dataclasses.field(metadata={"static": True})
+    layers: int
     reduced: dict[str, Any] = dataclasses.field(default_factory=dict)
-    aliases: tuple[tuple[str, str], ...] = dataclasses.field(default=(), metadata={"static": True})
+    aliases: tuple[tuple[str, str], ...] = ()
 
     def __getitem__(self, key: "str | Address") -> Any:
         if key in self.reduced:

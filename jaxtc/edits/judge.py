@@ -63,12 +63,12 @@ def settle(edit: Edit, name: str, given: Any, here: Pass) -> Any:
     Raises:
         EditError: the site has no such axis, or this is not an index or a position.
     """
-    target = edit.targets[name]
-    if _axis(edit, target, BY_NAME[edit.site]) is None:
-        fitting = [site for site, row in BY_NAME.items() if _axis(edit, target, row)]
+    target, site = edit.targets[name], BY_NAME[edit.site]
+    if _axis(edit, target, site) is None:
+        fitting = ", ".join(other for other, row in BY_NAME.items() if _axis(edit, target, row))
         raise EditError(
-            f"{edit}: {edit.site} [{BY_NAME[edit.site].axes}] has no axis for {name}=...; these "
-            f"sites have one: {', '.join(fitting)}."
+            f"{edit}: {site.name} [{site.axes}] has no axis for {name}=...; these sites have one: "
+            f"{fitting}."
         )
     if isinstance(target, Tokens):
         new, prompts = here.extra > 0 and name == "position", here.prompts

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtc.errors import ConfigError
+from jaxtc.helpers import for_json
 
 # A list of this length is made before any weight is seen.
 _MOST_LAYERS = 10_000
@@ -145,8 +146,8 @@ class Gemma2Config:
             "use_bidirectional_attention": (None, False), "tie_word_embeddings": (True,),
             "rope_type": (None, "default"),
         }  # fmt: skip
-        given = {key: settings.get(key) for key in fine}
-        odd = [f"{key} = {value!r}" for key, value in given.items() if value not in fine[key]]
+        asked = {key: settings.get(key) for key in fine}
+        odd = [f"{key} = {value!r}" for key, value in asked.items() if value not in fine[key]]
         if odd:
             raise ConfigError(
                 f"{where} asks for {', '.join(odd)}, which no released Gemma-2 uses and jaxtc "
@@ -176,17 +177,12 @@ class Gemma2Config:
 
     def to_dict(self) -> dict[str, Any]:
         """The ``config.json`` that ``transformers`` reads back as the same model."""
-        values = dataclasses.asdict(self)
-        theta = values.pop("rope_theta")
-        eos = self.eos_token_id
         return {
             "architectures": ["Gemma2ForCausalLM"],
             "model_type": "gemma2",
-            **values,
-            "layer_types": list(self.layer_types),
-            "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
-            "rope_theta": theta,  # where transformers 4.x looks
-            "rope_parameters": {"rope_theta": theta, "rope_type": "default"},
+            **for_json(dataclasses.asdict(self)),
+            # transformers 4.x reads rope_theta itself.
+            "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
             "hidden_act": "gelu_pytorch_tanh",
             "hidden_activation": "gelu_pytorch_tanh",
             "attention_bias": False,

@@ -6,7 +6,6 @@ and ``selects`` of the three forms gives the mask. Axis letters: B batch, T toke
 "..." the variants of a sweep.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.errors import EditError
-from jaxtc.helpers import pytree
+from jaxtc.helpers import frozen_pytree
 from jaxtc.interchange import plain, plain_fields
 
 # No text is as long: the open end of a span.
@@ -23,8 +22,7 @@ FOREVER = 2**30
 NOWHERE = -FOREVER
 
 
-@pytree
-@dataclasses.dataclass(frozen=True)
+@frozen_pytree()
 class Token:
     """A position found from a token: ``Token(id)`` is where it stands, in each row its own.
 
@@ -41,8 +39,7 @@ class Token:
     __post_init__ = plain_fields
 
 
-@pytree
-@dataclasses.dataclass(frozen=True)
+@frozen_pytree()
 class Places:
     """Positions one by one. Attributes: at: (B, P) int32, counted from the front of each row."""
 
@@ -60,8 +57,7 @@ class Places:
         return ((self.at >= 0) & (self.at < ends[:, None])).all(-1)
 
 
-@pytree
-@dataclasses.dataclass(frozen=True)
+@frozen_pytree("part")
 class Span:
     """A range in each row, as a Python slice names it until it is located.
 
@@ -72,7 +68,7 @@ class Span:
 
     start: Any = None
     stop: Any = None
-    part: str = dataclasses.field(default="", metadata={"static": True})
+    part: str = ""
 
     __post_init__ = plain_fields
 
@@ -88,8 +84,7 @@ class Span:
         return (self.start < self.stop) & (self.start < ends)
 
 
-@pytree
-@dataclasses.dataclass(frozen=True)
+@frozen_pytree()
 class Mask:
     """Any set of a prompt's tokens. Attributes: on: (B, W) booleans, W the padded length."""
 

@@ -7,7 +7,7 @@ and feature edits read it. Axis letters: ... leading axes, M features (or a sele
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,16 @@ from jaxtc.sharding.placement import Placement, top_k
 __all__ = ["ACTIVATIONS", "Activation", "BatchTopK", "JumpReLU", "ReLU", "TopK", "activation_of"]
 
 
+#: By name.
+ACTIVATIONS: dict[str, type["Activation"]] = {}
+
+
+@dataclass_transform(frozen_default=True)
 @dataclasses.dataclass(frozen=True)
 class Activation:
     """The declaration of an activation; hashable, so part of compile keys.
+
+    Subclasses are frozen dataclasses too, and registered.
 
     Fields of a subclass are its settings: static, kept as JSON. Class attributes:
         name: what ``Transcoder(activation=name)`` calls it.
@@ -41,6 +48,9 @@ class Activation:
     per_feature: ClassVar[bool] = True
     as_threshold: ClassVar[Callable[..., np.ndarray] | None] = None
 
+    def __init_subclass__(cls):
+        ACTIVATIONS[cls.name] = dataclasses.dataclass(frozen=True)(cls)
+
     def __call__(
         self, z: jax.Array, parameters: Mapping[str, jax.Array], placement: Placement | None
     ) -> jax.Array:
@@ -58,17 +68,6 @@ class Activation:
         return {"name": self.name, **dataclasses.asdict(self)}
 
 
-#: By name.
-ACTIVATIONS: dict[str, type[Activation]] = {}
-
-
-def _register(kind: type[Activation]) -> type[Activation]:
-    kind = dataclasses.dataclass(frozen=True)(kind)
-    ACTIVATIONS[kind.name] = kind
-    return kind
-
-
-@_register
 class JumpReLU(Activation):
     """``z`` where ``z > threshold`` (strictly) and ``z > 0``, else 0 (arXiv 2407.14435)."""
 
@@ -85,7 +84,6 @@ class JumpReLU(Activation):
         return jnp.where((z <= parameters["threshold"]) | (z <= 0), 0, z)
 
 
-@_register
 class ReLU(Activation):
     """``z`` where ``z > 0``, else 0."""
 
@@ -99,7 +97,6 @@ class ReLU(Activation):
         return np.float32(0)
 
 
-@_register
 class TopK(Activation):
     """The k largest pre-activations of a token, those of them above 0; else 0 (arXiv 2406.04093).
 
@@ -126,7 +123,6 @@ class TopK(Activation):
             raise JaxtcError(f"k is {self.k}, but the transcoder has {features} features.")
 
 
-@_register
 class BatchTopK(JumpReLU):
     """JumpReLU with one threshold for all features: BatchTopK at inference (arXiv 2412.06410).
 

@@ -59,10 +59,8 @@ class FVU:
     spread. Any split into batches gives the same result up to float64 rounding.
 
     Attributes:
-        tokens: how many so far.
-        mean: ȳ.
-        deviation: Σ‖y − ȳ‖².
-        residual: Σ‖y − ŷ‖².
+        tokens, mean: how many so far, and ȳ.
+        deviation, residual: the denominator and the numerator.
     """
 
     tokens: int = 0

@@ -6,7 +6,6 @@ letters: ... leading axes (usually B T), D hidden (of what is read or of what is
 features, K of them asked for, C capacity of the sparse path.
 """
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +17,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtc.errors import CapacityError, JaxtcError
-from jaxtc.helpers import is_whole, pytree
+from jaxtc.helpers import frozen_pytree, is_whole
 from jaxtc.interchange import owned, plain
 from jaxtc.model.parameters import declare, he_uniform, zeros
 from jaxtc.sharding.mesh import mesh_of, put
@@ -28,8 +27,7 @@ from jaxtc.tap.sites import parse
 from jaxtc.transcoders.activations import Activation, activation_of, feature_axes, parameter_names
 
 
-@pytree
-@dataclasses.dataclass(frozen=True)
+@frozen_pytree()
 class SparseFeatures:
     """The active features of each token.
 
