@@ -109,8 +109,7 @@ class Reducer:
             (address,) = resolve(self.address, config.num_hidden_layers)
             found["address"] = str(address)
         if getattr(self, "position", None) is not None:
-            given = prompts.tokens, prompts.lengths, prompts.length
-            found["position"] = located(self.position, *given, what=str(self))
+            found["position"] = located(self.position, prompts, what=str(self))
         return dataclasses.replace(self, **found)
 
     def cut(self, kept: Any, length: int) -> Any:

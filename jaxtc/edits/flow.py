@@ -92,15 +92,13 @@ class Copy(Edit):
     def new(self, x: jax.Array, context: Context) -> jax.Array:
         here = context.positions
         batch, width = here.shape
-        rows = jnp.arange(batch)
-        if self.from_row is not None:
-            rows = jnp.broadcast_to(jnp.asarray(self.from_row), (batch,))
+        froms = jnp.arange(batch) if self.from_row is None else jnp.asarray(self.from_row)
+        rows = jnp.broadcast_to(froms, (batch,))
         known = (rows >= 0) & (rows < batch)
         rows = jnp.clip(rows, 0, batch - 1)
         wanted = here
         if isinstance(self.position, Places) or self.from_position is not None:
-            at = (self.from_position or self.position).at
-            at = jnp.asarray(at)[rows]
+            at = jnp.asarray((self.from_position or self.position).at)[rows]
             if isinstance(self.position, Places):
                 named = here[:, :, None] == self.position.at[:, None, :]
                 at = jnp.broadcast_to(at, (batch, named.shape[-1]))

@@ -71,8 +71,8 @@ def settle(edit: Edit, name: str, given: Any, here: Pass) -> Any:
             f"{fitting}."
         )
     if isinstance(target, Tokens):
-        new, prompts = here.extra > 0 and name == "position", here.prompts
-        return locate(given, prompts.tokens, here.lengths, prompts.length, new=new, what=edit)
+        new = here.extra > 0 and name == "position"
+        return locate(given, here.prompts, new=new, what=edit)
     array = given if isinstance(given, jax.core.Tracer) else np.asarray(given)
     if array.dtype.kind not in "iu" or array.ndim > 1 or not array.size:
         raise EditError(

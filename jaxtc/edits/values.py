@@ -235,8 +235,7 @@ class Noise(Edit):
             edge = lambda s: jax.random.normal(jax.random.fold_in(token, s), shape[:-1])  # noqa: E731
             return jax.vmap(edge, out_axes=-1)(jnp.arange(shape[-1]))
 
-        rows = jnp.arange(x.shape[0])
-        noise = jax.vmap(jax.vmap(draw, (None, 0)))(rows, context.positions)
+        noise = jax.vmap(jax.vmap(draw, (None, 0)))(jnp.arange(len(x)), context.positions)
         wide = x.astype(jnp.float32)
         noise = context.fit(self.scale, wide) * jnp.moveaxis(noise, 1, axis)
         return (wide + noise).astype(x.dtype)

@@ -153,8 +153,7 @@ class Gemma2Config:
                 f"{where} asks for {', '.join(odd)}, which no released Gemma-2 uses and jaxtc "
                 "does not implement; running it anyway would give wrong numbers."
             )
-        fields = {field.name for field in dataclasses.fields(cls)}
-        values = {key: raw[key] for key in fields & set(raw)}
+        values = {f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw}
         if "rope_theta" in rope:
             values["rope_theta"] = rope["rope_theta"]
         for key in ("layer_types", "eos_token_id"):

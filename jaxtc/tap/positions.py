@@ -141,16 +141,12 @@ def is_traced(tree: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
-def locate(
-    position: Any, tokens: Any, lengths: Any, length: int, *, new: bool = False, what: Any
-) -> Places | Span | Mask:
+def locate(position: Any, prompts: Any, *, new: bool = False, what: Any) -> Places | Span | Mask:
     """Absolute positions in each row, whether or not those tokens exist (see :func:`present`).
 
     Args:
         position: in any spelling of :class:`jaxtc.Edit`; what is located already stays as it is.
-        tokens: (B, W) ids, padded.
-        lengths: (B,) tokens of each prompt.
-        length: T, the longest prompt.
+        prompts: :class:`jaxtc.model.prompts.Prompts`.
         new: whether tokens will be generated after the prompts.
         what: the edit or reducer, for messages.
 
@@ -160,9 +156,9 @@ def locate(
     position = spelled(position)
     if isinstance(position, Places | Mask):
         return position
-    traced = is_traced((position, lengths, tokens if isinstance(position, Token) else None))
-    xp = jnp if traced else np
-    lengths = xp.asarray(lengths, np.int32)
+    tokens = prompts.tokens if isinstance(position, Token) else None
+    xp = jnp if is_traced((position, prompts.lengths, tokens)) else np
+    lengths = xp.asarray(prompts.lengths, np.int32)
 
     def each(given: Any, name: str) -> Any:
         """(B,) whole numbers from one, or one a row."""
@@ -188,7 +184,7 @@ def locate(
         ends = [each(end if given is None else given, "bounds of a slice") for given, end in bounds]
         ends = [xp.where(end < 0, xp.maximum(end + lengths, 0), end) for end in ends]
         return Span(*ends, position.part)
-    return _numbers(position, lengths, tokens.shape[1], length, what, xp)
+    return _numbers(position, prompts, lengths, what, xp)
 
 
 def _find(wanted: Any, occurrence: Any, offset: Any, tokens: Any, lengths: Any, xp: Any) -> Any:
@@ -200,9 +196,9 @@ def _find(wanted: Any, occurrence: Any, offset: Any, tokens: Any, lengths: Any, 
     return xp.where(chosen.any(1), chosen.argmax(1) + offset, NOWHERE).astype(np.int32)
 
 
-def _numbers(position: Any, lengths: Any, width: int, length: int, what: Any, xp: Any):
-    given = xp.asarray(position)
-    batch = len(lengths)
+def _numbers(position: Any, prompts: Any, lengths: Any, what: Any, xp: Any) -> Places | Mask:
+    given, length = xp.asarray(position), prompts.length
+    batch, width = prompts.tokens.shape
     if given.dtype == bool:
         if given.shape not in ((length,), (batch, length)):
             raise EditError(
@@ -274,16 +270,14 @@ def missing(found: Any, position: Any, lengths: Any, extra: int, rows: Any, what
     return EditError(f"{what}: {lacks}.")
 
 
-def resolve(position: Any, tokens: Any, lengths: Any, length: int, *, what: Any = "position"):
+def resolve(position: Any, prompts: Any, *, what: Any = "position") -> Places | Span | Mask:
     """:func:`locate`, for positions that every prompt must have.
 
     Raises:
         EditError: as :func:`locate`; or a prompt lacks them, as far as values are known.
     """
-    position = spelled(position)
-    found = locate(position, tokens, lengths, length, what=what)
-    if not is_traced((found, lengths)):
-        lengths, rows = np.asarray(lengths), np.ones(np.shape(lengths), bool)
-        if not present(found, lengths, rows):
-            raise missing(found, position, lengths, 0, rows, what)
+    position, lengths = spelled(position), prompts.lengths
+    found, rows = locate(position, prompts, what=what), np.ones(len(lengths), bool)
+    if not is_traced((found, lengths)) and not present(found, lengths, rows):
+        raise missing(found, position, lengths, 0, rows, what)
     return found

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtc.errors import EditError
 from jaxtc.sharding.placement import Placement
 from jaxtc.tap.context import Context
-from jaxtc.tap.sites import BY_NAME, LOGITS, ORDER, SITES, Address, parse
+from jaxtc.tap.sites import BY_NAME, ORDER, SITES, Address, parse
 
 
 class Tap:
@@ -62,11 +62,6 @@ class Tap:
         inside = copy.copy(self)
         inside.layer = layer
         return inside
-
-    @property
-    def all_logits(self) -> bool:
-        """Whether the logits of every token are needed, before or after the softcap."""
-        return any(map(self.touches, LOGITS))
 
     def touches(self, site: str) -> bool:
         """Whether a capture, an edit or a reducer is of this site: then all of it is needed."""

@@ -159,12 +159,12 @@ class FeatureStatistics:
         return self.counts == 0
 
 
+@dataclasses.dataclass(eq=False)
 class Mean:
     """A streaming mean of numbers, such as the losses of tokens."""
 
-    def __init__(self):
-        self.tokens = 0
-        self.total = 0.0
+    tokens: int = 0
+    total: float = 0.0
 
     def update(self, values: Any, mask: Any = None) -> "Mean":
         """Add (...) numbers, those of ``mask`` (...) only; returns itself."""
