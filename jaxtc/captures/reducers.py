@@ -45,7 +45,6 @@ class At(Reducer):
     checked before (a traced one) is outside its prompt.
 
     Raises:
-        EditError: a position outside a prompt.
         InputError: a spelling that does not name a fixed number of positions.
     """
 
@@ -89,7 +88,6 @@ class Mean(Reducer):
     it: (B, D) of ``resid_post``. Padding never counts.
 
     Raises:
-        EditError: a position outside a prompt.
         InputError: a prompt of which no token is selected.
     """
 
@@ -109,8 +107,7 @@ class Mean(Reducer):
         return checked
 
     def reduce(self, x: jax.Array, context: Context) -> jax.Array:
-        axis = context.site.sequence_axis
-        here = context.real
+        axis, here = context.site.sequence_axis, context.real
         if self.position is not None:
             here &= self.position.selects(context.positions)
         here = along(x, here, 0, axis)

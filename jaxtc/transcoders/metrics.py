@@ -118,9 +118,7 @@ class FeatureStatistics:
         self.counts = np.zeros(features, np.int64)
 
     def update(self, activations: Any, mask: Any = None) -> "FeatureStatistics":
-        """Add tokens: (..., M), or :class:`jaxtc.transcoders.transcoder.SparseFeatures`.
-
-        Returns itself.
+        """Add (..., M) or :class:`jaxtc.transcoders.transcoder.SparseFeatures`; returns itself.
 
         Raises:
             InputError: another M than this accumulator's, or tokens whose sparse features
