@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxtc.captures.base import Reducer, register_reducer
 from jaxtc.errors import InputError, SiteError
-from jaxtc.helpers import frozen_pytree, whole_number
+from jaxtc.helpers import pytree, whole_number
 from jaxtc.sharding.placement import top_k
 from jaxtc.sharding.rules import logical
 from jaxtc.tap.context import Context
@@ -131,7 +131,8 @@ class Norm(Reducer):
         return jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))
 
 
-@frozen_pytree()
+@pytree
+@dataclasses.dataclass(frozen=True)
 class Top:
     """What :class:`TopK` keeps.
 

@@ -92,8 +92,7 @@ class TranscoderEdit(Edit):
                 )
 
     def _here(self, context: Context) -> Transcoder:
-        given = self.transcoder
-        return given[context.layer] if isinstance(given, dict) else given
+        return self.transcoder if self.layers is None else self.transcoder[context.layer]
 
     def _read(self, context: Context) -> jax.Array:
         """(B, T, D) what the transcoder reads; of a site with heads, all of them in one axis."""

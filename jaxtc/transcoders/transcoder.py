@@ -6,6 +6,7 @@ letters: ... leading axes (usually B T), D hidden (of what is read or of what is
 features, K of them asked for, C capacity of the sparse path.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +18,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtc.errors import CapacityError, JaxtcError
-from jaxtc.helpers import frozen_pytree, is_whole
+from jaxtc.helpers import is_whole, pytree
 from jaxtc.interchange import owned, plain
 from jaxtc.model.parameters import declare, he_uniform, zeros
 from jaxtc.sharding.mesh import mesh_of, put
@@ -27,7 +28,8 @@ from jaxtc.tap.sites import parse
 from jaxtc.transcoders.activations import Activation, activation_of, feature_axes, parameter_names
 
 
-@frozen_pytree()
+@pytree
+@dataclasses.dataclass(frozen=True)
 class SparseFeatures:
     """The active features of each token.
 
@@ -219,10 +221,9 @@ class Transcoder(nnx.Module):
     def encode_sparse(
         self, x: jax.Array, capacity: int, *, placement: Placement | None = None
     ) -> SparseFeatures:
-        """The active features only, largest first; the dense (..., M) array is not kept.
+        """The active features of ``x`` (..., D), largest first; the dense (..., M) is not kept.
 
         Args:
-            x: what it reads, (..., D).
             capacity: C, room for active features of one token, at most M.
             placement: of the features (``placement_of(transcoder)``), for use under ``jit``, where
                 arrays do not show it; each device then searches its own features first.
