@@ -1,15 +1,18 @@
 """The captured arrays of a pass, found under any of their names."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from jaxtc.errors import SiteError
+from jaxtc.helpers import frozen_pytree
 from jaxtc.interchange import stack
 from jaxtc.tap.sites import BY_NAME, Address, parse, resolve
 
 
+@frozen_pytree("layers", "aliases")
 class Activations(Mapping):
     """The captured arrays, by address.
 
@@ -18,25 +21,22 @@ class Activations(Mapping):
     is found under the reducer's name, such as ``At(resid_post)``, or the name it was given.
 
     Attributes:
-        layers: how many the model has.
+        arrays: what was captured whole.
+        layers: how many the model has (static).
+        reduced: what each reducer kept, by its name.
+        aliases: the caller's names for arrays (static).
     """
 
-    def __init__(
-        self,
-        arrays: Mapping[Address, jax.Array],
-        layers: int,
-        reduced: Mapping[str, Any] | None = None,
-        aliases: Mapping[str, str] | None = None,
-    ):
-        self._arrays = {a: arrays[a] for a in sorted(arrays, key=lambda a: a.place(layers))}
-        self.layers = layers
-        self._reduced, self._aliases = dict(reduced or {}), dict(aliases or {})
+    arrays: dict[Address, jax.Array]
+    layers: int
+    reduced: dict[str, Any] = dataclasses.field(default_factory=dict)
+    aliases: tuple[tuple[str, str], ...] = ()
 
     def __getitem__(self, key: "str | Address") -> Any:
-        if key in self._reduced:
-            return self._reduced[key]
-        wanted = self._aliases.get(key, key)
-        kept = [self._arrays[a] for a in resolve(wanted, self.layers) if a in self._arrays]
+        if key in self.reduced:
+            return self.reduced[key]
+        wanted = dict(self.aliases).get(key, key)
+        kept = [self.arrays[a] for a in resolve(wanted, self.layers) if a in self.arrays]
         if not kept:
             held = ", ".join(self) or "nothing"
             raise KeyError(f"{key!r} was not captured; this result holds {held}")
@@ -51,26 +51,12 @@ class Activations(Mapping):
         return True
 
     def __iter__(self):
-        yield from map(str, self._arrays)
-        yield from self._reduced
+        yield from map(str, sorted(self.arrays, key=lambda address: address.place(self.layers)))
+        yield from self.reduced
 
     def __len__(self):
-        return len(self._arrays) + len(self._reduced)
+        return len(self.arrays) + len(self.reduced)
 
     def __repr__(self):
-        rows = [f"{key}: {x.dtype}{list(x.shape)}" for key, x in self._arrays.items()]
-        return f"Activations({', '.join([*rows, *self._reduced])})"
-
-
-def _flatten(kept: Activations):
-    static = (tuple(kept._arrays), kept.layers, tuple(kept._aliases.items()))
-    return (tuple(kept._arrays.values()), kept._reduced), static
-
-
-def _unflatten(static, children) -> Activations:
-    addresses, layers, aliases = static
-    arrays, reduced = children
-    return Activations(dict(zip(addresses, arrays, strict=True)), layers, reduced, dict(aliases))
-
-
-jax.tree_util.register_pytree_node(Activations, _flatten, _unflatten)
+        rows = [f"{key}: {x.dtype}{list(x.shape)}" for key, x in self.arrays.items()]
+        return f"Activations({', '.join([*rows, *self.reduced])})"

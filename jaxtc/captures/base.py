@@ -14,7 +14,10 @@ from jaxtc.errors import InputError, SiteError
 from jaxtc.helpers import frozen_pytree
 from jaxtc.interchange import plain_fields
 from jaxtc.model.config import Gemma2Config
+from jaxtc.model.prompts import Prompts
 from jaxtc.tap.context import Context
+from jaxtc.tap.positions import resolve as located
+from jaxtc.tap.positions import spelled
 from jaxtc.tap.sites import BY_NAME, ORDER, Address, Site, parse, resolve
 
 
@@ -30,6 +33,8 @@ def register_reducer(*static: str) -> Callable[[type], type]:
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reducer:
     """What every reducer has: the address it reads. Subclasses say what is kept (:meth:`reduce`).
+
+    A field ``position`` of theirs is spelled as in :class:`jaxtc.Edit`, and located in each prompt.
 
     Attributes:
         address: such as ``layers.12.resid_post``, or an alias; without a layer, every layer
@@ -52,12 +57,9 @@ class Reducer:
     reads = ()
 
     def __post_init__(self):
-        if isinstance(self.address, Reducer):
-            raise SiteError(
-                f"{type(self).__name__} was given {self.address} as its address; reducers do not "
-                "nest. A class of your own with @register_reducer() can do both at once."
-            )
         plain_fields(self)
+        if hasattr(self, "position"):
+            object.__setattr__(self, "position", spelled(self.position))
         object.__setattr__(self, "address", str(Address(*parse(self.address))))
         if self.sums and self.site.name == "attn_scores":
             raise SiteError(
@@ -85,17 +87,12 @@ class Reducer:
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what it keeps")
 
-    def checked(self, config: Gemma2Config, tokens: Any, lengths: Any, width: int) -> "Reducer":
+    def checked(self, config: Gemma2Config, prompts: Prompts) -> "Reducer":
         """This reducer as compiled programs take it, checked against a model and prompts.
-
-        Args:
-            config: of the model.
-            tokens: (B, W) ids, padded.
-            lengths: (B,) tokens of each prompt, perhaps traced.
-            width: T, the longest prompt.
 
         Raises:
             SiteError: no such layer.
+            EditError: a ``position`` that some prompt lacks.
             InputError: a class that is not registered, or fields that do not fit the site.
         """
         if jax.tree_util.all_leaves([self]):
@@ -107,10 +104,13 @@ class Reducer:
             later = ORDER[read] >= ORDER[self.site.name]
             if later or BY_NAME[read].per_layer != self.site.per_layer:
                 raise InputError(f"{self} reads {read!r}, which is not computed before its site.")
-        if self.every_layer:
-            return self
-        (address,) = resolve(self.address, config.num_hidden_layers)
-        return dataclasses.replace(self, address=str(address))
+        found = {}
+        if not self.every_layer:
+            (address,) = resolve(self.address, config.num_hidden_layers)
+            found["address"] = str(address)
+        if getattr(self, "position", None) is not None:
+            found["position"] = located(self.position, prompts, what=str(self))
+        return dataclasses.replace(self, **found)
 
     def cut(self, kept: Any, length: int) -> Any:
         """What was kept (layers stacked, if several) without the padding past T = ``length``."""
@@ -120,9 +120,9 @@ class Reducer:
         axis = self.site.sequence_axis + self.every_layer
         return jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, length, axis=axis), kept)
 
-    def last_axis(self, config: Gemma2Config, width: int) -> int:
+    def last_axis(self, config: Gemma2Config, prompts: Prompts) -> int:
         """The length of the site's last axis."""
-        return self.site.shape({**config.sizes, "S": width})[-1]
+        return self.site.shape({**config.sizes, "S": prompts.length})[-1]
 
     def __str__(self):
         return f"{type(self).__name__}({self.address})"

@@ -15,15 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.captures.base import Reducer, register_reducer
-from jaxtc.errors import CapacityError, InputError, SiteError
-from jaxtc.helpers import is_whole, pytree, whole_number
+from jaxtc.errors import InputError, SiteError
+from jaxtc.helpers import pytree, whole_number
 from jaxtc.sharding.placement import top_k
 from jaxtc.sharding.rules import logical
 from jaxtc.tap.context import Context
-from jaxtc.tap.positions import Mask, Places, resolve, spelled
+from jaxtc.tap.positions import Mask, Places, is_traced
 from jaxtc.tap.sites import Address
 from jaxtc.tap.tap import along
-from jaxtc.transcoders.transcoder import SparseFeatures, Transcoder
+from jaxtc.transcoders.transcoder import SparseFeatures, Transcoder, nameless
 
 __all__ = [
     "At", "Features", "Mean", "Norm", "Project", "Reducer", "Top", "TopK", "register_reducer",
@@ -45,7 +45,6 @@ class At(Reducer):
     checked before (a traced one) is outside its prompt.
 
     Raises:
-        EditError: a position outside a prompt.
         InputError: a spelling that does not name a fixed number of positions.
     """
 
@@ -56,21 +55,18 @@ class At(Reducer):
 
     def __post_init__(self):
         super().__post_init__()
-        object.__setattr__(self, "position", spelled(self.position))
         if self.single is None:
             object.__setattr__(self, "single", np.ndim(self.position) == 0)
 
-    def checked(self, config, tokens, lengths, width):
-        checked, found = super().checked(config, tokens, lengths, width), self.position
-        if found is not None:
-            found = resolve(found, tokens, lengths, width, what=str(self))
-        if not isinstance(found, Places):
+    def checked(self, config, prompts):
+        checked = super().checked(config, prompts)
+        if not isinstance(checked.position, Places):
             raise InputError(
                 f"{self} keeps a fixed number of positions, which {self.position!r} does not name: "
                 "give an int, ints, range(start, stop) or a Token. Mean takes slices and masks; "
                 "for every token, capture the address itself."
             )
-        return dataclasses.replace(checked, position=found)
+        return checked
 
     def reduce(self, x: jax.Array, context: Context) -> jax.Array:
         axis, at = context.site.sequence_axis, jnp.asarray(self.position.at)
@@ -92,7 +88,6 @@ class Mean(Reducer):
     it: (B, D) of ``resid_post``. Padding never counts.
 
     Raises:
-        EditError: a position outside a prompt.
         InputError: a prompt of which no token is selected.
     """
 
@@ -100,27 +95,19 @@ class Mean(Reducer):
 
     keeps_keys = sums = True
 
-    def __post_init__(self):
-        super().__post_init__()
-        object.__setattr__(self, "position", spelled(self.position))
-
-    def checked(self, config, tokens, lengths, width):
-        checked = super().checked(config, tokens, lengths, width)
-        if self.position is None:
-            return checked
-        found = resolve(self.position, tokens, lengths, width, what=str(self))
-        if isinstance(found, Mask) and isinstance(found.on, np.ndarray):
-            empty = np.flatnonzero(~found.on.any(-1))
+    def checked(self, config, prompts):
+        checked = super().checked(config, prompts)
+        if isinstance(checked.position, Mask) and not is_traced(checked.position):
+            empty = np.flatnonzero(~checked.position.on.any(-1))
             if empty.size:
                 raise InputError(
                     f"{self}: the mask selects no token of prompt {empty[0]}, whose mean "
                     "would be NaN. Leave that prompt out of the batch."
                 )
-        return dataclasses.replace(checked, position=found)
+        return checked
 
     def reduce(self, x: jax.Array, context: Context) -> jax.Array:
-        axis = context.site.sequence_axis
-        here = context.real
+        axis, here = context.site.sequence_axis, context.real
         if self.position is not None:
             here &= self.position.selects(context.positions)
         here = along(x, here, 0, axis)
@@ -178,14 +165,14 @@ class TopK(Reducer):
         super().__post_init__()
         whole_number(f"{self}: k", self.k, 1)
 
-    def checked(self, config, tokens, lengths, width):
-        size = self.last_axis(config, width)
+    def checked(self, config, prompts):
+        size = self.last_axis(config, prompts)
         if self.k > size:
             raise InputError(
                 f"{self}: k is {self.k}, but the last axis of {self.site.name} "
                 f"[{self.site.axes}] has {size} entries here."
             )
-        return super().checked(config, tokens, lengths, width)
+        return super().checked(config, prompts)
 
     def reduce(self, x: jax.Array, context: Context) -> Top:
         values, ids = top_k(x, self.k, context.placement, logical(self.site.axes))
@@ -216,10 +203,10 @@ class Project(Reducer):
                 "changes with the prompt, so no direction fits it; TopK or At can reduce it."
             )
 
-    def checked(self, config, tokens, lengths, width):
+    def checked(self, config, prompts):
         given = self.directions
         given = given if isinstance(given, jax.Array) else np.asarray(given)
-        size = self.last_axis(config, width)
+        size = self.last_axis(config, prompts)
         real = jnp.issubdtype(given.dtype, jnp.floating) or jnp.issubdtype(given.dtype, jnp.integer)
         if not real or given.ndim not in (1, 2) or given.shape[-1] != size or not given.size:
             raise InputError(
@@ -227,7 +214,7 @@ class Project(Reducer):
                 f"(K, {size}) or ({size},): the last axis of {self.site.name} [{self.site.axes}] "
                 f"has {size} entries."
             )
-        checked = super().checked(config, tokens, lengths, width)
+        checked = super().checked(config, prompts)
         return dataclasses.replace(checked, directions=given.astype(np.float32))
 
     def reduce(self, x: jax.Array, context: Context) -> jax.Array:
@@ -263,11 +250,6 @@ class Features(Reducer):
 
     def __post_init__(self):
         given = self.transcoder
-        if isinstance(self.address, Transcoder):
-            raise InputError(
-                "Features takes its transcoder by name: "
-                "Features(transcoder=transcoder, capacity=256)."
-            )
         if not self.address and isinstance(given, Transcoder):
             if given.layer is None:
                 raise InputError(
@@ -277,7 +259,7 @@ class Features(Reducer):
             object.__setattr__(self, "address", str(Address(given.input_site, given.layer)))
         super().__post_init__()
 
-    def checked(self, config, tokens, lengths, width):
+    def checked(self, config, prompts):
         given, size = self.transcoder, self.site.width(config.sizes)
         if not isinstance(given, Transcoder):
             raise InputError(f"{self}: transcoder is a {type(given).__name__}, not a Transcoder.")
@@ -287,13 +269,7 @@ class Features(Reducer):
                 f"[{self.site.axes}] has {size or 'no'} entries for a token. It belongs to another "
                 "model or another site."
             )
-        if not is_whole(self.capacity, 1) or self.capacity > given.features:
-            raise CapacityError(
-                f"{self}: capacity is {self.capacity!r}, expected 1 to {given.features} (this "
-                "transcoder's features)."
-            )
-        checked = super().checked(config, tokens, lengths, width)
-        return dataclasses.replace(checked, transcoder=given.nameless())
+        return nameless(super().checked(config, prompts))
 
     def reduce(self, x: jax.Array, context: Context) -> SparseFeatures:
         x = self.site.join(x)

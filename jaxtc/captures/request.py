@@ -40,8 +40,7 @@ class Asked:
 
     def checked(self, config: Gemma2Config, prompts: Prompts) -> tuple[Reducer, ...]:
         """The reducers as compiled programs take them; raises for those that do not fit."""
-        given = prompts.tokens, prompts.lengths, prompts.length
-        return tuple(reducer.checked(config, *given) for reducer in self.reducers)
+        return tuple(reducer.checked(config, prompts) for reducer in self.reducers)
 
     def __bool__(self):
         return bool(self.addresses or self.reducers)
@@ -55,19 +54,35 @@ def understand(capture: Captures, layers: int) -> Asked:
         InputError: two reducers of one name, something that is neither address nor reducer, or a
             name of the caller's that is an address already.
     """
+    mapping = isinstance(capture, Mapping)
+    single = isinstance(capture, str | Address | Reducer)
     addresses, reducers, aliases = set(), {}, {}
-    for name, item in requests(capture).items():
-        if isinstance(capture, Mapping) and name != str(item) and _is_address(name):
+    for name, wanted in capture.items() if mapping else enumerate([capture] if single else capture):
+        if not isinstance(wanted, str | Address | Reducer):
+            raise InputError(
+                "capture takes addresses such as 'layers.20.mlp_out', reducers such as "
+                f"jaxtc.reducers.At('resid_post', -1), or a dict of them; got {wanted!r}."
+            )
+        if not mapping:
+            name = str(wanted)
+        elif not isinstance(name, str):
+            raise InputError(f"Captures are named by strings, got {name!r}.")
+        elif name != str(wanted) and _is_address(name):
             raise InputError(f"capture names something {name!r}, which is an address already.")
-        if isinstance(item, Reducer):
-            resolve(item.address, layers)
-            reducers[name] = item
-        else:
-            addresses.update(resolve(item, layers))
-            aliases[name] = str(item)
-    aliases = tuple((name, item) for name, item in aliases.items() if not _is_address(name))
+        if not isinstance(wanted, Reducer):
+            addresses.update(resolve(wanted, layers))
+            if name != str(wanted):
+                aliases[name] = str(wanted)
+            continue
+        if name in reducers:
+            raise InputError(
+                f"Two captures would both be called {name!r}; name them yourself: "
+                "capture={'first': " + name.split("(")[0] + "(...), 'second': ...}."
+            )
+        resolve(wanted.address, layers)
+        reducers[name] = wanted
     ordered = tuple(sorted(addresses, key=str))
-    return Asked(ordered, tuple(reducers.values()), tuple(reducers), aliases)
+    return Asked(ordered, tuple(reducers.values()), tuple(reducers), tuple(aliases.items()))
 
 
 def _is_address(name: str) -> bool:
@@ -76,39 +91,6 @@ def _is_address(name: str) -> bool:
     except SiteError:
         return False
     return True
-
-
-def requests(capture: Any) -> dict[str, "str | Address | Reducer"]:
-    """What ``capture=`` asks for, by the name under which the result holds it.
-
-    Args:
-        capture: an address or a reducer, several of them, or a mapping from names of your own.
-
-    Raises:
-        InputError: something that is neither, or two reducers of one name.
-        SiteError: no such site.
-    """
-    mapping = isinstance(capture, Mapping)
-    single = isinstance(capture, str | Address | Reducer)
-    several = capture.items() if mapping else enumerate([capture] if single else capture)
-    named: dict[str, str | Address | Reducer] = {}
-    for name, wanted in several:
-        if mapping and not isinstance(name, str):
-            raise InputError(f"Captures are named by strings, got {name!r}.")
-        if not isinstance(wanted, str | Address | Reducer):
-            raise InputError(
-                "capture takes addresses such as 'layers.20.mlp_out', reducers such as "
-                f"jaxtc.reducers.At('resid_post', -1), or a dict of them; got {wanted!r}."
-            )
-        if not mapping:
-            name = str(wanted if isinstance(wanted, Reducer) else Address(*parse(wanted)))
-            if name in named and isinstance(wanted, Reducer):
-                raise InputError(
-                    f"Two captures would both be called {name!r}; name them yourself: "
-                    "capture={'first': " + name.split("(")[0] + "(...), 'second': ...}."
-                )
-        named[name] = wanted
-    return named
 
 
 def check_per_token(asked: Asked) -> None:

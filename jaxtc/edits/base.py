@@ -156,28 +156,22 @@ class Edit:
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what it changes")
 
-    def check(self, sizes: dict[str, int], lengths: np.ndarray | None) -> None:
+    def check(self, sizes: dict[str, int]) -> None:
         """Raise EditError for what is wrong with this edit's own fields, before anything runs.
 
-        Args:
-            sizes: of the axis letters, "L" among them for the layers; T and S are the true length.
-            lengths: (B,) tokens of each prompt, None inside a trace.
+        ``sizes`` are of the axis letters, "L" for the layers; T and S are the true length.
         """
 
-    def fits(self, rows: np.ndarray, lengths: np.ndarray) -> Any:
-        """(...,) booleans: whether targets that exist fit each other; None where they always do.
+    def fits(self, lengths: np.ndarray) -> Any:
+        """(..., B) booleans: whether targets that exist fit each other; None where they always do.
 
-        Asked on the host only, for ``rows`` (..., B), booleans, of prompts of ``lengths`` (B,);
-        "..." are the variants of a sweep. Inside a trace :meth:`new` gives NaN in its place.
+        Asked on the host only, for prompts of ``lengths`` (B,); "..." are the variants of a sweep.
+        Inside a trace :meth:`new` gives NaN in its place.
         """
 
-    def misfit(self, rows: np.ndarray, lengths: np.ndarray) -> str:
-        """What is wrong where :meth:`fits` is false, for messages."""
+    def misfit(self, row: int, lengths: np.ndarray) -> str:
+        """What is wrong in a row where :meth:`fits` is false, for messages."""
         return "its targets do not fit each other."
-
-    def prepared(self) -> "Edit":
-        """The edit as compiled programs take it: static parts that change nothing are dropped."""
-        return self
 
     def __str__(self):
         parts = [self.site]

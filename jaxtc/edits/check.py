@@ -20,6 +20,7 @@ from jaxtc.model.prompts import Prompts
 from jaxtc.tap.context import PerLayer, broadcasts
 from jaxtc.tap.positions import is_traced
 from jaxtc.tap.sites import BY_NAME, ORDER
+from jaxtc.transcoders.transcoder import nameless
 
 
 def check_edits(
@@ -31,9 +32,7 @@ def check_edits(
 ) -> tuple[tuple[Edit, ...], bool]:
     """Refuse edits that could not fire, and bring them to the form that compiled programs take.
 
-    Args:
-        edits: as the user gave them.
-        config, reach, prompts, extra: as of :class:`jaxtc.edits.judge.Pass`.
+    ``config, reach, prompts, extra`` are as of :class:`jaxtc.edits.judge.Pass`.
 
     Returns:
         (the edits, whether some target is traced, so that only ``judge.all_there`` can tell).
@@ -42,7 +41,7 @@ def check_edits(
         EditError: a target out of range or never reached, or a value that does not fit.
         SiteError: a layer that does not exist.
     """
-    checked, unsure, here = [], False, Pass.over(prompts, config, reach, extra)
+    checked, unsure, here = [], False, Pass(config, reach, prompts.lengths, extra, prompts)
     for given in edits:
         edit = settled(given, here)
         for rule, fine in judge(edit, here).items():
@@ -52,7 +51,7 @@ def check_edits(
         checked.append(edit)
     if len(checked) > 1:
         check_conflicts(checked, config.num_hidden_layers, prompts.tokens.shape[1])
-    return tuple(edit.prepared() for edit in checked), unsure
+    return nameless(tuple(checked)), unsure
 
 
 def settled(edit: Edit, here: Pass) -> Edit:
@@ -72,20 +71,25 @@ def settled(edit: Edit, here: Pass) -> Edit:
             found[name] = _real(edit, value)
         else:
             found[name] = typed(value)
-    if here.extra and edit.needs_prompt and not _prompt_only(edit):
+    if here.extra and edit.needs_prompt and _part(edit) != "prompt":
         raise EditError(
             f"{edit} needs the whole prompt at once and cannot apply to generated tokens: give "
             "position='prompt'."
         )
     edit = dataclasses.replace(edit, **found)
-    edit.check(sizes, here.prompts.known_lengths)
+    edit.check(sizes)
     return edit
 
 
 def of_phase(edits: Sequence[Edit], new: bool) -> tuple[Edit, ...]:
     """The edits that can apply to the prompt, or to new tokens, as far as their kind tells."""
     other = "prompt" if new else "new"
-    return tuple(edit for edit in edits if getattr(edit.position, "part", None) != other)
+    return tuple(edit for edit in edits if _part(edit) != other)
+
+
+def _part(edit: Edit) -> str | None:
+    """ "prompt" or "new", where that is all that the edit's position names."""
+    return getattr(edit.position, "part", None)
 
 
 def _check_kind(edit: Edit) -> None:
@@ -116,18 +120,13 @@ def typed(value: Any) -> Any:
     if type(value) is float:
         return np.float32(value)
     array = isinstance(value, np.generic | np.ndarray | jax.Array) and not is_traced(value)
-    if type(value) is not int and not (
-        array and value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.integer)
-    ):
+    single = array and value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.integer)
+    if type(value) is not int and not single:
         return value
     value = int(value)
     if not -(2**31) <= value < 2**31:
         raise EditError(f"{value} is not a 32-bit integer, as edits take them.")
     return np.int32(value)
-
-
-def _prompt_only(edit: Edit) -> bool:
-    return getattr(edit.position, "part", None) == "prompt"
 
 
 def _real(edit: Edit, value: Any) -> Any:
@@ -156,7 +155,7 @@ def _value(edit: Edit, name: str, value: Any, sizes: dict[str, int], here: Pass)
         )
     letters = site.letters[len(site.letters) - len(shape) :]
     tokens = [letter in "TS" and n > 1 for letter, n in zip(letters, shape, strict=True)]
-    if any(tokens) and here.extra and not _prompt_only(edit):
+    if any(tokens) and here.extra and _part(edit) != "prompt":
         raise EditError(
             f"{edit}: its {name} of shape {shape} has an entry for each token of the prompt, and "
             "none for those that are generated: give position='prompt'."

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxtc.edits.base import TARGETS, Edit, Index, own_shape, register_edit
 from jaxtc.errors import EditError
+from jaxtc.helpers import is_whole
 from jaxtc.tap.context import Context, own
 from jaxtc.tap.positions import is_traced
 from jaxtc.tap.sites import BY_NAME, parse
@@ -35,12 +36,8 @@ class TranscoderEdit(Edit):
 
     def __post_init__(self):
         if isinstance(self.transcoder, Mapping):
-            keys = (int(k) if isinstance(k, np.integer) else k for k in self.transcoder)
-            named = dict(zip(keys, self.transcoder.values(), strict=True))
-            object.__setattr__(self, "transcoder", named)
-        given = self._transcoders()
-        if not given and not self.site:
-            raise self._no_transcoder()
+            object.__setattr__(self, "transcoder", dict(self.transcoder))
+        given = self._transcoders(required=not self.site)
         if given:
             first = next(iter(given.values()))
             object.__setattr__(self, "site", self.site or first.output_site)
@@ -57,29 +54,27 @@ class TranscoderEdit(Edit):
                 )
             object.__setattr__(self, "layer", single.layer)
 
-    def _transcoders(self) -> dict[int | None, Transcoder]:
+    def _transcoders(self, required: bool = True) -> dict[int | None, Transcoder]:
         """By layer; a single one, for any layer, under None; none inside a flattened pytree."""
         given = self.transcoder
-        if isinstance(given, Mapping):
-            held = dict(given)
-            return held if all(isinstance(t, Transcoder) for t in held.values()) else {}
-        return {None: given} if isinstance(given, Transcoder) else {}
+        held = given if isinstance(given, dict) else {None: given}
+        if held and all(isinstance(one, Transcoder) for one in held.values()):
+            return held
+        if required:
+            what = "an empty mapping" if given == {} else type(given).__name__
+            raise EditError(
+                f"{type(self).__name__} was given {what}, expected a jaxtc.Transcoder (or, for "
+                "Splice, a mapping of layers to them)."
+            )
+        return {}
 
     @property
     def layers(self) -> tuple[int, ...] | None:
-        return tuple(self.transcoder) if isinstance(self.transcoder, Mapping) else None
+        return tuple(self.transcoder) if isinstance(self.transcoder, dict) else None
 
-    def prepared(self) -> "TranscoderEdit":
-        single = lambda node: isinstance(node, Transcoder)  # noqa: E731
-        given = jax.tree.map(lambda t: t.nameless(), self.transcoder, is_leaf=single)
-        return dataclasses.replace(self, transcoder=given)
-
-    def check(self, sizes, lengths):
-        held = self._transcoders()
-        if not held:
-            raise self._no_transcoder()
-        for layer, transcoder in held.items():
-            if layer is not None and not (isinstance(layer, int) and 0 <= layer < sizes["L"]):
+    def check(self, sizes):
+        for layer, transcoder in self._transcoders().items():
+            if layer is not None and not (is_whole(layer) and layer < sizes["L"]):
                 raise EditError(
                     f"{self} names a transcoder for layer {layer!r}; this model has layers 0 to "
                     f"{sizes['L'] - 1}."
@@ -96,17 +91,8 @@ class TranscoderEdit(Edit):
                     f"{written} at {self.site}. It belongs to another model or another site."
                 )
 
-    def _no_transcoder(self) -> EditError:
-        given = self.transcoder
-        what = "an empty mapping" if given == {} else type(given).__name__
-        return EditError(
-            f"{type(self).__name__} was given {what}, expected a jaxtc.Transcoder (or, for Splice, "
-            "a mapping of layers to them)."
-        )
-
     def _here(self, context: Context) -> Transcoder:
-        given = self.transcoder
-        return given[context.layer] if isinstance(given, Mapping) else given
+        return self.transcoder if self.layers is None else self.transcoder[context.layer]
 
     def _read(self, context: Context) -> jax.Array:
         """(B, T, D) what the transcoder reads; of a site with heads, all of them in one axis."""
@@ -137,9 +123,9 @@ class Splice(TranscoderEdit):
 
     @property
     def replaces(self) -> bool:
-        where = (self.position, self.row, self.head, self.coordinate)
-        needed = self.error or self.site in self.reads
-        return not needed and all(value is None for value in where)
+        if self.error or self.site in self.reads:
+            return False
+        return all(getattr(self, name) is None for name in TARGETS.keys() - {"layer"})
 
     def new(self, x: jax.Array, context: Context) -> jax.Array:
         made = self._here(context)(self._read(context), placement=context.placement)
@@ -171,12 +157,10 @@ class FeatureEdit(TranscoderEdit):
         held = self._transcoders()
         if held.keys() - {None}:
             raise EditError(f"{self} takes one transcoder; give an edit for each layer.")
-        if not held:
-            raise self._no_transcoder()
         return {"M": held[None].features}
 
-    def check(self, sizes, lengths):
-        super().check(sizes, lengths)
+    def check(self, sizes):
+        super().check(sizes)
         for name in self.amounts:
             value = getattr(self, name)
             shape = () if value is None else own_shape(self, value, sizes["L"])
@@ -186,22 +170,24 @@ class FeatureEdit(TranscoderEdit):
                     f"feature, {np.shape(self.feature)}."
                 )
 
-    def changed(self, a: jax.Array, layer: int) -> jax.Array:
+    def changed(self, a: jax.Array, *amounts: jax.Array | None) -> jax.Array:
+        """(B, T, K) activations to new ones; the edit's :attr:`amounts` are spread likewise."""
         raise NotImplementedError
 
     def new(self, x: jax.Array, context: Context) -> jax.Array:
+        def spread(amount):
+            amount = jnp.asarray(own(amount, context.layer)).astype(a.dtype)
+            return jnp.broadcast_to(amount, a.shape)
+
         made = self._here(context)
         ids = jnp.atleast_1d(jnp.asarray(self.feature))
         # A traced id that does not exist gives NaN.
         a = made.encode_features(self._read(context), ids, placement=context.placement)
-        changed = self.changed(a, context.layer) - a
-        delta = jnp.matmul(changed, made.decoder_rows(ids), precision="highest")
+        given = (getattr(self, name) for name in self.amounts)
+        amounts = (None if amount is None else spread(amount) for amount in given)
+        change = self.changed(a, *amounts) - a
+        delta = jnp.matmul(change, made.decoder_rows(ids), precision="highest")
         return (x.astype(jnp.float32) + delta.reshape(x.shape)).astype(x.dtype)
-
-
-def _per_feature(value: Any, a: jax.Array, layer: int) -> jax.Array:
-    value = jnp.asarray(own(value, layer))
-    return jnp.broadcast_to(value.astype(a.dtype), a.shape)
 
 
 @register_edit("reads")
@@ -216,8 +202,8 @@ class SetFeature(FeatureEdit):
     value: Any
     amounts = ("value",)
 
-    def changed(self, a: jax.Array, layer: int) -> jax.Array:
-        return _per_feature(self.value, a, layer)
+    def changed(self, a, value):
+        return value
 
 
 @register_edit("reads")
@@ -231,8 +217,8 @@ class ScaleFeature(FeatureEdit):
     factor: Any
     amounts = ("factor",)
 
-    def changed(self, a: jax.Array, layer: int) -> jax.Array:
-        return a * _per_feature(self.factor, a, layer)
+    def changed(self, a, factor):
+        return a * factor
 
 
 @register_edit("reads")
@@ -248,8 +234,8 @@ class ClampFeature(FeatureEdit):
     high: Any = None
     amounts = ("low", "high")
 
-    def check(self, sizes, lengths):
-        super().check(sizes, lengths)
+    def check(self, sizes):
+        super().check(sizes)
         if self.low is None and self.high is None:
             raise EditError(f"{self} has no bound: give low, high or both.")
         if self.low is None or self.high is None or is_traced((self.low, self.high)):
@@ -258,8 +244,7 @@ class ClampFeature(FeatureEdit):
         if (low > high).any():
             raise EditError(f"{self}: low {self.low} is above high {self.high}.")
 
-    def changed(self, a: jax.Array, layer: int) -> jax.Array:
-        low = -jnp.inf if self.low is None else _per_feature(self.low, a, layer)
-        high = jnp.inf if self.high is None else _per_feature(self.high, a, layer)
+    def changed(self, a, low, high):
+        low, high = -jnp.inf if low is None else low, jnp.inf if high is None else high
         # Bounds that were traced may be the wrong way round.
         return jnp.where(low > high, jnp.nan, jnp.clip(a, low, high))

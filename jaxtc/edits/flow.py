@@ -39,7 +39,7 @@ class Copy(Edit):
         "from_position": Tokens(rows="from_row"),
     }
 
-    def check(self, sizes, lengths):
+    def check(self, sizes):
         if self.from_row is None and self.from_position is None:
             raise EditError(f"{self} copies nothing: give from_row, from_position or both.")
         if np.shape(self.from_row) not in ((), (sizes["B"],)):
@@ -58,23 +58,10 @@ class Copy(Edit):
                     "many as `position`."
                 )
 
-    def fits(self, rows, lengths):
-        return None if self.from_position is not None else (self._has(lengths) | ~rows).all(-1)
-
-    def misfit(self, rows, lengths):
-        row = int(np.argmax(~self._has(lengths) & rows))
-        source = int(np.broadcast_to(self.from_row, rows.shape)[row])
-        what = "all"
-        if isinstance(self.position, Places):
-            what = f"position {', '.join(map(str, self.position.at[source]))}"
-        return (
-            f"it copies {what} of row {source}, which has {lengths[source]} tokens, into row {row} "
-            f"of {lengths[row]}. Count from the end (position=-1), say where to copy from "
-            "(from_position=...), or use prompts of one length."
-        )
-
-    def _has(self, lengths: np.ndarray) -> np.ndarray:
-        """(..., B) booleans: whether the row that each is copied from has the same tokens."""
+    def fits(self, lengths):
+        """Whether the row that each is copied from has the same tokens."""
+        if self.from_position is not None:
+            return None
         froms = np.atleast_1d(np.clip(self.from_row, 0, len(lengths) - 1))
         froms = np.broadcast_to(froms, (*froms.shape[:-1], len(lengths)))
         if not isinstance(self.position, Places):
@@ -87,6 +74,17 @@ class Copy(Edit):
         paired = np.where(step_there < 0, step < 0, step_there == step)
         return ((taken >= 0) & paired).all(-1)
 
+    def misfit(self, row, lengths):
+        source = int(np.broadcast_to(self.from_row, lengths.shape)[row])
+        what = "all"
+        if isinstance(self.position, Places):
+            what = f"position {', '.join(map(str, self.position.at[source]))}"
+        return (
+            f"it copies {what} of row {source}, which has {lengths[source]} tokens, into row {row} "
+            f"of {lengths[row]}. Count from the end (position=-1), say where to copy from "
+            "(from_position=...), or use prompts of one length."
+        )
+
     @property
     def needs_prompt(self) -> bool:
         return self.from_position is not None
@@ -94,15 +92,13 @@ class Copy(Edit):
     def new(self, x: jax.Array, context: Context) -> jax.Array:
         here = context.positions
         batch, width = here.shape
-        rows = jnp.arange(batch)
-        if self.from_row is not None:
-            rows = jnp.broadcast_to(jnp.asarray(self.from_row), (batch,))
+        froms = jnp.arange(batch) if self.from_row is None else jnp.asarray(self.from_row)
+        rows = jnp.broadcast_to(froms, (batch,))
         known = (rows >= 0) & (rows < batch)
         rows = jnp.clip(rows, 0, batch - 1)
         wanted = here
         if isinstance(self.position, Places) or self.from_position is not None:
-            at = (self.from_position or self.position).at
-            at = jnp.asarray(at)[rows]
+            at = jnp.asarray((self.from_position or self.position).at)[rows]
             if isinstance(self.position, Places):
                 named = here[:, :, None] == self.position.at[:, None, :]
                 at = jnp.broadcast_to(at, (batch, named.shape[-1]))
@@ -137,7 +133,7 @@ class KnockOut(Edit):
     site: str = "attn_pattern"
     handles_key = True
 
-    def check(self, sizes, lengths):
+    def check(self, sizes):
         if self.site != "attn_pattern":
             raise EditError(f"{self} works at attn_pattern only; use jaxtc.Zero at other sites.")
         if self.key is None and self.head is None:

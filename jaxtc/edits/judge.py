@@ -47,12 +47,6 @@ class Pass(NamedTuple):
     extra: int = 0
     prompts: Prompts | None = None
 
-    @classmethod
-    def over(cls, prompts: Prompts, config: Gemma2Config, reach: tuple, extra: int = 0) -> "Pass":
-        """The pass over these prompts."""
-        known = prompts.known_lengths
-        return cls(config, reach, prompts.lengths if known is None else known, extra, prompts)
-
     def sizes(self, edit: Edit) -> dict[str, int]:
         """Sizes of the axes that an edit's targets range over, by letter."""
         layers = self.config.num_hidden_layers
@@ -69,16 +63,16 @@ def settle(edit: Edit, name: str, given: Any, here: Pass) -> Any:
     Raises:
         EditError: the site has no such axis, or this is not an index or a position.
     """
-    target = edit.targets[name]
-    if _axis(edit, target, BY_NAME[edit.site]) is None:
-        fitting = [site for site, row in BY_NAME.items() if _axis(edit, target, row)]
+    target, site = edit.targets[name], BY_NAME[edit.site]
+    if _axis(edit, target, site) is None:
+        fitting = ", ".join(other for other, row in BY_NAME.items() if _axis(edit, target, row))
         raise EditError(
-            f"{edit}: {edit.site} [{BY_NAME[edit.site].axes}] has no axis for {name}=...; these "
-            f"sites have one: {', '.join(fitting)}."
+            f"{edit}: {site.name} [{site.axes}] has no axis for {name}=...; these sites have one: "
+            f"{fitting}."
         )
     if isinstance(target, Tokens):
-        new, prompts = here.extra > 0 and name == "position", here.prompts
-        return locate(given, prompts.tokens, here.lengths, prompts.length, new=new, what=edit)
+        new = here.extra > 0 and name == "position"
+        return locate(given, here.prompts, new=new, what=edit)
     array = given if isinstance(given, jax.core.Tracer) else np.asarray(given)
     if array.dtype.kind not in "iu" or array.ndim > 1 or not array.size:
         raise EditError(
@@ -133,8 +127,9 @@ def judge(edit: Edit, here: Pass, *, inside: bool = False) -> dict[str, Any]:
             found["layers"] = (layers[..., None] == xp.asarray(edit.layers)).any(-1).all(-1)
         found["reach"] = (layers <= here.reach[0] - (ORDER[edit.site] > here.reach[1])).all(-1)
     if not inside and not is_traced((here.lengths, [getattr(edit, name) for name in edit.targets])):
-        fine = edit.fits(_rows(edit, Tokens(), batch, np), here.lengths)
-        found |= {} if fine is None else {"fits": fine}
+        fine = edit.fits(here.lengths)
+        if fine is not None:
+            found["fits"] = (fine | ~_rows(edit, Tokens(), batch, np)).all(-1)
     return found
 
 
@@ -177,15 +172,14 @@ def refusal(rule: str, edit: Edit, given: Edit, here: Pass) -> EditError:
             return EditError(f"{given}: a {rule} is named twice in {named.tolist()}.")
         if rule == "layer":
             check_layer(int(outside[0]), size, str(given))
-        owner = OWNERS.get(_axis(edit, target, BY_NAME[edit.site]), "this model")
+        owner = OWNERS.get(target.letters, "this model")
         return EditError(
             f"{given}: {rule} {outside[0]} does not exist; {owner} has "
             f"{rule.removeprefix('from_')}s 0 to {size - 1}."
         )
     if rule == "fits":
-        return EditError(
-            f"{given}: {edit.misfit(_rows(edit, Tokens(), len(lengths), np), lengths)}"
-        )
+        wrong = ~edit.fits(lengths) & _rows(edit, Tokens(), len(lengths), np)
+        return EditError(f"{given}: {edit.misfit(int(np.argmax(wrong)), lengths)}")
     layers = np.atleast_1d(_layers(edit, here))
     if rule == "layers":
         wrong = np.setdiff1d(layers, edit.layers)[0]
@@ -234,31 +228,31 @@ def check_conflicts(edits: Sequence[Edit], layers: int, width: int) -> None:
                 + (", or put it after the other." if before else ".")
             )
         if i < j and isinstance(a, FeatureEdit) and isinstance(b, FeatureEdit) and a.site == b.site:
-            _check_features(a, b, layers, width)
+            _check_features(a, b, width)
 
 
-def _check_features(a: FeatureEdit, b: FeatureEdit, layers: int, width: int) -> None:
+def _check_features(a: FeatureEdit, b: FeatureEdit, width: int) -> None:
     """Each adds its difference from the transcoder's own activation, so two would add up wrong."""
-    if a.transcoder.W_enc[...] is not b.transcoder.W_enc[...]:
+    targets = [(target, getattr(a, name), getattr(b, name)) for name, target in a.targets.items()]
+    if a.transcoder.W_enc[...] is not b.transcoder.W_enc[...] or is_traced(targets):
         return
-    if is_traced([getattr(edit, name) for edit in (a, b) for name in edit.targets]):
-        return
-    shared = [_layers_of(a, layers) & _layers_of(b, layers)]
-    for name in ("feature", "row", "coordinate"):
-        mine, others = getattr(a, name), getattr(b, name)
-        if mine is not None and others is not None:
-            shared.append(np.intersect1d(mine, others).size)
-    if a.position is not None and b.position is not None:
-        # As far as the prompts go; what follows them is named by spans and numbers alike.
-        batch = next(iter(vars(a.position).values())).shape[0]
-        at = np.broadcast_to(np.arange(2 * width), (batch, 2 * width))
-        shared.append((a.position.selects(at) & b.position.selects(at)).any())
-    if all(shared):
-        raise EditError(
-            f"{a} and {b} both change feature {np.intersect1d(a.feature, b.feature)[0]} at the "
-            "same tokens, and each adds its difference from what the transcoder itself finds "
-            "there. Make it one edit, or give them different positions."
-        )
+    for target, mine, others in targets:
+        if mine is None or others is None:
+            continue
+        if isinstance(target, Tokens):
+            # As far as the prompts go; what follows them is named by spans and numbers alike.
+            batch = len(jax.tree.leaves(mine)[0])
+            at = np.broadcast_to(np.arange(2 * width), (batch, 2 * width))
+            shared = (mine.selects(at) & others.selects(at)).any()
+        else:
+            shared = np.intersect1d(mine, others).size
+        if not shared:
+            return
+    raise EditError(
+        f"{a} and {b} both change feature {np.intersect1d(a.feature, b.feature)[0]} at the same "
+        "tokens, and each adds its difference from what the transcoder itself finds there. Make it "
+        "one edit, or give them different positions."
+    )
 
 
 def _layers_of(edit: Edit, layers: int) -> set[int]:

@@ -123,7 +123,7 @@ class MeanAblate(Edit):
     over: Literal["batch", "prompt", "rows"] = "batch"
     values = ("value",)
 
-    def check(self, sizes, lengths):
+    def check(self, sizes):
         if self.over not in ("batch", "prompt", "rows"):
             raise EditError(f"{self}: over is {self.over!r}, expected 'batch', 'prompt' or 'rows'.")
         if self.value is None and self.site == "attn_scores":
@@ -160,7 +160,7 @@ class ProjectOut(Edit):
     direction: Any
     amounts = ("direction",)
 
-    def check(self, sizes, lengths):
+    def check(self, sizes):
         shape = own_shape(self, self.direction, sizes["L"])
         size = BY_NAME[self.site].shape(sizes)[-1]
         if BY_NAME[self.site].kind == "pairs":
@@ -211,7 +211,7 @@ class Noise(Edit):
     scale: Any = 1.0
     values = ("scale",)
 
-    def check(self, sizes, lengths):
+    def check(self, sizes):
         kind = getattr(self.seed, "dtype", np.dtype(object))
         fine = jnp.issubdtype(kind, jax.dtypes.prng_key) or jnp.issubdtype(kind, jnp.integer)
         if not fine or np.ndim(self.seed):
@@ -235,8 +235,7 @@ class Noise(Edit):
             edge = lambda s: jax.random.normal(jax.random.fold_in(token, s), shape[:-1])  # noqa: E731
             return jax.vmap(edge, out_axes=-1)(jnp.arange(shape[-1]))
 
-        rows = jnp.arange(x.shape[0])
-        noise = jax.vmap(jax.vmap(draw, (None, 0)))(rows, context.positions)
+        noise = jax.vmap(jax.vmap(draw, (None, 0)))(jnp.arange(len(x)), context.positions)
         wide = x.astype(jnp.float32)
         noise = context.fit(self.scale, wide) * jnp.moveaxis(noise, 1, axis)
         return (wide + noise).astype(x.dtype)
@@ -310,7 +309,7 @@ class Apply(Edit):
         if callable(self.function) and jax.tree_util.all_leaves([self.function]):
             object.__setattr__(self, "function", jax.tree_util.Partial(self.function))
 
-    def check(self, sizes, lengths):
+    def check(self, sizes):
         if not callable(self.function):
             raise EditError(f"{self}: expected a function, got {type(self.function).__name__}.")
 

@@ -15,6 +15,7 @@ from jaxtc.edits.judge import Pass, judge, settle
 from jaxtc.errors import EditError, InputError
 from jaxtc.helpers import pytree
 from jaxtc.tap.positions import is_traced, one_array
+from jaxtc.transcoders.transcoder import nameless
 
 KEYS = jax.dtypes.prng_key
 
@@ -111,7 +112,7 @@ def at_place(edit: Any, place: Mapping[str, Any]) -> Any:
 
 def prepared(edit: Edit) -> Edit:
     """As compiled programs take it, its axes kept."""
-    leaves, structure = jax.tree.flatten(at_place(edit, {}).prepared())
+    leaves, structure = jax.tree.flatten(nameless(at_place(edit, {})))
     mine = jax.tree.leaves(edit, is_leaf=_is_over)
     kept = [own if _is_over(own) else typed(new) for own, new in zip(mine, leaves, strict=True)]
     return jax.tree.unflatten(structure, kept)

@@ -95,7 +95,7 @@ class _Key(Key):
 
 def _backward(key: _Key, leaves, tokens, lengths, edits, of):
     """(score, activations, gradients)."""
-    prompts = Prompts(tokens, lengths, None, key.length)
+    prompts = Prompts(tokens, lengths, key.length)
     asked = understand(key.captures, key.config.num_hidden_layers)
     call = Call(key, prompts, asked, edits, ())
 

@@ -146,7 +146,7 @@ def _clean_run(
     """The clean run, and by site the axes along which it is patched."""
     config = model.config
     # Positions of one prompt mean nothing in a prompt of another length.
-    sizes = [prepare(tokens, config).known_lengths.tolist() for tokens in (clean, corrupted)]
+    sizes = [prepare(tokens, config).lengths.tolist() for tokens in (clean, corrupted)]
     if sizes[0] != sizes[1] or len(set(sizes[0])) > 1:
         raise InputError(
             f"The clean prompts have {sizes[0]} tokens and the corrupted ones {sizes[1]}; patching "

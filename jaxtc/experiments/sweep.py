@@ -113,7 +113,8 @@ def sweep(
     check_logits(logits)
     of, prompts = as_pytree(of), prepare(tokens, config, lengths)
     asked = understand(capture, layers)
-    here = Pass.over(prompts, config, Call.of(config, prompts, asked, (), logits).key.reach)
+    reach = Call.of(config, prompts, asked, (), logits).key.reach
+    here = Pass(config, reach, prompts.lengths, prompts=prompts)
     edits = [named(edit) for edit in edits]
     axes = axes_of(edits)
     for edit in edits:
@@ -179,7 +180,7 @@ class _Plan:
 
 def _variants(plan: _Plan, leaves, tokens, lengths, asked, edits, of, resume, begin, places):
     """What ``of`` gives of each variant of a chunk; places: (chunk, axes) indices."""
-    prompts = Prompts(tokens, lengths, None, plan.length)
+    prompts = Prompts(tokens, lengths, plan.length)
     divided = plan.placement is not None and DATA in plan.placement.mesh.shape
 
     def one(place):

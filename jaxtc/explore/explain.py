@@ -27,7 +27,7 @@ from jaxtc.programs.run import run
 from jaxtc.tap.sites import BY_NAME, Address, check_layer, parse
 from jaxtc.transcoders.metrics import FVU, Mean, notebook_score, relative_error, special_token_mask
 from jaxtc.transcoders.promoted import pieces_of, promoted_pieces
-from jaxtc.transcoders.transcoder import Transcoder
+from jaxtc.transcoders.transcoder import Transcoder, nameless
 
 #: The site the Gemma Scope tutorial notebook feeds its transcoder: what the MLP reads, with the
 #: norm's gain. Gemma Scope's weights were trained on ``mlp_in_normed``.
@@ -255,7 +255,7 @@ def _encoded(transcoder: Transcoder, x: jax.Array, top: int) -> dict[str, np.nda
     """
     T = len(x)
     padded = np.pad(np.asarray(x, np.float32), ((0, bucket(T) - T), (0, 0)))
-    found = _encode(transcoder.nameless(), padded, top, _CHUNK)
+    found = _encode(nameless(transcoder), padded, top, _CHUNK)
     return {name: np.asarray(value)[:T] for name, value in found.items()}
 
 

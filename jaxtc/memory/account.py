@@ -63,7 +63,7 @@ class Size:
         """
 
         def check(ids, ends):
-            return asked.checked(self.config, Prompts(ids, ends, None, self.length))
+            return asked.checked(self.config, Prompts(ids, ends, self.length))
 
         # Traced, so that positions are not looked up in the prompts.
         return parts_of(asked, jax.eval_shape(check, *self._ids))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtc.errors import ConfigError
+from jaxtc.helpers import for_json
 
 # A list of this length is made before any weight is seen.
 _MOST_LAYERS = 10_000
@@ -15,7 +16,7 @@ _MOST_LAYERS = 10_000
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
-def _whole(value: Any, least: int) -> bool:
+def _whole(value: Any, least: int = 0) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
@@ -24,27 +25,18 @@ def _positive(value: Any) -> bool:
     return number and 0 < value <= sys.float_info.max
 
 
-def _token(value: Any) -> bool:
-    return value is None or _whole(value, 0)
-
-
-_COUNT = (lambda value: _whole(value, 1), "a whole number of at least 1")
-_NUMBER = (_positive, "a finite number above 0")
-_CAP = (lambda value: value is None or _positive(value), _NUMBER[1])
-_ID = (_token, "the id of a token")
-_IDS = (
-    lambda value: all(_whole(v, 0) for v in value) if isinstance(value, tuple) else _token(value),
-    "the id of a token or a list of them",
-)
-# What each field may be: a predicate, and what messages say is expected.
-_FIELDS = {
-    "vocab_size": _COUNT, "hidden_size": _COUNT, "intermediate_size": _COUNT,
-    "num_hidden_layers": _COUNT, "num_attention_heads": _COUNT, "num_key_value_heads": _COUNT,
-    "head_dim": _COUNT, "sliding_window": _COUNT, "max_position_embeddings": _COUNT,
-    "pad_token_id": _ID, "bos_token_id": _ID, "eos_token_id": _IDS,
-    "query_pre_attn_scalar": _NUMBER, "rope_theta": _NUMBER, "rms_norm_eps": _NUMBER,
-    "attn_logit_softcapping": _CAP, "final_logit_softcapping": _CAP,
-}  # fmt: skip
+# What a field may be, by its type: a predicate, and what messages say is expected.
+_TYPES = {
+    int: (lambda v: _whole(v, 1), "a whole number of at least 1"),
+    float: (_positive, "a finite number above 0"),
+    float | None: (lambda v: v is None or _positive(v), "a finite number above 0"),
+    int | None: (lambda v: v is None or _whole(v), "the id of a token"),
+    int | tuple[int, ...] | None: (
+        lambda v: all(map(_whole, v)) if isinstance(v, tuple) else v is None or _whole(v),
+        "the id of a token or a list of them",
+    ),
+    tuple[str, ...] | None: (lambda v: isinstance(v, tuple | None), "a list of names"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +61,7 @@ class Gemma2Config:
     head_dim: int = 256
     query_pre_attn_scalar: float = 256
     sliding_window: int = 4096
-    layer_types: tuple[str, ...] = ()
+    layer_types: tuple[str, ...] | None = None  # sliding and full attention alternate
     attn_logit_softcapping: float | None = 50.0
     final_logit_softcapping: float | None = 30.0
     rope_theta: float = 10000.0
@@ -81,20 +73,19 @@ class Gemma2Config:
 
     def __post_init__(self):
         layers = self.num_hidden_layers
-        if self.layer_types == () and _whole(layers, 1) and layers <= _MOST_LAYERS:
+        if self.layer_types is None and _whole(layers) and layers <= _MOST_LAYERS:
             # Even layers slide, odd ones see everything (facts of the released checkpoints).
             kinds = tuple((SLIDING, FULL)[i % 2] for i in range(layers))
             object.__setattr__(self, "layer_types", kinds)
-        problems = self._problems()
-        if problems:
+        if problems := self._problems():
             raise ConfigError("This Gemma-2 config cannot be run: " + "; ".join(problems) + ".")
 
     def _problems(self) -> list[str]:
-        found = [
-            f"{name} is {getattr(self, name)!r}, expected {expected}"
-            for name, (fits, expected) in _FIELDS.items()
-            if not fits(getattr(self, name))
-        ]
+        found = []
+        for field in dataclasses.fields(self):
+            value, (fits, expected) = getattr(self, field.name), _TYPES[field.type]
+            if not fits(value):
+                found.append(f"{field.name} is {value!r}, expected {expected}")
         if _whole(self.num_hidden_layers, _MOST_LAYERS + 1):
             found.append(f"num_hidden_layers is beyond {_MOST_LAYERS}")
         if found:
@@ -106,9 +97,7 @@ class Gemma2Config:
             )
         if self.head_dim % 2:
             found.append(f"head_dim ({self.head_dim}) is odd, rotary embedding needs pairs")
-        if not isinstance(self.layer_types, tuple):
-            found.append(f"layer_types is {self.layer_types!r}, expected a list of names")
-        elif len(self.layer_types) != self.num_hidden_layers:
+        if len(self.layer_types) != self.num_hidden_layers:
             found.append(
                 f"layer_types lists {len(self.layer_types)} layers, "
                 f"num_hidden_layers says {self.num_hidden_layers}"
@@ -129,9 +118,7 @@ class Gemma2Config:
     def from_dict(cls, raw: Mapping[str, Any], where: str = "config.json") -> "Gemma2Config":
         """Read the contents of a ``config.json``, as written by ``transformers`` 4.42 up to 5.x.
 
-        Args:
-            raw: the parsed JSON object.
-            where: what to call it in error messages.
+        ``where`` is what errors call it.
 
         Raises:
             ConfigError: another architecture, a feature Gemma-2 checkpoints do not use, or
@@ -139,13 +126,11 @@ class Gemma2Config:
         """
         kind = raw.get("model_type")
         if kind != "gemma2":
-            names = raw.get("architectures")
-            known = isinstance(names, list) and all(isinstance(name, str) for name in names)
-            named = (known and ", ".join(names)) or "no architecture named"
             raise ConfigError(
-                f"{where} describes model_type {kind!r} ({named}), but jaxtc runs Gemma-2 only "
-                "(model_type 'gemma2'). Give a Gemma-2 checkpoint, for example "
-                "google/gemma-2-2b, google/gemma-2-9b or google/gemma-2-27b."
+                f"{where} describes model_type {kind!r} (architectures: "
+                f"{raw.get('architectures')}), but jaxtc runs Gemma-2 only (model_type 'gemma2'). "
+                "Give a Gemma-2 checkpoint, for example google/gemma-2-2b, google/gemma-2-9b or "
+                "google/gemma-2-27b."
             )
         rope = {}
         for key in ("rope_scaling", "rope_parameters"):
@@ -153,36 +138,27 @@ class Gemma2Config:
             if not isinstance(given, Mapping | None):
                 raise ConfigError(f"{where}: {key} is {given!r}, expected an object or null.")
             rope.update(given or {})
-        settings = {
+        settings = {"tie_word_embeddings": True} | dict(raw)
+        settings["rope_type"] = rope.get("rope_type", rope.get("type"))
+        fine = {
             # Only hidden_activation counts: transformers does not read hidden_act for Gemma-2.
-            "hidden_activation": (raw.get("hidden_activation"), (None, "gelu_pytorch_tanh")),
-            "attention_bias": (raw.get("attention_bias"), (None, False)),
-            "use_bidirectional_attention": (raw.get("use_bidirectional_attention"), (None, False)),
-            "tie_word_embeddings": (raw.get("tie_word_embeddings", True) or False, (True,)),
-            "rope_type": (rope.get("rope_type", rope.get("type")), (None, "default")),
+            "hidden_activation": (None, "gelu_pytorch_tanh"), "attention_bias": (None, False),
+            "use_bidirectional_attention": (None, False), "tie_word_embeddings": (True,),
+            "rope_type": (None, "default"),
         }  # fmt: skip
-        odd = [f"{key} = {value!r}" for key, (value, fine) in settings.items() if value not in fine]
+        asked = {key: settings.get(key) for key in fine}
+        odd = [f"{key} = {value!r}" for key, value in asked.items() if value not in fine[key]]
         if odd:
             raise ConfigError(
                 f"{where} asks for {', '.join(odd)}, which no released Gemma-2 uses and jaxtc "
                 "does not implement; running it anyway would give wrong numbers."
             )
-        fields = {field.name for field in dataclasses.fields(cls)}
-        values = {key: raw[key] for key in fields & set(raw)}
+        values = {f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw}
         if "rope_theta" in rope:
             values["rope_theta"] = rope["rope_theta"]
         for key in ("layer_types", "eos_token_id"):
             if isinstance(values.get(key), list):
                 values[key] = tuple(values[key])
-        if values.get("layer_types", 0) is None:
-            del values["layer_types"]
-        elif values.get("layer_types") == ():
-            raise ConfigError(
-                f"{where} has an empty list of layer_types, expected one for each layer, or no "
-                "such key (sliding and full attention then alternate)."
-            )
-        if values.get("sliding_window", 0) is None:
-            raise ConfigError(f"{where} has no sliding_window; every Gemma-2 has one (4096).")
         return cls(**values)
 
     @classmethod
@@ -200,17 +176,12 @@ class Gemma2Config:
 
     def to_dict(self) -> dict[str, Any]:
         """The ``config.json`` that ``transformers`` reads back as the same model."""
-        values = dataclasses.asdict(self)
-        theta = values.pop("rope_theta")
-        eos = self.eos_token_id
         return {
             "architectures": ["Gemma2ForCausalLM"],
             "model_type": "gemma2",
-            **values,
-            "layer_types": list(self.layer_types),
-            "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
-            "rope_theta": theta,  # where transformers 4.x looks
-            "rope_parameters": {"rope_theta": theta, "rope_type": "default"},
+            **for_json(dataclasses.asdict(self)),
+            # transformers 4.x reads rope_theta itself.
+            "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
             "hidden_act": "gelu_pytorch_tanh",
             "hidden_activation": "gelu_pytorch_tanh",
             "attention_bias": False,

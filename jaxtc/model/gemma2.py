@@ -5,15 +5,14 @@ G = N/K query heads per key head, H head dim, F MLP width, V vocabulary. Matrice
 orientation of the released checkpoints, [out, in], with heads split off.
 """
 
-import dataclasses
 import math
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxtc.helpers import pytree
 from jaxtc.interchange import owned, plain
 from jaxtc.model.config import FULL, SLIDING, Gemma2Config
 from jaxtc.model.parameters import declare, normal, zeros
@@ -23,20 +22,14 @@ from jaxtc.tap.tap import Tap
 MASKED = float(np.finfo(np.float32).min)
 
 
-@pytree
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """Keys and values of the tokens so far, (B, S, K, H) a layer; slot number = position."""
+# Keys and values of the tokens so far, each (B, S, K, H), a pair a layer; slot number = position.
+Cache: TypeAlias = list[tuple[jax.Array, jax.Array]]
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
 
-    @classmethod
-    def empty(cls, config: Gemma2Config, batch: int, slots: int, dtype: jnp.dtype) -> "Cache":
-        """Room for ``slots`` tokens of ``batch`` texts."""
-        shape = (batch, slots, config.num_key_value_heads, config.head_dim)
-        layers = range(config.num_hidden_layers)
-        return cls(*(tuple(jnp.zeros(shape, dtype) for _ in layers) for _ in range(2)))
+def empty_cache(config: Gemma2Config, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
+    """Room for ``slots`` tokens of ``batch`` texts."""
+    shape = (batch, slots, config.num_key_value_heads, config.head_dim)
+    return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in config.layer_types]
 
 
 def einsum(spec: str, *arrays: jax.Array, **options) -> jax.Array:
@@ -286,7 +279,7 @@ class Gemma2(nnx.Module):
         x = tap("embed", self.embed.encode(tokens))
         pasts = []
         for layer, block in enumerate(self.layers[:depth]):
-            past = (cache.keys[layer], cache.values[layer]) if cache else None
+            past = cache[layer] if cache else None
             seen = visible[config.layer_types[layer]]
             if resume is not None:
                 x = resumed(layer, *resume, x, block, positions, seen, None, tap.at(layer))
@@ -294,9 +287,7 @@ class Gemma2(nnx.Module):
             with jax.named_scope(f"layers.{layer}"):
                 x, past = block(x, positions, seen, past, tap.at(layer))
             pasts.append(past)
-        if cache:
-            keys, values = zip(*pasts, strict=True)
-            cache = Cache(keys, values)
+        cache = pasts if cache else None
         if depth is not None:
             return None, cache
         x = tap("final_norm", self.final_norm(x, tap, "final_scale"))
@@ -319,7 +310,7 @@ def masks(config, positions, segments, cache) -> dict[str, jax.Array]:
     """
     keys = positions[:, None, :]
     if cache is not None:
-        keys = jnp.arange(cache.keys[0].shape[1])[None, None, :]
+        keys = jnp.arange(cache[0][0].shape[1])[None, None, :]
     back = positions[:, :, None] - keys
     full = back >= 0
     if segments is not None:

@@ -21,11 +21,6 @@ def declare(
     return nnx.Param(init(rngs.params(), shape, dtype), logical_axes=axes)
 
 
-def zeros(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """All zeros: norm gains (stored as ``w`` of ``1 + w``) and biases."""
-    return jnp.zeros(shape, dtype)
-
-
 def normal(fan_in: int) -> Init:
     """Gaussian with standard deviation ``fan_in ** -0.5``."""
 
@@ -35,6 +30,7 @@ def normal(fan_in: int) -> Init:
     return init
 
 
-def he_uniform(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """He-uniform over the first axis (He et al. 2015), as Gemma Scope's decoders start."""
-    return jax.nn.initializers.he_uniform()(key, shape, dtype)
+# Norm gains (stored as ``w`` of ``1 + w``) and biases.
+zeros: Init = jax.nn.initializers.zeros
+# Over the first axis (He et al. 2015), as Gemma Scope's decoders start.
+he_uniform: Init = jax.nn.initializers.he_uniform()

@@ -18,8 +18,7 @@ class Prompts:
     """Prompts as the compiled programs take them."""
 
     tokens: jax.Array  # (B, bucket) int32, padded on the right
-    lengths: jax.Array  # (B,) int32, real tokens of each row
-    known_lengths: np.ndarray | None  # the same as NumPy, None inside a trace
+    lengths: np.ndarray | jax.Array  # (B,) int32, real tokens of each row; NumPy where known
     length: int  # T, the longest prompt (or the width the caller gave)
 
 
@@ -52,14 +51,8 @@ def prepare(tokens: Any, config: Gemma2Config, lengths: Any = None, extra: int =
     if isinstance(tokens, jax.core.Tracer) or isinstance(lengths, jax.core.Tracer):
         return _traced(tokens, config, lengths, extra)
     rows = _rows(tokens)
-    held = np.array([len(row) for row in rows])
-    known = held if lengths is None else _lengths(lengths, held)
-    if (known < 1).any() or not rows:
-        row = int(np.argmin(known)) if rows else 0
-        raise InputError(
-            f"Prompt {row} is empty; a prompt needs at least one token, and Gemma-2 expects the "
-            "first to be <bos> (the tokenizer adds it)."
-        )
+    held = np.array([len(row) for row in rows], int)
+    known = _lengths(lengths, held)
     # No token attends to padding; 0 is an id of every vocabulary.
     array = np.zeros((len(rows), bucket(int(held.max()))), np.int32)
     for index, (row, count) in enumerate(zip(rows, known, strict=True)):
@@ -72,7 +65,7 @@ def prepare(tokens: Any, config: Gemma2Config, lengths: Any = None, extra: int =
             )
         array[index, :count] = row[:count]
     _check_context(int(known.max()), extra, config)
-    return Prompts(array, known.astype(np.int32), known, int(held.max()))
+    return Prompts(array, known.astype(np.int32), int(held.max()))
 
 
 def _traced(tokens: Any, config: Gemma2Config, lengths: Any, extra: int) -> Prompts:
@@ -82,25 +75,19 @@ def _traced(tokens: Any, config: Gemma2Config, lengths: Any, extra: int) -> Prom
         raise _not_ids(tokens)
     batch, length = tokens.shape
     _check_context(length, extra, config)
-    held = np.full(batch, length)
-    known = None
-    if lengths is None:
-        lengths = known = held
-    elif isinstance(lengths, jax.core.Tracer):
+    if isinstance(lengths, jax.core.Tracer):
         lengths = jnp.broadcast_to(lengths, (batch,))
         # The embedding of an id outside the vocabulary is NaN.
         fits = (lengths >= 1) & (lengths <= length)
         tokens = jnp.where(fits[:, None], tokens, config.vocab_size)
         lengths = jnp.clip(lengths, 1, length)
     else:
-        lengths = known = _lengths(lengths, held)
-        if (known < 1).any():
-            raise InputError(f"lengths are at least 1, got {known.tolist()}.")
+        lengths = _lengths(lengths, np.full(batch, length))
     # Ids past a prompt's length may be out of range, and their NaN would reach other tokens.
-    real = jnp.arange(length)[None] < jnp.asarray(lengths)[:, None]
+    real = jnp.arange(length)[None] < lengths[:, None]
     tokens = jnp.where(real, tokens, 0).astype(jnp.int32)
     padded = jnp.pad(tokens, [(0, 0), (0, bucket(length) - length)])
-    return Prompts(padded, jnp.asarray(lengths, jnp.int32), known, length)
+    return Prompts(padded, lengths.astype(np.int32), length)
 
 
 def _check_context(length: int, extra: int, config: Gemma2Config) -> None:
@@ -113,14 +100,13 @@ def _check_context(length: int, extra: int, config: Gemma2Config) -> None:
 
 
 def _rows(tokens: Any) -> list[np.ndarray]:
-    if isinstance(tokens, str) or (
-        isinstance(tokens, Sequence) and tokens and isinstance(tokens[0], str)
-    ):
+    several = isinstance(tokens, Sequence) and len(tokens) > 0
+    if isinstance(tokens[0] if several else tokens, str):
         raise InputError(
             "Got text where token ids are expected; tokenize it first: "
             "jaxtc.load_tokenizer(source)(text).input_ids."
         )
-    nested = isinstance(tokens, Sequence) and tokens and np.ndim(tokens[0]) > 0
+    nested = several and np.ndim(tokens[0]) > 0
     rows = [np.asarray(row) for row in tokens] if nested else [np.asarray(tokens)]
     if not nested and rows[0].ndim == 2:
         rows = list(rows[0])
@@ -140,13 +126,20 @@ def _not_ids(array: Any) -> InputError:
 
 
 def _lengths(lengths: Any, held: np.ndarray) -> np.ndarray:
-    known = np.atleast_1d(np.asarray(lengths))
+    """(B,) tokens of each prompt, all of the ``held`` ones by default."""
+    known = held if lengths is None else np.atleast_1d(np.asarray(lengths))
     if known.shape != held.shape or known.dtype.kind not in "iu":
         raise InputError(f"lengths must be {len(held)} whole numbers, got {lengths!r}.")
     if (known > held).any():
         row = int(np.argmax(known > held))
         raise InputError(
             f"lengths say {known[row]} tokens for prompt {row}, which has {held[row]}."
+        )
+    if (known < 1).any() or not known.size:
+        row = int(np.argmin(known)) if known.size else 0
+        raise InputError(
+            f"Prompt {row} is empty; a prompt needs at least one token, and Gemma-2 expects the "
+            "first to be <bos> (the tokenizer adds it)."
         )
     return known
 

@@ -23,7 +23,7 @@ from jaxtc.model.prompts import Prompts, last_tokens
 from jaxtc.programs.leaves import rebuild
 from jaxtc.programs.recording import finish
 from jaxtc.sharding.placement import Placement
-from jaxtc.tap.sites import ORDER, Address
+from jaxtc.tap.sites import LOGITS, ORDER, Address
 from jaxtc.tap.tap import Tap
 
 
@@ -152,7 +152,7 @@ def last_logits(model: Gemma2, tokens, *, tap: Tap, **options) -> tuple[jax.Arra
 
     The others are not computed unless something is asked of them.
     """
-    if tap.all_logits:
+    if any(map(tap.touches, LOGITS)):
         logits, cache = model(tokens, tap=tap, **options)
         return last_tokens(logits, tap.lengths), cache
     logits, cache = model(tokens, tap=tap, logits_at=tap.lengths - 1, **options)

@@ -18,7 +18,7 @@ from jaxtc.helpers import is_whole, whole_number
 from jaxtc.interchange import plain
 from jaxtc.memory.needs import check_run
 from jaxtc.model.config import Gemma2Config
-from jaxtc.model.gemma2 import Cache, Gemma2
+from jaxtc.model.gemma2 import Gemma2, empty_cache
 from jaxtc.model.prompts import bucket, prepare
 from jaxtc.programs import recording
 from jaxtc.programs.call import last_logits
@@ -168,8 +168,8 @@ def generate(
     length = prompts.length + step
     activations, _ = recording.finish(state[1], asked, reducers, layers, length)
     texts = np.asarray(prompts.tokens)
-    ends = prompts.known_lengths + [len(row) - 1 for row in new]
-    given = [texts[i, :n].tolist() for i, n in enumerate(prompts.known_lengths)]
+    ends = prompts.lengths + [len(row) - 1 for row in new]
+    given = [texts[i, :n].tolist() for i, n in enumerate(prompts.lengths)]
     return Generation(given, new, activations, ends.astype(np.int32))
 
 
@@ -242,7 +242,7 @@ def _prefill(key: Key, leaves, tokens, lengths, edits, reducers, sampling):
     batch, width = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(width), tokens.shape)
     tap = Tap(key.captures, edits, positions, lengths, reducers=reducers, placement=key.placement)
-    cache = Cache.empty(key.config, batch, width, model.dtype)
+    cache = empty_cache(key.config, batch, width, model.dtype)
     logits, cache = last_logits(model, tokens, positions=positions, cache=cache, tap=tap)
     # Made no longer than the prompts at first, so that these see no more keys than in `run`.
     more = [(0, 0), (0, key.slots - width), (0, 0), (0, 0)]

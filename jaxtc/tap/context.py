@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.errors import EditError
-from jaxtc.helpers import pytree
+from jaxtc.helpers import frozen_pytree
 from jaxtc.interchange import plain_fields
 from jaxtc.sharding.placement import Placement
 from jaxtc.tap.sites import Site
 
 
-@pytree
-@dataclasses.dataclass(frozen=True)
+@frozen_pytree()
 class PerLayer:
     """A value for each layer, wherever an edit takes a value: ``SetTo(PerLayer(stacked), ...)``.
 

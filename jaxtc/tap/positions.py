@@ -6,7 +6,6 @@ and ``selects`` of the three forms gives the mask. Axis letters: B batch, T toke
 "..." the variants of a sweep.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.errors import EditError
-from jaxtc.helpers import pytree
+from jaxtc.helpers import frozen_pytree
 from jaxtc.interchange import plain, plain_fields
 
 # No text is as long: the open end of a span.
@@ -23,8 +22,7 @@ FOREVER = 2**30
 NOWHERE = -FOREVER
 
 
-@pytree
-@dataclasses.dataclass(frozen=True)
+@frozen_pytree()
 class Token:
     """A position found from a token: ``Token(id)`` is where it stands, in each row its own.
 
@@ -41,26 +39,7 @@ class Token:
     __post_init__ = plain_fields
 
 
-@pytree
-@dataclasses.dataclass(frozen=True)
-class Slice:
-    """Positions from ``start`` to before ``stop``, as in a Python slice; bounds are data.
-
-    ``part`` is "prompt" or "new" for all of those tokens (static).
-    """
-
-    start: Any = None
-    stop: Any = None
-    part: str = dataclasses.field(default="", metadata={"static": True})
-
-    __post_init__ = plain_fields
-
-    def __str__(self):
-        return self.part or f"{self.start}:{self.stop}"
-
-
-@pytree
-@dataclasses.dataclass(frozen=True)
+@frozen_pytree()
 class Places:
     """Positions one by one. Attributes: at: (B, P) int32, counted from the front of each row."""
 
@@ -78,22 +57,23 @@ class Places:
         return ((self.at >= 0) & (self.at < ends[:, None])).all(-1)
 
 
-@pytree
-@dataclasses.dataclass(frozen=True)
+@frozen_pytree("part")
 class Span:
-    """A range in each row.
+    """A range in each row, as a Python slice names it until it is located.
 
     Attributes:
         start, stop: (B,) int32, counted from the front; stop excluded.
-        part: "prompt" or "new" where that is what it was named by (static).
+        part: "prompt" or "new" for all of those tokens (static).
     """
 
-    start: Any
-    stop: Any
-    part: str = dataclasses.field(default="", metadata={"static": True})
+    start: Any = None
+    stop: Any = None
+    part: str = ""
+
+    __post_init__ = plain_fields
 
     def __str__(self):
-        return self.part or "(a range)"
+        return self.part or f"{self.start}:{self.stop}"
 
     def selects(self, positions: jax.Array) -> jax.Array:
         """(B, T) positions to (B, T) booleans: those in the range."""
@@ -104,8 +84,7 @@ class Span:
         return (self.start < self.stop) & (self.start < ends)
 
 
-@pytree
-@dataclasses.dataclass(frozen=True)
+@frozen_pytree()
 class Mask:
     """Any set of a prompt's tokens. Attributes: on: (B, W) booleans, W the padded length."""
 
@@ -134,11 +113,11 @@ def spelled(position: Any) -> Any:
     if isinstance(position, str):
         if position not in ("prompt", "new"):
             raise EditError(f"position is {position!r}, expected 'prompt', 'new', or numbers.")
-        return Slice(part=position)
+        return Span(part=position)
     if isinstance(position, slice):
         if position.step not in (None, 1):
             raise EditError(f"{position} has a step; give a range(...), a list or a mask instead.")
-        return Slice(position.start, position.stop)
+        return Span(position.start, position.stop)
     return one_array(position)
 
 
@@ -162,18 +141,12 @@ def is_traced(tree: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
-def locate(
-    position: Any, tokens: Any, lengths: Any, length: int, *, new: bool = False, what: Any
-) -> Places | Span | Mask:
+def locate(position: Any, prompts: Any, *, new: bool = False, what: Any) -> Places | Span | Mask:
     """Absolute positions in each row, whether or not those tokens exist (see :func:`present`).
 
     Args:
-        position: an int (negative from each prompt's own end), ints (P,) or (B, P), a slice, a
-            mask (T,) or (B, T) of booleans, "prompt", "new", or a :class:`Token`. One that is
-            located already stays as it is.
-        tokens: (B, W) ids, padded.
-        lengths: (B,) tokens of each prompt.
-        length: T, the longest prompt.
+        position: in any spelling of :class:`jaxtc.Edit`; what is located already stays as it is.
+        prompts: :class:`jaxtc.model.prompts.Prompts`.
         new: whether tokens will be generated after the prompts.
         what: the edit or reducer, for messages.
 
@@ -181,11 +154,11 @@ def locate(
         EditError: not a position, or of the wrong shape.
     """
     position = spelled(position)
-    if isinstance(position, Places | Span | Mask):
+    if isinstance(position, Places | Mask):
         return position
-    traced = is_traced((position, lengths, tokens if isinstance(position, Token) else None))
-    xp = jnp if traced else np
-    lengths = xp.asarray(lengths, np.int32)
+    tokens = prompts.tokens if isinstance(position, Token) else None
+    xp = jnp if is_traced((position, prompts.lengths, tokens)) else np
+    lengths = xp.asarray(prompts.lengths, np.int32)
 
     def each(given: Any, name: str) -> Any:
         """(B,) whole numbers from one, or one a row."""
@@ -200,7 +173,7 @@ def locate(
         parts = position.id, position.occurrence, position.offset
         numbers = [each(part, f"in {position} the numbers") for part in parts]
         return Places(_find(*numbers, xp.asarray(tokens), lengths, xp)[:, None])
-    if isinstance(position, Slice):
+    if isinstance(position, Span):
         if position.part == "new":
             if not new:
                 raise EditError(f"{what}: 'new' names generated tokens, and run generates none.")
@@ -211,7 +184,7 @@ def locate(
         ends = [each(end if given is None else given, "bounds of a slice") for given, end in bounds]
         ends = [xp.where(end < 0, xp.maximum(end + lengths, 0), end) for end in ends]
         return Span(*ends, position.part)
-    return _numbers(position, lengths, tokens.shape[1], length, what, xp)
+    return _numbers(position, prompts, lengths, what, xp)
 
 
 def _find(wanted: Any, occurrence: Any, offset: Any, tokens: Any, lengths: Any, xp: Any) -> Any:
@@ -223,9 +196,9 @@ def _find(wanted: Any, occurrence: Any, offset: Any, tokens: Any, lengths: Any, 
     return xp.where(chosen.any(1), chosen.argmax(1) + offset, NOWHERE).astype(np.int32)
 
 
-def _numbers(position: Any, lengths: Any, width: int, length: int, what: Any, xp: Any):
-    given = xp.asarray(position)
-    batch = len(lengths)
+def _numbers(position: Any, prompts: Any, lengths: Any, what: Any, xp: Any) -> Places | Mask:
+    given, length = xp.asarray(position), prompts.length
+    batch, width = prompts.tokens.shape
     if given.dtype == bool:
         if given.shape not in ((length,), (batch, length)):
             raise EditError(
@@ -297,16 +270,14 @@ def missing(found: Any, position: Any, lengths: Any, extra: int, rows: Any, what
     return EditError(f"{what}: {lacks}.")
 
 
-def resolve(position: Any, tokens: Any, lengths: Any, length: int, *, what: Any = "position"):
+def resolve(position: Any, prompts: Any, *, what: Any = "position") -> Places | Span | Mask:
     """:func:`locate`, for positions that every prompt must have.
 
     Raises:
         EditError: as :func:`locate`; or a prompt lacks them, as far as values are known.
     """
-    position = spelled(position)
-    found = locate(position, tokens, lengths, length, what=what)
-    if not is_traced((found, lengths)):
-        lengths, rows = np.asarray(lengths), np.ones(np.shape(lengths), bool)
-        if not present(found, lengths, rows):
-            raise missing(found, position, lengths, 0, rows, what)
+    position, lengths = spelled(position), prompts.lengths
+    found, rows = locate(position, prompts, what=what), np.ones(len(lengths), bool)
+    if not is_traced((found, lengths)) and not present(found, lengths, rows):
+        raise missing(found, position, lengths, 0, rows, what)
     return found

@@ -62,19 +62,14 @@ class Site:
         return tuple(rest) if first in "TS" else ()
 
     def width(self, sizes: Mapping[str, int]) -> int | None:
-        """How many numbers a token has here, None where values belong to pairs of tokens.
-
-        Args:
-            sizes: of the axis letters, as :attr:`jaxtc.Gemma2Config.sizes`.
-        """
+        """How many numbers a token has here, None where values belong to pairs of tokens."""
         letters = self.token_axes
         return math.prod(sizes.get(letter, 1) for letter in letters) if letters else None
 
     def shape(self, sizes: Mapping[str, int | str]) -> tuple[int | str, ...]:
         """The shape of its array; letters that ``sizes`` lacks stay letters.
 
-        Args:
-            sizes: of the axis letters: :attr:`jaxtc.Gemma2Config.sizes` with B, T and S.
+        ``sizes`` are :attr:`jaxtc.Gemma2Config.sizes`, with B, T and S.
         """
         return tuple(1 if letter == "1" else sizes.get(letter, letter) for letter in self.letters)
 

@@ -5,6 +5,7 @@ of the compile key); what an edit does is data (a pytree whose arrays are argume
 program), so other values, layers, positions, rows or heads run the same program.
 """
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,11 +16,11 @@ import jax.numpy as jnp
 from jaxtc.errors import EditError
 from jaxtc.sharding.placement import Placement
 from jaxtc.tap.context import Context
-from jaxtc.tap.sites import BY_NAME, LOGITS, ORDER, Address, parse
+from jaxtc.tap.sites import BY_NAME, ORDER, SITES, Address, parse
 
 
 class Tap:
-    """Reads and edits the sites of one forward pass.
+    """Reads and edits the sites of one forward pass, or (:meth:`at`) those of one of its layers.
 
     Args:
         captures: addresses to keep.
@@ -50,59 +51,67 @@ class Tap:
         self.ends = lengths if ends is None else ends
         self.activations: dict[Address, jax.Array] = {}
         self.reduced: dict[tuple[int, int | None], Any] = {}
-        self._reducer_addresses = [parse(reducer.address) for reducer in self.reducers]
+        self._reducer_places = [parse(reducer.address) for reducer in self.reducers]
         readers = (*self.edits, *self.reducers)
         self._read_sites = frozenset(site for reader in readers for site in reader.reads)
         self._live: dict[str, jax.Array] = {}
+        self.layer: int | None = None
 
-    def at(self, layer: int) -> "LayerTap":
-        """The tap of one layer: ``tap(site, x)`` gives ``x`` as it is after the edits."""
-        return LayerTap(self, layer)
+    def at(self, layer: int) -> "Tap":
+        """This tap inside a layer; what it keeps is kept here too."""
+        inside = copy.copy(self)
+        inside.layer = layer
+        return inside
 
-    @property
-    def all_logits(self) -> bool:
-        """Whether the logits of every token are needed, before or after the softcap."""
-        return any(map(self.touches, LOGITS))
-
-    def touches(self, site: str, layer: int | None = None) -> bool:
+    def touches(self, site: str) -> bool:
         """Whether a capture, an edit or a reducer is of this site: then all of it is needed."""
-        asked = {Address(name, at) for name, at in self._reducer_addresses} | self.captures
-        found = {Address(site), Address(site, layer)} & asked
-        return bool(found) or site in self._read_sites or self.edited(site, layer)
+        return self._asked(site) or self.edited(site)
 
-    def edited(self, site: str, layer: int | None = None) -> bool:
+    def edited(self, site: str) -> bool:
         """Whether an edit may change this site."""
-        return any(edit.site == site and _could(edit, layer) for edit in self.edits)
+        return bool(self._edits(site))
 
-    def __call__(self, site: str, x: jax.Array, layer: int | None = None) -> jax.Array:
+    def _asked(self, site: str) -> bool:
+        """Whether a capture, a reducer or an edit of another site reads this one."""
+        captured = Address(site, self.layer) in self.captures or site in self._read_sites
+        return captured or bool(self._reducers(site))
+
+    def _edits(self, site: str) -> list[Any]:
+        """The edits that may apply here, as far as that is static."""
+        here = (edit for edit in self.edits if edit.site == site)
+        return [edit for edit in here if edit.layers is None or self.layer in edit.layers]
+
+    def _reducers(self, site: str) -> list[int]:
+        """The indices of the reducers of this place."""
+        places = enumerate(self._reducer_places)
+        return [i for i, (name, layer) in places if name == site and layer in (None, self.layer)]
+
+    def __call__(self, site: str, x: jax.Array) -> jax.Array:
         """Apply the edits of this site to ``x``, keep it if asked for, and give it back."""
-        held = None
-        for edit in self.edits:
-            if edit.site == site:
-                if site in edit.reads and _could(edit, layer):
-                    held = self._hold(edit, x, layer, held)
-                x = self._apply(edit, x, layer)
+        held, address = None, Address(site, self.layer)
+        row, read = BY_NAME[site], self._live.__getitem__
+        context = Context(row, self.layer, self.positions, self.lengths, read, self.placement)
+        for edit in self._edits(site):
+            if site in edit.reads:
+                held = self._hold(edit, x, held)
+            x = self._apply(edit, x, context)
         if self.placement is not None:
-            x = self.placement.site(x, BY_NAME[site].axes)
+            x = self.placement.site(x, row.axes)
         if site in self._read_sites:
             self._live[site] = x
-        if Address(site, layer) in self.captures:
-            self.activations[Address(site, layer)] = x
-        for index, (name, wanted) in enumerate(self._reducer_addresses):
-            if name == site and wanted in (None, layer):
-                context = self._context(site, layer)
-                self.reduced[index, layer] = self.reducers[index].reduce(x, context)
+        if address in self.captures:
+            self.activations[address] = x
+        for index in self._reducers(site):
+            self.reduced[index, self.layer] = self.reducers[index].reduce(x, context)
         return x
 
-    def _hold(
-        self, edit: Any, x: jax.Array, layer: int | None, held: tuple | None
-    ) -> tuple[jax.Array, jax.Array]:
+    def _hold(self, edit: Any, x: jax.Array, held: tuple | None) -> tuple[jax.Array, jax.Array]:
         """The value that an edit reading its own site sees, and the tokens where that is settled.
 
         An autoencoder put in place of a site, and the edits of its features that follow, must all
         encode the same value: the one before the first of them.
         """
-        applies = self._tokens(edit, x) + _at_layer(edit, layer)
+        applies = self._tokens(edit, x) + self._at_layer(edit)
         settled = functools.reduce(jnp.logical_and, applies, jnp.ones((), bool))
         if held is not None:
             value, before = held
@@ -120,7 +129,7 @@ class Tap:
         return found
 
     def unless_replaced(
-        self, site: str, compute: Callable[[], jax.Array], *, after: str, layer: int | None = None
+        self, site: str, compute: Callable[[], jax.Array], *, after: str
     ) -> jax.Array:
         """``compute()``, the value of ``site`` before its edits; zeros where one replaces it.
 
@@ -128,38 +137,26 @@ class Tap:
         the program runs. ``after`` is the last site that is computed before: those in between must
         not be asked for.
         """
-        here = [e for e in self.edits if e.site == site and e.replaces and _could(e, layer)]
-        if not here or self._asked_between(after, site, layer):
+        here = [edit for edit in self._edits(site) if edit.replaces]
+        between = [row.name for row in SITES[ORDER[after] + 1 : ORDER[site]]]
+        if not here or any(map(self._asked, between)):
             return compute()
         shape = jax.eval_shape(compute)
         nothing = jnp.zeros(shape.shape, shape.dtype)
-        chosen = [_at_layer(edit, layer) for edit in here]
+        chosen = [self._at_layer(edit) for edit in here]
         if not all(chosen):
             return nothing
         replaced = jnp.stack([flag for (flag,) in chosen]).any()
         return jax.lax.cond(replaced, lambda: nothing, compute)
 
-    def _asked_between(self, first: str, last: str, layer: int | None) -> bool:
-        """Whether a capture, a reducer or an edit reads a site between these two."""
-        asked = {address.site for address in self.captures if address.layer == layer}
-        asked |= {name for name, wanted in self._reducer_addresses if wanted in (None, layer)}
-        return any(ORDER[first] < ORDER[name] < ORDER[last] for name in asked | self._read_sites)
-
-    def _context(self, site: str, layer: int | None) -> Context:
-        read = self._live.__getitem__
-        return Context(BY_NAME[site], layer, self.positions, self.lengths, read, self.placement)
-
-    def _apply(self, edit: Any, x: jax.Array, layer: int | None) -> jax.Array:
-        if not _could(edit, layer):
-            return x
-        context = self._context(edit.site, layer)
-        chosen = _at_layer(edit, layer)
+    def _apply(self, edit: Any, x: jax.Array, context: Context) -> jax.Array:
+        chosen = self._at_layer(edit)
         if edit.costly and chosen:
             new = jax.lax.cond(chosen.pop(), lambda: self._new(edit, x, context), lambda: x)
         else:
             new = self._new(edit, x, context)
         where = self._where(edit, x)
-        if BY_NAME[edit.site].axes.endswith("S"):
+        if context.site.kind == "pairs":
             # Keys that are padding, or not written yet, stay masked.
             where.insert(0, along(x, jnp.arange(x.shape[-1]) < self.ends[:, None], 0, -1))
         for part in where + chosen:
@@ -176,6 +173,12 @@ class Tap:
                 f"{x.dtype}{list(x.shape)}; `new` must keep shape and dtype."
             )
         return new
+
+    def _at_layer(self, edit: Any) -> list[jax.Array]:
+        """[() boolean], whether the edit names this layer; empty where it applies to each."""
+        if self.layer is None or edit.layer is None:
+            return []
+        return [(jnp.asarray(edit.layer) == self.layer).any()]
 
     def _tokens(self, edit: Any, x: jax.Array) -> list[jax.Array]:
         """Booleans that broadcast to ``x``: the positions and the rows of an edit."""
@@ -202,38 +205,12 @@ class Tap:
         return parts
 
 
-class LayerTap:
-    """The tap of one layer: what :class:`Tap` does, at that layer."""
-
-    def __init__(self, tap: Tap, layer: int):
-        self._tap, self._layer = tap, layer
-
-    def __call__(self, site: str, x: jax.Array) -> jax.Array:
-        """As :meth:`Tap.__call__`."""
-        return self._tap(site, x, self._layer)
-
-    def __getattr__(self, name: str) -> Callable:
-        return functools.partial(getattr(self._tap, name), layer=self._layer)
-
-
 def along(x: jax.Array, flags: jax.Array, *axes: int) -> jax.Array:
     """``flags`` with its axes at these of ``x``, and 1 elsewhere."""
     shape = [1] * x.ndim
     for size, axis in zip(flags.shape, axes, strict=True):
         shape[axis] = size
     return flags.reshape(shape)
-
-
-def _could(edit: Any, layer: int | None) -> bool:
-    """Whether an edit may apply at a layer, as far as that is static."""
-    return edit.layers is None or layer in edit.layers
-
-
-def _at_layer(edit: Any, layer: int | None) -> list[jax.Array]:
-    """[() boolean], whether the edit names this layer; empty where it applies to each."""
-    if layer is None or edit.layer is None:
-        return []
-    return [(jnp.asarray(edit.layer) == layer).any()]
 
 
 def among(named: Any, size: int, xp: Any = jnp) -> Any:

@@ -7,7 +7,7 @@ and feature edits read it. Axis letters: ... leading axes, M features (or a sele
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,16 @@ from jaxtc.sharding.placement import Placement, top_k
 __all__ = ["ACTIVATIONS", "Activation", "BatchTopK", "JumpReLU", "ReLU", "TopK", "activation_of"]
 
 
+#: By name.
+ACTIVATIONS: dict[str, type["Activation"]] = {}
+
+
+@dataclass_transform(frozen_default=True)
 @dataclasses.dataclass(frozen=True)
 class Activation:
     """The declaration of an activation; hashable, so part of compile keys.
+
+    Subclasses are frozen dataclasses too, and registered.
 
     Fields of a subclass are its settings: static, kept as JSON. Class attributes:
         name: what ``Transcoder(activation=name)`` calls it.
@@ -41,6 +48,9 @@ class Activation:
     per_feature: ClassVar[bool] = True
     as_threshold: ClassVar[Callable[..., np.ndarray] | None] = None
 
+    def __init_subclass__(cls):
+        ACTIVATIONS[cls.name] = dataclasses.dataclass(frozen=True)(cls)
+
     def __call__(
         self, z: jax.Array, parameters: Mapping[str, jax.Array], placement: Placement | None
     ) -> jax.Array:
@@ -58,17 +68,6 @@ class Activation:
         return {"name": self.name, **dataclasses.asdict(self)}
 
 
-#: By name.
-ACTIVATIONS: dict[str, type[Activation]] = {}
-
-
-def _register(kind: type[Activation]) -> type[Activation]:
-    kind = dataclasses.dataclass(frozen=True)(kind)
-    ACTIVATIONS[kind.name] = kind
-    return kind
-
-
-@_register
 class JumpReLU(Activation):
     """``z`` where ``z > threshold`` (strictly) and ``z > 0``, else 0 (arXiv 2407.14435)."""
 
@@ -81,12 +80,10 @@ class JumpReLU(Activation):
     })  # fmt: skip
 
     def __call__(self, z, parameters, placement):
-        """As the class says."""
         # Comparisons with NaN are false, so "off" rather than "on" keeps it.
         return jnp.where((z <= parameters["threshold"]) | (z <= 0), 0, z)
 
 
-@_register
 class ReLU(Activation):
     """``z`` where ``z > 0``, else 0."""
 
@@ -94,15 +91,12 @@ class ReLU(Activation):
     files = MappingProxyType({"circuit-tracer": {}, "gemma-scope-2": {}})
 
     def __call__(self, z, parameters, placement):
-        """As the class says."""
         return jnp.where(z <= 0, 0, z)
 
     def as_threshold(self, parameters):
-        """0."""
         return np.float32(0)
 
 
-@_register
 class TopK(Activation):
     """The k largest pre-activations of a token, those of them above 0; else 0 (arXiv 2406.04093).
 
@@ -120,18 +114,15 @@ class TopK(Activation):
         object.__setattr__(self, "k", int(self.k))  # JSON has no integers of NumPy
 
     def __call__(self, z, parameters, placement):
-        """As the class says."""
         ids = _top_k(jax.lax.stop_gradient(z), self.k, placement, feature_axes(z.ndim))[1]
         kept = jnp.put_along_axis(jnp.zeros(z.shape, bool), ids, True, axis=-1, inplace=False)
         return jnp.where((kept & (z > 0)) | jnp.isnan(z), z, 0)
 
     def check(self, features):
-        """As there."""
         if self.k > features:
             raise JaxtcError(f"k is {self.k}, but the transcoder has {features} features.")
 
 
-@_register
 class BatchTopK(JumpReLU):
     """JumpReLU with one threshold for all features: BatchTopK at inference (arXiv 2412.06410).
 
@@ -144,7 +135,6 @@ class BatchTopK(JumpReLU):
     files = MappingProxyType({})
 
     def as_threshold(self, parameters):
-        """The threshold."""
         return parameters["threshold"]
 
 
@@ -195,9 +185,8 @@ def keys_in(format: str) -> dict[str, str]:
 
 def optional_in(format: str) -> frozenset[str]:
     """The parameters of :func:`keys_in` that not every activation of the format has."""
-    return frozenset(keys_in(format)).difference(
-        frozenset.intersection(*(frozenset(kind.parameters) for kind in _of(format)))
-    )
+    each = [frozenset(kind.parameters) for kind in _of(format)]
+    return frozenset.union(*each) - frozenset.intersection(*each)
 
 
 def activation_in(format: str, names: Collection[str]) -> Activation | None:

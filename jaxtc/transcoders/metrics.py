@@ -5,11 +5,12 @@ Several numbers go by the name "explained variance" in this field. This module's
 others, for comparison. Axis letters: ... leading axes (usually B T), D hidden, M features, V
 vocabulary. Arrays may be JAX's, NumPy's or torch's, of any float dtype, bfloat16 included.
 
-A ``mask`` is true on the tokens that count and has the leading axes of what it masks. Special
-tokens should not count: transcoders are not trained on them, and the norm of <bos> alone would
-swamp a sum of squares. Use ``mask=~special_token_mask(ids, special_ids)``.
+A ``mask`` (...), booleans, is true on the tokens that count; all do by default. Special tokens
+should not: transcoders are not trained on them, and the norm of <bos> alone would swamp a sum of
+squares. Use ``mask=~special_token_mask(ids, special_ids)``.
 """
 
+import dataclasses
 import math
 import operator
 from collections.abc import Iterable
@@ -30,14 +31,9 @@ __all__ = [
 
 
 def special_token_mask(ids: Any, special_ids: Iterable[int]) -> np.ndarray:
-    """True where a token is special (BOS, EOS, padding, ...), by id and not by position.
+    """(...) booleans: which of ``ids`` (...) are special (BOS, EOS, padding), wherever they stand.
 
-    Args:
-        ids: (...) integers.
-        special_ids: the ids that count as special; None, of an absent token, is skipped.
-
-    Returns:
-        (...) booleans.
+    None among ``special_ids``, of an absent token, is skipped.
 
     Raises:
         InputError: a special id that is not an integer.
@@ -52,6 +48,7 @@ def special_token_mask(ids: Any, special_ids: Iterable[int]) -> np.ndarray:
     return np.isin(np.asarray(plain(ids)), special)
 
 
+@dataclasses.dataclass(eq=False)
 class FVU:
     """Fraction of variance unexplained, over all batches given to :meth:`update`.
 
@@ -60,54 +57,47 @@ class FVU:
     The denominator is built by merging the means and squared deviations of batches (Chan, Golub
     and LeVeque 1983): Σ‖y‖² − n‖ȳ‖² would lose every digit where the mean is large beside the
     spread. Any split into batches gives the same result up to float64 rounding.
+
+    Attributes:
+        tokens, mean: how many so far, and ȳ.
+        deviation, residual: the denominator and the numerator.
     """
 
-    def __init__(self):
-        self.tokens = 0
-        self._mean: np.ndarray | None = None
-        self._deviation = 0.0
-        self._residual = 0.0
+    tokens: int = 0
+    mean: np.ndarray | float = 0.0
+    deviation: float = 0.0
+    residual: float = 0.0
 
     def update(self, target: Any, reconstruction: Any, mask: Any = None) -> "FVU":
-        """Add tokens; returns itself.
-
-        Args:
-            target: (..., D), y.
-            reconstruction: (..., D), ŷ.
-            mask: (...) booleans, true where a token counts; all by default.
+        """Add tokens: ``target`` y and ``reconstruction`` ŷ, each (..., D); returns itself.
 
         Raises:
             InputError: shapes that differ from each other or from those of earlier batches.
         """
         y, guess = _rows(mask, target=target, reconstruction=reconstruction)
-        if self._mean is not None and y.shape[1] != len(self._mean):
-            raise InputError(f"Tokens of D={y.shape[1]} after tokens of D={len(self._mean)}.")
-        if len(y):
-            mean = y.mean(0)
-            self._residual += float(np.square(y - guess).sum())
-            self._add_target(len(y), mean, float(np.square(y - mean).sum()))
-        return self
+        if self.tokens and y.shape[1] != len(self.mean):
+            raise InputError(f"Tokens of D={y.shape[1]} after tokens of D={len(self.mean)}.")
+        if not len(y):
+            return self
+        mean = y.mean(0)
+        deviation, residual = (float(np.square(y - around).sum()) for around in (mean, guess))
+        return self.merge(FVU(len(y), mean, deviation, residual))
 
     def merge(self, other: "FVU") -> "FVU":
         """Add what another accumulator saw (another process, say); returns itself."""
-        if other._mean is not None:
-            self._residual += other._residual
-            self._add_target(other.tokens, other._mean, other._deviation)
-        return self
-
-    def _add_target(self, tokens: int, mean: np.ndarray, deviation: float) -> None:
-        if self._mean is None:
-            self._mean = np.zeros_like(mean)
-        total = self.tokens + tokens
-        step = mean - self._mean
-        self._deviation += deviation + float(step @ step) * self.tokens * tokens / total
-        self._mean = self._mean + step * (tokens / total)
+        total = self.tokens + other.tokens
+        share = other.tokens / max(total, 1)
+        step = other.mean - self.mean
+        self.deviation += other.deviation + float(np.sum(step**2)) * self.tokens * share
+        self.mean = self.mean + step * share
+        self.residual += other.residual
         self.tokens = total
+        return self
 
     @property
     def fvu(self) -> float:
         """The fraction; NaN where the targets do not vary (no token, or only one)."""
-        return self._residual / self._deviation if self._deviation > 0 else math.nan
+        return self.residual / (self.deviation or math.nan)
 
     @property
     def explained_variance(self) -> float:
@@ -128,11 +118,7 @@ class FeatureStatistics:
         self.counts = np.zeros(features, np.int64)
 
     def update(self, activations: Any, mask: Any = None) -> "FeatureStatistics":
-        """Add tokens; returns itself.
-
-        Args:
-            activations: (..., M), or a :class:`jaxtc.transcoders.transcoder.SparseFeatures`.
-            mask: (...) booleans, true where a token counts; all by default.
+        """Add (..., M) or :class:`jaxtc.transcoders.transcoder.SparseFeatures`; returns itself.
 
         Raises:
             InputError: another M than this accumulator's, or tokens whose sparse features
@@ -146,24 +132,24 @@ class FeatureStatistics:
             active = ids[values > 0].astype(np.int64)
             if active.max(initial=0) >= M:
                 raise InputError(f"Feature {active.max()} of a transcoder of {M}.")
-            self.counts += np.bincount(active, minlength=M)
         else:
             (values,) = _rows(mask, activations=activations)
             if values.shape[1] != M:
                 raise InputError(f"Expected M={M} features, got {values.shape[1]}.")
-            self.counts += (values > 0).sum(0)
+            active = np.nonzero(values > 0)[1]
+        self.counts += np.bincount(active, minlength=M)
         self.tokens += len(values)
         return self
 
     @property
     def l0(self) -> float:
         """Mean count of active features per token; NaN before any token."""
-        return float(self.counts.sum() / self.tokens) if self.tokens else math.nan
+        return float(self.counts.sum() / (self.tokens or math.nan))
 
     @property
     def density(self) -> np.ndarray:
         """(M,) float64, the fraction of tokens on which each feature is active."""
-        return self.counts / self.tokens if self.tokens else np.full(len(self.counts), math.nan)
+        return self.counts / (self.tokens or math.nan)
 
     @property
     def dead(self) -> np.ndarray:
@@ -171,12 +157,12 @@ class FeatureStatistics:
         return self.counts == 0
 
 
+@dataclasses.dataclass(eq=False)
 class Mean:
     """A streaming mean of numbers, such as the losses of tokens."""
 
-    def __init__(self):
-        self.tokens = 0
-        self.total = 0.0
+    tokens: int = 0
+    total: float = 0.0
 
     def update(self, values: Any, mask: Any = None) -> "Mean":
         """Add (...) numbers, those of ``mask`` (...) only; returns itself."""
@@ -188,18 +174,13 @@ class Mean:
     @property
     def mean(self) -> float:
         """NaN before any number."""
-        return self.total / self.tokens if self.tokens else math.nan
+        return self.total / (self.tokens or math.nan)
 
 
 def relative_error(target: Any, reconstruction: Any) -> np.ndarray:
-    """‖y − ŷ‖ / ‖y‖ of each token: 0 is perfect, 1 as bad as guessing nothing.
+    """‖y − ŷ‖ / ‖y‖ of each token, (...) float64: 0 is perfect, 1 as bad as guessing nothing.
 
-    Args:
-        target: (..., D), y.
-        reconstruction: (..., D), ŷ.
-
-    Returns:
-        (...) float64, NaN where y is zero.
+    ``target`` y and ``reconstruction`` ŷ are (..., D); NaN where y is zero.
     """
     target = plain(target)
     y, guess = _rows(None, target=target, reconstruction=reconstruction)
@@ -215,11 +196,8 @@ def notebook_score(target: Any, reconstruction: Any) -> float:
     ``1 - mean((ŷ − y)²) / var(y)`` over ``[0, :, 1:]``: that slice drops the first *coordinate* of
     every token (dropping the first token, <bos>, was meant), and ``var`` is one unbiased variance
     over all that is left, around a scalar mean rather than a mean vector. Kept for comparison
-    with published runs; :class:`FVU` is the measure to quote.
-
-    Args:
-        target: (T, D) or (1, T, D), y.
-        reconstruction: the same shape, ŷ.
+    with published runs; :class:`FVU` is the measure to quote. ``target`` y and ``reconstruction`` ŷ
+    are (T, D) or (1, T, D).
 
     Raises:
         InputError: shapes that differ, or a batch of several prompts (the notebook reads one).
@@ -237,13 +215,8 @@ def notebook_score(target: Any, reconstruction: Any) -> float:
 def next_token_loss(logits: Any, tokens: Any) -> jax.Array:
     """Cross entropy of each next token, in nats: −log softmax(logits[t])[tokens[t+1]].
 
-    Args:
-        logits: (B, T, V).
-        tokens: (B, T).
-
-    Returns:
-        (B, T−1) float32; entry t is the loss of token t+1. To leave out special tokens as answers,
-        average with ``Mean().update(loss, mask[:, 1:])``.
+    Of ``logits`` (B, T, V) and ``tokens`` (B, T) to (B, T−1) float32; entry t is the loss of token
+    t+1. To leave out special tokens as answers, average with ``Mean().update(loss, mask[:, 1:])``.
     """
     return _next_token_loss(*owned(plain((logits, tokens))))
 
@@ -270,7 +243,7 @@ def loss_recovered(clean: float, spliced: float, ablated: float) -> float:
     Losses as :func:`delta_loss` takes them; ``ablated`` is with zeros in place of the MLP's output,
     at the same positions as the splice. NaN where removing the MLP changes nothing.
     """
-    return (ablated - spliced) / (ablated - clean) if ablated != clean else math.nan
+    return (ablated - spliced) / (ablated - clean or math.nan)
 
 
 def _rows(mask: Any, **arrays: Any) -> list[np.ndarray]:

@@ -45,6 +45,8 @@ class SparseFeatures:
     count: jax.Array
 
 
+# Compiled, as sharded arrays outside a trace need a program.
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def _sparse(a: jax.Array, capacity: int, placement: Placement | None) -> SparseFeatures:
     """Of dense activations (..., M)."""
     values, ids = top_k(a, capacity, placement, feature_axes(a.ndim))
@@ -53,22 +55,16 @@ def _sparse(a: jax.Array, capacity: int, placement: Placement | None) -> SparseF
     return SparseFeatures(values, ids, count)
 
 
-_sparse_on_mesh = functools.partial(jax.jit, static_argnums=(1, 2))(_sparse)
-_mixed_on_mesh = functools.partial(jax.jit, static_argnums=(3, 4))(mix_rows)
+_mix_rows = jax.jit(mix_rows, static_argnums=(3, 4))
 
-
-_FACTS = (
-    "d_in", "features", "d_out", "activation", "skip", "layer", "input_site", "output_site",
-    "source",
-)  # fmt: skip
-
-
-def _is_sound(fact: str, value: Any) -> bool:
-    if fact in ("d_in", "features", "d_out"):
-        return is_whole(value, 1) and value < 2**31
-    if fact == "layer":
-        return value is None or is_whole(value)
-    return isinstance(value, {"activation": Mapping, "skip": bool}.get(fact, str))
+# What each fact of a transcoder may be.
+_FACTS = {
+    **dict.fromkeys(("d_in", "features", "d_out"), lambda n: is_whole(n, 1) and n < 2**31),
+    "activation": lambda given: isinstance(given, Mapping),
+    "skip": lambda given: isinstance(given, bool),
+    "layer": lambda n: n is None or is_whole(n),
+    **dict.fromkeys(("input_site", "output_site", "source"), lambda s: isinstance(s, str)),
+}
 
 
 class Transcoder(nnx.Module):
@@ -160,8 +156,8 @@ class Transcoder(nnx.Module):
         Raises:
             JaxtcError: a fact that is missing, unknown or of another type.
         """
-        wrong = [name for name in _FACTS if not _is_sound(name, facts.get(name))]
-        wrong += facts.keys() - set(_FACTS)
+        wrong = [name for name, fits in _FACTS.items() if not fits(facts.get(name))]
+        wrong += facts.keys() - _FACTS.keys()
         if wrong:
             given = ", ".join(f"{name}={facts.get(name)!r}" for name in wrong)
             raise JaxtcError(f"These are not the facts of a transcoder: {given}.")
@@ -210,9 +206,7 @@ class Transcoder(nnx.Module):
     def decode(self, a: jax.Array, x: jax.Array | None = None) -> jax.Array:
         """``a W_dec + b_dec``, and the skip connection's part: (..., M) to (..., D).
 
-        Args:
-            a: feature activations.
-            x: (..., D) what the transcoder read; only a skip connection looks at it.
+        Only a skip connection looks at ``x`` (..., D), what the transcoder read.
 
         Raises:
             JaxtcError: this transcoder has a skip connection and ``x`` is missing.
@@ -227,10 +221,9 @@ class Transcoder(nnx.Module):
     def encode_sparse(
         self, x: jax.Array, capacity: int, *, placement: Placement | None = None
     ) -> SparseFeatures:
-        """The active features only, largest first; the dense (..., M) array is not kept.
+        """The active features of ``x`` (..., D), largest first; the dense (..., M) is not kept.
 
         Args:
-            x: (..., D).
             capacity: C, room for active features of one token, at most M.
             placement: of the features (``placement_of(transcoder)``), for use under ``jit``, where
                 arrays do not show it; each device then searches its own features first.
@@ -239,13 +232,12 @@ class Transcoder(nnx.Module):
             CapacityError: a token has more than C active features. Under ``jit`` nothing can be
                 raised: that token's values are NaN, and ``count`` exceeds C.
         """
-        if not isinstance(capacity, int) or not 1 <= capacity <= self.features:
+        if not is_whole(capacity, 1) or capacity > self.features:
             raise CapacityError(
                 f"capacity is {capacity!r}, expected 1 to {self.features} (this transcoder's M)."
             )
-        here = self._placement()
-        sparse = _sparse if here is None else _sparse_on_mesh
-        found = sparse(self.encode(x, placement=placement), capacity, here or placement)
+        a = self.encode(x, placement=placement)
+        found = _sparse(a, capacity, self._placement() or placement)
         if not isinstance(found.count, jax.core.Tracer):
             most = int(np.max(whole(found.count), initial=0))
             if most > capacity:
@@ -261,10 +253,8 @@ class Transcoder(nnx.Module):
         Raises:
             JaxtcError: as :meth:`decode`.
         """
-        features = owned(jax.tree.map(plain, features))
-        here = self._placement()
-        mix = mix_rows if here is None else _mixed_on_mesh
-        mixed = mix(features.values, features.ids, self.W_dec[...], here, "features")
+        features, here = owned(jax.tree.map(plain, features)), self._placement()
+        mixed = _mix_rows(features.values, features.ids, self.W_dec[...], here, "features")
         return self._skipped(mixed + self.b_dec[...], x)
 
     def _input(self, x: jax.Array) -> jax.Array:
@@ -299,13 +289,19 @@ class Transcoder(nnx.Module):
         skip = jnp.einsum("...i,oi->...o", self._input(x), self.W_skip[...], precision="highest")
         return y + skip
 
-    def nameless(self) -> "Transcoder":
-        """The same arrays without layer and source, which are part of compile keys."""
-        twin = jax.tree.map(lambda leaf: leaf, self)
-        twin.layer, twin.source = None, ""
-        return twin
-
     @classmethod
     def abstract(cls, *args, **kwargs) -> "Transcoder":
         """The same transcoder with shapes in place of arrays; nothing is allocated."""
         return nnx.eval_shape(lambda: cls(*args, rngs=nnx.Rngs(0), **kwargs))
+
+
+def nameless(tree: Any) -> Any:
+    """A pytree without its transcoders' layers and sources, which are part of compile keys."""
+
+    def one(node: Any) -> Any:
+        if isinstance(node, Transcoder):
+            node = jax.tree.map(lambda leaf: leaf, node)
+            node.layer, node.source = None, ""
+        return node
+
+    return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, Transcoder))

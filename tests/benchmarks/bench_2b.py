@@ -86,7 +86,7 @@ def shorten(model, layers: int):
     """The same model's first layers, over the same arrays."""
     import dataclasses
 
-    config = dataclasses.replace(model.config, num_hidden_layers=layers, layer_types=())
+    config = dataclasses.replace(model.config, num_hidden_layers=layers, layer_types=None)
     arrays, short = by_path(model), type(model).abstract(config)
     return jax.tree.unflatten(jax.tree.structure(short), [arrays[path] for path in by_path(short)])
 

@@ -21,7 +21,7 @@ from jaxtc.captures.reducers import (
     TopK,
     register_reducer,
 )
-from jaxtc.captures.request import requests
+from jaxtc.captures.request import understand
 from jaxtc.errors import CapacityError, EditError, InputError, JaxtcError, SiteError
 from jaxtc.programs.program import compiles
 from jaxtc.tap.context import Context
@@ -342,17 +342,21 @@ def test_what_a_reducer_of_ones_own_must_do():
 
 
 def test_names_of_captures():
-    assert list(requests("blocks.0.hook_resid_post")) == ["layers.0.resid_post"]
-    assert list(requests(At("embed"))) == ["At(embed)"]
-    assert list(requests(["embed", "embed", Norm("q")])) == ["embed", "Norm(q)"]
-    assert list(requests({"a": At("embed", 0), "b": At("embed", 1)})) == ["a", "b"]
+    def names(capture):
+        asked = understand(capture, LAYERS)
+        return [*map(str, asked.addresses), *asked.names]
+
+    assert names("blocks.0.hook_resid_post") == ["layers.0.resid_post"]
+    assert names(At("embed")) == ["At(embed)"]
+    assert names(["embed", "embed", Norm("q")]) == ["embed", "Norm(q)"]
+    assert names({"a": At("embed", 0), "b": At("embed", 1)}) == ["a", "b"]
     with pytest.raises(InputError, match=r"both be called 'At\(embed\)'.*capture={'first': At"):
-        requests([At("embed", 0), At("embed", 1)])
+        names([At("embed", 0), At("embed", 1)])
     for wrong in (3, [None], {"a": 1.0}):
         with pytest.raises(InputError, match="addresses such as"):
-            requests([wrong] if wrong == 3 else wrong)
+            names([wrong] if wrong == 3 else wrong)
     with pytest.raises(InputError, match="named by strings"):
-        requests({1: "embed"})
+        names({1: "embed"})
 
 
 # What is refused
@@ -361,7 +365,7 @@ def test_names_of_captures():
 REFUSED = {
     "site": (lambda: At("resid_pots"), SiteError, "no site called 'resid_pots'.*resid_post"),
     "no string": (lambda: Norm(3), SiteError, "named by a string"),
-    "nested": (lambda: Norm(At("embed")), SiteError, "do not nest"),
+    "nested": (lambda: Norm(At("embed")), SiteError, "named by a string, got At"),
     "layer": (lambda: At("layers.3.q"), SiteError, "layer 3.*3 layers: 0 to 2"),
     "outside": (lambda: At("embed", 3), EditError, "position 3 lies outside prompt 2 of 3 tokens"),
     "before": (lambda: At("embed", [0, -4]), EditError, "-4 lies outside prompt 2"),
@@ -391,7 +395,7 @@ REFUSED = {
                            InputError, "reads D=24.*40 entries"),
     "no transcoder": (lambda: Features("embed", transcoder=3, capacity=3), InputError, "is a int"),
     "by place": (lambda: Features(tiny.transcoder(1), transcoder=None, capacity=3),
-                 InputError, "by name"),
+                 SiteError, "named by a string, got Transcoder"),
     "homeless": (lambda: Features(transcoder=tiny.transcoder(None), capacity=3),
                  InputError, "does not know its layer"),
     "capacity": (lambda: Features(transcoder=tiny.transcoder(1), capacity=51),

@@ -34,6 +34,7 @@ from jaxtc import (
 )  # fmt: skip
 from jaxtc.errors import EditError
 from jaxtc.tap.tap import Tap
+from jaxtc.transcoders.transcoder import nameless
 from tests.support import taps, tiny
 from tests.support.batch import LENGTHS, PROMPTS, D
 from tests.support.taps import captured, drawn, random, through
@@ -43,7 +44,7 @@ from tests.support.taps import captured, drawn, random, through
 
 def T(layer):
     """Without a name, for two to be trees of one structure; a ReLU's, which finite steps need."""
-    made = tiny.transcoder(layer).nameless()
+    made = nameless(tiny.transcoder(layer))
     made.threshold[...] = jnp.zeros_like(made.threshold[...])
     return made
 
@@ -336,7 +337,7 @@ def test_mean_of_positions_that_few_prompts_have_has_a_gradient():
 
     def total(x):
         tap = Tap((), edit, jnp.broadcast_to(jnp.arange(16), (3, 16)), jnp.asarray(LENGTHS))
-        return (tap("resid_post", x, 0) ** 2).sum()
+        return (tap.at(0)("resid_post", x) ** 2).sum()
 
     assert np.isfinite(jax.grad(total)(jnp.ones((3, 16, D)))).all()
 

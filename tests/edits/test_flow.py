@@ -103,7 +103,7 @@ def test_noise_is_the_same_in_decode_and_follows_its_seed_and_scale():
     @jax.jit
     def at(positions, edits):
         tap = Tap((), edits, positions, jnp.asarray(LENGTHS))
-        return tap("resid_post", jnp.zeros((3, positions.shape[1], D)), 1)
+        return tap.at(1)("resid_post", jnp.zeros((3, positions.shape[1], D)))
 
     whole = at(jnp.broadcast_to(jnp.arange(16), (3, 16)), edit)
     step = at(jnp.asarray([[9], [5], [3]]), edit)[:, 0]

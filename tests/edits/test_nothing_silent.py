@@ -213,7 +213,7 @@ def test_a_transcoder_of_no_site_is_refused():
 
 
 def test_captures_of_a_model_of_one_layer_are_stacked_too():
-    config = dataclasses.replace(tiny.config(), num_hidden_layers=1, layer_types=())
+    config = dataclasses.replace(tiny.config(), num_hidden_layers=1, layer_types=None)
     kept = jaxtc.run(jaxtc.Gemma2(config, rngs=nnx.Rngs(0)), [2, 5, 7], capture="mlp_out")
     assert kept.activations["mlp_out"].shape == (1, 1, 3, D)
     assert kept.activations["layers.0.mlp_out"].shape == (1, 3, D)

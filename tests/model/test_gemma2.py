@@ -12,7 +12,7 @@ from flax import nnx
 import jaxtc
 from jaxtc.errors import SiteError
 from jaxtc.model.config import FULL, SLIDING
-from jaxtc.model.gemma2 import Cache, Gemma2, masks, rotate, softcap
+from jaxtc.model.gemma2 import Gemma2, empty_cache, masks, rotate, softcap
 from jaxtc.programs.leaves import parameters
 from tests.support import tiny
 
@@ -100,14 +100,14 @@ def test_prefill_and_decoding_give_what_one_pass_gives(chunks):
     model, tokens = tiny.model(), jnp.array([PROMPTS[0], PROMPTS[0][::-1]])
     whole, none = model(tokens)
     assert none is None
-    cache, start, parts = Cache.empty(CONFIG, 2, 16, model.dtype), 0, []
+    cache, start, parts = empty_cache(CONFIG, 2, 16, model.dtype), 0, []
     for size in chunks:
         positions = jnp.broadcast_to(jnp.arange(start, start + size), (2, size))
         out, cache = model(tokens[:, start : start + size], positions=positions, cache=cache)
         parts.append(out)
         start += size
     np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=1e-5)
-    assert all((np.asarray(keys)[:, 9:] == 0).all() for keys in cache.keys)
+    assert all((np.asarray(keys)[:, 9:] == 0).all() for keys, _ in cache)
 
 
 def test_rows_at_different_places_decode_together():
@@ -116,7 +116,7 @@ def test_rows_at_different_places_decode_together():
     width = len(long)
     tokens = jnp.array([short + [7] * (width - 3), long])
     positions = jnp.broadcast_to(jnp.arange(width), (2, width))
-    _, cache = model(tokens, positions=positions, cache=Cache.empty(CONFIG, 2, 16, model.dtype))
+    _, cache = model(tokens, positions=positions, cache=empty_cache(CONFIG, 2, 16, model.dtype))
     out, _ = model(jnp.array([[12], [13]]), positions=jnp.array([[3], [width]]), cache=cache)
     for row, text in enumerate(([*short, 12], [*long, 13])):
         expected, _ = model(jnp.array([text]))
@@ -152,14 +152,14 @@ def test_dtypes(dtype):
     model = Gemma2(CONFIG, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
     assert model.dtype == dtype
     assert {leaf.dtype for leaf in parameters(model)} == {jnp.dtype(dtype)}
-    logits, cache = model(jnp.ones((1, 2), jnp.int32), cache=Cache.empty(CONFIG, 1, 4, dtype))
+    logits, cache = model(jnp.ones((1, 2), jnp.int32), cache=empty_cache(CONFIG, 1, 4, dtype))
     assert logits.dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype(dtype)}
 
 
 def test_the_embedding_scale_is_rounded_to_the_weights_dtype():
     """sqrt(3584) = 59.87 is 59.75 in bfloat16, as the released models were trained."""
-    config = dataclasses.replace(CONFIG, hidden_size=3584, num_hidden_layers=1, layer_types=())
+    config = dataclasses.replace(CONFIG, hidden_size=3584, num_hidden_layers=1, layer_types=None)
     embed = Gemma2.abstract(config, jnp.bfloat16).embed
     embed.weight.set_value(jnp.ones((config.vocab_size, 3584), jnp.bfloat16))
     assert (embed.encode(jnp.array([[2]])) == 59.75).all()
@@ -271,7 +271,7 @@ def test_rotation_counts_beyond_256_in_bfloat16():
 
 def test_a_block_by_hand():
     """One layer, one token: attention is the identity on values, so NumPy can say it all."""
-    config = dataclasses.replace(CONFIG, num_hidden_layers=1, layer_types=())
+    config = dataclasses.replace(CONFIG, num_hidden_layers=1, layer_types=None)
     model = Gemma2(config, rngs=nnx.Rngs(3))
     for norm in (model.final_norm, model.layers[0].mlp_in_norm, model.layers[0].attn_out_norm):
         norm.weight[...] = jnp.linspace(-0.5, 0.5, config.hidden_size)

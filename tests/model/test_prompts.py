@@ -44,7 +44,7 @@ def test_forms(tokens, lengths, rows):
     made = prepare(tokens, CONFIG, lengths)
     assert made.tokens.dtype == made.lengths.dtype == np.int32
     assert made.tokens.shape == (len(rows), bucket(made.length))
-    assert made.known_lengths.tolist() == list(map(len, rows))
+    assert made.lengths.tolist() == list(map(len, rows))
     for row, ids in zip(np.asarray(made.tokens), rows, strict=True):
         assert row[: len(ids)].tolist() == ids
         assert (row[len(ids) :] == CONFIG.pad_token_id).all()
@@ -93,11 +93,11 @@ def test_inside_a_trace():
     @jax.jit
     def traced(tokens, lengths):
         made = prepare(tokens, CONFIG, lengths)
-        shapes.append((made.tokens.shape, made.known_lengths, made.length))
+        shapes.append((made.tokens.shape, made.lengths.shape, made.length))
         return made.tokens, made.lengths
 
     tokens, lengths = traced(jnp.array([[2, 5, 6]]), jnp.array([2]))
-    assert shapes == [((1, 16), None, 3)]
+    assert shapes == [((1, 16), (1,), 3)]
     assert tokens[0, :3].tolist() == [2, 5, CONFIG.pad_token_id] and lengths.tolist() == [2]
     with pytest.raises(InputError, match="context"):
         jax.eval_shape(lambda t: prepare(t, CONFIG).tokens, jnp.zeros((1, CONTEXT + 1), jnp.int32))

@@ -94,7 +94,7 @@ def add(array, x):
 @cache
 def model(layers=2):
     """A small one: nearly all the time of these tests is compiling."""
-    config = dataclasses.replace(tiny.config(), num_hidden_layers=layers, layer_types=())
+    config = dataclasses.replace(tiny.config(), num_hidden_layers=layers, layer_types=None)
     return jaxtc.Gemma2(config, rngs=nnx.Rngs(0))
 
 

@@ -27,7 +27,7 @@ CONFIG = jaxtc.Gemma2Config(
     num_attention_heads=8, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16,
     sliding_window=8, max_position_embeddings=512,
 )  # fmt: skip
-WIDE = dataclasses.replace(RELEASED["27b"], num_hidden_layers=2, layer_types=())
+WIDE = dataclasses.replace(RELEASED["27b"], num_hidden_layers=2, layer_types=None)
 MESH_27B = "data=1,model=8"
 LAYERS, FEATURES, BATCH, LENGTH, NEW = (0, 2), 1024, 4, 44, 9
 WHOLE = ["resid_post", "q", "k", "layers.1.mlp_act", "layers.0.attn_pattern", "final_scale"]

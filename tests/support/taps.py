@@ -39,8 +39,8 @@ def _through(edits, xs, positions, lengths):
     for key, x in xs.items():
         site = key.split("/")[0]
         tap = Tap((), edits[key], positions, lengths)
-        layers = range(LAYERS) if BY_NAME[site].per_layer else [None]
-        found[key] = jnp.stack([tap(site, x[layer or 0], layer) for layer in layers])
+        taps = [tap.at(layer) for layer in range(LAYERS)] if BY_NAME[site].per_layer else [tap]
+        found[key] = jnp.stack([one(site, x[one.layer or 0]) for one in taps])
     return found
 
 

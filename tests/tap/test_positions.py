@@ -10,7 +10,7 @@ import pytest
 import jaxtc
 from jaxtc import Add, Copy, KnockOut, SetFeature, SetTo, Token, Zero
 from jaxtc.errors import EditError
-from jaxtc.model.prompts import prepare
+from jaxtc.model.prompts import Prompts, prepare
 from jaxtc.tap.positions import resolve, spelled
 from tests.support import tiny
 from tests.support.batch import LAYERS, LENGTHS, PROMPTS, D
@@ -82,7 +82,7 @@ def at(found):
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_spelling(spelling):
     position, of = SPELLINGS[spelling]
-    found = resolve(position, MADE.tokens, MADE.known_lengths, T)
+    found = resolve(position, MADE)
     np.testing.assert_array_equal(at(found), named(of))
     # Only real tokens are named, and every array is of one dtype.
     assert all(np.asarray(leaf).dtype in (np.int32, bool) for leaf in jax.tree.leaves(found))
@@ -95,7 +95,7 @@ def test_traced_spellings():
 
     @jax.jit
     def traced(given, tokens, lengths):
-        found = {name: resolve(one, tokens, lengths, T) for name, one in given.items()}
+        found = {name: resolve(one, Prompts(tokens, lengths, T)) for name, one in given.items()}
         places = jnp.broadcast_to(jnp.arange(WIDTH), tokens.shape)
         return {name: (one.selects(places), one.exist(lengths)) for name, one in found.items()}
 
@@ -159,7 +159,7 @@ def test_what_is_not_there_is_refused(position, message):
 )
 def test_what_is_not_there_is_told_inside_a_trace(miss):
     position = spelled(MISSES[miss][0])
-    told = jax.jit(lambda p, t, n: resolve(p, t, n, T).exist(n))(
+    told = jax.jit(lambda p, t, n: resolve(p, Prompts(t, n, T)).exist(n))(
         position, jnp.asarray(MADE.tokens), jnp.asarray(LENGTHS)
     )
     assert not np.asarray(told).all()

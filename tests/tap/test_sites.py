@@ -24,8 +24,8 @@ class Recorder(Tap):
         super().__init__(captures=[one for name in BY_NAME for one in resolve(name, LAYERS)])
         self.seen: list[tuple[Address, tuple[int, ...], jnp.dtype]] = []
 
-    def __call__(self, site, x, layer=None):
-        self.seen.append((Address(site, layer), x.shape, x.dtype))
+    def __call__(self, site, x):
+        self.seen.append((Address(site, self.layer), x.shape, x.dtype))
         return x
 
 
