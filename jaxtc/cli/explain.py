@@ -21,12 +21,13 @@ from jaxtc.weights.load_transcoder import load_transcoder
 from jaxtc.weights.sources.resolve import EMBEDDED, TRANSCODERS, resolve
 
 FEATURE, PIECE, FAINT = "cyan", "green", "dim"
-LEGEND = (
-    "EV: explained variance, 1 − FVU (dataset mean). L0: active features a token (>1: those above "
-    "1). error: ‖y − ŷ‖ / ‖y‖ of a token. A layer's are over these {} tokens, special ones left "
-    "out. notebook: the Gemma Scope tutorial's score (reads mlp_in, keeps <bos>, one scalar "
-    "variance)."
-)
+# Of the figures of a layer: what each is, and its convention.
+MEANINGS = {
+    "EV": ("explained variance", "1 − FVU (dataset mean), over these {} tokens"),
+    "L0": ("mean L0", "active features a token (>1: above 1)"),
+    "error": ("mean error", "‖y − ŷ‖ / ‖y‖ of a token"),
+    "notebook": ("notebook score", "as in Gemma Scope's tutorial: from mlp_in, with <bos>"),
+}
 # Of a model: where its transcoders are.
 OWN = {EMBEDDED: EMBEDDED, "google/gemma-2-2b": GEMMA_SCOPE_2B}
 # Of the embedded model: its last, where the tokens a feature promotes say most about it. Of Gemma
@@ -124,13 +125,18 @@ def draw(console: Console, found: Explanation, by_layer: bool = False) -> None:
     """Print it: warnings, the table, what its numbers mean, and the continuation."""
     for warning in found.warnings:
         console.print(Text.assemble(("Note: ", "bold yellow"), warning))
+    counted = sum(not token.masked for token in found.layers[0].tokens)
+    meanings = {name: (what, how.format(counted)) for name, (what, how) in MEANINGS.items()}
     if by_layer:
-        console.print(_all_layers(found))
+        legend = "; ".join(f"{name}: {', '.join(meaning)}" for name, meaning in meanings.items())
+        console.print(_all_layers(found), Text(legend, FAINT), sep="\n")
     else:
         for report in found.layers:
-            console.print(_one_layer(report))
-    counted = sum(not token.masked for token in found.layers[0].tokens)
-    console.print(Text(LEGEND.format(counted), FAINT))
+            totals = Table.grid(padding=(0, 2))
+            for name, value in _figures(report).items():
+                what, how = meanings[name]
+                totals.add_row(what, Text(value, "bold", justify="right"), Text(how, FAINT))
+            console.print(_one_layer(report), totals, sep="\n")
     if found.continuation_ids:
         new = found.continuation or "(the model ends the text here)"
         console.print("", Text.assemble(found.prompt, (new, "bold green")), sep="\n")
@@ -176,8 +182,7 @@ def _one_layer(report: LayerReport) -> Group:
         numbers = str(token.l0), str(token.above_one), number(token.relative_error, 2)
         style = FAINT if token.masked else ""
         table.add_row(str(token.position), piece, *numbers, _features(token), style=style)
-    line = "  ".join(f"{name} {value}" for name, value in _figures(report).items())
-    return Group(title, table, Text(line, "bold"))
+    return Group(title, table)
 
 
 def _all_layers(found: Explanation) -> Table:
