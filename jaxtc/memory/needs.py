@@ -16,7 +16,7 @@ from jaxtc.edits.base import Edit
 from jaxtc.edits.features import Splice
 from jaxtc.errors import CapacityError, InputError
 from jaxtc.helpers import gigabytes, is_whole
-from jaxtc.memory.account import Size, bytes_of, parts_of
+from jaxtc.memory.account import Size, bytes_of
 from jaxtc.memory.available import available
 from jaxtc.memory.parts import count_parameters
 from jaxtc.model.config import Gemma2Config
@@ -140,12 +140,14 @@ def estimate(
             )
         batch, length = map(int, tokens)
         size = Size(config, dtype, batch, length, bucket(length))
-        parts = size.checked(asked)
+        reducers = size.checked(asked)
     else:
         prompts = prepare(tokens, config, lengths)
         batch, width = prompts.tokens.shape
         size = Size(config, dtype, batch, prompts.length, width)
-        parts = parts_of(asked, asked.checked(config, prompts))
+        reducers = asked.checked(config, prompts)
+    parts = {str(address): address for address in asked.addresses}
+    parts |= zip(asked.names, reducers, strict=True)
     return _measure(size, parts, logits, _beyond(parts.values(), edits), weights)
 
 
@@ -191,14 +193,12 @@ def _measure(size: Size, parts: dict[str, Any], logits, beyond, weights: int) ->
     shapes = {name: size.kept(part, cut=True) for name, part in parts.items()}
     padding = 0
     if size.length < size.width:
-        padding = size.logits(logits, size.width) if logits == "all" else 0
+        padding = size.logits(logits, size.width).total if logits == "all" else 0
         padding += sum(bytes_of(size.kept(part, cut=False)) for part in parts.values())
     all_logits, features = beyond
-    widest = size.widest(features)
-    if logits == "all" or not all_logits:
-        del widest["logits"]
-    work = max(total for total, _ in widest.values())
-    return Estimate(shapes, size.logits(logits, size.length), weights, work, padding)
+    widest = size.widest(features, all_logits and logits != "all")
+    work = max(one.total for one in widest)
+    return Estimate(shapes, size.logits(logits, size.length).total, weights, work, padding)
 
 
 def _beyond(parts: Iterable[Address | Reducer], edits: Sequence[Edit]) -> tuple[bool, int]:
