@@ -15,7 +15,7 @@ from jaxtc.captures.request import Captures, check_logits, understand
 from jaxtc.edits.base import Edit
 from jaxtc.edits.features import Splice
 from jaxtc.errors import CapacityError, InputError
-from jaxtc.helpers import gigabytes, is_whole
+from jaxtc.helpers import columns, gigabytes, is_whole
 from jaxtc.memory.account import Size, bytes_of
 from jaxtc.memory.available import available
 from jaxtc.memory.parts import count_parameters
@@ -100,8 +100,7 @@ class Estimate:
         rows += [("logits", "", self.logits)] if self.logits else []
         rows += [("kept", "", self.kept), ("needed to run, at least", "", self.needed)]
         rows += [("weights (besides)", "", self.weights)]
-        width, shape = (max(len(row[i]) for row in rows) for i in (0, 1))
-        return "\n".join(f"{n:<{width}}  {s:<{shape}}  {gigabytes(b):>9}" for n, s, b in rows)
+        return columns([(name, shape, gigabytes(size)) for name, shape, size in rows], "<<>")
 
 
 def estimate(

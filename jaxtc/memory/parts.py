@@ -54,7 +54,7 @@ class Part:
 class Request:
     """What is planned: the arguments of :func:`jaxtc.plan`, with every default filled in.
 
-    ``asked`` are its captures, ``transcoders`` the layers that have one, ``features`` is M.
+    ``transcoders`` are the layers that have one, ``features`` is M of each.
     """
 
     config: Gemma2Config
@@ -64,7 +64,7 @@ class Request:
     batch: int
     length: int
     new_tokens: int
-    asked: Asked
+    capture: Asked
     logits: str | None
     transcoders: tuple[int, ...]
     features: int
@@ -86,7 +86,7 @@ class Request:
         count = len(self.transcoders)
         layers = "layer" if count == 1 else "layers"
         rows = {"all": f"{self.length:,} tokens", "last": "last token", None: ""}[self.logits]
-        kept = collections.Counter(address.site for address in self.asked.addresses)
+        kept = collections.Counter(address.site for address in self.capture.addresses)
         sites = [f"{site}, {n} layers" if n > 1 else site for site, n in kept.items()]
         work, widest = self._workspace()
         whole, _ = dataclasses.replace(self, mesh=())._workspace()
@@ -95,7 +95,7 @@ class Request:
             "transcoders":
                 f"{count} {layers} of {self.features:,} features in {self.transcoder_dtype}",
             "kv cache": f"{self.batch} × {self.slots:,} tokens in {self.dtype}",
-            "activations": "; ".join([*sites, *self.asked.names]),
+            "activations": "; ".join([*sites, *self.capture.names]),
             "logits": f"{rows} in float32",
         }  # fmt: skip
         found = [
@@ -140,14 +140,14 @@ class Request:
         return [one] if self.new_tokens else []
 
     def _activations(self, cut: bool) -> list[Arrays]:
-        return activations(self.asked, self._size, cut, generated=bool(self.new_tokens))
+        return activations(self.capture, self._size, cut, generated=bool(self.new_tokens))
 
     def _workspace(self) -> tuple[int, str]:
         """What the program holds besides, about, and what most of it is; see :data:`_AT_ONCE`."""
         # As if all were computed in float32.
         size, width = self._size, bucket(self.length)
         run = dataclasses.replace(size, width=width, dtype=np.dtype(np.float32))
-        reduced = any(reducer.site.name in LOGITS for reducer in self.asked.reducers)
+        reduced = any(reducer.site.name in LOGITS for reducer in self.capture.reducers)
         widest = run.widest(self.features * bool(self.transcoders), logits=reduced)
         if self.new_tokens:
             widest.append(run.arrays("drawing a token", "B V", 1))

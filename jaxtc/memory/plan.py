@@ -10,7 +10,7 @@ import jax
 
 from jaxtc.captures.request import Captures, check_logits, check_per_token, understand
 from jaxtc.errors import InputError, did_you_mean
-from jaxtc.helpers import for_json, gigabytes, is_whole, whole_number
+from jaxtc.helpers import columns, for_json, gigabytes, is_whole, whole_number
 from jaxtc.memory.advice import Verdict, divisors, judge
 from jaxtc.memory.parts import Part, Request
 from jaxtc.model.config import Gemma2Config
@@ -24,6 +24,10 @@ from jaxtc.weights.sources.released import load_config
 # Gemma Scope's names of widths are powers of two.
 _NAMES = "16k", "32k", "65k", "131k", "262k", "524k", "1m"
 WIDTHS = {name: 2**power for power, name in enumerate(_NAMES, 14)}
+_LEGEND = (
+    "GB are 10⁹ bytes. The workspace is an estimate; everything else is counted, byte by byte, "
+    "from shapes."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON has it; numbers are bytes."""
         asked = self.request
-        fields = {k: v for k, v in vars(asked).items() if k not in ("config", "asked")}
+        fields = {name: value for name, value in vars(asked).items() if name != "config"}
         return {
             "model": self.model,
             **fields,
@@ -68,7 +72,7 @@ class Plan:
             "rules": dict(asked.rules),
             "transcoders": list(asked.transcoders),
             "devices": asked.devices,
-            "capture": [*map(str, asked.asked.addresses), *asked.asked.names],
+            "capture": [*map(str, asked.capture.addresses), *asked.capture.names],
             "parts": [*map(dataclasses.asdict, self.parts)],
             "per_device": self.per_device,
             "total": self.total,
@@ -78,11 +82,24 @@ class Plan:
         }
 
     def __str__(self):
-        rows = [(part.name, gigabytes(part.per_device), part.detail) for part in self.parts]
-        rows.append(("each device", gigabytes(self.per_device), ""))
-        rows += [(v.device, "fits" if v.fits else "does not fit", v.advice) for v in self.verdicts]
-        first, second = (max(len(row[i]) for row in rows) for i in (0, 1))
-        return "\n".join(f"{a:<{first}}  {b:>{second}}  {c}".rstrip() for a, b, c in rows)
+        asked, rows = self.request, [("", "whole", "each device", "")]
+        for part in self.parts:
+            rows.append((part.name, *map(gigabytes, (part.total, part.per_device)), part.detail))
+        rows.append(("together", *map(gigabytes, (self.total, self.per_device)), ""))
+        rows += [("",) * 4, ("", "memory", "usable", "")]
+        for one in self.verdicts:
+            fits = f"fits, {one.needed / one.memory:.0%} of it" if one.fits else "does not fit"
+            rows.append((one.device, *map(gigabytes, (one.memory, one.usable)), fits))
+            rows += [("", "", "", f"  {suggestion}") for suggestion in one.suggestions]
+            if not one.fits and not one.suggestions:
+                rows.append(("", "", "", "  nothing that was tried would fit"))
+        new = f" and {asked.new_tokens:,} new ones" if asked.new_tokens else ""
+        text = (
+            f"{self.model} on {show(dict(asked.mesh))} (devices: {asked.devices}), prompts: "
+            f"{asked.batch} of {asked.length:,} tokens{new}\n"
+        )
+        notes = [f"Note: {note}" for note in self.notes]
+        return "\n".join([text, columns(rows, "<>><"), "", *notes, _LEGEND])
 
 
 def plan(
