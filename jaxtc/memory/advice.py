@@ -160,8 +160,8 @@ def _needed(asked: Request) -> float:
 
 def _kinds(asked: Request) -> Iterator[list[_Change]]:
     """Each kind of change at each strength, the mildest first; the last is more devices."""
-    meshes, layers = _meshes(asked), asked.transcoders
-    yield [_mesh(mesh, "the same devices") for mesh in meshes if math.prod(mesh) == asked.devices]
+    same, more = _meshes(asked)
+    yield same
     fewer = "fewer prompts a call, in more calls"
     sizes = [1 << power for power in reversed(range((asked.batch - 1).bit_length()))]
     yield [_Change("batch", size, fewer) for size in sizes]
@@ -169,6 +169,7 @@ def _kinds(asked: Request) -> Iterator[list[_Change]]:
         yield [_Change("logits", "last", "keeps the logits of each prompt's last token only")]
     if asked.capture.addresses and not asked.new_tokens:
         yield [_last_tokens(asked)]
+    layers = asked.transcoders
     if layers and asked.transcoder_dtype == "float32":
         meaning = "transcoders with 8 bits of mantissa in place of 24"
         yield [_Change("transcoder_dtype", "bfloat16", meaning)]
@@ -176,33 +177,31 @@ def _kinds(asked: Request) -> Iterator[list[_Change]]:
         yield [_Change("dtype", "bfloat16", "weights as they were released")]
     # One by one in every released model.
     counts = range(len(layers) - 1, 0, -len(layers) // _MOST_STEPS or -1)
-    some = [layers[:count] for count in counts]
-    meaning = "{} transcoders at a time"
-    yield [_Change("transcoders", few, meaning.format(len(few)), _spelled(few)) for few in some]
-    meaning = f"{{}} devices in place of {asked.devices}"
-    more = [mesh for mesh in meshes if math.prod(mesh) > asked.devices]
-    yield [_mesh(mesh, meaning.format(math.prod(mesh))) for mesh in more]
+    yield [
+        _Change("transcoders", layers[:n], f"{n} transcoders at a time", _spelled(layers[:n]))
+        for n in counts
+    ]
+    yield more
 
 
-def _mesh(sizes: tuple[int, int], meaning: str) -> _Change:
-    mesh = dict(zip((DATA, MODEL), sizes, strict=True))
-    return _Change("mesh", tuple(mesh.items()), meaning, show(mesh))
-
-
-def _meshes(asked: Request) -> list[tuple[int, int]]:
-    """(data, model) of every other mesh that has no fewer devices and divides the model."""
-    sizes, batch = dict(asked.mesh), asked.batch
-    now = sizes.get(DATA, 1), sizes.get(MODEL, 1)
-    rows = {n for n in range(1, min(batch, _MOST_DEVICES) + 1) if batch % n == 0} | {now[0]}
-    found = {(data, model) for model in divisors(asked) for data in rows} - {now}
-    found = {mesh for mesh in found if asked.devices <= math.prod(mesh) <= _MOST_DEVICES}
-    return sorted(found, key=lambda mesh: (math.prod(mesh), mesh))
+def _meshes(asked: Request) -> tuple[list[_Change], list[_Change]]:
+    """Meshes that divide model and batch: of the same devices, and of more, the fewest first."""
+    rows = [n for n in range(1, min(asked.batch, _MOST_DEVICES) + 1) if asked.batch % n == 0]
+    same, more = [], []
+    for count, data, model in sorted((n * m, n, m) for n in rows for m in divisors(asked)):
+        mesh = {DATA: data, MODEL: model}
+        into, meaning = more, f"{count} devices in place of {asked.devices}"
+        if count == asked.devices:
+            into, meaning = same, "the same devices"
+        if asked.devices <= count <= _MOST_DEVICES:
+            into.append(_Change("mesh", tuple(mesh.items()), meaning, show(mesh)))
+    return same, more
 
 
 def divisors(asked: Request) -> list[int]:
     """Sizes of the mesh axis "model" that divide everything the rules put on it."""
     sizes = range(1, min(asked.config.num_attention_heads, _MOST_DEVICES) + 1)
-    return [n for n in sizes if _needed(dataclasses.replace(asked, mesh=((MODEL, n),))) is not None]
+    return [n for n in sizes if _needed(dataclasses.replace(asked, mesh=((MODEL, n),))) < math.inf]
 
 
 def _spelled(layers: Sequence[int]) -> str:

@@ -88,8 +88,6 @@ class Request:
         rows = {"all": f"{self.length:,} tokens", "last": "last token", None: ""}[self.logits]
         kept = collections.Counter(address.site for address in self.capture.addresses)
         sites = [f"{site}, {n} layers" if n > 1 else site for site, n in kept.items()]
-        work, widest = self._workspace()
-        whole, _ = dataclasses.replace(self, mesh=())._workspace()
         details = {
             "weights": f"{count_parameters(self.config):,} parameters in {self.dtype}",
             "transcoders":
@@ -102,6 +100,8 @@ class Request:
             Part(name, sum(one.total for one in held), self._share(held), details[name])
             for name, held in self._held().items()
         ]
+        work, widest = self._workspace()
+        whole, _ = dataclasses.replace(self, mesh=())._workspace()
         found.append(Part("workspace", whole, work, f"estimated; most of it {widest}"))
         return tuple(part for part in found if part.total)
 

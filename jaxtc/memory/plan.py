@@ -6,15 +6,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import jax
-
 from jaxtc.captures.request import Captures, check_logits, check_per_token, understand
 from jaxtc.errors import InputError, did_you_mean
 from jaxtc.helpers import columns, for_json, gigabytes, is_whole, whole_number
 from jaxtc.memory.advice import Verdict, divisors, judge
 from jaxtc.memory.parts import Part, Request
 from jaxtc.model.config import Gemma2Config
-from jaxtc.sharding.mesh import parse_mesh, show
+from jaxtc.sharding.mesh import MeshLike, mesh_sizes, show
 from jaxtc.sharding.rules import DATA, MODEL, RULES, ShardingError
 from jaxtc.tap.sites import check_layer
 from jaxtc.weights.files.arrays import check_dtype
@@ -104,7 +102,7 @@ class Plan:
 
 def plan(
     model: str | Gemma2Config,
-    mesh: str | Mapping[str, int] | jax.sharding.Mesh = "data=1,model=1",
+    mesh: MeshLike = "data=1,model=1",
     *,
     rules: Mapping[str, str | None] = RULES,
     dtype: Any = "bfloat16",
@@ -145,7 +143,7 @@ def plan(
         SourceError, ConfigError, SiteError, WeightsError: as the functions that would be called.
     """
     config = model if isinstance(model, Gemma2Config) else load_config(model)
-    sizes = parse_mesh(show(mesh) if isinstance(mesh, Mapping | jax.sharding.Mesh) else mesh)
+    sizes = mesh_sizes(mesh)
     new_tokens = whole_number("new_tokens", new_tokens)
     if length is None:
         length = max(min(1024, config.max_position_embeddings - new_tokens), 1)
