@@ -95,19 +95,16 @@ def judge(asked: Request) -> tuple[Verdict, ...]:
     Raises:
         ShardingError: an axis of the model that the mesh does not divide.
     """
-    needed, verdicts = asked.needed, []
-    kinds = functools.cache(lambda: [*_kinds(asked)])  # only where something does not fit
+    needed, kinds, verdicts = asked.needed, [*_kinds(asked)], []
     for device in ACCELERATORS:
-        usable, found = int(device.memory * device.usable), []
-        fits = needed <= usable
-        if not fits:
-            found = _suggestions(asked, kinds(), usable)
-            if needed <= int(device.memory * device.raised):
-                option = f"XLA_CLIENT_MEM_FRACTION={device.raised:g}"
-                meaning = f"lets JAX take {device.raised:.0%} of the GPU, not {device.usable:.0%}"
-                found = [Suggestion(option, meaning, needed), *found]
-        shown = tuple(found[:_SHOWN])
-        verdicts.append(Verdict(device.name, device.memory, usable, needed, fits, shown))
+        usable = int(device.memory * device.usable)
+        found = [] if needed <= usable else _suggestions(asked, kinds, usable)
+        if usable < needed <= int(device.memory * device.raised):
+            option = f"XLA_CLIENT_MEM_FRACTION={device.raised:g}"
+            meaning = f"lets JAX take {device.raised:.0%} of the GPU, not {device.usable:.0%}"
+            found = [Suggestion(option, meaning, needed), *found]
+        sizes = device.memory, usable, needed, needed <= usable
+        verdicts.append(Verdict(device.name, *sizes, tuple(found[:_SHOWN])))
     return tuple(verdicts)
 
 
