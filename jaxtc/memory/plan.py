@@ -178,16 +178,15 @@ def features_of(width: str | int) -> int:
     Raises:
         InputError: neither a name nor a positive number.
     """
-    if isinstance(width, str):
-        found = WIDTHS.get(width.lower()) or (int(width) if re.fullmatch(r"\d{1,9}", width) else 0)
-    else:
-        found = int(width) if is_whole(width) else 0
-    if found < 1:
+    found = WIDTHS.get(width.lower(), width) if isinstance(width, str) else width
+    if isinstance(found, str) and re.fullmatch(r"\d{1,9}", found):
+        found = int(found)
+    if not is_whole(found, 1):
         raise InputError(
             f"width is {width!r}, expected a number of features or Gemma Scope's name of it: "
             f"{', '.join(WIDTHS)}.{did_you_mean(str(width), WIDTHS)}"
         )
-    return found
+    return int(found)
 
 
 def _layers(given: str | Iterable[int], count: int) -> tuple[int, ...]:
