@@ -67,13 +67,13 @@ def command(
     chosen = {"all": "all", "none": ()}.get(transcoders)
     if chosen is None:
         chosen = parse_layers(transcoders, "--transcoders")
-    options = {} if logits is None else {"logits": None if logits == "none" else logits}
     try:
         found = plan(
             model, mesh, rules=RULES | dict.fromkeys(map(_axis, replicate or [])), dtype=dtype,
             batch=batch, length=length, new_tokens=new_tokens,
             capture=[_capture(text) for text in capture or []], transcoders=chosen, width=width,
-            transcoder_dtype=transcoder_dtype, skip=skip, **options,
+            transcoder_dtype=transcoder_dtype, skip=skip,
+            logits={None: "unset", "none": None}.get(logits, logits),
         )  # fmt: skip
     except ShardingError as error:
         if "rules=" not in str(error):

@@ -3,7 +3,6 @@
 Every suggestion is planned again in full; only those that fit are shown.
 """
 
-import collections
 import dataclasses
 import functools
 import itertools
@@ -11,8 +10,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from jaxtc.captures.reducers import At
-from jaxtc.captures.request import understand
 from jaxtc.helpers import gigabytes
 from jaxtc.memory.parts import Request
 from jaxtc.sharding.mesh import show
@@ -112,7 +109,7 @@ def _suggestions(asked: Request, kinds: Sequence[list[_Change]], usable: int) ->
     """The changes that are enough by themselves, else the least that are together.
 
     Smaller means, in this order: the same numbers from the same devices, arranged otherwise or
-    called more often; less kept; fewer bits; fewer transcoders at a time; more devices.
+    called more often; fewer logits; fewer bits; fewer transcoders at a time; more devices.
     """
     *same, devices = kinds
     least = functools.partial(_least, asked, usable)
@@ -164,8 +161,6 @@ def _kinds(asked: Request) -> Iterator[list[_Change]]:
     yield [_Change("batch", size, fewer) for size in sizes]
     if asked.logits == "all":
         yield [_Change("logits", "last", "keeps the logits of each prompt's last token only")]
-    if asked.capture.addresses and not asked.new_tokens:
-        yield [_last_tokens(asked)]
     layers = asked.transcoders
     if layers and asked.transcoder_dtype == "float32":
         meaning = "transcoders with 8 bits of mantissa in place of 24"
@@ -206,14 +201,3 @@ def _spelled(layers: Sequence[int]) -> str:
     runs = itertools.groupby(enumerate(layers), key=lambda pair: pair[1] - pair[0])
     found = [[layer for _, layer in run] for _, run in runs]
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in found)
-
-
-def _last_tokens(asked: Request) -> _Change:
-    """Every whole capture reduced to the last token's."""
-    given, layers = asked.capture, asked.config.num_hidden_layers
-    count = collections.Counter(address.site for address in given.addresses)
-    # A site at every layer is spelled without one.
-    names = (a.site if count[a.site] == layers else str(a) for a in given.addresses)
-    last = {f"{name}@-1": At(name, -1) for name in names}
-    reduced = understand(last | dict(zip(given.names, given.reducers, strict=True)), layers)
-    return _Change("capture", reduced, "keeps the last token's only", " --capture ".join(last))

@@ -63,21 +63,19 @@ class Plan:
         """All of it as JSON has it; numbers are bytes."""
         asked = self.request
         fields = {name: value for name, value in vars(asked).items() if name != "config"}
-        return {
+        return for_json({
             "model": self.model,
             **fields,
             "mesh": dict(asked.mesh),
             "rules": dict(asked.rules),
-            "transcoders": list(asked.transcoders),
             "devices": asked.devices,
             "capture": [*map(str, asked.capture.addresses), *asked.capture.names],
             "parts": [*map(dataclasses.asdict, self.parts)],
             "per_device": self.per_device,
             "total": self.total,
-            # Tuples as lists, so that this equals what was written and read again.
-            "fits": for_json([*map(dataclasses.asdict, self.verdicts)]),
-            "notes": list(self.notes),
-        }
+            "fits": [*map(dataclasses.asdict, self.verdicts)],
+            "notes": self.notes,
+        })  # fmt: skip
 
     def __str__(self):
         asked, rows = self.request, [("", "whole", "each device", "")]

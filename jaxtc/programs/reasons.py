@@ -39,10 +39,8 @@ ADVICE = (
            "Add(0.0) do nothing."),
     Advice("(another )?(captures|reducers|asked|addresses)", 16, "Capture everything you will need "
            "each time, and pick from the result."),
-    Advice("weights on", 4, "Keep the model where it is, or put it on its devices once before the "
-           "loop."),
-    Advice("(another )?(weights|config)", 4, "Each configuration and dtype is a program of its "
-           "own: finish with one model before the next."),
+    Advice("(another )?(weights|config)", 4, "Each configuration, dtype and place is a program of "
+           "its own: finish with one model before the next, and put it on its devices once."),
     Advice("called|jax.vmap", 16, "jax.vmap compiles for each size it maps over, and jax.grad once "
            "more: put jax.jit around the whole, or map over chunks of one size."),
 )  # fmt: skip

@@ -137,7 +137,7 @@ def _same(x: jax.Array) -> jax.Array:
 
 def mesh_of(tree: Any) -> Mesh | None:
     """The mesh of the first array of a pytree that lies on one."""
-    for leaf in [tree] if isinstance(tree, jax.Array) else jax.tree.leaves(tree):
+    for leaf in jax.tree.leaves(tree):
         known = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
         if known and isinstance(leaf.sharding, NamedSharding):
             return leaf.sharding.mesh
