@@ -3,7 +3,6 @@
 import re
 
 from rich.console import Console
-from rich.text import Text
 
 from jaxtc.captures.reducers import At
 from jaxtc.cli.options import (
@@ -80,7 +79,8 @@ def command(
             raise
         raise ShardingError(f"{error} In place of rules, give --replicate AXIS here.") from error
     write_json(json_file, found.to_dict())
-    Console(stderr=json_file == STDOUT).print(Text(str(found)), soft_wrap=True)
+    console = Console(stderr=json_file == STDOUT)
+    console.print(str(found), markup=False, emoji=False, soft_wrap=True)
 
 
 def _capture(text: str) -> str | At:
