@@ -129,8 +129,6 @@ def estimate(
         config, dtype, weights = model.config, model.dtype, bytes_of(model)
     check_logits(logits)
     asked = understand(capture, config.num_hidden_layers)
-    by_site = sorted(asked.addresses, key=lambda address: ORDER[address.site])
-    asked = dataclasses.replace(asked, addresses=tuple(by_site))
     if isinstance(tokens, tuple):
         if len(tokens) != 2 or not all(is_whole(n, 1) for n in tokens):
             raise InputError(
@@ -138,14 +136,13 @@ def estimate(
                 "given as lists or arrays."
             )
         batch, length = map(int, tokens)
-        size = Size(config, dtype, batch, length, bucket(length))
-        reducers = size.checked(asked)
     else:
         prompts = prepare(tokens, config, lengths)
-        batch, width = prompts.tokens.shape
-        size = Size(config, dtype, batch, prompts.length, width)
-        reducers = asked.checked(config, prompts)
-    parts = {str(address): address for address in asked.addresses}
+        batch, length = len(prompts.tokens), prompts.length
+    size = Size(config, dtype, batch, length, bucket(length))
+    reducers = size.checked(asked) if isinstance(tokens, tuple) else asked.checked(config, prompts)
+    by_site = sorted(asked.addresses, key=lambda address: ORDER[address.site])
+    parts = {str(address): address for address in by_site}
     parts |= zip(asked.names, reducers, strict=True)
     return _measure(size, parts, logits, _beyond(parts.values(), edits), weights)
 
@@ -153,7 +150,7 @@ def estimate(
 def check_run(
     config: Gemma2Config,
     leaves: Sequence[jax.Array],
-    shape: tuple[int, int, int],
+    shape: tuple[int, int],
     captures: tuple[Address, ...],
     reducers: Sequence[Reducer],
     logits: str | None,
@@ -164,7 +161,7 @@ def check_run(
     Args:
         config: of the model.
         leaves: the model's arrays, for their dtype and devices; may be traced.
-        shape: (B, T, W).
+        shape: (B, T).
         captures: resolved addresses.
         reducers: checked.
         logits, edits: as given to the run.
@@ -173,7 +170,7 @@ def check_run(
         CapacityError: less than :attr:`Estimate.needed` is available.
     """
     data, structure = jax.tree.flatten(tuple(reducers))
-    size = Size(config, leaves[0].dtype, *shape)
+    size = Size(config, leaves[0].dtype, *shape, bucket(shape[1]))
     beyond = _beyond((*captures, *reducers), edits)
     total = _needed(size, captures, structure, tuple(map(jax.typeof, data)), logits, beyond)
     if total >= _SMALL:

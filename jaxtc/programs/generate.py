@@ -132,7 +132,7 @@ def generate(
     slots = bucket(prompts.length + max_new_tokens)
     key = Key(config, asked.addresses, slots, place)
     if asked:
-        size = len(prompts.tokens), slots, slots
+        size = len(prompts.tokens), slots
         check_run(config, leaves, size, asked.addresses, reducers, None, checked)
     rows = (lambda x: x) if place is None else place.put_rows
     lengths, early, later = rows(prompts.lengths), *(of_phase(checked, new=n) for n in (0, 1))

@@ -67,8 +67,7 @@ def run(
     where = placed(model, leaves, mesh)
     prompts = prepare(tokens, config, lengths)
     call = Call.of(config, prompts, asked, edits, logits, where)
-    batch, width = prompts.tokens.shape
-    size = batch, prompts.length, width
+    size = len(prompts.tokens), prompts.length
     check_run(config, leaves, size, asked.addresses, call.reducers, logits, call.edits)
     if checks and call.key.unsure:
         all_there(call.edits, config, call.key.reach, call.prompts.lengths, checks=True)
