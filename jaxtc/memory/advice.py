@@ -113,8 +113,8 @@ def _suggestions(asked: Request, kinds: Sequence[list[_Change]], usable: int) ->
     """
     *same, devices = kinds
     least = functools.partial(_least, asked, usable)
-    found = [one for kind in same if (one := least([kind]))] or filter(None, [least(same)])
-    found = [*itertools.islice(found, _SHOWN - 1), least([devices])]
+    alone = [*filter(None, (least([kind]) for kind in same))]
+    found = [*(alone or [least(same)])[: _SHOWN - 1], least([devices])]
     return [*filter(None, found)] or [*filter(None, [least(kinds)])]
 
 
@@ -135,9 +135,9 @@ def _least(asked: Request, usable: int, kinds: Iterable[list[_Change]]) -> Sugge
     else:
         return None
     # Then each as mild as the others allow, or left out; the last kinds first.
-    for at, kind in reversed([*zip(range(len(taken)), kinds, strict=False)]):
-        before, after = taken[:at], taken[at + 1 :]
-        milder = ([*before, *one, *after] for one in ([], *zip(kind)))
+    for at in reversed(range(len(taken))):
+        choices = [], *([one] for one in kinds[at])
+        milder = ([*taken[:at], *choice, *taken[at + 1 :]] for choice in choices)
         taken = next(changes for changes in milder if needed(*changes) <= usable)
     option = " ".join(one.option for one in taken)
     return Suggestion(option, "; ".join(one.meaning for one in taken), needed(*taken))
