@@ -1,10 +1,9 @@
 """The lines of a plan: what one device of a mesh holds of each kind of array, from shapes alone.
 
-Axis letters: B batch, T tokens, W tokens with the padding up to a bucket, S cache slots, L layers,
-D hidden, K key/value heads, H head dim, V vocabulary, M transcoder features.
+Axis letters: B batch, T tokens, W tokens with the padding up to a bucket, S cache slots, D hidden,
+K key/value heads, H head dim, V vocabulary, M transcoder features.
 """
 
-import collections
 import dataclasses
 import functools
 import math
@@ -83,22 +82,24 @@ class Request:
 
     def parts(self) -> tuple[Part, ...]:
         """The lines that are not empty; raises ShardingError where an axis does not divide."""
-        count = len(self.transcoders)
+        count, arrays = len(self.transcoders), self._held()
         layers = "layer" if count == 1 else "layers"
         rows = {"all": f"{self.length:,} tokens", "last": "last token", None: ""}[self.logits]
-        kept = collections.Counter(address.site for address in self.capture.addresses)
-        sites = [f"{site}, {n} layers" if n > 1 else site for site, n in kept.items()]
+        kept = (
+            f"{one.name}, {one.count} layers" if one.count > 1 else one.name
+            for one in arrays["activations"]
+        )
         details = {
             "weights": f"{count_parameters(self.config):,} parameters in {self.dtype}",
             "transcoders":
                 f"{count} {layers} of {self.features:,} features in {self.transcoder_dtype}",
             "kv cache": f"{self.batch} × {self.slots:,} tokens in {self.dtype}",
-            "activations": "; ".join([*sites, *self.capture.names]),
+            "activations": "; ".join(dict.fromkeys(kept)),
             "logits": f"{rows} in float32",
         }  # fmt: skip
         found = [
             Part(name, sum(one.total for one in held), self._share(held), details[name])
-            for name, held in self._held().items()
+            for name, held in arrays.items()
         ]
         work, widest = self._workspace()
         whole, _ = dataclasses.replace(self, mesh=())._workspace()
