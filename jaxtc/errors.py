@@ -56,14 +56,9 @@ def first_line(error: BaseException) -> str:
     return lines[0].rstrip(". ")
 
 
-def nearest(given: str, valid: Iterable[str], count: int = 3) -> list[str]:
-    """The ``count`` strings of ``valid`` closest in spelling to ``given``."""
-    return difflib.get_close_matches(given, list(valid), n=count, cutoff=0.4)
-
-
 def did_you_mean(given: str, valid: Iterable[str]) -> str:
     """The tail of an error message: `` Did you mean 'x' or 'y'?``, or nothing when none is near."""
-    close = nearest(given, valid)
+    close = difflib.get_close_matches(given, list(valid), cutoff=0.4)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 

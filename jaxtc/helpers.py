@@ -1,4 +1,4 @@
-"""Small things that every package uses: integers, byte counts, files, frozen pytrees."""
+"""Small things that every package uses: integers, files, frozen pytrees, text for people."""
 
 import contextlib
 import dataclasses
@@ -116,3 +116,10 @@ def gigabytes(count: int) -> str:
         if count >= size * 0.9995:
             return f"{count / size:.{0 if count >= 99.95 * size else 1}f} {unit}"
     return f"{count} B"
+
+
+def columns(rows: Sequence[Sequence[str]], sides: str) -> str:
+    """Rows of text as aligned columns, each to the left (``<``) or the right (``>``)."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    each = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
+    return "\n".join(each.format(*row).rstrip() for row in rows)

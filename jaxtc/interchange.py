@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtc.errors import InputError
+from jaxtc.errors import InputError, first_line
 from jaxtc.sharding.processes import whole
 
 # What :func:`plain` mostly sees, and passes.
@@ -204,31 +204,19 @@ def _numpy_to_torch(x: np.ndarray, torch: ModuleType) -> Any:
         raise InputError(f"torch has no dtype for {x.dtype}{list(x.shape)}.") from error
 
 
-def _detached(x: Any) -> Any:
-    """A tensor without gradients or pending conjugation, and with strides; others as they are."""
-    if not _is_tensor(x):
-        return x
-    if x.layout is not _library(x).strided or x.is_meta:
-        kind = "meta" if x.is_meta else str(x.layout)
-        raise InputError(
-            f"This torch tensor of shape {tuple(x.shape)} is {kind} and has no plain memory to "
-            "read: give tensor.to_dense()" + (", of real data." if x.is_meta else ".")
-        )
-    return x.detach().resolve_conj().resolve_neg()
-
-
 def _on_host(x: Any) -> np.ndarray:
     """Another library's array as NumPy, sharing memory where that is on the host."""
-    x = _detached(x)
     if _is_tensor(x):
-        x, torch = x.cpu(), _library(x)
-        if x.dtype == torch.bfloat16:
-            return x.view(torch.int16).numpy().view(jnp.bfloat16)
+        torch = _library(x)
         try:
-            return x.numpy()
-        except TypeError as error:
+            if x.dtype == torch.bfloat16:
+                return x.detach().view(torch.int16).numpy(force=True).view(jnp.bfloat16)
+            return x.numpy(force=True)
+        except (TypeError, RuntimeError) as error:
             raise InputError(
-                f"NumPy has no dtype for torch's {x.dtype}: give tensor.to(torch.bfloat16)."
+                f"NumPy cannot read this tensor of {x.dtype} and shape {tuple(x.shape)} "
+                f"({first_line(error)}). Give one of real data in plain memory, tensor.to_dense(), "
+                "of a dtype that NumPy has or of torch.bfloat16."
             ) from error
     try:
         return np.from_dlpack(x)
@@ -239,10 +227,10 @@ def _on_host(x: Any) -> np.ndarray:
 
 def _to_jax(x: Any) -> jax.Array:
     """An array of NumPy or another library as JAX's, sharing memory where possible."""
-    x = _detached(x)
     host = x if isinstance(x, np.ndarray) else None
-    if _is_tensor(x) and x.device.type == "cpu":
-        host = _on_host(x)
+    if _is_tensor(x):
+        x = x.detach()
+        host = _on_host(x) if x.device.type == "cpu" else None
     if host is not None and host.dtype.kind in "iu" and host.dtype.itemsize > 4:
         kept = np.iinfo(jax.dtypes.canonicalize_dtype(host.dtype))
         if host.size and not (kept.min <= host.min() and host.max() <= kept.max):

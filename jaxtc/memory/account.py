@@ -4,11 +4,11 @@ Axis letters: B batch, T tokens, W tokens padded up to a bucket, L layers, N hea
 vocabulary, M transcoder features.
 """
 
+import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,29 @@ from jaxtc.captures.base import Reducer
 from jaxtc.captures.request import Asked
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.prompts import Prompts
+from jaxtc.sharding.rules import Rules, logical, partition
 from jaxtc.tap.context import Context
 from jaxtc.tap.sites import BY_NAME, Address, parse
+
+
+class Arrays(NamedTuple):
+    """``count`` arrays alike: logical axes and shape of one, and bytes of one number."""
+
+    name: str
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    item: int
+    count: int = 1
+
+    @property
+    def total(self) -> int:
+        """Bytes of all."""
+        return self.count * self.item * math.prod(self.shape)
+
+    def share(self, mesh: dict[str, int], rules: Rules) -> int:
+        """Bytes of one device; raises ShardingError where an axis does not divide."""
+        spec = partition(self.axes, self.shape, mesh, rules, self.name)
+        return self.total // math.prod(mesh[axis] for axis in spec if axis is not None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,32 +52,40 @@ class Size:
     length: int
     width: int
 
-    def array(self, site: str, tokens: int) -> jax.ShapeDtypeStruct:
+    def arrays(
+        self, name: str, letters: str, tokens: int, item: int = 4, count: int = 1, features: int = 0
+    ) -> Arrays:
+        """Arrays with these axis letters, for so many tokens (T or S) and features (M)."""
+        own = {"B": self.batch, "T": tokens, "S": tokens, "M": features, "1": 1}
+        sizes = self.config.sizes | own
+        shape = tuple(sizes[letter] for letter in letters.split())
+        return Arrays(name, logical(letters), shape, item, count)
+
+    def site(self, name: str, tokens: int) -> jax.ShapeDtypeStruct:
         """The array of a site for this many tokens."""
-        row = BY_NAME[site]
-        shape = row.shape({**self.config.sizes, "B": self.batch, "T": tokens, "S": tokens})
-        return jax.ShapeDtypeStruct(shape, jnp.float32 if row.float32 else self.dtype)
+        row = BY_NAME[name]
+        dtype = jnp.float32 if row.float32 else self.dtype
+        return jax.ShapeDtypeStruct(self.arrays(name, row.axes, tokens).shape, dtype)
 
-    def logits(self, which: str | None, tokens: int) -> int:
-        """Bytes of the logits that are returned."""
-        rows = {"all": tokens, "last": 1, None: 0}[which]
-        return self.batch * rows * self.config.vocab_size * 4
+    def logits(self, which: str | None, tokens: int) -> Arrays:
+        """The logits that are returned."""
+        return self.arrays("logits", "B T V", {"all": tokens, "last": 1, None: 0}[which])
 
-    def widest(self, features: int = 0) -> dict[str, tuple[int, tuple[str, ...]]]:
-        """Bytes and logical axes of a pass's largest intermediates, by what they hold.
+    def widest(self, features: int, logits: bool) -> list[Arrays]:
+        """A pass's largest intermediates.
 
-        ``features`` is M of the widest transcoder in the pass.
+        ``features`` is M of the widest transcoder in the pass, ``logits`` whether all are made.
         """
-        heads, hidden = (self.array(site, self.width) for site in ("attn_scores", "mlp_act"))
-        return {
-            "attention scores": (bytes_of(heads), ("batch", "heads")),
-            "the MLP": (bytes_of(hidden), ("batch", "mlp")),
-            "transcoder features": (self.batch * self.width * features * 4, ("batch", "features")),
-            "logits": (self.logits("all", self.width), ("batch", "vocab")),
-        }
+        item = jnp.dtype(self.dtype).itemsize
+        found = [
+            self.arrays("attention scores", "B N T S", self.width),
+            self.arrays("the MLP", "B T F", self.width, item),
+            self.arrays("transcoder features", "B T M", self.width, features=features),
+        ]
+        return [*found, self.logits("all", self.width)] if logits else found
 
-    def checked(self, asked: Asked) -> dict[str, Address | Reducer]:
-        """What is kept, by its key in the result, for unknown prompts of this size.
+    def checked(self, asked: Asked) -> tuple[Reducer, ...]:
+        """The reducers for unknown prompts of this size.
 
         Raises:
             SiteError, InputError, CapacityError: a reducer that does not fit.
@@ -66,17 +95,17 @@ class Size:
             return asked.checked(self.config, Prompts(ids, ends, self.length))
 
         # Traced, so that positions are not looked up in the prompts.
-        return parts_of(asked, jax.eval_shape(check, *self._ids))
+        return jax.eval_shape(check, *self._ids)
 
     def kept(self, part: Address | Reducer, cut: bool) -> Any:
         """Shapes of what is kept of an address or by a checked reducer: T tokens, or all W."""
         if isinstance(part, Address):
-            return self.array(part.site, self.length if cut else self.width)
+            return self.site(part.site, self.length if cut else self.width)
         site, layer = parse(part.address)
 
         def reduce(reducer, x, positions, ends):
             def read(name):
-                other = self.array(name, self.width)
+                other = self.site(name, self.width)
                 return jnp.zeros(other.shape, other.dtype)
 
             context = Context(BY_NAME[site], layer or 0, positions, ends, read)
@@ -86,7 +115,7 @@ class Size:
                 kept = jax.tree.map(lambda x: jnp.broadcast_to(x, (stacked, *x.shape)), kept)
             return reducer.cut(kept, self.length) if cut else kept
 
-        return jax.eval_shape(reduce, part, self.array(site, self.width), *self._ids)
+        return jax.eval_shape(reduce, part, self.site(site, self.width), *self._ids)
 
     @property
     def _ids(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
@@ -95,16 +124,37 @@ class Size:
         return tuple(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes)
 
 
-def parts_of(asked: Asked, reducers: Sequence[Reducer]) -> dict[str, Address | Reducer]:
-    """What is kept, by its key in the result; ``reducers`` as a program takes them."""
-    whole = {str(address): address for address in asked.addresses}
-    return whole | dict(zip(asked.names, reducers, strict=True))
-
-
 @functools.lru_cache(maxsize=64)
-def kept_of(asked: Asked, size: Size, cut: bool) -> dict[str, Any]:
-    """Shapes of what captures keep of unknown prompts, by key; see :meth:`Size.kept`."""
-    return {name: size.kept(part, cut) for name, part in size.checked(asked).items()}
+def activations(asked: Asked, size: Size, cut: bool, generated: bool) -> list[Arrays]:
+    """What captures keep of unknown prompts: of T tokens, or all W; with their logical axes."""
+    found = []
+    sites = collections.Counter(address.site for address in asked.addresses)
+    for site, count in sites.items():
+        x = size.kept(Address(site), cut)
+        found.append(Arrays(site, logical(BY_NAME[site].axes), x.shape, x.dtype.itemsize, count))
+    for name, reducer in zip(asked.names, size.checked(asked), strict=True):
+        for x in jax.tree.leaves(size.kept(reducer, cut)):
+            # A generation keeps what is reduced by rows only.
+            rank = x.ndim - reducer.every_layer
+            letters = "B" if generated else _left(reducer, rank)
+            axes = ("tokens",) * reducer.every_layer + logical(letters)
+            # Of features (values, ids and a count) the last has an axis less.
+            axes = (axes + ("tokens",) * x.ndim)[: x.ndim]
+            found.append(Arrays(name, axes, x.shape, x.dtype.itemsize))
+    return found
+
+
+def _left(reducer: Reducer, rank: int) -> str:
+    """Axis letters of what a reducer keeps of one layer, with this many axes; others are whole."""
+    letters, axis = [*reducer.site.letters], reducer.site.sequence_axis
+    if reducer.per_token:
+        letters.pop()
+    elif reducer.keeps_keys:
+        # One position or a mean has no such axis.
+        letters[axis : axis + 1] = ["P"] * (rank == len(letters))
+    else:
+        letters = ["B"]
+    return " ".join(letters)
 
 
 def bytes_of(tree: Any) -> int:

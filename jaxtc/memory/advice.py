@@ -3,16 +3,13 @@
 Every suggestion is planned again in full; only those that fit are shown.
 """
 
-import collections
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from jaxtc.captures.reducers import At
-from jaxtc.captures.request import understand
 from jaxtc.helpers import gigabytes
 from jaxtc.memory.parts import Request
 from jaxtc.sharding.mesh import show
@@ -55,6 +52,9 @@ class Suggestion:
     meaning: str
     needed: int
 
+    def __str__(self):
+        return f"{self.option} → {gigabytes(self.needed)} ({self.meaning})"
+
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
@@ -71,21 +71,19 @@ class Verdict:
     fits: bool
     suggestions: tuple[Suggestion, ...]
 
-    @property
-    def advice(self) -> str:
-        """The suggestions in a line."""
-        if self.fits:
-            return f"{self.needed / self.memory:.0%} of {gigabytes(self.memory)}"
-        found = [f"{one.option} ({gigabytes(one.needed)})" for one in self.suggestions]
-        return "; or ".join(found) or "nothing that was tried would fit"
 
+class _Change(NamedTuple):
+    """Another value of one field of a request, and what that means for the user."""
 
-class _Step(NamedTuple):
-    """One option, at one strength: the fields of the request it changes, spelling and meaning."""
-
-    changes: dict[str, Any]
-    option: str
+    field: str
+    value: Any
     meaning: str
+    spelled: str = ""
+
+    @property
+    def option(self) -> str:
+        """As the command line takes it."""
+        return f"--{self.field.replace('_', '-')} {self.spelled or self.value}"
 
 
 def judge(asked: Request) -> tuple[Verdict, ...]:
@@ -94,128 +92,108 @@ def judge(asked: Request) -> tuple[Verdict, ...]:
     Raises:
         ShardingError: an axis of the model that the mesh does not divide.
     """
-    needed, verdicts, kinds = asked.needed, [], None
+    needed, kinds, verdicts = asked.needed, [*_kinds(asked)], []
     for device in ACCELERATORS:
-        usable, found = int(device.memory * device.usable), []
-        fits = needed <= usable
-        if not fits:
-            kinds = kinds or [*_kinds(asked)]
-            if needed <= int(device.memory * device.raised):
-                option = f"XLA_CLIENT_MEM_FRACTION={device.raised:g}"
-                meaning = f"lets JAX take {device.raised:.0%} of the GPU, not {device.usable:.0%}"
-                found = [Suggestion(option, meaning, needed)]
-            found = _suggestions(asked, kinds, usable, found)
-        verdicts.append(Verdict(device.name, device.memory, usable, needed, fits, tuple(found)))
+        usable = int(device.memory * device.usable)
+        found = [] if needed <= usable else _suggestions(asked, kinds, usable)
+        if usable < needed <= int(device.memory * device.raised):
+            option = f"XLA_CLIENT_MEM_FRACTION={device.raised:g}"
+            meaning = f"lets JAX take {device.raised:.0%} of the GPU, not {device.usable:.0%}"
+            found = [Suggestion(option, meaning, needed), *found]
+        sizes = device.memory, usable, needed, needed <= usable
+        verdicts.append(Verdict(device.name, *sizes, tuple(found[:_SHOWN])))
     return tuple(verdicts)
 
 
-def _suggestions(
-    asked: Request, kinds: Sequence[list[_Step]], usable: int, found: list[Suggestion]
-) -> list[Suggestion]:
-    """``found``, then the smallest changes that make a plan fit: one option each if one is enough.
+def _suggestions(asked: Request, kinds: Sequence[list[_Change]], usable: int) -> list[Suggestion]:
+    """The changes that are enough by themselves, else the least that are together.
 
     Smaller means, in this order: the same numbers from the same devices, arranged otherwise or
-    called more often; less kept; fewer bits; fewer transcoders at a time; more devices.
+    called more often; fewer logits; fewer bits; fewer transcoders at a time; more devices.
     """
-    *kinds, devices = kinds
-    fit = functools.partial(_mildest, asked, usable)
-    groups = [[*itertools.combinations(kinds, n)] for n in range(1, len(kinds) + 1)]
-    more = [*filter(None, [fit([devices])])]
-    for same_size in groups:
-        fitting = filter(None, map(fit, same_size))
-        found = [*found, *itertools.islice(fitting, _SHOWN - len(found) - len(more))]
-        if found:
+    *same, devices = kinds
+    least = functools.partial(_least, asked, usable)
+    alone = [*filter(None, (least([kind]) for kind in same))]
+    found = [*(alone or [least(same)])[: _SHOWN - 1], least([devices])]
+    return [*filter(None, found)] or [*filter(None, [least(kinds)])]
+
+
+def _least(asked: Request, usable: int, kinds: Iterable[list[_Change]]) -> Suggestion | None:
+    """The first kinds of change that together make it fit, each as mild as it may be.
+
+    None when all of them are not enough.
+    """
+
+    def needed(*changes: _Change) -> float:
+        return _needed(dataclasses.replace(asked, **{one.field: one.value for one in changes}))
+
+    kinds, taken = [kind for kind in kinds if kind], []
+    for kind in kinds:
+        taken.append(min(kind, key=lambda one: needed(*taken, one)))
+        if needed(*taken) <= usable:
             break
-    last = (fit([devices, *group]) for group in itertools.chain(*groups))
-    return [*found, *more] or [*itertools.islice(filter(None, last), 1)]
-
-
-def _mildest(asked: Request, usable: int, group: Sequence[list[_Step]]) -> Suggestion | None:
-    """The mildest steps of these kinds that fit together, None when none do."""
-
-    def taken(steps: Sequence[_Step]) -> Suggestion | None:
-        changes = {name: value for step in steps for name, value in step.changes.items()}
-        needed = _needed(dataclasses.replace(asked, **changes))
-        if needed is None or needed > usable:
-            return None
-        option = " ".join(step.option for step in steps)
-        return Suggestion(option, "; ".join(step.meaning for step in steps), needed)
-
-    if not all(group):
+    else:
         return None
-    # All but meshes, of which each is another trade, only ever take less from step to step.
-    ends = [steps if "mesh" in steps[0].changes else steps[-1:] for steps in group]
-    if not any(map(taken, itertools.product(*ends))):
-        return None
-    levels = itertools.product(*(range(len(steps)) for steps in group))
-    ordered = sorted(levels, key=lambda chosen: (sum(chosen), chosen))
-    tried = ([s[level] for s, level in zip(group, chosen, strict=True)] for chosen in ordered)
-    return next(filter(None, map(taken, tried)))
+    # Then each as mild as the others allow, or left out; the last kinds first.
+    for at in reversed(range(len(taken))):
+        choices = [], *([one] for one in kinds[at])
+        milder = ([*taken[:at], *choice, *taken[at + 1 :]] for choice in choices)
+        taken = next(changes for changes in milder if needed(*changes) <= usable)
+    option = " ".join(one.option for one in taken)
+    return Suggestion(option, "; ".join(one.meaning for one in taken), needed(*taken))
 
 
-def _needed(asked: Request) -> int | None:
-    """Bytes of each device; None when the mesh does not divide the model."""
+@functools.lru_cache(maxsize=4096)
+def _needed(asked: Request) -> float:
+    """Bytes of each device; infinite when the mesh does not divide the model."""
     try:
         return asked.needed
     except ShardingError:
-        return None
+        return math.inf
 
 
-def _kinds(asked: Request) -> Iterator[list[_Step]]:
+def _kinds(asked: Request) -> Iterator[list[_Change]]:
     """Each kind of change at each strength, the mildest first; the last is more devices."""
-    same, more, layers = [], [], asked.transcoders
-    for data, model in _meshes(asked):
-        mesh, count = {DATA: data, MODEL: model}, data * model
-        into, meaning = same, "the same devices"
-        if count > asked.devices:
-            into, meaning = more, f"{count} devices in place of {asked.devices}"
-        into.append(_Step({"mesh": tuple(mesh.items())}, f"--mesh {show(mesh)}", meaning))
+    same, more = _meshes(asked)
     yield same
     fewer = "fewer prompts a call, in more calls"
-    yield [_Step({"batch": size}, f"--batch {size}", fewer) for size in _halves(asked.batch)]
+    sizes = [1 << power for power in reversed(range((asked.batch - 1).bit_length()))]
+    yield [_Change("batch", size, fewer) for size in sizes]
     if asked.logits == "all":
-        meaning = "keeps the logits of each prompt's last token only"
-        yield [_Step({"logits": "last"}, "--logits last", meaning)]
-    if asked.asked.addresses and not asked.new_tokens:
-        yield [_last_tokens(asked)]
+        yield [_Change("logits", "last", "keeps the logits of each prompt's last token only")]
+    layers = asked.transcoders
     if layers and asked.transcoder_dtype == "float32":
         meaning = "transcoders with 8 bits of mantissa in place of 24"
-        yield [_Step({"transcoder_dtype": "bfloat16"}, "--transcoder-dtype bfloat16", meaning)]
+        yield [_Change("transcoder_dtype", "bfloat16", meaning)]
     if asked.dtype == "float32":
-        yield [_Step({"dtype": "bfloat16"}, "--dtype bfloat16", "weights as they were released")]
+        yield [_Change("dtype", "bfloat16", "weights as they were released")]
     # One by one in every released model.
     counts = range(len(layers) - 1, 0, -len(layers) // _MOST_STEPS or -1)
     yield [
-        _Step(
-            {"transcoders": layers[:count]},
-            f"--transcoders {_spelled(layers[:count])}",
-            f"{count} transcoders at a time",
-        )
-        for count in counts
+        _Change("transcoders", layers[:n], f"{n} transcoders at a time", _spelled(layers[:n]))
+        for n in counts
     ]
     yield more
 
 
-def _meshes(asked: Request) -> list[tuple[int, int]]:
-    """(data, model) of every other mesh that has no fewer devices and divides the model."""
-    sizes, batch = dict(asked.mesh), asked.batch
-    now = sizes.get(DATA, 1), sizes.get(MODEL, 1)
-    rows = {n for n in range(1, min(batch, _MOST_DEVICES) + 1) if batch % n == 0} | {now[0]}
-    found = {(data, model) for model in divisors(asked) for data in rows} - {now}
-    found = {mesh for mesh in found if asked.devices <= math.prod(mesh) <= _MOST_DEVICES}
-    return sorted(found, key=lambda mesh: (math.prod(mesh), mesh))
+def _meshes(asked: Request) -> tuple[list[_Change], list[_Change]]:
+    """Meshes that divide model and batch: of the same devices, and of more, the fewest first."""
+    rows = [n for n in range(1, min(asked.batch, _MOST_DEVICES) + 1) if asked.batch % n == 0]
+    same, more = [], []
+    for count, data, model in sorted((n * m, n, m) for n in rows for m in divisors(asked)):
+        mesh = {DATA: data, MODEL: model}
+        into, meaning = more, f"{count} devices in place of {asked.devices}"
+        if count == asked.devices:
+            into, meaning = same, "the same devices"
+        if asked.devices <= count <= _MOST_DEVICES:
+            into.append(_Change("mesh", tuple(mesh.items()), meaning, show(mesh)))
+    return same, more
 
 
 def divisors(asked: Request) -> list[int]:
     """Sizes of the mesh axis "model" that divide everything the rules put on it."""
     sizes = range(1, min(asked.config.num_attention_heads, _MOST_DEVICES) + 1)
-    return [n for n in sizes if _needed(dataclasses.replace(asked, mesh=((MODEL, n),))) is not None]
-
-
-def _halves(count: int) -> Iterator[int]:
-    while count > 1:
-        count = (count + 1) // 2
-        yield count
+    return [n for n in sizes if _needed(dataclasses.replace(asked, mesh=((MODEL, n),))) < math.inf]
 
 
 def _spelled(layers: Sequence[int]) -> str:
@@ -223,16 +201,3 @@ def _spelled(layers: Sequence[int]) -> str:
     runs = itertools.groupby(enumerate(layers), key=lambda pair: pair[1] - pair[0])
     found = [[layer for _, layer in run] for _, run in runs]
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in found)
-
-
-def _last_tokens(asked: Request) -> _Step:
-    """Every whole capture reduced to the last token's."""
-    given, layers = asked.asked, asked.config.num_hidden_layers
-    count = collections.Counter(address.site for address in given.addresses)
-    # A site at every layer is spelled without one.
-    names = [a.site if count[a.site] == layers else str(a) for a in given.addresses]
-    names = list(dict.fromkeys(names))
-    reducers = (*(At(name, -1) for name in names), *given.reducers)
-    reduced = understand({str(i): r for i, r in enumerate(reducers)}, layers)
-    option = " ".join(f"--capture {name}@-1" for name in names)
-    return _Step({"asked": reduced}, option, "keeps the last token's only")

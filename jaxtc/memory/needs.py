@@ -15,8 +15,8 @@ from jaxtc.captures.request import Captures, check_logits, understand
 from jaxtc.edits.base import Edit
 from jaxtc.edits.features import Splice
 from jaxtc.errors import CapacityError, InputError
-from jaxtc.helpers import gigabytes, is_whole
-from jaxtc.memory.account import Size, bytes_of, parts_of
+from jaxtc.helpers import columns, gigabytes, is_whole
+from jaxtc.memory.account import Size, bytes_of
 from jaxtc.memory.available import available
 from jaxtc.memory.parts import count_parameters
 from jaxtc.model.config import Gemma2Config
@@ -100,8 +100,7 @@ class Estimate:
         rows += [("logits", "", self.logits)] if self.logits else []
         rows += [("kept", "", self.kept), ("needed to run, at least", "", self.needed)]
         rows += [("weights (besides)", "", self.weights)]
-        width, shape = (max(len(row[i]) for row in rows) for i in (0, 1))
-        return "\n".join(f"{n:<{width}}  {s:<{shape}}  {gigabytes(b):>9}" for n, s, b in rows)
+        return columns([(name, shape, gigabytes(size)) for name, shape, size in rows], "<<>")
 
 
 def estimate(
@@ -130,8 +129,6 @@ def estimate(
         config, dtype, weights = model.config, model.dtype, bytes_of(model)
     check_logits(logits)
     asked = understand(capture, config.num_hidden_layers)
-    by_site = sorted(asked.addresses, key=lambda address: ORDER[address.site])
-    asked = dataclasses.replace(asked, addresses=tuple(by_site))
     if isinstance(tokens, tuple):
         if len(tokens) != 2 or not all(is_whole(n, 1) for n in tokens):
             raise InputError(
@@ -139,20 +136,21 @@ def estimate(
                 "given as lists or arrays."
             )
         batch, length = map(int, tokens)
-        size = Size(config, dtype, batch, length, bucket(length))
-        parts = size.checked(asked)
     else:
         prompts = prepare(tokens, config, lengths)
-        batch, width = prompts.tokens.shape
-        size = Size(config, dtype, batch, prompts.length, width)
-        parts = parts_of(asked, asked.checked(config, prompts))
+        batch, length = len(prompts.tokens), prompts.length
+    size = Size(config, dtype, batch, length, bucket(length))
+    reducers = size.checked(asked) if isinstance(tokens, tuple) else asked.checked(config, prompts)
+    by_site = sorted(asked.addresses, key=lambda address: ORDER[address.site])
+    parts = {str(address): address for address in by_site}
+    parts |= zip(asked.names, reducers, strict=True)
     return _measure(size, parts, logits, _beyond(parts.values(), edits), weights)
 
 
 def check_run(
     config: Gemma2Config,
     leaves: Sequence[jax.Array],
-    shape: tuple[int, int, int],
+    shape: tuple[int, int],
     captures: tuple[Address, ...],
     reducers: Sequence[Reducer],
     logits: str | None,
@@ -163,7 +161,7 @@ def check_run(
     Args:
         config: of the model.
         leaves: the model's arrays, for their dtype and devices; may be traced.
-        shape: (B, T, W).
+        shape: (B, T).
         captures: resolved addresses.
         reducers: checked.
         logits, edits: as given to the run.
@@ -172,7 +170,7 @@ def check_run(
         CapacityError: less than :attr:`Estimate.needed` is available.
     """
     data, structure = jax.tree.flatten(tuple(reducers))
-    size = Size(config, leaves[0].dtype, *shape)
+    size = Size(config, leaves[0].dtype, *shape, bucket(shape[1]))
     beyond = _beyond((*captures, *reducers), edits)
     total = _needed(size, captures, structure, tuple(map(jax.typeof, data)), logits, beyond)
     if total >= _SMALL:
@@ -191,14 +189,12 @@ def _measure(size: Size, parts: dict[str, Any], logits, beyond, weights: int) ->
     shapes = {name: size.kept(part, cut=True) for name, part in parts.items()}
     padding = 0
     if size.length < size.width:
-        padding = size.logits(logits, size.width) if logits == "all" else 0
+        padding = size.logits(logits, size.width).total if logits == "all" else 0
         padding += sum(bytes_of(size.kept(part, cut=False)) for part in parts.values())
     all_logits, features = beyond
-    widest = size.widest(features)
-    if logits == "all" or not all_logits:
-        del widest["logits"]
-    work = max(total for total, _ in widest.values())
-    return Estimate(shapes, size.logits(logits, size.length), weights, work, padding)
+    widest = size.widest(features, all_logits and logits != "all")
+    work = max(one.total for one in widest)
+    return Estimate(shapes, size.logits(logits, size.length).total, weights, work, padding)
 
 
 def _beyond(parts: Iterable[Address | Reducer], edits: Sequence[Edit]) -> tuple[bool, int]:

@@ -6,15 +6,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import jax
-
 from jaxtc.captures.request import Captures, check_logits, check_per_token, understand
 from jaxtc.errors import InputError, did_you_mean
-from jaxtc.helpers import for_json, gigabytes, is_whole, whole_number
+from jaxtc.helpers import columns, for_json, gigabytes, is_whole, whole_number
 from jaxtc.memory.advice import Verdict, divisors, judge
 from jaxtc.memory.parts import Part, Request
 from jaxtc.model.config import Gemma2Config
-from jaxtc.sharding.mesh import parse_mesh, show
+from jaxtc.sharding.mesh import MeshLike, mesh_sizes, show
 from jaxtc.sharding.rules import DATA, MODEL, RULES, ShardingError
 from jaxtc.tap.sites import check_layer
 from jaxtc.weights.files.arrays import check_dtype
@@ -24,6 +22,10 @@ from jaxtc.weights.load_model import load_config
 # Gemma Scope's names of widths are powers of two.
 _NAMES = "16k", "32k", "65k", "131k", "262k", "524k", "1m"
 WIDTHS = {name: 2**power for power, name in enumerate(_NAMES, 14)}
+_LEGEND = (
+    "GB are 10⁹ bytes. The workspace is an estimate; everything else is counted, byte by byte, "
+    "from shapes."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,34 +62,45 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON has it; numbers are bytes."""
         asked = self.request
-        fields = {k: v for k, v in vars(asked).items() if k not in ("config", "asked")}
-        return {
+        fields = {name: value for name, value in vars(asked).items() if name != "config"}
+        return for_json({
             "model": self.model,
             **fields,
             "mesh": dict(asked.mesh),
             "rules": dict(asked.rules),
-            "transcoders": list(asked.transcoders),
             "devices": asked.devices,
-            "capture": [*map(str, asked.asked.addresses), *asked.asked.names],
+            "capture": [*map(str, asked.capture.addresses), *asked.capture.names],
             "parts": [*map(dataclasses.asdict, self.parts)],
             "per_device": self.per_device,
             "total": self.total,
-            # Tuples as lists, so that this equals what was written and read again.
-            "fits": for_json([*map(dataclasses.asdict, self.verdicts)]),
-            "notes": list(self.notes),
-        }
+            "fits": [*map(dataclasses.asdict, self.verdicts)],
+            "notes": self.notes,
+        })  # fmt: skip
 
     def __str__(self):
-        rows = [(part.name, gigabytes(part.per_device), part.detail) for part in self.parts]
-        rows.append(("each device", gigabytes(self.per_device), ""))
-        rows += [(v.device, "fits" if v.fits else "does not fit", v.advice) for v in self.verdicts]
-        first, second = (max(len(row[i]) for row in rows) for i in (0, 1))
-        return "\n".join(f"{a:<{first}}  {b:>{second}}  {c}".rstrip() for a, b, c in rows)
+        asked, rows = self.request, [("", "whole", "each device", "")]
+        for part in self.parts:
+            rows.append((part.name, *map(gigabytes, (part.total, part.per_device)), part.detail))
+        rows.append(("together", *map(gigabytes, (self.total, self.per_device)), ""))
+        rows += [("",) * 4, ("", "memory", "usable", "")]
+        for one in self.verdicts:
+            fits = f"fits, {one.needed / one.memory:.0%} of it" if one.fits else "does not fit"
+            rows.append((one.device, *map(gigabytes, (one.memory, one.usable)), fits))
+            rows += [("", "", "", f"  {suggestion}") for suggestion in one.suggestions]
+            if not one.fits and not one.suggestions:
+                rows.append(("", "", "", "  nothing that was tried would fit"))
+        new = f" and {asked.new_tokens:,} new ones" if asked.new_tokens else ""
+        text = (
+            f"{self.model} on {show(dict(asked.mesh))} (devices: {asked.devices}), prompts: "
+            f"{asked.batch} of {asked.length:,} tokens{new}\n"
+        )
+        notes = [f"Note: {note}" for note in self.notes]
+        return "\n".join([text, columns(rows, "<>><"), "", *notes, _LEGEND])
 
 
 def plan(
     model: str | Gemma2Config,
-    mesh: str | Mapping[str, int] | jax.sharding.Mesh = "data=1,model=1",
+    mesh: MeshLike = "data=1,model=1",
     *,
     rules: Mapping[str, str | None] = RULES,
     dtype: Any = "bfloat16",
@@ -128,7 +141,7 @@ def plan(
         SourceError, ConfigError, SiteError, WeightsError: as the functions that would be called.
     """
     config = model if isinstance(model, Gemma2Config) else load_config(model)
-    sizes = parse_mesh(show(mesh) if isinstance(mesh, Mapping | jax.sharding.Mesh) else mesh)
+    sizes = mesh_sizes(mesh)
     new_tokens = whole_number("new_tokens", new_tokens)
     if length is None:
         length = max(min(1024, config.max_position_embeddings - new_tokens), 1)
@@ -163,16 +176,15 @@ def features_of(width: str | int) -> int:
     Raises:
         InputError: neither a name nor a positive number.
     """
-    if isinstance(width, str):
-        found = WIDTHS.get(width.lower()) or (int(width) if re.fullmatch(r"\d{1,9}", width) else 0)
-    else:
-        found = int(width) if is_whole(width) else 0
-    if found < 1:
+    found = WIDTHS.get(width.lower(), width) if isinstance(width, str) else width
+    if isinstance(found, str) and re.fullmatch(r"\d{1,9}", found):
+        found = int(found)
+    if not is_whole(found, 1):
         raise InputError(
             f"width is {width!r}, expected a number of features or Gemma Scope's name of it: "
             f"{', '.join(WIDTHS)}.{did_you_mean(str(width), WIDTHS)}"
         )
-    return found
+    return int(found)
 
 
 def _layers(given: str | Iterable[int], count: int) -> tuple[int, ...]:

@@ -93,12 +93,6 @@ class Call:
         key = Key(config, asked.addresses, logits, reach, unsure, placement)
         return cls(key, prompts, asked, checked, asked.checked(config, prompts))
 
-    @property
-    def size(self) -> tuple[int, int, int]:
-        """(B, T, T padded)."""
-        batch, width = self.prompts.tokens.shape
-        return batch, self.prompts.length, width
-
     def arguments(self, leaves: Sequence[jax.Array]) -> tuple:
         """Of :func:`forward`."""
         prompts = self.prompts

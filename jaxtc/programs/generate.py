@@ -128,33 +128,28 @@ def generate(
     # The last new token is never fed back, so an edit at its position would not fire.
     checked, _ = check_edits(edits, config, (layers, len(ORDER)), prompts, max_new_tokens - 1)
     reducers = asked.checked(config, prompts)
-    batch, width = prompts.tokens.shape
     place = placed(model, leaves, mesh)
-    slots = max(bucket(prompts.length + max_new_tokens), width)
+    slots = bucket(prompts.length + max_new_tokens)
     key = Key(config, asked.addresses, slots, place)
     if asked:
-        size = batch, slots, slots
+        size = len(prompts.tokens), slots
         check_run(config, leaves, size, asked.addresses, reducers, None, checked)
-
     rows = (lambda x: x) if place is None else place.put_rows
     lengths, early, later = rows(prompts.lengths), *(of_phase(checked, new=n) for n in (0, 1))
     if place is not None:
         early, later, reducers, sampling = place.put_whole((early, later, reducers, sampling))
     ids, *state = _PREFILL(key, leaves, rows(prompts.tokens), lengths, early, reducers, sampling)
 
-    def advance(step: int, ids: jax.Array, state: Sequence) -> tuple:
-        places = rows(prompts.lengths + step)
-        return _STEP(key, leaves, ids, places, lengths, *state, later, reducers, sampling)
-
-    # A device should not wait until the host has read its ids, at the cost of one step too many
-    # when a text stops. Where the host is the device, nothing waits.
-    ahead = not stops or next(iter(leaves[0].devices())).platform != "cpu"
     new: list[list[int]] = [[] for _ in prompts.tokens]
     running = np.ones(len(new), bool)
     for step in range(max_new_tokens):
-        known, last = ids, step + 1 == max_new_tokens
-        if ahead and not last:
-            ids, *state = advance(step, ids, state)
+        known = ids
+        if step + 1 < max_new_tokens:
+            # Before the ids are read, so that no device waits for the host: when all texts stop,
+            # that is one step too many.
+            places = rows(prompts.lengths + step)
+            given = ids, places, lengths, *state, later, reducers, sampling
+            ids, *state = _STEP(key, leaves, *given)
         found = _read(known)
         shown = [int(i) if on else None for i, on in zip(found, running, strict=True)]
         for row, i in zip(new, shown, strict=True):
@@ -163,8 +158,6 @@ def generate(
         ended = stream is not None and stream(step, shown) is True
         if ended or not running.any():
             break
-        if not ahead and not last:
-            ids, *state = advance(step, ids, state)
     length = prompts.length + step
     activations, _ = recording.finish(state[1], asked, reducers, layers, length)
     texts = np.asarray(prompts.tokens)

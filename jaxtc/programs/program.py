@@ -18,7 +18,7 @@ import jax
 import jax.monitoring
 
 from jaxtc.interchange import owned
-from jaxtc.programs.reasons import Advice, Reason, differences, facts
+from jaxtc.programs.reasons import Advice, advised, differences, facts
 from jaxtc.sharding.rules import ShardingError
 
 log = logging.getLogger("jaxtc")
@@ -132,11 +132,11 @@ class Program:
             self.count += 1
             found = [differences(now, before) for before in reversed(self._before)]
             self._before.append(now)
-            reasons = min(found, key=len, default=[Reason("its first call")])
-            because = "; ".join(reason.words for reason in reasons[:4])
+            reasons = min(found, key=len, default=["its first call"])
+            because = "; ".join(reasons[:4])
             because += f"; and {len(reasons) - 4} more" if len(reasons) > 4 else ""
             record = Compile(self.name, seconds, because)
-            advice = {reason.advice for reason in reasons if reason.advice}
+            advice = set(filter(None, map(advised, reasons)))
             self._repeats.update(advice)
             repeated = [one for one in advice if self._repeats[one] == one.patience]
             for one in _open:

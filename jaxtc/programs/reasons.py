@@ -5,6 +5,7 @@ A fact of a call is a name and a value that is compared by ``==`` and holds no a
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -14,54 +15,48 @@ from jaxtc.errors import some
 
 
 class Advice(NamedTuple):
-    """What to do when facts of these names have changed ``patience`` times."""
+    """What to do when differences whose words begin with ``pattern`` came up ``patience`` times."""
 
-    names: tuple[str, ...]
+    pattern: str
     patience: int
     text: str
 
 
-FUNCTION = Advice(
-    (), 4, "Define the function once, outside the loop; what changes from call to call can be an "
-    "argument: jax.tree_util.Partial(function, array) has its arrays as data.")  # fmt: skip
-SHAPE = Advice(
-    (), 4, "Other values of one shape run the same program: give as many positions, rows, layers "
-    "or directions each time, or a mask of booleans, and always the same kind of number.",
-)  # fmt: skip
-# Another experiment has other captures and edits: it takes a loop to have 16 of them.
+# The first that fits. Another experiment has other captures and edits: it takes a loop to have 16.
 ADVICE = (
-    Advice(("padded length", "length", "slots"), 4, "Prompts are padded to a multiple of 16 tokens "
-           "(more for long ones), a program each: give prompts of similar length together, or call "
+    Advice(".*another function object", 4, "Define the function once, outside the loop; what "
+           "changes from call to call can be an argument: jax.tree_util.Partial(function, array) "
+           "has its arrays as data."),
+    Advice(r"(another )?(of\b|\w+\[)", 4, "Other values of one shape run the same program: give "
+           "as many positions, rows, layers or directions each time, or a mask of booleans, and "
+           "always the same kind of number."),
+    Advice("(padded )?length|slots", 4, "Prompts are padded to a multiple of 16 tokens (more for "
+           "long ones), a program each: give prompts of similar length together, or call "
            "jaxtc.warm_up(model, lengths=...) first."),
-    Advice(("batch",), 4, "Give batches of one size: fill up the last one, and drop those rows of "
-           "the result."),
-    Advice(("edits",), 16, "Keep one list of edits and change their values: Scale(1.0) or Add(0.0) "
-           "do nothing."),
-    Advice(("captures", "reducers", "asked", "addresses"), 16, "Capture everything you will need "
+    Advice("batch", 4, "Give batches of one size: fill up the last one, and drop those rows of the "
+           "result."),
+    Advice("(another )?edits", 16, "Keep one list of edits and change their values: Scale(1.0) or "
+           "Add(0.0) do nothing."),
+    Advice("(another )?(captures|reducers|asked|addresses)", 16, "Capture everything you will need "
            "each time, and pick from the result."),
-    Advice(("weights on",), 4, "Keep the model where it is, or put it on its devices once before "
-           "the loop."),
-    Advice(("weights", "config"), 4, "Each configuration and dtype is a program of its own: finish "
-           "with one model before the next."),
-    Advice(("called",), 16, "jax.vmap compiles for each size it maps over, and jax.grad once more: "
-           "put jax.jit around the whole, or map over chunks of one size."),
+    Advice("(another )?(weights|config)", 4, "Each configuration, dtype and place is a program of "
+           "its own: finish with one model before the next, and put it on its devices once."),
+    Advice("called|jax.vmap", 16, "jax.vmap compiles for each size it maps over, and jax.grad once "
+           "more: put jax.jit around the whole, or map over chunks of one size."),
 )  # fmt: skip
 # Arguments whose shapes follow from the others': reported when nothing else has changed.
 _FOLLOWING = frozenset({"lengths", "ends", "places", "cache", "record", "begin", "resume"})
 
 
-class Reason(NamedTuple):
-    """One difference in words, and what can be done about it."""
-
-    words: str
-    advice: Advice | None = None
-
-
-class _Function(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Function:
     """A function by its id, as jax compares it; compiled programs keep theirs alive."""
 
     number: int
     name: str
+
+    def __str__(self):
+        return self.name
 
 
 def facts(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,30 +122,30 @@ def _kind(node: Any) -> str:
     return type(node).__name__ + (f" at {getattr(place, 'name', place)}" if place else "")
 
 
-def differences(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[Reason]:
-    """What is new against an earlier call: at least one reason."""
+def differences(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+    """What is new against an earlier call, in words: at least one reason."""
     # A name that only one of them has is part of something that differs, or is unknown (the devices
     # of traced weights).
     names = [name for name in now if name in before and now[name] != before[name]]
     names = [n for n in names if not any(n.startswith((f"{m}.", f"{m}[")) for m in names)]
-    own = [name for name in names if name.split(".")[0].split("[")[0] not in _FOLLOWING]
-    found = [_reason(name, now[name], before[name]) for name in own or names]
+    own = [name for name in names if re.match(r"\w+", name)[0] not in _FOLLOWING]
+    found = [_words(name, now[name], before[name]) for name in own or names]
     if not found and now["called"] != "directly":
-        return [Reason("jax.vmap over another size, or another jax.grad", ADVICE[-1])]
-    return found or [Reason("jax forgot the program, or its settings or devices changed")]
+        return ["jax.vmap over another size, or another jax.grad"]
+    return found or ["jax forgot the program, or its settings or devices changed"]
 
 
-def _reason(name: str, now: Any, before: Any) -> Reason:
+def advised(reason: str) -> Advice | None:
+    """What can be done about a difference."""
+    return next((one for one in ADVICE if re.match(one.pattern, reason)), None)
+
+
+def _words(name: str, now: Any, before: Any) -> str:
     if isinstance(now, _Function):
-        words = f"{name}: another function object, {now.name}: define it once outside the loop"
-        return Reason(words, FUNCTION)
+        return f"{name}: another function object, {now}: define it once outside the loop"
     words = f"{name}{' ' if type(now) is int else ': '}{_shown(now)} (was {_shown(before)})"
-    known = (one for one in ADVICE if name in one.names)
-    advice = next(known, SHAPE if "[" in name or name.startswith("of") else None)
-    return Reason(words if len(words) < 300 else f"another {name}", advice)
+    return words if len(words) < 300 else f"another {name}"
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, _Function):
-        return value.name
     return some(list(map(str, value)), 4) or "none" if isinstance(value, tuple) else str(value)

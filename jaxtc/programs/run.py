@@ -65,8 +65,10 @@ def run(
     asked = understand(capture, config.num_hidden_layers)
     leaves = parameters(model)
     where = placed(model, leaves, mesh)
-    call = Call.of(config, prepare(tokens, config, lengths), asked, edits, logits, where)
-    check_run(config, leaves, call.size, asked.addresses, call.reducers, logits, call.edits)
+    prompts = prepare(tokens, config, lengths)
+    call = Call.of(config, prompts, asked, edits, logits, where)
+    size = len(prompts.tokens), prompts.length
+    check_run(config, leaves, size, asked.addresses, call.reducers, logits, call.edits)
     if checks and call.key.unsure:
         all_there(call.edits, config, call.key.reach, call.prompts.lengths, checks=True)
     return call.result(_run(*call.on_mesh(leaves)))

@@ -21,30 +21,28 @@ Module = TypeVar("Module", bound=nnx.Module)
 MeshLike: TypeAlias = Mesh | Mapping[str, int] | str
 
 
-def parse_mesh(text: str) -> dict[str, int]:
-    """The axes of a mesh, ``"data=2,model=4"``, and how many devices lie along each.
+def mesh_sizes(mesh: MeshLike) -> dict[str, int]:
+    """The axes of a mesh, and how many devices lie along each.
 
     Raises:
-        ShardingError: not of this form, an unknown axis, one named twice, or no devices along one.
+        ShardingError: neither a mesh, nor sizes by name, nor ``"data=2,model=4"``; an unknown axis,
+            one named twice, or no devices along one.
     """
-    expected = "expected sizes such as 'data=2,model=4' or 'model=8'"
-    if not isinstance(text, str):
-        raise ShardingError(f"A mesh is {text!r}, {expected}.")
-    sizes: dict[str, int] = {}
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\w+)\s*[=:]\s*(-?\d{1,9})\s*", part, re.ASCII)
-        if match is None:
-            raise ShardingError(f"The mesh {text!r} has {part.strip()!r} in it, {expected}.")
-        if match[1] in sizes:
-            raise ShardingError(f"The mesh {text!r} names the axis {match[1]!r} twice, {expected}.")
-        sizes[match[1]] = int(match[2])
-    return _checked(sizes)
-
-
-def _checked(sizes: Mapping[str, int]) -> dict[str, int]:
-    known = (DATA, MODEL)
+    known, expected = (DATA, MODEL), "expected sizes such as 'data=2,model=4' or 'model=8'"
+    sizes: dict[str, Any] = {}
+    if isinstance(mesh, str):
+        for part in mesh.split(","):
+            match = re.fullmatch(r"\s*(\w+)\s*[=:]\s*(-?\d{1,9})\s*", part, re.ASCII)
+            if match is None:
+                raise ShardingError(f"The mesh {mesh!r} has {part.strip()!r} in it, {expected}.")
+            axis, size = match.groups()
+            if axis in sizes:
+                raise ShardingError(f"The mesh {mesh!r} names the axis {axis!r} twice, {expected}.")
+            sizes[axis] = int(size)
+    else:
+        sizes |= mesh.shape if isinstance(mesh, Mesh) else mesh if isinstance(mesh, Mapping) else {}
     if not sizes:
-        raise ShardingError("A mesh needs at least one axis, such as {'model': 4}.")
+        raise ShardingError(f"A mesh is {mesh!r}, {expected}.")
     for axis, size in sizes.items():
         if axis not in known:
             raise ShardingError(
@@ -71,7 +69,7 @@ def make_mesh(sizes: MeshLike, devices: Sequence[jax.Device] | None = None) -> M
     """
     if isinstance(sizes, Mesh):
         return sizes
-    sizes = _checked(sizes) if isinstance(sizes, Mapping) else parse_mesh(sizes)
+    sizes = mesh_sizes(sizes)
     devices = jax.devices() if devices is None else list(devices)
     count = math.prod(sizes.values())
     if count > len(devices):
@@ -139,7 +137,7 @@ def _same(x: jax.Array) -> jax.Array:
 
 def mesh_of(tree: Any) -> Mesh | None:
     """The mesh of the first array of a pytree that lies on one."""
-    for leaf in [tree] if isinstance(tree, jax.Array) else jax.tree.leaves(tree):
+    for leaf in jax.tree.leaves(tree):
         known = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
         if known and isinstance(leaf.sharding, NamedSharding):
             return leaf.sharding.mesh

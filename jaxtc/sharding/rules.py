@@ -5,7 +5,6 @@ tokens of the vocabulary, transcoder features). Axis letters: B batch, T and S t
 heads, K kv heads, H head dim, F MLP width, V vocabulary, M transcoder features.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TypeAlias
@@ -80,11 +79,16 @@ def partition(
     spec: list[str | None] = []
     for axis, size in zip(axes, shape, strict=True):
         target = rules.get(axis)
-        count = sizes.get(target, 1)
-        if size % count and (axis == "batch" or (axis == "kv_heads" and count % size == 0)):
-            count = 1
-        if size % count:
-            raise _uneven(name, axis, size, target, count)
+        devices = sizes.get(target, 1)
+        count = _parts(axis, size, devices)
+        if not count:
+            fit = [n for n in range(1, min(4 * devices, 4096) + 1) if _parts(axis, size, n)]
+            raise ShardingError(
+                f"{name or 'An array'} has {axis} = {size}, which does not divide over the "
+                f"{devices} devices of the mesh axis {target!r}. Choose {target}="
+                f"{' or '.join(map(str, fit[-6:]))}, or replicate this axis: "
+                f"rules=jaxtc.sharding.RULES | {{{axis!r}: None}}."
+            )
         if count > 1 and target in spec:
             other = axes[spec.index(target)]
             raise ShardingError(
@@ -98,17 +102,11 @@ def partition(
     return PartitionSpec(*spec)
 
 
-def _uneven(name: str, axis: str, size: int, target: str, count: int) -> ShardingError:
-    low = [n for n in range(1, math.isqrt(size) + 1) if size % n == 0]
-    fit = sorted({*low, *(size // n for n in low)})
-    if axis == "kv_heads":
-        fit += [size * n for n in range(2, 9)]
-    near = sorted(fit, key=lambda n: abs(math.log(n / count)))[:6]
-    return ShardingError(
-        f"{name or 'An array'} has {axis} = {size}, which does not divide over the {count} devices "
-        f"of the mesh axis {target!r}. Choose {target}={' or '.join(map(str, sorted(near)))}, or "
-        f"replicate this axis: rules=jaxtc.sharding.RULES | {{{axis!r}: None}}."
-    )
+def _parts(axis: str, size: int, devices: int) -> int:
+    """How many parts an axis has on so many devices; 0 when it does not divide."""
+    if size % devices == 0:
+        return devices
+    return int(axis == "batch" or (axis == "kv_heads" and devices % size == 0))
 
 
 def shardings(module: nnx.Module, mesh: Mesh, rules: Rules = RULES) -> list[NamedSharding]:

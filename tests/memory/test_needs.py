@@ -140,7 +140,7 @@ def test_a_run_is_checked_for_what_the_estimate_says(capture, prompts, monkeypat
     capture = CAPTURES[capture]
     asked, given = understand(capture, LAYERS), prepare(prompts, tiny.config())
     reducers = asked.checked(tiny.config(), given)
-    shape = (len(prompts), given.length, given.tokens.shape[1])
+    shape = (len(prompts), given.length)
     edits = [jaxtc.SetTo(0.0, site="logits")]
     checked = []
     monkeypatch.setattr(memory, "_SMALL", 0)
@@ -157,7 +157,7 @@ def test_a_run_that_cannot_fit_is_refused_before_it_runs():
     config = dataclasses.replace(tiny.config(), vocab_size=2**24, max_position_embeddings=2**16)
 
     def check(leaf):
-        check_run(config, [leaf], (64, 2**16, 2**16), (), (), "all")
+        check_run(config, [leaf], (64, 2**16), (), (), "all")
 
     for call in (check, jax.jit(check)):
         with pytest.raises(CapacityError, match="What this run keeps needs at least 286 TB"):

@@ -16,12 +16,12 @@ import pytest
 import jaxtc
 from jaxtc.errors import InputError
 from jaxtc.programs.program import REMEMBERED, Compiles, Program, compiles
-from jaxtc.programs.reasons import ADVICE, differences, facts
+from jaxtc.programs.reasons import advised, differences, facts
 from tests.support import tiny
 
 D = tiny.config().hidden_size
 LEAVES = [np.zeros(1, np.float32)]
-REPEATS = next(one.patience for one in ADVICE if "batch" in one.names)
+REPEATS = advised("batch 2 (was 1)").patience
 
 
 def double(x, scale=1.0):
@@ -298,7 +298,7 @@ def test_weights_that_are_traced_have_no_place():
 def test_another_place_of_the_weights_is_a_reason():
     before = facts({"leaves": [jnp.zeros(1)]})
     [reason] = differences(before | {"weights on": "cpu:7"}, before)
-    assert reason.words.startswith("weights on: cpu:7 (was ") and "put it on" in reason.advice.text
+    assert reason.startswith("weights on: cpu:7 (was ") and "put it on" in advised(reason).text
 
 
 @jaxtc.register_edit()
