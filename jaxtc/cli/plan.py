@@ -3,6 +3,8 @@
 import re
 
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from jaxtc.captures.reducers import At
 from jaxtc.cli.options import (
@@ -14,9 +16,17 @@ from jaxtc.cli.options import (
     parse_layers,
     write_json,
 )
+from jaxtc.cli.runtime import plain_table
 from jaxtc.errors import InputError
-from jaxtc.memory.plan import plan
+from jaxtc.helpers import gigabytes
+from jaxtc.memory.plan import Plan, plan
+from jaxtc.sharding.mesh import show
 from jaxtc.sharding.rules import RULES, ShardingError
+
+LEGEND = (
+    "GB are 10⁹ bytes. The workspace is an estimate; everything else is counted, byte by byte, "
+    "from shapes."
+)
 
 
 def command(
@@ -79,8 +89,7 @@ def command(
             raise
         raise ShardingError(f"{error} In place of rules, give --replicate AXIS here.") from error
     write_json(json_file, found.to_dict())
-    console = Console(stderr=json_file == STDOUT)
-    console.print(str(found), markup=False, emoji=False, soft_wrap=True)
+    draw(Console(stderr=json_file == STDOUT), found)
 
 
 def _capture(text: str) -> str | At:
@@ -100,3 +109,46 @@ def _axis(name: str) -> str:
     if name not in RULES:
         raise ShardingError(f"--replicate {name}: there is no such axis, only {', '.join(RULES)}.")
     return name
+
+
+def draw(console: Console, found: Plan) -> None:
+    """What is held, then where it fits."""
+    asked = found.request
+    devices = f"{asked.devices} device" + "s" * (asked.devices > 1)
+    prompts = f"{asked.batch} prompt" + "s" * (asked.batch > 1)
+    work = f"{prompts} of {asked.length:,} tokens"
+    work += f" and {asked.new_tokens:,} new ones" if asked.new_tokens else ""
+    mesh = show(dict(asked.mesh))
+    console.print(Text.assemble((found.model, "bold cyan"), f" on {mesh} ({devices}), {work}"))
+    held = plain_table(2, show_footer=True)
+    held.add_column("what", "together", style="bold cyan", no_wrap=True)
+    held.add_column("whole", gigabytes(found.total), justify="right", no_wrap=True)
+    each = Text(gigabytes(found.per_device), "bold")
+    held.add_column("each device", each, justify="right", no_wrap=True)
+    held.add_column("", overflow="fold", style="dim")
+    for part in found.parts:
+        numbers = gigabytes(part.total), gigabytes(part.per_device)
+        held.add_row(part.name, *numbers, Text(part.detail))
+    console.print(held)
+    console.print(_fits(found))
+    for note in found.notes:
+        console.print(Text.assemble(("Note: ", "bold yellow"), note))
+    console.print(Text(LEGEND, "dim"))
+
+
+def _fits(found: Plan) -> Table:
+    table = plain_table(2)
+    table.add_column("fits on a", style="bold cyan", no_wrap=True)
+    for name in ("memory", "usable", "needed"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("what would make it fit", overflow="fold")
+    for verdict in found.verdicts:
+        sizes = map(gigabytes, (verdict.memory, verdict.usable, verdict.needed))
+        mark = Text("✓", "bold green") if verdict.fits else Text("✗", "bold red")
+        lines = [
+            Text.assemble((one.option, "yellow"), f" → {gigabytes(one.needed)} ({one.meaning})")
+            for one in verdict.suggestions
+        ] or [Text("" if verdict.fits else "nothing that was tried", "dim")]
+        table.add_row(verdict.device, *sizes, mark, Text("\n").join(lines))
+    return table

@@ -52,9 +52,6 @@ class Suggestion:
     meaning: str
     needed: int
 
-    def __str__(self):
-        return f"{self.option} → {gigabytes(self.needed)} ({self.meaning})"
-
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
@@ -70,6 +67,14 @@ class Verdict:
     needed: int
     fits: bool
     suggestions: tuple[Suggestion, ...]
+
+    @property
+    def advice(self) -> str:
+        """The suggestions in a line."""
+        if self.fits:
+            return f"{self.needed / self.memory:.0%} of {gigabytes(self.memory)}"
+        found = [f"{one.option} ({gigabytes(one.needed)})" for one in self.suggestions]
+        return "; or ".join(found) or "nothing that was tried would fit"
 
 
 class _Change(NamedTuple):

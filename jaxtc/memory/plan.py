@@ -12,7 +12,7 @@ from jaxtc.helpers import columns, for_json, gigabytes, is_whole, whole_number
 from jaxtc.memory.advice import Verdict, divisors, judge
 from jaxtc.memory.parts import Part, Request
 from jaxtc.model.config import Gemma2Config
-from jaxtc.sharding.mesh import MeshLike, mesh_sizes, show
+from jaxtc.sharding.mesh import MeshLike, mesh_sizes
 from jaxtc.sharding.rules import DATA, MODEL, RULES, ShardingError
 from jaxtc.tap.sites import check_layer
 from jaxtc.weights.files.arrays import check_dtype
@@ -22,10 +22,6 @@ from jaxtc.weights.load_model import load_config
 # Gemma Scope's names of widths are powers of two.
 _NAMES = "16k", "32k", "65k", "131k", "262k", "524k", "1m"
 WIDTHS = {name: 2**power for power, name in enumerate(_NAMES, 14)}
-_LEGEND = (
-    "GB are 10⁹ bytes. The workspace is an estimate; everything else is counted, byte by byte, "
-    "from shapes."
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,24 +74,13 @@ class Plan:
         })  # fmt: skip
 
     def __str__(self):
-        asked, rows = self.request, [("", "whole", "each device", "")]
-        for part in self.parts:
-            rows.append((part.name, *map(gigabytes, (part.total, part.per_device)), part.detail))
-        rows.append(("together", *map(gigabytes, (self.total, self.per_device)), ""))
-        rows += [("",) * 4, ("", "memory", "usable", "")]
-        for one in self.verdicts:
-            fits = f"fits, {one.needed / one.memory:.0%} of it" if one.fits else "does not fit"
-            rows.append((one.device, *map(gigabytes, (one.memory, one.usable)), fits))
-            rows += [("", "", "", f"  {suggestion}") for suggestion in one.suggestions]
-            if not one.fits and not one.suggestions:
-                rows.append(("", "", "", "  nothing that was tried would fit"))
-        new = f" and {asked.new_tokens:,} new ones" if asked.new_tokens else ""
-        text = (
-            f"{self.model} on {show(dict(asked.mesh))} (devices: {asked.devices}), prompts: "
-            f"{asked.batch} of {asked.length:,} tokens{new}\n"
-        )
-        notes = [f"Note: {note}" for note in self.notes]
-        return "\n".join([text, columns(rows, "<>><"), "", *notes, _LEGEND])
+        rows = [(part.name, gigabytes(part.per_device), part.detail) for part in self.parts]
+        rows.append(("each device", gigabytes(self.per_device), ""))
+        rows += [
+            (one.device, "fits" if one.fits else "does not fit", one.advice)
+            for one in self.verdicts
+        ]
+        return columns(rows, "<><")
 
 
 def plan(
