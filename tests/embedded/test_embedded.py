@@ -172,6 +172,7 @@ def run_cli(*arguments):
     return CliRunner().invoke(cli.app, list(map(str, arguments)))
 
 
+@pytest.mark.slow
 def test_a_users_text_goes_through_the_same_recipe(tmp_path):
     text, out = tmp_path / "text.txt", tmp_path / "out"
     text.write_text("\n".join(dict.fromkeys(SENTENCES[:600])))
@@ -241,6 +242,7 @@ def test_shipped_files_are_the_public_formats_and_small():
     ]
 
 
+@pytest.mark.slow
 def test_shipped_model_and_transcoders_reach_their_goals_on_fresh_held_out_text():
     report = measure(items=600, documents=300, stream=11)
     accuracies = {kind: figures.clean for kind, figures in report.kinds.items()}

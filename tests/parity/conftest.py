@@ -42,7 +42,13 @@ def make_oracle(tmp_path_factory) -> Callable[[str], Oracle]:
     return make
 
 
-@pytest.fixture(scope="session", params=oracles.ALL)
+# 2B's D is a square, which hides more than 9B's: it takes its turn in `pytest -m slow`.
+LATER = {"2b": [pytest.mark.slow]}
+
+
+@pytest.fixture(
+    scope="session", params=[pytest.param(x, marks=LATER.get(x, [])) for x in oracles.ALL]
+)
 def oracle(request, make_oracle) -> Oracle:
     return make_oracle(request.param)
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 import jaxtc
@@ -25,6 +26,10 @@ TOLERANCE = 1e-5
 VISIBLE = 1e-4
 LAYERS = oracles.COMMON["num_hidden_layers"]
 ORACLES = ("9b", oracles.EMBEDDED)
+# Compiling takes long: the shipped model takes its turn in `pytest -m slow`.
+on_each_oracle = pytest.mark.parametrize(
+    "name", [ORACLES[0], pytest.param(ORACLES[1], marks=pytest.mark.slow)]
+)
 SITES = tuple(BY_NAME)
 
 

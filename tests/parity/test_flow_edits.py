@@ -9,7 +9,7 @@ import pytest
 import jaxtc
 from tests.parity import oracles, reference, torch_edits
 from tests.parity.figures import note
-from tests.parity.lab import LAYERS, ORACLES, TOLERANCE, VISIBLE, both, cut
+from tests.parity.lab import LAYERS, TOLERANCE, VISIBLE, both, cut, on_each_oracle
 from tests.parity.torch_hooks import Hooked, Where
 
 # (prompt, targets). Some queries have nothing left to attend to: the first token, and those whose
@@ -27,7 +27,7 @@ CUTS = [
 ]
 
 
-@pytest.mark.parametrize("name", ORACLES)
+@on_each_oracle
 def test_attention_knocked_out(name, labs):
     """As masked scores are: the hooks put the edges into the attention mask."""
     here = labs(name)
@@ -80,7 +80,7 @@ SPLICES = {
 
 
 @pytest.mark.parametrize("case", SPLICES)
-@pytest.mark.parametrize("name", ORACLES)
+@on_each_oracle
 def test_spliced(name, case, labs, make_oracle, transcoders_of):
     here = labs(name)
     ours, theirs = transcoders_of(make_oracle(name))
@@ -90,7 +90,7 @@ def test_spliced(name, case, labs, make_oracle, transcoders_of):
     here.check_rows("Splice", here.prompts[:3], [edit(ours)], hooks)
 
 
-@pytest.mark.parametrize("name", ORACLES)
+@on_each_oracle
 def test_features(name, labs, make_oracle, transcoders_of):
     """Set, scaled and clamped, on the MLP's own output and on a spliced transcoder's."""
     here = labs(name)
@@ -138,7 +138,7 @@ def test_features(name, labs, make_oracle, transcoders_of):
     here.check_rows("edits of features", prompts, edits, hooks)
 
 
-@pytest.mark.parametrize("name", ORACLES)
+@on_each_oracle
 def test_error_keeps_the_value(name, labs, make_oracle, transcoders_of):
     """A splice with its error leaves the logits as they were, though the transcoder misses much."""
     here = labs(name)

@@ -15,7 +15,7 @@ import jaxtc
 from jaxtc.tap.sites import BY_NAME, NORM_SCALES, Address
 from tests.parity import reference, torch_edits, torch_hooks
 from tests.parity.figures import note
-from tests.parity.lab import LAYERS, ORACLES, SITES, Lab
+from tests.parity.lab import LAYERS, SITES, Lab, on_each_oracle
 from tests.parity.oracles import EMBEDDED
 from tests.parity.torch_hooks import Hooked, Where
 
@@ -99,7 +99,7 @@ def at_sites(here: Lab, sites: Sequence[str], edits, hooks, figure: str) -> dict
     return norms
 
 
-@pytest.mark.parametrize("name", ORACLES)
+@on_each_oracle
 def test_at_every_site(name, labs):
     norms = at_sites(labs(name), SITES, [], [], "{site}")
     assert all(norm > 0 for norm in norms.values())
@@ -226,7 +226,7 @@ def test_through_edits(name, case, labs, make_oracle, transcoders_of):
     assert {address for address, norm in norms.items() if norm == 0} == lost(coders[0].layer)
 
 
-@pytest.mark.parametrize("name", ORACLES)
+@on_each_oracle
 def test_of_values(name, labs, make_oracle, transcoders_of):
     """Of what edits hold: values, factors, weights, directions, activations of features."""
     here = labs(name)

@@ -18,8 +18,18 @@ import jaxtc
 from jaxtc.tap.sites import BY_NAME, Site
 from tests.parity import reference, torch_edits
 from tests.parity.figures import note
-from tests.parity.lab import LAYERS, ORACLES, SITES, TOLERANCE, VISIBLE, At, Lab, cut, number
-from tests.parity.oracles import EMBEDDED
+from tests.parity.lab import (
+    LAYERS,
+    ORACLES,
+    SITES,
+    TOLERANCE,
+    VISIBLE,
+    At,
+    Lab,
+    cut,
+    number,
+    on_each_oracle,
+)  # fmt: skip
 from tests.parity.torch_hooks import Hooked, Where
 
 
@@ -160,8 +170,6 @@ def makes_sense(kind: str, site: Site) -> bool:
     return kind != "ProjectOut" or site.kind == "vector"
 
 
-# Compiling takes long: the shipped model takes its turn in `pytest -m slow`.
-RANDOM_FIRST = ["9b", pytest.param(EMBEDDED, marks=pytest.mark.slow)]
 CELLS = [
     (kind, site.name)
     for kind, site in itertools.product(KINDS, BY_NAME.values())
@@ -203,7 +211,7 @@ def compare(model: Lab, kind: str) -> dict[str, tuple[float, float, float]]:
 
 
 @pytest.mark.parametrize(("kind", "site"), CELLS)
-@pytest.mark.parametrize("name", RANDOM_FIRST)
+@on_each_oracle
 def test_kind_at_site(name, kind, site, compared):
     right, left, moved = compared(name, kind)[site]
     what = kind + form(kind, name, site)
