@@ -19,7 +19,8 @@ MB = 1e6
 
 # processes: (devices of each, mesh, another to restore onto)
 MESHES = {2: (2, "data=2,model=2", "model=4"), 4: (2, "data=2,model=4", "data=4,model=2")}
-SETUPS = [2, pytest.param(4, marks=pytest.mark.slow)]
+SETUPS = [2, 4]
+pytestmark = pytest.mark.slow  # a shared mesh in one process is tested in test_mesh.py
 
 
 @pytest.fixture(scope="module")
