@@ -1,5 +1,7 @@
 """Gemma-2 and its transcoders in JAX: every activation open to reading and editing under jit."""
 
+from jaxtc import metrics as metrics
+from jaxtc import plots as plots
 from jaxtc import reducers as reducers
 from jaxtc import scores as scores
 from jaxtc.edits.base import Edit as Edit

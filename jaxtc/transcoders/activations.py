@@ -27,7 +27,7 @@ ACTIVATIONS: dict[str, type["Activation"]] = {}
 @dataclass_transform(frozen_default=True)
 @dataclasses.dataclass(frozen=True)
 class Activation:
-    """The declaration of an activation; hashable, so part of compile keys.
+    """The declaration of an activation, never negative; hashable, so part of compile keys.
 
     Subclasses are frozen dataclasses too, and registered.
 
@@ -54,7 +54,7 @@ class Activation:
     def __call__(
         self, z: jax.Array, parameters: Mapping[str, jax.Array], placement: Placement | None
     ) -> jax.Array:
-        """Activations (..., M) of pre-activations ``z`` (..., M); NaN stays NaN.
+        """Activations (..., M), at least 0, of pre-activations ``z`` (..., M); NaN stays NaN.
 
         ``parameters`` are of the same features; ``placement`` is where those lie, if on a mesh.
         """

@@ -18,6 +18,14 @@ from tests.parity.torch_transcoder import ACTIVATE, spliced
 TOLERANCE = 1e-5
 LAYER, M, D = 2, 96, oracles.SHAPES["9b"]["hidden_size"]
 SETTINGS = {"topk": TopK(11)}
+
+
+def test_every_activation_has_a_reference():
+    assert list(ACTIVATE) == list(ACTIVATIONS), (
+        "add it to ACTIVATE of torch_transcoder.py and, if it has settings, to SETTINGS, above"
+    )
+
+
 each = pytest.mark.parametrize("name", ACTIVATIONS)
 
 

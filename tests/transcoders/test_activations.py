@@ -50,6 +50,12 @@ def made(name, **options) -> Transcoder:
     return t
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_no_activation_is_negative(name):
+    a = np.asarray(made(name).encode(np.random.default_rng(2).standard_normal((40, D))))
+    assert (a >= 0).all() and (a > 0).any(), "encode_sparse keeps the largest, and needs a >= 0"
+
+
 def dense(name, t, x) -> np.ndarray:
     return CASES[name][1](np.asarray(t.pre_activations(x)), t)
 
