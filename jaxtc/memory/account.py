@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import functools
 import math
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from jaxtc.model.config import Gemma2Config
 from jaxtc.model.prompts import Prompts
 from jaxtc.sharding.rules import Rules, logical, partition
 from jaxtc.tap.context import Context
-from jaxtc.tap.sites import BY_NAME, Address, parse
+from jaxtc.tap.sites import BY_NAME, LOGITS, Address, parse
 
 
 class Arrays(NamedTuple):
@@ -71,10 +72,11 @@ class Size:
         """The logits that are returned."""
         return self.arrays("logits", "B T V", {"all": tokens, "last": 1, None: 0}[which])
 
-    def widest(self, features: int, logits: bool) -> list[Arrays]:
+    def widest(self, features: int, asked: Collection[str]) -> list[Arrays]:
         """A pass's largest intermediates.
 
-        ``features`` is M of the widest transcoder in the pass, ``logits`` whether all are made.
+        ``features`` is M of the widest transcoder in the pass; ``asked`` are the sites that are
+        read or edited, of which some are only made then.
         """
         item = jnp.dtype(self.dtype).itemsize
         found = [
@@ -82,7 +84,9 @@ class Size:
             self.arrays("the MLP", "B T F", self.width, item),
             self.arrays("transcoder features", "B T M", self.width, features=features),
         ]
-        return [*found, self.logits("all", self.width)] if logits else found
+        if "head_out" in asked:
+            found.append(self.arrays("heads' outputs", "B T N D", self.width, item))
+        return found + [self.logits("all", self.width)] * any(site in LOGITS for site in asked)
 
     def checked(self, asked: Asked) -> tuple[Reducer, ...]:
         """The reducers for unknown prompts of this size.

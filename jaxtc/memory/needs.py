@@ -191,20 +191,22 @@ def _measure(size: Size, parts: dict[str, Any], logits, beyond, weights: int) ->
     if size.length < size.width:
         padding = size.logits(logits, size.width).total if logits == "all" else 0
         padding += sum(bytes_of(size.kept(part, cut=False)) for part in parts.values())
-    all_logits, features = beyond
-    widest = size.widest(features, all_logits and logits != "all")
+    sites, features = beyond
+    widest = size.widest(features, sites - {*LOGITS} if logits == "all" else sites)
     work = max(one.total for one in widest)
     return Estimate(shapes, size.logits(logits, size.length).total, weights, work, padding)
 
 
-def _beyond(parts: Iterable[Address | Reducer], edits: Sequence[Edit]) -> tuple[bool, int]:
-    """Whether all logits are made for these, and the features of their widest transcoder."""
+def _beyond(
+    parts: Iterable[Address | Reducer], edits: Sequence[Edit]
+) -> tuple[frozenset[str], int]:
+    """The sites of these, and the features of their widest transcoder."""
     both = [*parts, *edits]
-    sites = [part.site.name if isinstance(part, Reducer) else part.site for part in both]
+    sites = frozenset(part.site.name if isinstance(part, Reducer) else part.site for part in both)
     # Edits of single features compute only those.
     held = [part.transcoder for part in both if isinstance(part, Features | Splice)]
     each = [item for one in held for item in (one.values() if isinstance(one, Mapping) else [one])]
-    return any(site in LOGITS for site in sites), max((item.features for item in each), default=0)
+    return sites, max((item.features for item in each), default=0)
 
 
 def _grouped(shapes: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:

@@ -19,14 +19,13 @@ from jaxtc.model.config import FULL, Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import bucket
 from jaxtc.sharding.rules import variables
-from jaxtc.tap.sites import LOGITS
 from jaxtc.transcoders.transcoder import Transcoder
 
 # How many arrays of a kind exist at once, as XLA's memory_analysis() counts them: scores, their
 # exponentials, the pattern; gate, up, their product; features before and after the threshold; what
 # drawing a token makes of its logits.
 _AT_ONCE = {"attention scores": 3, "the MLP": 3, "transcoder features": 2, "logits": 2,
-            "drawing a token": 6}  # fmt: skip
+            "heads' outputs": 2, "drawing a token": 6}  # fmt: skip
 
 # A mapping as a hashable tuple of its items.
 Items = tuple[tuple[str, Any], ...]
@@ -148,8 +147,8 @@ class Request:
         # As if all were computed in float32.
         size, width = self._size, bucket(self.length)
         run = dataclasses.replace(size, width=width, dtype=np.dtype(np.float32))
-        reduced = any(reducer.site.name in LOGITS for reducer in self.capture.reducers)
-        widest = run.widest(self.features * bool(self.transcoders), logits=reduced)
+        reduced = {reducer.site.name for reducer in self.capture.reducers}
+        widest = run.widest(self.features * bool(self.transcoders), reduced)
         if self.new_tokens:
             widest.append(run.arrays("drawing a token", "B V", 1))
         held = {one.name: self._share([one._replace(count=_AT_ONCE[one.name])]) for one in widest}

@@ -116,6 +116,11 @@ def test_workspace():
         for kept, size in (("last", B * 16 * 5000 * 4), ("all", B * 4 * 16 * 16 * 4)):
             found = estimate(wide, (B, 16), logits=kept, edits=edits, **options)
             assert found.workspace == size
+    zero = jaxtc.Zero(site="head_out", layer=1, head=0)
+    small = dataclasses.replace(tiny.config(), hidden_size=500)
+    assert estimate(small, (B, 16)).workspace == B * 4 * 16 * 16 * 4
+    for options in ({"edits": [zero]}, {"capture": At("head_out", -1)}):
+        assert estimate(small, (B, 16), **options).workspace == B * 16 * 4 * 500 * 4
     features = Features(transcoder=tiny.transcoder(1, 5000), capacity=2)
     assert work(capture=features) == B * 16 * 5000 * 4
     splice = jaxtc.Splice(tiny.transcoder(1, 5000))
