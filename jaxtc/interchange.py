@@ -210,7 +210,8 @@ def _on_host(x: Any) -> np.ndarray:
         torch = _library(x)
         try:
             if x.dtype == torch.bfloat16:
-                return x.detach().view(torch.int16).numpy(force=True).view(jnp.bfloat16)
+                bits = x.detach().resolve_neg().view(torch.int16)
+                return bits.numpy(force=True).view(jnp.bfloat16)
             return x.numpy(force=True)
         except (TypeError, RuntimeError) as error:
             raise InputError(
@@ -229,7 +230,7 @@ def _to_jax(x: Any) -> jax.Array:
     """An array of NumPy or another library as JAX's, sharing memory where possible."""
     host = x if isinstance(x, np.ndarray) else None
     if _is_tensor(x):
-        x = x.detach()
+        x = x.detach().resolve_conj().resolve_neg()  # bits that DLPack does not carry
         host = _on_host(x) if x.device.type == "cpu" else None
     if host is not None and host.dtype.kind in "iu" and host.dtype.itemsize > 4:
         kept = np.iinfo(jax.dtypes.canonicalize_dtype(host.dtype))

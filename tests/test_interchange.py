@@ -371,3 +371,12 @@ def test_a_tensor_written_to_afterwards_changes_nothing():
     result = batch.logits(jaxtc.Add(value, site="embed"))
     value.fill_(1e6)
     np.testing.assert_array_equal(result, batch.logits(jaxtc.Add(np.ones(D), site="embed")))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_sign_or_conjugation_that_torch_has_not_applied_yet_counts(dtype):
+    x = torch._neg_view(torch.arange(3, dtype=getattr(torch, dtype)))
+    for convert in (jaxtc.from_foreign, jaxtc.to_numpy):
+        np.testing.assert_array_equal(np.asarray(convert(x), np.float32), [0, -1, -2])
+    z = torch.complex(torch.ones(2), torch.ones(2)).conj()
+    np.testing.assert_array_equal(jaxtc.from_foreign(z.imag[0]), -1)

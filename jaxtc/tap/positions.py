@@ -73,7 +73,8 @@ class Span:
     __post_init__ = plain_fields
 
     def __str__(self):
-        return self.part or f"{self.start}:{self.stop}"
+        located = np.ndim(self.start) > 0  # in each row elsewhere
+        return self.part or ("(a range)" if located else f"{self.start}:{self.stop}")
 
     def selects(self, positions: jax.Array) -> jax.Array:
         """(B, T) positions to (B, T) booleans: those in the range."""

@@ -57,12 +57,14 @@ def promoted_tokens(
         (n, count) int32 token ids, strongest first.
 
     Raises:
-        InputError: no such feature.
+        InputError: no such feature, or not so many tokens.
         JaxtcError: the transcoder's D differs from the model's, or it writes elsewhere.
     """
     wanted = np.asarray(features, np.int64).reshape(-1)
     if wanted.size and not 0 <= wanted.min() <= wanted.max() < transcoder.features:
         raise InputError(f"Features are 0 to {transcoder.features - 1}, got {wanted.tolist()}.")
+    if not 0 <= count <= model.config.vocab_size:
+        raise InputError(f"count is {count}, the vocabulary has {model.config.vocab_size} tokens.")
     if transcoder.output_site not in _RESIDUAL or transcoder.d_out != model.config.hidden_size:
         raise JaxtcError(
             f"This transcoder writes D={transcoder.d_out} at {transcoder.output_site}; only what "

@@ -98,6 +98,12 @@ def test_promoted_tokens_are_direct_logit_attribution_with_the_final_gain():
     assert strongest.promotes == tuple(pieces)
 
 
+@pytest.mark.parametrize("count", [-1, 20, 2**40])
+def test_promoted_tokens_are_of_the_vocabulary(count):
+    with pytest.raises(InputError, match=f"count is {count}, the vocabulary has"):
+        promoted_tokens(tiny.model(), tiny.transcoder(1), [], count)
+
+
 def test_promoted_tokens_in_several_blocks():
     transcoder = tiny.transcoder(1)
     wanted = np.arange(200) % 50
