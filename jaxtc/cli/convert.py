@@ -67,7 +67,7 @@ def command(
                 source, out, to, kind=kind, dtype=dtype, revision=revision,
                 layers=layers if layers == "all" else parse_layers(layers), width=width, l0=l0,
                 input_site=input_site, output_site=output_site, without_sites=without_sites,
-                model_name=model_name, max_shard_size=int(max_shard_size * 10**9),
+                model_name=model_name, max_shard_size=max_shard_size * 10**9,
                 verify=verify, progress=progress.part,
             )  # fmt: skip
         except KeyboardInterrupt:

@@ -1,6 +1,7 @@
 """Models, configs and tokenizers from a source: a hub id, a local folder, or the embedded ones."""
 
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -112,10 +113,9 @@ def load_config(source: str | Path = EMBEDDED, *, revision: str | None = None) -
         SourceError: nothing there, or no access to it.
         ConfigError: not a Gemma-2.
     """
-    name = str(source).lower()
-    size = name.removeprefix("google/gemma-2-").removeprefix("gemma-2-").removesuffix("-it")
-    if size in RELEASED and revision is None and local.find(source) is None:
-        return RELEASED[size]
+    size = re.fullmatch("(?:(?:google/)?gemma-2-)?(2b|9b|27b)(?:-it)?", str(source).lower())
+    if size and revision is None and local.find(source) is None:
+        return RELEASED[size[1]]
     folder = resolve(source, CONFIG, revision=revision).fetch()
     return Gemma2Config.from_file(folder / "config.json")
 

@@ -123,12 +123,13 @@ def _loader(
 
 def _check_site(name: str) -> None:
     """Refuse what no transcoder can read or write."""
-    site = BY_NAME[parse(name)[0]]
-    if not site.per_layer or not site.token_axes:
+    base, layer = parse(name)
+    site = BY_NAME[base]
+    if layer is not None or not site.per_layer or not site.token_axes:
         raise SiteError(
-            f"{name!r} [{site.axes}] is not a vector for each token and layer, which is what "
-            "transcoders and autoencoders read and write, such as mlp_in_normed, mlp_out and "
-            "resid_post."
+            f"{name!r} [{site.axes}] is not a vector for each token and layer, named without the "
+            "layer, which is what transcoders and autoencoders read and write, such as "
+            "mlp_in_normed, mlp_out and resid_post."
         )
 
 

@@ -70,6 +70,7 @@ def test_the_embedded_transcoders_there_and_back(capsys, tmp_path):
         (["embedded", "out", "--to", "npz", "--dtype", "bfloat16"], "params.npz is float32"),
         (["embedded", "out", "--verify"], "nothing says what the hub's hashes"),
         (["embedded", "out", "--max-shard-size", "0"], "expected at least 1"),
+        (["embedded", "out", "--max-shard-size", "nan"], "expected at least 1"),
         (["embedded", "out", "--to", "circuit-tracer", "--model-name", 'a"b'], "model_name is"),
     ],
 )

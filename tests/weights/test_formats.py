@@ -134,7 +134,7 @@ def test_sites_that_nothing_tells_are_asked_for(tmp_path):
         jaxtc.load_transcoder(path)
     with pytest.raises(SiteError, match="Give output_site;"):
         jaxtc.load_transcoder(path, input_site="mlp_in")
-    for site in ("embed", "attn_pattern"):
+    for site in ("embed", "attn_pattern", "layers.0.mlp_in"):
         with pytest.raises(SiteError, match=f"'{site}' .* is not a vector for each token"):
             jaxtc.load_transcoder(path, input_site=site, output_site="mlp_out")
     write(path, circuit_tracer(), metadata={"input_site": "mlp_inn", "output_site": "mlp_out"})

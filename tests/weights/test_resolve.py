@@ -66,6 +66,16 @@ def test_configs_of_released_models_are_known(places, name):
     assert load_config(name) == random_model().config
 
 
+@pytest.mark.parametrize("name", ["google/gemma-2-gemma-2-2b", "gemma-2b", "google/2b"])
+def test_other_names_are_not_those_of_released_models(places, monkeypatch, name):
+    def download(repo, *_):
+        raise SourceError(f"{repo} was asked for")
+
+    monkeypatch.setattr(hub, "download", download)
+    with pytest.raises(SourceError, match=name):
+        load_config(name)
+
+
 def test_one_of_the_hub(places, monkeypatch):
     asked = []
 

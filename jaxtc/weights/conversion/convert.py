@@ -5,6 +5,7 @@ or a parameter of a transcoder), and a few hundred MB.
 """
 
 import contextlib
+import math
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -99,7 +100,7 @@ def convert(
         )
     if model_name is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_name):
         raise SourceError(f"model_name is {model_name!r}, expected one such as google/gemma-2-2b.")
-    if max_shard_size < 1:
+    if not 1 <= max_shard_size < math.inf:
         raise SourceError(f"max_shard_size is {max_shard_size} bytes, expected at least 1.")
     if "://" in str(out):
         raise SourceError(f"{out} is not on this machine. Convert to a folder here, and copy it.")
@@ -121,7 +122,7 @@ def convert(
         what = options | {
             "source": content.source, "revision": content.revision,
             "state of its files": content.state, "to": to, "dtype": dtype and dtype.name,
-            "max_shard_size": max_shard_size, "jaxtc": JAXTC_VERSION,
+            "max_shard_size": int(max_shard_size), "jaxtc": JAXTC_VERSION,
         }  # fmt: skip
         return _write(content, out, what, progress)
 
