@@ -53,7 +53,7 @@ def save_model(
     """
     check_here(model, "model")
     folder = local.expand(folder).resolve()
-    if max_shard_size < 1:
+    if not 1 <= max_shard_size < math.inf:
         raise SourceError(f"max_shard_size is {max_shard_size} bytes, expected at least 1.")
     partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     try:

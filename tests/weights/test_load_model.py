@@ -51,6 +51,13 @@ def edit_config(folder, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+@pytest.mark.parametrize("size", [0, -1, float("nan"), float("inf")])
+def test_a_shard_size_that_is_none_is_refused_before_anything_is_written(tmp_path, size):
+    with pytest.raises(SourceError, match="max_shard_size is .* expected at least 1"):
+        jaxtc.save_model(random_model(), tmp_path / "m", max_shard_size=size)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("shard", [10**9, SMALL_SHARDS])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_round_trip_is_exact(tmp_path, dtype, shard):
