@@ -113,8 +113,8 @@ def load_config(source: str | Path = EMBEDDED, *, revision: str | None = None) -
         SourceError: nothing there, or no access to it.
         ConfigError: not a Gemma-2.
     """
-    size = re.fullmatch("(?:(?:google/)?gemma-2-)?(2b|9b|27b)(?:-it)?", str(source).lower())
-    if size and revision is None and local.find(source) is None:
+    size = re.fullmatch(r"(?:(?:google/)?gemma-2-)?(\w+)(?:-it)?", str(source).lower())
+    if size and size[1] in RELEASED and revision is None and local.find(source) is None:
         return RELEASED[size[1]]
     folder = resolve(source, CONFIG, revision=revision).fetch()
     return Gemma2Config.from_file(folder / "config.json")
