@@ -61,7 +61,7 @@ _mix_rows = jax.jit(mix_rows, static_argnums=(3, 4))
 _FACTS = {
     **dict.fromkeys(("d_in", "features", "d_out"), lambda n: is_whole(n, 1) and n < 2**31),
     "activation": lambda given: isinstance(given, Mapping),
-    "skip": lambda given: isinstance(given, bool),
+    **dict.fromkeys(("skip", "subtract_b_dec"), lambda given: isinstance(given, bool)),
     "layer": lambda n: n is None or is_whole(n),
     **dict.fromkeys(("input_site", "output_site", "source"), lambda s: isinstance(s, str)),
 }
@@ -70,9 +70,10 @@ _FACTS = {
 class Transcoder(nnx.Module):
     """``a = activation(x W_enc + b_enc)``, ``y = a W_dec + b_dec`` (arXiv 2408.05147, §2-3).
 
-    The decoder's bias is not subtracted from the input. With a skip connection,
-    ``y = a W_dec + b_dec + x W_skipᵀ`` (arXiv 2501.18823): calling the transcoder always includes
-    it, and :meth:`decode` cannot leave it out by accident.
+    With ``subtract_b_dec`` the encoder reads ``x - b_dec``, as most sparse autoencoders have been
+    trained (arXiv 2406.04093, §2.1); Gemma Scope's, and transcoders, are not. With a skip
+    connection, ``y = a W_dec + b_dec + x W_skipᵀ`` (arXiv 2501.18823), of ``x`` itself: calling the
+    transcoder always includes it, and :meth:`decode` cannot leave it out by accident.
 
     A sparse autoencoder is a transcoder whose two sites are one; of attention (``attn_heads``) it
     reads the heads joined, D = N·H (:meth:`jaxtc.tap.sites.Site.join`).
@@ -84,6 +85,9 @@ class Transcoder(nnx.Module):
         threshold: (M,) of JumpReLU; None for an activation without one, as are the parameters of
             every other activation.
         W_skip: (D, D), [out, in], or None.
+        subtract_b_dec: static; whether the decoder's bias is taken off the input. It stays a
+            setting, rather than folded into ``b_enc``, so that what was read is written back to the
+            last bit.
         layer: layer of the model it explains, or None when unknown.
         input_site: the site it reads; Gemma Scope's read x/rms *before* the norm's gain.
         output_site: the site it imitates.
@@ -98,6 +102,7 @@ class Transcoder(nnx.Module):
         *,
         activation: str | Activation | Mapping[str, Any] = "jumprelu",
         skip: bool = False,
+        subtract_b_dec: bool = False,
         layer: int | None = None,
         input_site: str = "mlp_in_normed",
         output_site: str = "mlp_out",
@@ -106,6 +111,11 @@ class Transcoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         d_out = d_in if d_out is None else d_out
+        if subtract_b_dec and d_in != d_out:
+            raise JaxtcError(
+                f"subtract_b_dec takes b_dec, of D={d_out}, off what is read, of D={d_in}; only a "
+                "dictionary that reads as many numbers as it writes can do that."
+            )
         param = functools.partial(declare, rngs, dtype=dtype)
         self.W_enc = param((d_in, features), ("embed", "features"), he_uniform)
         self.b_enc = param((features,), ("features",), zeros)
@@ -118,6 +128,7 @@ class Transcoder(nnx.Module):
             made = None if axes is None else param((features,) * len(axes), axes, zeros)
             setattr(self, name, made)
         self.W_skip = param((d_out, d_in), ("embed", "embed"), zeros) if skip else None
+        self.subtract_b_dec = bool(subtract_b_dec)
         self.layer, self.source = layer, source
         self.input_site, self.output_site = parse(input_site)[0], parse(output_site)[0]
 
@@ -156,6 +167,9 @@ class Transcoder(nnx.Module):
         Raises:
             JaxtcError: a fact that is missing, unknown or of another type.
         """
+        if not isinstance(facts, Mapping):
+            raise JaxtcError(f"The facts of a transcoder are a mapping, not {facts!r}.")
+        facts = {"subtract_b_dec": False, **facts}  # as all had it before it was a fact
         wrong = [name for name, fits in _FACTS.items() if not fits(facts.get(name))]
         wrong += facts.keys() - _FACTS.keys()
         if wrong:
@@ -164,8 +178,11 @@ class Transcoder(nnx.Module):
         return cls.abstract(**facts, **options)
 
     def pre_activations(self, x: jax.Array) -> jax.Array:
-        """``x W_enc + b_enc``: (..., D) to (..., M), in the transcoder's dtype."""
-        return jnp.matmul(self._input(x), self.W_enc[...], precision="highest") + self.b_enc[...]
+        """``x W_enc + b_enc``: (..., D) to (..., M), in the transcoder's dtype.
+
+        Of ``x - b_dec`` where that is taken off (:attr:`subtract_b_dec`).
+        """
+        return jnp.matmul(self._encoded(x), self.W_enc[...], precision="highest") + self.b_enc[...]
 
     def encode(self, x: jax.Array, *, placement: Placement | None = None) -> jax.Array:
         """Feature activations: (..., D) to (..., M), 0 where a feature is not active.
@@ -190,7 +207,7 @@ class Transcoder(nnx.Module):
         """
         if not self.activation.per_feature:
             return self._pick(self.encode(x, placement=placement), ids, -1)
-        z = jnp.matmul(self._input(x), self._pick(self.W_enc[...], ids, 1), precision="highest")
+        z = jnp.matmul(self._encoded(x), self._pick(self.W_enc[...], ids, 1), precision="highest")
         own = self._thresholds().items()
         own = {name: self._pick(one, ids, 0) if one.ndim else one for name, one in own}
         return self.activation(z + self._pick(self.b_enc[...], ids, 0), own, placement)
@@ -273,6 +290,11 @@ class Transcoder(nnx.Module):
         if mesh is not None and not isinstance(x, jax.core.Tracer) and mesh_of(x) is None:
             x = put(x, NamedSharding(mesh, PartitionSpec()))
         return jnp.asarray(x).astype(weight.dtype)
+
+    def _encoded(self, x: jax.Array) -> jax.Array:
+        """What the encoder reads of ``x``."""
+        x = self._input(x)
+        return x - self.b_dec[...] if self.subtract_b_dec else x
 
     def _placement(self) -> Placement | None:
         """:func:`placement_of`, quick on a single device."""
