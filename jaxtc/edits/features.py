@@ -46,7 +46,7 @@ class TranscoderEdit(Edit):
             object.__setattr__(self, "reads", reads)
         super().__post_init__()
         single = given.get(None)
-        if single is not None and self.layer is None:
+        if single is not None and self.layer is None and BY_NAME[self.site].per_layer:
             if single.layer is None:
                 raise EditError(
                     f"{type(self).__name__} needs a layer: this transcoder was loaded from a path "

@@ -165,7 +165,7 @@ def declared(
     """
     name, said = found.name, opened.said
     given = {key: site for key, site in given.items() if site}
-    sites = {**found.sites, **opened.sites, **given}
+    sites = opened.sites | given
     missing = [key for key in SITES if key not in sites]
     for key in missing:
         if said and key in said.no_sites:

@@ -19,7 +19,6 @@ from jaxtc.weights.files import circuit_tracer, layout, local
 from jaxtc.weights.files.beside import describe, of_set
 from jaxtc.weights.files.circuit_tracer import SetConfig, read_config
 from jaxtc.weights.files.description import Description
-from jaxtc.weights.files.formats import SITES
 from jaxtc.weights.sources import hub
 
 EMBEDDED = "embedded"
@@ -53,7 +52,6 @@ class Source:
         repo, revision: the repository on the hub; its branch, tag or commit.
         layer: of one transcoder, where it is known.
         told: of one transcoder, what a file elsewhere says of it.
-        sites: what the source itself says that its transcoders read and write.
     """
 
     name: str
@@ -65,7 +63,6 @@ class Source:
     revision: str | None = None
     layer: int | None = None
     told: Description | None = None
-    sites: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def fetch(self) -> Path:
         """The folder or file on this machine, downloaded first when it is on the hub.
@@ -314,8 +311,7 @@ def _embedded(kind: str) -> Source:
             f"This copy of jaxtc has no embedded {part} ({folder} does not exist). Make them with "
             "`jaxtc embedded train`, or install a released jaxtc, which has them."
         )
-    sites = dict(zip(SITES, layout.TRANSCODER_SITES, strict=True))
-    return Source(EMBEDDED, kind, FOLDER, folder, sites=sites)
+    return Source(EMBEDDED, kind, FOLDER, folder)
 
 
 def _in_bucket(name: str, kind: str | None) -> Source:
