@@ -177,7 +177,7 @@ def declared(
             f"alike. Give {' and '.join(missing)}: transcoders of Gemma Scope have "
             "input_site='mlp_in_normed' (before the norm's gain) and output_site='mlp_out', many "
             "others input_site='mlp_in'; its autoencoders read what they write, -res 'resid_post', "
-            "-mlp 'mlp_out', -att 'attn_heads'."
+            "-mlp 'mlp_out', -att 'attn_heads'. (`jaxtc explain` has --sites.)"
         )
     for site in sites.values():
         _check_site(site)

@@ -111,7 +111,10 @@ def notebook_job(model, twin, folder: Path, ids: np.ndarray) -> tuple[Callable, 
     from jaxtc.transcoders.metrics import notebook_score
 
     place = f"layer_{LAYER}/width_16k/average_l0_11"
-    transcoder = jaxtc.load_transcoder(folder / "transcoder" / place / "params.npz", layer=LAYER)
+    transcoder = jaxtc.load_transcoder(
+        folder / "transcoder" / place / "params.npz", layer=LAYER, input_site="mlp_in_normed",
+        output_site="mlp_out",
+    )  # fmt: skip
     apply = jax.jit(lambda t, x: t(x))
     sites = [f"layers.{LAYER}.mlp_in", f"layers.{LAYER}.mlp_out"]
 

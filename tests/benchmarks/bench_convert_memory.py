@@ -89,7 +89,10 @@ if __name__ == "__main__":
     if npz.exists():
         largest = next(npz.rglob("params.npz")).stat().st_size
         runs |= {
-            "npz -> orbax": (convert(npz, scope, "orbax"), scope, largest),
+            "npz -> orbax": (
+                convert(npz, scope, "orbax", input_site="mlp_in_normed", output_site="mlp_out"),
+                scope, largest,
+            ),
             "orbax -> circuit-tracer": (
                 convert(scope, given.out / "ct", "circuit-tracer"), given.out / "ct", largest
             ),

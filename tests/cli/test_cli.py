@@ -11,6 +11,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from rich.cells import cell_len
@@ -188,6 +189,9 @@ def test_features_that_neuronpedia_has_are_linked(monkeypatch):
         ({"--transcoder": "/nowhere"}, "There is no file or folder /nowhere"),
         ({"--transcoder": None}, "Give --transcoder"),
         ({"--input-site": "mlp_inn"}, "Did you mean 'mlp_in'"),
+        ({"--sites": "mlp_in"}, "--sites is 'mlp_in', expected two"),
+        ({"--sites": "mlp_in,mlp_outt"}, "Did you mean 'mlp_out'"),
+        ({"--transcoder": "BARE FILE"}, "(`jaxtc explain` has --sites.)"),
         ({"--top-features": "51"}, "top_features is 51"),
         ({"--dtype": "int8"}, "int8"),
         ({"prompt": "caf\udce9 is"}, "not UTF-8"),
@@ -203,6 +207,9 @@ def test_bad_input_is_one_paragraph_and_exit_code_2(cli_run, folders, tmp_path, 
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 24}')
     known = {"LLAMA": tmp_path, "NARROW": folders / "narrow"}
     known["NARROW FILE"] = folders / "narrow" / "params.npz"
+    known["BARE FILE"] = tmp_path / "params.npz"
+    with np.load(known["NARROW FILE"]) as arrays:
+        np.savez(known["BARE FILE"], **arrays)
     given = {
         "prompt": PROMPT,
         "--model": folders / "model",
