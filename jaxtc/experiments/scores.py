@@ -37,7 +37,7 @@ def _last(result: RunResult) -> jax.Array:
     if result.logits is None:
         raise InputError("This score is of logits, and the run kept none: logits='last'.")
     last = result.logits.ndim == 2
-    return result.logits if last else last_tokens(result.logits, result.lengths)
+    return result.logits if last else last_tokens(result.logits, jnp.asarray(result.last))
 
 
 def _of(logits: jax.Array, token: Any) -> jax.Array:
