@@ -229,7 +229,8 @@ def all_there(
 ) -> jax.Array:
     """() boolean: whether every target of every edit exists, inside a trace.
 
-    ``lengths`` (B,) and ``tokens`` (B, W) are of the prompts, padded on the right. With ``checks`` each rule is also a check of ``jax.experimental.checkify``.
+    ``lengths`` (B,) and ``tokens`` (B, W) are of the prompts, padded on the right. With ``checks``
+    each rule is also a check of ``jax.experimental.checkify``.
     """
     prompts = Prompts(jnp.asarray(tokens), jnp.asarray(lengths), np.shape(tokens)[1])
     fine, here = jnp.ones((), bool), Pass(config, reach, prompts.lengths, prompts=prompts)

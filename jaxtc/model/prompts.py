@@ -1,7 +1,8 @@
 """Token ids as users give them, checked and padded to arrays.
 
 However prompts were padded, programs see them padded on the right; results go back to where the
-tokens stood (:mod:`jaxtc.tap.columns`). Axis letters: B batch, T tokens as given, W with the padding.
+tokens stood (:mod:`jaxtc.tap.columns`). Axis letters: B batch, T columns as given, W with the
+padding up to a bucket.
 """
 
 import dataclasses

@@ -84,6 +84,14 @@ class RunResult:
         """
         return self.mask & self._special & self.spared
 
+    def answers(self, special_tokens: bool = False) -> jax.Array:
+        """(B, T−1) booleans: which columns t + 1 are tokens that column t has to predict.
+
+        Special tokens are no answers, unless ``special_tokens``.
+        """
+        given = self.mask if special_tokens else self.counted
+        return self.mask[:, :-1] & given[:, 1:]
+
     @property
     def _special(self) -> Any:
         return among_ids(self.tokens, self.special_ids)
