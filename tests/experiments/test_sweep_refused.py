@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 
 import jaxtc
-from jaxtc import Add, MeanAblate, Over, ProjectOut, Scale, SetFeature, Splice, Token, Zero, sweep
+from jaxtc import Add, MeanAblate, Over, ProjectOut, Scale, Token, Zero, sweep
 from jaxtc.errors import CapacityError, EditError, InputError, SiteError
 from jaxtc.experiments.scores import Logit
 from tests.support import tiny
 from tests.support.batch import LAYERS, PROMPTS, VECTOR, D
+from tests.support.everywhere import SetFeature, Splice
 from tests.support.sweeps import at, named, over
 
 LONG = PROMPTS[0]
