@@ -9,7 +9,7 @@ from jaxtc import Add, Apply, Zero
 from jaxtc.errors import EditError
 from tests.support import tiny
 from tests.support.batch import LAYERS, PROMPTS, VECTOR, logits
-from tests.support.everywhere import ScaleFeature, SetFeature, Splice
+from tests.support.unspared import ScaleFeature, SetFeature, Splice
 
 T = tiny.transcoder(1)
 EVERY = {layer: tiny.transcoder(layer) for layer in range(LAYERS)}

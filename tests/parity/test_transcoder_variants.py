@@ -11,7 +11,7 @@ from tests.parity import oracles
 from tests.parity.figures import note
 from tests.parity.reference import relative
 from tests.parity.torch_transcoder import imitate, spliced
-from tests.support.everywhere import SetFeature, Splice
+from tests.support.unspared import SetFeature, Splice
 
 TOLERANCE = 1e-5
 LAYER, M = 2, 96

@@ -10,7 +10,7 @@ import pytest
 from jaxtc import Add, SetTo
 from tests.support import tiny
 from tests.support.batch import LAYERS, LENGTHS, PROMPTS, VECTOR, D, logits, near, real, run
-from tests.support.everywhere import Splice
+from tests.support.unspared import Splice
 
 # `jaxtc.run` is the function; this is its module.
 compiled = importlib.import_module("jaxtc.programs.run")._run

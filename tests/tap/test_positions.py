@@ -14,8 +14,8 @@ from jaxtc.model.prompts import Prompts, prepare
 from jaxtc.tap.positions import resolve, spelled
 from tests.support import tiny
 from tests.support.batch import LAYERS, LENGTHS, PROMPTS, D
-from tests.support.everywhere import SetFeature
 from tests.support.taps import SITES, captured, same, through
+from tests.support.unspared import SetFeature
 
 T = max(LENGTHS)
 MADE = prepare(PROMPTS, tiny.config())

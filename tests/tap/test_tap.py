@@ -17,7 +17,7 @@ from jaxtc.tap.sites import SITES
 from jaxtc.tap.tap import Tap
 from tests.support import tiny
 from tests.support.batch import LAYERS, LENGTHS, PROMPTS, VECTOR, D, logits, near, real, run
-from tests.support.everywhere import Splice
+from tests.support.unspared import Splice
 
 # Where an edit applies
 

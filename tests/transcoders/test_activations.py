@@ -15,7 +15,7 @@ from jaxtc.errors import CapacityError, JaxtcError, SourceError
 from jaxtc.transcoders.activations import ACTIVATIONS, TopK, activation_of
 from jaxtc.weights.files.formats import BY_FORMAT
 from tests.support.batch import D, real, run
-from tests.support.everywhere import ClampFeature, ScaleFeature, SetFeature, Splice
+from tests.support.unspared import ClampFeature, ScaleFeature, SetFeature, Splice
 
 M, LAYER = 50, 1
 X = np.random.default_rng(0).standard_normal((3, 7, D)).astype(np.float32)

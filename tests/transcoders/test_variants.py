@@ -14,8 +14,8 @@ from jaxtc.tap.sites import BY_NAME
 from jaxtc.transcoders.metrics import FVU
 from tests.support import tiny
 from tests.support.batch import LENGTHS, D, real, run
-from tests.support.everywhere import ScaleFeature, SetFeature, Splice
 from tests.support.taps import through
+from tests.support.unspared import ScaleFeature, SetFeature, Splice
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((3, 7, D)), jnp.float32)
 SAES = ("resid_post", "mlp_out", "attn_heads")
