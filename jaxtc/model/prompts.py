@@ -85,10 +85,10 @@ def prepare(
 
     Raises:
         InputError: an empty prompt; ids that are not whole numbers of the vocabulary; more tokens
-            than the model's context; a mask or lengths that do not fit; a row that begins or ends
-            with the config's ``pad_token_id`` where nothing says how long it is; text without a
-            tokenizer. Inside a trace, where values cannot be seen, the embedding gives NaN for a
-            prompt with a bad id, length or mask.
+            than the model's context; a mask or lengths that do not fit; a row that begins with the
+            config's ``pad_token_id`` without a mask, or ends in it without a mask or lengths; text
+            without a tokenizer. Inside a trace, where values cannot be seen, the embedding gives
+            NaN for a prompt with a bad id, length or mask.
     """
     if isinstance(tokens, Prompts):
         _check_context(tokens.length, extra, config)
@@ -109,7 +109,8 @@ def prepare(
     starts = np.zeros(len(rows), np.int32)
     if mask is None:
         known = _lengths(lengths, held)
-        _check_padding(rows, known, config, sure=text)
+        if config.pad_token_id is not None and not text:
+            _check_padding(rows, known, config, told=lengths is not None)
     else:
         starts, known = spans_of(mask, rows)
     # No token attends to padding; 0 is an id of every vocabulary.
@@ -192,27 +193,25 @@ def _lengths(lengths: Any, held: np.ndarray) -> np.ndarray:
 
 
 def _check_padding(
-    rows: list[np.ndarray], known: np.ndarray, config: Gemma2Config, sure: bool
+    rows: list[np.ndarray], known: np.ndarray, config: Gemma2Config, told: bool
 ) -> None:
-    """Refuse rows that seem to hold padding where nothing says so."""
+    """Refuse rows that seem to hold padding where nothing says so.
+
+    ``told`` says that lengths were, which can only be of rows padded on the right.
+    """
     pad = config.pad_token_id
-    if pad is None or sure:
-        return
     # Where padding is the id that ends texts, one of it may be that end.
     least = 1 + (pad in (config.bos_token_id, *np.ravel(config.eos_token_id)))
     for index, (row, count) in enumerate(zip(rows, known, strict=True)):
-        for side, ids in ("begins", row[:count]), ("ends", row[:count][::-1]):
-            if len(ids) >= least and (ids[:least] == pad).all():
-                raise InputError(
-                    f"Prompt {index} {side} with id {pad}, which is the padding of this model. "
-                    "Give the tokenizer's whole output, or attention_mask=..., which says where "
-                    "the tokens are on either side"
-                    + (
-                        "; lengths=... are of rows padded on the right."
-                        if side == "ends"
-                        else " (lengths=... say it of rows padded on the right only)."
-                    )
-                )
+        ids = row[:count]
+        for side, some in ("begins", ids[:least]), ("ends", ids[-least:]):
+            if len(some) < least or (some != pad).any() or (told and side == "ends"):
+                continue
+            raise InputError(
+                f"Prompt {index} {side} with id {pad}, which is the padding of this model. Give "
+                "the tokenizer's whole output, or attention_mask=..., which says where the tokens "
+                "are on either side (lengths=... say it of rows padded on the right)."
+            )
 
 
 def among_ids(tokens: Any, ids: tuple[int, ...]) -> Any:
