@@ -189,7 +189,9 @@ class ProjectOut(Edit):
         wide = x.astype(jnp.float32)
         dots = jnp.einsum("...d,kd->...k", wide, span, precision="highest")
         gram = jnp.einsum("kd,jd->kj", span, span, precision="highest")
-        parts = jnp.linalg.solve(gram, dots[..., None])[..., 0]
+        # The right sides as one matrix: (K, tokens).
+        flat = dots.reshape(-1, len(span)).T
+        parts = jnp.linalg.solve(gram, flat).T.reshape(dots.shape)
         inside = jnp.einsum("...k,kd->...d", parts, span, precision="highest")
         return (wide - inside).astype(x.dtype)
 

@@ -20,6 +20,7 @@ from jaxtc.errors import InputError, SiteError
 from jaxtc.experiments.axes import Over
 from jaxtc.experiments.gradients import gradients
 from jaxtc.experiments.sweep import sweep
+from jaxtc.helpers import explicit_transfers
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import prepare
 from jaxtc.programs.call import RunResult
@@ -49,11 +50,13 @@ class Patching:
     site: str
 
     @property
+    @explicit_transfers
     def recovered(self) -> jax.Array:
         """The share of the difference that each place brings back: 0 none, 1 all of it."""
         return (self.values - self.corrupted) / (self.clean - self.corrupted)
 
 
+@explicit_transfers
 def activation_patching(
     model: Gemma2,
     clean: Any,
@@ -95,6 +98,7 @@ def activation_patching(
     return Patching(found.values, found.axes, of(kept), of(bad), site)
 
 
+@explicit_transfers
 def attribution_patching(
     model: Gemma2,
     clean: Any,

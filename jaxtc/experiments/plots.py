@@ -11,6 +11,7 @@ import numpy as np
 from jaxtc.errors import InputError, JaxtcError
 from jaxtc.experiments.patching import Patching
 from jaxtc.experiments.sweep import Sweep
+from jaxtc.helpers import explicit_transfers
 from jaxtc.interchange import to_numpy
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ MOST_ROWS, MOST_COLUMNS = 40, 64
 RECOVERED = "share of the score recovered\n0 as corrupted, 1 as clean"
 
 
+@explicit_transfers
 def heat_map(
     found: Patching | Sweep | Any,
     tokens: Sequence[str] | None = None,

@@ -158,7 +158,7 @@ class Tap:
         where = self._where(edit, x)
         if context.site.kind == "pairs":
             # Keys that are padding, or not written yet, stay masked.
-            where.insert(0, along(x, jnp.arange(x.shape[-1]) < self.ends[:, None], 0, -1))
+            where.insert(0, along(x, jnp.arange(x.shape[-1])[None] < self.ends[:, None], 0, -1))
         for part in where + chosen:
             new = jnp.where(part, new, x)
         return new

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.errors import InputError
+from jaxtc.helpers import explicit_transfers
 from jaxtc.interchange import owned, plain
 from jaxtc.transcoders.transcoder import SparseFeatures
 
@@ -30,6 +31,7 @@ __all__ = [
 ]  # fmt: skip
 
 
+@explicit_transfers
 def special_token_mask(ids: Any, special_ids: Iterable[int]) -> np.ndarray:
     """(...) booleans: which of ``ids`` (...) are special (BOS, EOS, padding), wherever they stand.
 
@@ -212,6 +214,7 @@ def notebook_score(target: Any, reconstruction: Any) -> float:
     return float(1 - np.square(guess - y).mean() / variance)
 
 
+@explicit_transfers
 def next_token_loss(logits: Any, tokens: Any) -> jax.Array:
     """Cross entropy of each next token, in nats: −log softmax(logits[t])[tokens[t+1]].
 
@@ -246,6 +249,7 @@ def loss_recovered(clean: float, spliced: float, ablated: float) -> float:
     return (ablated - spliced) / (ablated - clean or math.nan)
 
 
+@explicit_transfers
 def _rows(mask: Any, **arrays: Any) -> list[np.ndarray]:
     """Each array as (tokens, last axis) in float64, unmasked tokens only.
 
