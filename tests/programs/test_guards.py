@@ -121,7 +121,8 @@ def measured():
     return [
         metrics.FVU().update(y, made.decode(a), mask).fvu, constant.explained_variance,
         statistics.l0, statistics.density, metrics.next_token_loss(read.logits, ids),
-        metrics.relative_error(y, made(x)), metrics.notebook_score(*(jax.device_get(part)[:1] for part in (y, made(x)))),
+        metrics.relative_error(y, made(x)),
+        metrics.notebook_score(*(jax.device_get(part)[:1] for part in (y, made(x)))),
     ]  # fmt: skip
 
 
