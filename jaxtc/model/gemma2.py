@@ -17,11 +17,7 @@ from jaxtc.helpers import ranked
 from jaxtc.interchange import owned, plain
 from jaxtc.model.config import FULL, SLIDING, Gemma2Config
 from jaxtc.model.parameters import declare, normal, zeros
-from jaxtc.tap.tap import Tap
-
-# A mask value that survives an edit multiplying it by 0, as -inf would not.
-MASKED = float(np.finfo(np.float32).min)
-
+from jaxtc.tap.tap import MASKED, Tap
 
 # Keys and values of the tokens so far, each (B, S, K, H), a pair a layer; slot number = position.
 Cache: TypeAlias = list[tuple[jax.Array, jax.Array]]
