@@ -136,7 +136,7 @@ class Edit:
                 "`jaxtc sites` lists them."
             )
         plain_fields(self)
-        name, layer = parse(self.site)
+        name, layer = parse(self.site, editing=True)
         object.__setattr__(self, "site", name)
         for field, target in self.targets.items():
             form = spelled if isinstance(target, Tokens) else one_array
