@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtc.errors import CapacityError, JaxtcError
-from jaxtc.helpers import explicit_transfers, is_whole, pytree, ranked
+from jaxtc.helpers import explicit_transfers, is_whole, plain_number, pytree, ranked
 from jaxtc.interchange import owned, plain
 from jaxtc.model.parameters import declare, he_uniform, zeros
 from jaxtc.sharding.mesh import mesh_of, put
@@ -118,8 +118,20 @@ class Transcoder(nnx.Module):
             made = None if axes is None else param((features,) * len(axes), axes, zeros)
             setattr(self, name, made)
         self.W_skip = param((d_out, d_in), ("embed", "embed"), zeros) if skip else None
+        layer = plain_number(layer)
+        if layer is not None and not is_whole(layer):
+            raise JaxtcError(f"layer is {layer!r}, expected a whole number from 0, or None.")
         self.layer, self.source = layer, source
         self.input_site, self.output_site = parse(input_site)[0], parse(output_site)[0]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        parameter = isinstance(vars(self).get(name), nnx.Variable)
+        if parameter and value is not None and not isinstance(value, nnx.Variable):
+            raise JaxtcError(
+                f"{name} is a parameter: write into it, transcoder.{name}[...] = new, in place of "
+                f"replacing it by {type(value).__name__}."
+            )
+        super().__setattr__(name, value)
 
     @property
     def d_in(self) -> int:
