@@ -4,6 +4,7 @@ Axis letters: B batch, T tokens, D hidden, M features, K features edited.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,7 +38,7 @@ class TranscoderEdit(Edit):
     def __post_init__(self):
         if isinstance(self.transcoder, Mapping):
             by_layer = {plain_number(layer): one for layer, one in self.transcoder.items()}
-            wrong = [layer for layer in by_layer if not is_whole(layer)]
+            wrong = [layer for layer in by_layer if not is_whole(layer, -math.inf)]
             if wrong:
                 raise EditError(
                     f"{type(self).__name__} was given a mapping with the key {wrong[0]!r}; keys "

@@ -119,19 +119,20 @@ def _what_changed(model: Gemma2) -> str:
     for path, found, built in _changes(model, Gemma2.abstract(model.config), ()):
         name = "model." + re.sub(r"\.(\d+)", r"[\1]", ".".join(path))
         if isinstance(built, nnx.Variable):
-            what = f"an array ({type(found).__name__})" if hasattr(found, "shape") else "replaced"
+            what = "gone" if found is None else f"of the type {type(found).__name__}"
+            what = "an array" if hasattr(found, "shape") else what
             what = "another nnx.Param" if isinstance(found, nnx.Variable) else what
             return (
-                f"{name} was a parameter and is {what} now. Write into the parameter, which stays "
-                f"where it is: {name}[...] = new."
+                f"This model was changed after it was built: {name} was a parameter and is {what} "
+                f"now. Write into the parameter, which stays where it is: {name}[...] = new."
             )
         break
     else:
         name = "Something in the model"
     return (
-        f"{name} was changed after the model was built, and compiled programs would ignore that. "
-        "Use edits (jaxtc.edits) to change what a model computes; write new weights into "
-        "parameters: weight[...] = new."
+        f"{name} was changed after it was built, and compiled programs would ignore that. Use "
+        "edits (jaxtc.edits) to change what a model computes; write new weights into parameters: "
+        "weight[...] = new."
     )
 
 

@@ -121,7 +121,7 @@ class Transcoder(nnx.Module):
         layer = plain_number(layer)
         if layer is not None and not is_whole(layer):
             raise JaxtcError(f"layer is {layer!r}, expected a whole number from 0, or None.")
-        self.layer, self.source = layer, source
+        self.layer, self.source = None if layer is None else int(layer), source
         self.input_site, self.output_site = parse(input_site)[0], parse(output_site)[0]
 
     def __setattr__(self, name: str, value: Any) -> None:

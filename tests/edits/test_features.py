@@ -323,7 +323,7 @@ NOT_TRANSCODERS = {
     "a mapping to nothing": (lambda t: Splice({1: t, 2: None}), "a mapping to NoneType"),
     "no layer": (lambda t: Splice({None: t}), "the key None"),
     "a name": (lambda t: Splice({1: t, "a": t}), "the key 'a'"),
-    "from the end": (lambda t: Splice({-1: t}), "the key -1"),
+    "from the end": (lambda t: Splice({-1: t}), "layer -1; this model has"),
 }  # fmt: skip
 
 
