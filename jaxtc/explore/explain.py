@@ -19,7 +19,7 @@ from jaxtc.explore.explanation import (
     TokenReport,
     feature_url,
 )
-from jaxtc.helpers import check_unicode, whole_number
+from jaxtc.helpers import check_unicode, explicit_transfers, is_whole, whole_number
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import bucket, prepare
 from jaxtc.programs.generate import generate
@@ -36,6 +36,7 @@ NOTEBOOK_SITE = "mlp_in"
 _CHUNK = 1024  # tokens encoded at once: bounds the dense (tokens, M) array
 
 
+@explicit_transfers
 def explain(
     model: Gemma2,
     tokenizer: Any,
@@ -160,6 +161,11 @@ def _by_layer(given: Any, layers: int) -> Mapping[int, Transcoder]:
     if not given:
         raise JaxtcError("No transcoder was given; explain needs at least one.")
     for layer in given:
+        if not is_whole(layer):
+            raise JaxtcError(
+                f"A transcoder is under the key {layer!r}; keys are layers, whole numbers from 0: "
+                "{20: transcoder}."
+            )
         if check_layer(layer, layers, "A transcoder") != layer:
             raise SiteError(f"A transcoder is for layer {layer}; count layers from 0 here.")
     return given

@@ -38,6 +38,11 @@ class Prompts:
     length: int = dataclasses.field(metadata={"static": True})
     starts: np.ndarray | jax.Array | None = None
 
+    def laid_right(self) -> "Prompts":
+        """The same prompts as if they had been given from the first column on."""
+        longest = int(np.max(self.lengths))
+        return dataclasses.replace(self, length=longest, starts=None)
+
     @property
     def mask(self) -> Any:
         """(B, T) booleans, true on real tokens where they stood when they were given."""

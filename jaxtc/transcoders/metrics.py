@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.errors import InputError
+from jaxtc.helpers import explicit_transfers
 from jaxtc.interchange import owned, plain
 from jaxtc.transcoders.transcoder import SparseFeatures
 
@@ -32,6 +33,7 @@ __all__ = [
 ]  # fmt: skip
 
 
+@explicit_transfers
 def special_token_mask(ids: Any, special_ids: Iterable[int]) -> np.ndarray:
     """(...) booleans: which of ``ids`` (...) are special (BOS, EOS, padding), wherever they stand.
 
@@ -91,7 +93,18 @@ class FVU:
         return self.merge(FVU(len(y), mean, deviation, residual))
 
     def merge(self, other: "FVU") -> "FVU":
-        """Add what another accumulator saw (another process, say); returns itself."""
+        """Add what another accumulator saw (another process, say); returns itself.
+
+        Raises:
+            InputError: not such an accumulator, or one of another D.
+        """
+        if not isinstance(other, FVU):
+            raise InputError(f"merge takes another FVU, got {type(other).__name__}.")
+        if self.tokens and other.tokens and np.shape(self.mean) != np.shape(other.mean):
+            raise InputError(
+                f"An FVU of tokens of D={len(other.mean)} cannot be merged into one of "
+                f"D={len(self.mean)}."
+            )
         total = self.tokens + other.tokens
         share = other.tokens / max(total, 1)
         step = other.mean - self.mean
@@ -260,6 +273,7 @@ def notebook_score(target: Any, reconstruction: Any) -> float:
     return float(1 - np.square(guess - y).mean() / variance)
 
 
+@explicit_transfers
 def next_token_loss(logits: Any, tokens: Any) -> jax.Array:
     """Cross entropy of each next token, in nats: −log softmax(logits[t])[tokens[t+1]].
 
@@ -299,6 +313,7 @@ def _size(array: Any) -> int:
     return math.prod(np.shape(array)[:-1])
 
 
+@explicit_transfers
 def _rows(mask: Any, **arrays: Any) -> list[np.ndarray]:
     """Each array as (tokens, last axis) in float64, unmasked tokens only.
 

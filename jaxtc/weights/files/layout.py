@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from jaxtc.errors import SourceError, did_you_mean, some
-from jaxtc.helpers import is_whole
+from jaxtc.helpers import is_whole, plain_number
 
 PARAMS = "params.npz"
 
@@ -109,6 +109,7 @@ def tiers_in(folder: Path) -> list[Tier]:
 
 def asked(layer: int | None, width: str | None, l0: int | str | None) -> dict[str, int | str]:
     """What of a :class:`Tier` is asked for. Raises SourceError for a layer that is no index."""
+    layer, l0 = plain_number(layer), plain_number(l0)
     if layer is not None and not is_whole(layer):
         hint = isinstance(layer, str) * f" A place below the source is given as path={layer!r}."
         raise SourceError(f"layer is {layer!r}, expected a whole number from 0.{hint}")
