@@ -154,7 +154,8 @@ def attribution_patching(
     places that matter.
 
     Args:
-        model, clean, corrupted, of, edits, positions, tokenizer: as for :func:`activation_patching`.
+        model, clean, corrupted, of, edits, positions, tokenizer: as for
+            :func:`activation_patching`.
         sites: one or several that every layer has, with an axis T.
         heads: keep heads apart, at sites with an axis N or K.
 
