@@ -24,6 +24,7 @@ from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.checkpoints import tree
 from jaxtc.weights.checkpoints.sidecar import SIDECAR, read_bytes, read_sidecar, sha256
 from jaxtc.weights.files import arrays
+from jaxtc.weights.files.generation import GENERATION, with_stops
 from jaxtc.weights.files.layout import check_layer
 
 _Module = TypeVar("_Module", Gemma2, Transcoder)
@@ -103,6 +104,9 @@ class Converted:
                 "checkpoint again."
             )
         config = Gemma2Config.from_dict(self.sidecar.config, where)
+        if GENERATION in self.sidecar.files:
+            content = self.content(GENERATION)
+            config = with_stops(config, content, str(self.folder / GENERATION))
         return self._declared(Gemma2.abstract(config, dtype or np.dtype(np.float32)))
 
     def transcoder(

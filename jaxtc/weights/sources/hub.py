@@ -16,7 +16,7 @@ from huggingface_hub import (
 )
 
 from jaxtc.errors import SourceError, WeightsError, first_line, some
-from jaxtc.model.config import Gemma2Config
+from jaxtc.weights.files.generation import GENERATION, read_config
 from jaxtc.weights.files.model import INDEX, SINGLE, read_index
 
 TOKENIZER_FILES = (
@@ -68,15 +68,25 @@ def download_model(repo: str, revision: str | None = None) -> Path:
     Raises SourceError as :func:`download`; before the weights are fetched, ConfigError when it is
     not a Gemma-2 and WeightsError for an unsound index of shards.
     """
-    config = download(repo, "config.json", revision)
-    Gemma2Config.from_file(config)
-    commit = config.parent.name  # all files are of one, whatever is pushed meanwhile
+    folder = download_config(repo, revision)
+    commit = folder.name  # all files are of one, whatever is pushed meanwhile
     index = download_if_there(repo, INDEX, commit)
     # Only the shards that the index names: some repositories hold the weights a second time.
-    names = [SINGLE] if index is None else sorted(set(read_index(index).values()))
+    names = [SINGLE] if index is None else sorted(set(read_index(index)[0].values()))
     for name in names:
         download(repo, name, commit)
-    return config.parent
+    return folder
+
+
+def download_config(repo: str, revision: str | None = None) -> Path:
+    """The local folder with a model's config and its stop tokens.
+
+    Raises SourceError as :func:`download`, ConfigError when it is not a Gemma-2.
+    """
+    folder = download(repo, "config.json", revision).parent
+    download_if_there(repo, GENERATION, folder.name)
+    read_config(folder)
+    return folder
 
 
 def download_tokenizer(repo: str, revision: str | None = None) -> Path:

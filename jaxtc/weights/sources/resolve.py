@@ -67,7 +67,7 @@ class Source:
         if self.path:
             return self.path
         if self.kind == CONFIG:
-            return hub.download(self.repo, "config.json", self.revision).parent
+            return hub.download_config(self.repo, self.revision)
         download = hub.download_tokenizer if self.kind == TOKENIZER else hub.download_model
         return download(self.repo, self.revision)
 
