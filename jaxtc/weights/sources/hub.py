@@ -15,7 +15,8 @@ from huggingface_hub import (
     try_to_load_from_cache,
 )
 
-from jaxtc.errors import SourceError, WeightsError, first_line, some
+from jaxtc.errors import SourceError, WeightsError, did_you_mean, first_line, some
+from jaxtc.weights.files.foreign import folder_kind
 from jaxtc.weights.files.generation import GENERATION, read_config
 from jaxtc.weights.files.model import INDEX, SINGLE, read_index
 
@@ -23,6 +24,9 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
+
+# The released models.
+RELEASED = [f"google/gemma-2-{size}{it}" for size in ("2b", "9b", "27b") for it in ("", "-it")]
 
 _ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?P<rest>(/[^/]+)*/?)")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -74,7 +78,7 @@ def download_model(repo: str, revision: str | None = None) -> Path:
     # Only the shards that the index names: some repositories hold the weights a second time.
     names = [SINGLE] if index is None else sorted(set(read_index(index)[0].values()))
     for name in names:
-        download(repo, name, commit)
+        _download_or_explain(repo, name, commit)
     return folder
 
 
@@ -83,10 +87,21 @@ def download_config(repo: str, revision: str | None = None) -> Path:
 
     Raises SourceError as :func:`download`, ConfigError when it is not a Gemma-2.
     """
-    folder = download(repo, "config.json", revision).parent
+    folder = _download_or_explain(repo, "config.json", revision).parent
     download_if_there(repo, GENERATION, folder.name)
     read_config(folder)
     return folder
+
+
+def _download_or_explain(repo: str, file: str, revision: str | None) -> Path:
+    """As :func:`download`; of a repository without the file, the error says what it is."""
+    try:
+        return download(repo, file, revision)
+    except SourceError as error:
+        if not isinstance(error.__cause__, errors.RemoteEntryNotFoundError):
+            raise
+        what = folder_kind(list_files(repo, revision))
+        raise SourceError(f"{error} In that repository: {what}.") if what else error
 
 
 def download_tokenizer(repo: str, revision: str | None = None) -> Path:
@@ -115,7 +130,8 @@ def _explain(error: Exception, repo: str, file: str, revision: str | None) -> st
         error, errors.GatedRepoError
     ):
         return (
-            f"The Hugging Face hub has no repository {repo!r} that you may see. Check the "
+            f"The Hugging Face hub has no repository {repo!r} that you may see."
+            f"{did_you_mean(repo, RELEASED) if 'gemma-2' in repo.lower() else ''} Check the "
             "spelling (owner/name); if it is private or gated, log in with `hf auth login` or set "
             "HF_TOKEN. A local folder must exist to be taken as one."
         )

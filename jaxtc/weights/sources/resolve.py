@@ -16,6 +16,7 @@ from jaxtc.errors import SourceError, did_you_mean, first_line
 from jaxtc.weights.checkpoints.read import Converted
 from jaxtc.weights.checkpoints.sidecar import SIDECAR, read_sidecar
 from jaxtc.weights.files import layout, local
+from jaxtc.weights.files.foreign import file_kind, folder_kind
 from jaxtc.weights.sources import hub
 
 EMBEDDED = "embedded"
@@ -241,14 +242,16 @@ def _local(name: str, path: Path, kind: str | None) -> Source:
     if not path.is_dir():
         if kind in (None, TRANSCODERS):
             return Source(name, TRANSCODERS, FILE, path)
-        raise SourceError(f"{name} is a file; give the folder that holds config.json.")
+        what = f", {known}" if (known := file_kind(path)) else ""
+        raise SourceError(f"{name} is a file{what}; give the folder that holds config.json.")
     if local.has(path, SIDECAR):
         return Source(name, kind or read_sidecar(path).kind, CONVERTED, path)
     has_config = local.has(path, "config.json")
     if kind in (MODEL, CONFIG) and not has_config:
+        what = folder_kind([x.relative_to(path).as_posix() for x in path.glob("*")])
         raise SourceError(
             f"{path} has no config.json, so it is not a model's folder in Hugging Face's format "
-            "(config.json beside model.safetensors)."
+            f"(config.json beside model.safetensors){f': {what}' if what else ''}."
         )
     return Source(name, kind or (MODEL if has_config else TRANSCODERS), FOLDER, path)
 
@@ -262,11 +265,12 @@ def _on_hub(
     # Every hub id may look like a relative path; none of a repository's ends like a file of ours.
     if not repo or (kind == TRANSCODERS and layout.is_file(repo)):
         ours = kind == TRANSCODERS
-        sizes = f", nor one of {', '.join(SIZES)}.{did_you_mean(name.lower(), SIZES)}"
+        near = did_you_mean(name.lower(), [*SIZES, *hub.RELEASED])
+        sizes = f", nor one of {', '.join(SIZES)}.{near}"
         raise SourceError(
             f"There is no {'file or folder' if ours else 'folder'} {name}, and it is not a hub id "
             f"such as {layout.GEMMA_SCOPE_2B if ours else 'google/gemma-2-2b'}"
-            f"{sizes if kind == CONFIG else '.'}"
+            f"{sizes if kind == CONFIG else '.' if ours else f'.{near}'}"
         )
     if kind is None:
         config = hub.download_if_there(repo, "config.json", revision)
