@@ -24,9 +24,8 @@ _KINDS = {
     ".tflite": "a program of TensorFlow Lite; give the checkpoint that it was made from",
     ".task": "a bundle of MediaPipe; give the checkpoint that it was made from",
     ".sbs": "weights of gemma.cpp; give the checkpoint in safetensors",
-    ".npz": "arrays of NumPy, such as a transcoder's; load_transcoder reads those",
+    ".npz": "a file of arrays, not a model's folder; load_transcoder reads a transcoder's",
     ".safetensors": "one file of a checkpoint; give the folder that holds it and config.json",
-    ".json": "one file of a model's folder; give the folder",
     ".model": "a tokenizer of SentencePiece; give the folder of the model",
 }  # fmt: skip
 
@@ -61,10 +60,12 @@ def file_kind(path: str | Path) -> str:
 def folder_kind(files: Collection[str]) -> str:
     """What the names of the files in a folder without a model's say that it is, or ""."""
     names = sorted(files)
+    if "config.json" in names and any(name.startswith("model") for name in names):
+        return "it is a model's folder, which load_model reads"
     if "adapter_config.json" in names:
         return "a LoRA adapter, which changes a model"
     known = {"cfg.json", "sae_weights.safetensors"}
-    if known & set(names) or any(x.endswith(".npz") or "/layer_" in f"/{x}" for x in names):
+    if known & set(names) or any(x.endswith(".npz") or x.startswith("layer_") for x in names):
         return "transcoders or autoencoders; load_transcoder reads those"
     for suffix in (".gguf", ".keras", ".h5", ".msgpack", ".bin", ".pt", ".pth", ".ckpt", ".task"):
         found = [name for name in names if name.lower().endswith(suffix)]

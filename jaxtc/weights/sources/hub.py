@@ -3,6 +3,7 @@ whether files are still those that the hub has."""
 
 import contextlib
 import hashlib
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from huggingface_hub import (
 )
 
 from jaxtc.errors import SourceError, WeightsError, did_you_mean, first_line, some
+from jaxtc.model.config import Gemma2Config
 from jaxtc.weights.files.foreign import folder_kind
 from jaxtc.weights.files.generation import GENERATION, read_config
 from jaxtc.weights.files.model import INDEX, SINGLE, read_index
@@ -88,7 +90,17 @@ def download_config(repo: str, revision: str | None = None) -> Path:
     Raises SourceError as :func:`download`, ConfigError when it is not a Gemma-2.
     """
     folder = _download_or_explain(repo, "config.json", revision).parent
-    download_if_there(repo, GENERATION, folder.name)
+    Gemma2Config.from_file(folder / "config.json")
+    try:
+        download_if_there(repo, GENERATION, folder.name)
+    except SourceError as error:
+        if not isinstance(error.__cause__, errors.LocalEntryNotFoundError):
+            raise
+        # A cache that was filled by hand does not tell that a repository has no such file.
+        logging.getLogger("jaxtc").warning(
+            "%s of %s is not in the local cache, and the hub cannot be reached: texts end at the "
+            "eos_token_id of config.json only.", GENERATION, repo,
+        )  # fmt: skip
     read_config(folder)
     return folder
 
@@ -101,7 +113,9 @@ def _download_or_explain(repo: str, file: str, revision: str | None) -> Path:
         if not isinstance(error.__cause__, errors.RemoteEntryNotFoundError):
             raise
         what = folder_kind(list_files(repo, revision))
-        raise SourceError(f"{error} In that repository: {what}.") if what else error
+        if not what:
+            raise
+        raise SourceError(f"{error} In that repository: {what}.") from error
 
 
 def download_tokenizer(repo: str, revision: str | None = None) -> Path:
@@ -124,6 +138,8 @@ def _explained(repo: str, file: str, revision: str | None) -> Iterator[None]:
 def _explain(error: Exception, repo: str, file: str, revision: str | None) -> str:
     what = (f"{repo}/{file}" if file else repo) + (f" at revision {revision!r}" if revision else "")
     status = _status(error)
+    near = did_you_mean(repo, RELEASED) if "gemma-2-" in repo.lower() else ""
+    near = "" if repo in RELEASED else near
     if isinstance(error, errors.HFValidationError):
         return f"{repo!r} is not a hub id: {first_line(error)}."
     if isinstance(error, errors.RepositoryNotFoundError) and not isinstance(
@@ -131,7 +147,7 @@ def _explain(error: Exception, repo: str, file: str, revision: str | None) -> st
     ):
         return (
             f"The Hugging Face hub has no repository {repo!r} that you may see."
-            f"{did_you_mean(repo, RELEASED) if 'gemma-2' in repo.lower() else ''} Check the "
+            f"{near} Check the "
             "spelling (owner/name); if it is private or gated, log in with `hf auth login` or set "
             "HF_TOKEN. A local folder must exist to be taken as one."
         )
@@ -154,8 +170,8 @@ def _explain(error: Exception, repo: str, file: str, revision: str | None) -> st
         return f"The Hugging Face hub answered {what} with status {status}. Try again later."
     if isinstance(error, _UNREACHABLE):
         return (
-            f"{what} is not in the local cache, and the Hugging Face hub cannot be reached. Check "
-            "the network (and that HF_HUB_OFFLINE is not set), give a local folder instead, or use "
+            f"{what} is not in the local cache, and the Hugging Face hub cannot be reached.{near} "
+            "Check the network (and that HF_HUB_OFFLINE is not set), give a local folder instead, or use "
             "the source 'embedded', which needs no network."
         )
     return f"{what} could not be fetched: {first_line(error)}. Is there room on the disk?"

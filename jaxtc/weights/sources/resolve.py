@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path, PurePosixPath
 
-from jaxtc.errors import SourceError, did_you_mean, first_line
+from jaxtc.errors import SourceError, did_you_mean, first_line, some
 from jaxtc.weights.checkpoints.read import Converted
 from jaxtc.weights.checkpoints.sidecar import SIDECAR, read_sidecar
 from jaxtc.weights.files import layout, local
@@ -98,6 +98,9 @@ class Source:
         usual &= "l0" not in query and not self.inside
         if usual and self.repo == layout.GEMMA_SCOPE_2B:
             return layout.DEFAULTS
+        what = "" if self._listed or self.path is None else _folder_kind(self.path)
+        if what:
+            raise SourceError(f"{self.name} holds no transcoders: {what}.")
         return layout.below(self._listed, layout.place_of(self.inside), self.repo or self.name)
 
     def layers(self, asked: str | Iterable[int] = "all") -> list[int]:
@@ -240,20 +243,29 @@ def _in_bucket(name: str, kind: str | None) -> Source:
 
 def _local(name: str, path: Path, kind: str | None) -> Source:
     if not path.is_dir():
-        if kind in (None, TRANSCODERS):
+        what = file_kind(path)
+        if kind in (None, TRANSCODERS) and (layout.is_file(path.name) or not what):
             return Source(name, TRANSCODERS, FILE, path)
-        what = f", {known}" if (known := file_kind(path)) else ""
-        raise SourceError(f"{name} is a file{what}; give the folder that holds config.json.")
+        raise SourceError(f"{name} is {what or 'a file; give the folder that holds config.json'}.")
     if local.has(path, SIDECAR):
         return Source(name, kind or read_sidecar(path).kind, CONVERTED, path)
     has_config = local.has(path, "config.json")
     if kind in (MODEL, CONFIG) and not has_config:
-        what = folder_kind([x.relative_to(path).as_posix() for x in path.glob("*")])
+        what = f": {kind}" if (kind := _folder_kind(path)) else ""
+        below = [x.parent.as_posix() for x in path.glob("*/config.json")]
+        below += [x.parent.as_posix() for x in path.glob("snapshots/*/config.json")]
+        if below:
+            what += f". There is one in {some(sorted(below))}: give that folder"
         raise SourceError(
             f"{path} has no config.json, so it is not a model's folder in Hugging Face's format "
-            f"(config.json beside model.safetensors){f': {what}' if what else ''}."
+            f"(config.json beside model.safetensors){what}."
         )
     return Source(name, kind or (MODEL if has_config else TRANSCODERS), FOLDER, path)
+
+
+def _folder_kind(path: Path) -> str:
+    """What a folder holds, by the names in it and right below."""
+    return folder_kind([x.relative_to(path).as_posix() for x in path.glob("*")])
 
 
 def _on_hub(
