@@ -52,6 +52,9 @@ _HEADS = {
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
+TRANSCODERS = "transcoders or autoencoders; load_transcoder reads those"
+
+
 def file_kind(path: str | Path) -> str:
     """What a file is by its name, and what to give: ``"quantised weights …; give …"``, or ""."""
     return _KINDS.get(Path(path).suffix.lower(), "")
@@ -66,7 +69,7 @@ def folder_kind(files: Collection[str]) -> str:
         return "a LoRA adapter, which changes a model"
     known = {"cfg.json", "sae_weights.safetensors"}
     if known & set(names) or any(x.endswith(".npz") or x.startswith("layer_") for x in names):
-        return "transcoders or autoencoders; load_transcoder reads those"
+        return TRANSCODERS
     for suffix in (".gguf", ".keras", ".h5", ".msgpack", ".bin", ".pt", ".pth", ".ckpt", ".task"):
         found = [name for name in names if name.lower().endswith(suffix)]
         if found:

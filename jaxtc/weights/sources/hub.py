@@ -138,8 +138,8 @@ def _explained(repo: str, file: str, revision: str | None) -> Iterator[None]:
 def _explain(error: Exception, repo: str, file: str, revision: str | None) -> str:
     what = (f"{repo}/{file}" if file else repo) + (f" at revision {revision!r}" if revision else "")
     status = _status(error)
-    near = did_you_mean(repo, RELEASED) if "gemma-2-" in repo.lower() else ""
-    near = "" if repo in RELEASED else near
+    odd = re.match(r"google/gemma-2-(?!(2|9|27)b(-|$))", repo.lower())
+    near = did_you_mean(repo, RELEASED) if odd else ""
     if isinstance(error, errors.HFValidationError):
         return f"{repo!r} is not a hub id: {first_line(error)}."
     if isinstance(error, errors.RepositoryNotFoundError) and not isinstance(
@@ -171,8 +171,8 @@ def _explain(error: Exception, repo: str, file: str, revision: str | None) -> st
     if isinstance(error, _UNREACHABLE):
         return (
             f"{what} is not in the local cache, and the Hugging Face hub cannot be reached.{near} "
-            "Check the network (and that HF_HUB_OFFLINE is not set), give a local folder instead, or use "
-            "the source 'embedded', which needs no network."
+            "Check the network (and that HF_HUB_OFFLINE is not set), give a local folder instead, "
+            "or use the source 'embedded', which needs no network."
         )
     return f"{what} could not be fetched: {first_line(error)}. Is there room on the disk?"
 

@@ -15,8 +15,7 @@ from pathlib import Path, PurePosixPath
 from jaxtc.errors import SourceError, did_you_mean, first_line, some
 from jaxtc.weights.checkpoints.read import Converted
 from jaxtc.weights.checkpoints.sidecar import SIDECAR, read_sidecar
-from jaxtc.weights.files import layout, local
-from jaxtc.weights.files.foreign import file_kind, folder_kind
+from jaxtc.weights.files import foreign, layout, local
 from jaxtc.weights.sources import hub
 
 EMBEDDED = "embedded"
@@ -99,7 +98,7 @@ class Source:
         if usual and self.repo == layout.GEMMA_SCOPE_2B:
             return layout.DEFAULTS
         what = "" if self._listed or self.path is None else _folder_kind(self.path)
-        if what:
+        if what and what != foreign.TRANSCODERS:
             raise SourceError(f"{self.name} holds no transcoders: {what}.")
         return layout.below(self._listed, layout.place_of(self.inside), self.repo or self.name)
 
@@ -243,8 +242,9 @@ def _in_bucket(name: str, kind: str | None) -> Source:
 
 def _local(name: str, path: Path, kind: str | None) -> Source:
     if not path.is_dir():
-        what = file_kind(path)
-        if kind in (None, TRANSCODERS) and (layout.is_file(path.name) or not what):
+        what = foreign.file_kind(path)
+        model = kind is None and local.has(path.parent, "config.json")
+        if kind in (None, TRANSCODERS) and not model and (layout.is_file(path.name) or not what):
             return Source(name, TRANSCODERS, FILE, path)
         raise SourceError(f"{name} is {what or 'a file; give the folder that holds config.json'}.")
     if local.has(path, SIDECAR):
@@ -265,7 +265,7 @@ def _local(name: str, path: Path, kind: str | None) -> Source:
 
 def _folder_kind(path: Path) -> str:
     """What a folder holds, by the names in it and right below."""
-    return folder_kind([x.relative_to(path).as_posix() for x in path.glob("*")])
+    return foreign.folder_kind([x.relative_to(path).as_posix() for x in path.glob("*")])
 
 
 def _on_hub(
