@@ -16,6 +16,7 @@ _GGUF = "quantised weights of llama.cpp (GGUF); give the checkpoint that they we
 _KINDS = {
     ".gguf": _GGUF, ".ggml": _GGUF,
     ".bin": _PICKLE, ".pt": _PICKLE, ".pth": _PICKLE, ".ckpt": _PICKLE, ".pkl": _PICKLE,
+    ".distcp": "a part of a distributed checkpoint of PyTorch; give the checkpoint in safetensors",
     ".h5": "weights of Keras or TensorFlow; give the checkpoint in safetensors",
     ".keras": "a model of Keras; give the checkpoint in safetensors",
     ".msgpack": "weights of Flax Linen; give the checkpoint in safetensors",
@@ -70,10 +71,10 @@ def folder_kind(files: Collection[str]) -> str:
     known = {"cfg.json", "sae_weights.safetensors"}
     if known & set(names) or any(x.endswith(".npz") or x.startswith("layer_") for x in names):
         return TRANSCODERS
-    for suffix in (".gguf", ".keras", ".h5", ".msgpack", ".bin", ".pt", ".pth", ".ckpt", ".task"):
+    for suffix, kind in _KINDS.items():
         found = [name for name in names if name.lower().endswith(suffix)]
-        if found:
-            return f"{found[0]} is {file_kind(found[0])}"
+        if found and suffix not in (".npz", ".safetensors", ".model"):
+            return f"{found[0]} is {kind}"
     if any(name in names for name in _TOKENIZER):
         return "it holds a tokenizer only, which load_tokenizer reads"
     return ""
