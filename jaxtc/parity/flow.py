@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtc.errors import CapacityError, InputError, WeightsError
+from jaxtc.errors import CapacityError, InputError, SourceError, WeightsError
 from jaxtc.helpers import JAXTC_VERSION, whole_number
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
@@ -37,7 +37,7 @@ from jaxtc.weights.files.transcoder import open_transcoder
 from jaxtc.weights.load_model import load_model, load_tokenizer
 from jaxtc.weights.load_transcoder import load_transcoder
 from jaxtc.weights.names import HEAD
-from jaxtc.weights.sources.resolve import EMBEDDED, MODEL, TRANSCODERS, resolve
+from jaxtc.weights.sources.resolve import CONVERTED, EMBEDDED, MODEL, TRANSCODERS, resolve
 
 
 def certify(
@@ -84,7 +84,13 @@ def certify(
         raise InputError(f"dtype is {dtype!r}, expected 'float32' or 'bfloat16'.")
     whole_number("new_tokens", new_tokens)
     progress(f"Looking for {model}")
-    folder = resolve(model, MODEL).fetch()
+    found = resolve(model, MODEL)
+    folder = found.fetch()
+    if found.format == CONVERTED:
+        raise SourceError(
+            f"{model} is a converted checkpoint, which transformers does not read. Compare the "
+            "checkpoint that it was made from, or `jaxtc convert --to safetensors` first."
+        )
     with open_checkpoint(folder) as opened:
         config = opened.config
         _check_readable(opened)

@@ -83,11 +83,19 @@ def open_checkpoint(folder: Path, ignore: str | Sequence[str] = ()) -> Iterator[
             raise SourceError(_no_weights(folder))
         for file in dict.fromkeys(files.values()):
             metadata |= file.metadata
-        stored = _stored(folder, files, metadata, [ignore] if isinstance(ignore, str) else ignore)
+        stored = _stored(folder, files, metadata, patterns(ignore))
         checkpoint = Checkpoint(folder, config, files, stored)
         if problems := _account(checkpoint):
             raise WeightsError(_explained(checkpoint, problems))
         yield _tied(checkpoint)
+
+
+def patterns(ignore: str | Sequence[str]) -> list[str]:
+    """The names in ``ignore``, one or several. Raises SourceError for what is none."""
+    found = [ignore] if isinstance(ignore, str) else ignore
+    if not isinstance(found, Sequence) or not all(isinstance(one, str) for one in found):
+        raise SourceError(f"ignore is {ignore!r}, expected names of tensors, such as 'score.*'.")
+    return list(found)
 
 
 def _no_weights(folder: Path) -> str:
@@ -265,6 +273,11 @@ def _explained(checkpoint: Checkpoint, problems: Sequence[str]) -> str:
         text += (
             f" config.json says tie_word_embeddings = false, so {HEAD} must be there; a backbone "
             "that was saved alone has none."
+        )
+    if HEAD in stored and EMBEDDING not in stored:
+        text += (
+            f" config.json says tie_word_embeddings = false, so {HEAD} is not the embedding; if it "
+            "is, change that to true."
         )
     prefix = prefix_of(others)
     if prefix:
