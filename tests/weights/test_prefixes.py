@@ -12,8 +12,10 @@ from transformers import (
     Gemma2ForTokenClassification,
     Gemma2Model,
 )
+from typer.testing import CliRunner
 
 import jaxtc
+from jaxtc.cli import app
 from jaxtc.errors import SourceError, WeightsError
 from jaxtc.parity import certify
 from jaxtc.weights.names import parameter_names, published
@@ -135,6 +137,11 @@ def test_a_value_head_of_trl(tmp_path):
     with pytest.raises(WeightsError, match="v_head.summary.* a head of a value model"):
         jaxtc.load_model(folder)
     jaxtc.load_model(folder, ignore=("v_head.summary.bias", "v_head.*.weight"))
+    out = str(tmp_path / "out")
+    options = ["--ignore", "v_head.summary.bias", "--ignore", "v_head.*.weight"]
+    done = CliRunner().invoke(app, ["convert", str(folder), out, "--to", "safetensors", *options])
+    assert done.exit_code == 0, done.output
+    assert load_file(f"{out}/model.safetensors").keys() == tensors().keys()
 
 
 @pytest.mark.parametrize("name", ["lm_head.bias", "model.layers.0.self_attn.q_proj.bias"])
