@@ -31,11 +31,11 @@ def pieces_of(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
 
 
 @functools.partial(jax.jit, static_argnames="count")
-def _promoted(rows: jax.Array, gain: jax.Array, embedding: jax.Array, count: int) -> jax.Array:
+def _promoted(rows: jax.Array, gain: jax.Array, matrix: jax.Array, count: int) -> jax.Array:
     wide = rows.astype(jnp.float32)
-    rows = (wide * ranked(1 + gain.astype(jnp.float32), wide)).astype(embedding.dtype)
+    rows = (wide * ranked(1 + gain.astype(jnp.float32), wide)).astype(matrix.dtype)
     logits = jnp.einsum(
-        "md,vd->mv", rows, embedding, precision="highest", preferred_element_type=jnp.float32
+        "md,vd->mv", rows, matrix, precision="highest", preferred_element_type=jnp.float32
     )
     return jax.lax.top_k(logits, count)[1]
 
@@ -46,9 +46,9 @@ def promoted_tokens(
 ) -> np.ndarray:
     """The tokens that features promote: direct logit attribution of their decoder rows.
 
-    ``(W_dec[f] · (1 + w)) Eᵀ`` with w the final norm's gain and E the embedding. The norm's 1/rms
-    and the softcap are left out and change no order; what later layers do with the feature is left
-    out too, so it says most about late layers.
+    ``(W_dec[f] · (1 + w)) Uᵀ`` with w the final norm's gain and U the output matrix. The norm's
+    1/rms and the softcap are left out and change no order; what later layers do with the feature is
+    left out too, so it says most about late layers.
 
     Args:
         model: whose unembedding to use.
@@ -78,8 +78,8 @@ def promoted_tokens(
     for start in range(0, len(wanted), block):
         some_ids = wanted[start : start + block]
         rows = transcoder.W_dec[...][np.pad(some_ids, (0, block - len(some_ids)))]
-        gain, embedding = model.final_norm.weight[...], model.embed.weight[...]
-        best = np.asarray(_promoted(rows, gain, embedding, count))
+        gain, matrix = model.final_norm.weight[...], model.unembed.weight[...]
+        best = np.asarray(_promoted(rows, gain, matrix, count))
         found[start : start + block] = best[: len(some_ids)]
     return found
 
