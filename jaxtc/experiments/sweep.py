@@ -113,8 +113,8 @@ def sweep(
     check_logits(logits)
     of, prompts = as_pytree(of), prepare(tokens, config, lengths)
     asked = understand(capture, layers)
-    reach = Call.of(config, prompts, asked, (), logits).key.reach
-    here = Pass(config, reach, prompts.lengths, prompts=prompts)
+    key = Call.of(config, prompts, asked, (), logits).key
+    here = Pass(config, key.reach, prompts.lengths, prompts=prompts)
     edits = [named(edit) for edit in edits]
     axes = axes_of(edits)
     for edit in edits:
@@ -135,7 +135,7 @@ def sweep(
         resume = _entering(kept, prompts.tokens.shape[1])
     # Variants that begin at the same layer go together.
     order = np.argsort(first, kind="stable")
-    plan = _Plan(config, tuple(axes), logits, prompts.length, place)
+    plan = _Plan(config, tuple(axes), logits, prompts.length, place, key.prompt_lengths)
     whole, found = (prompts.tokens, prompts.lengths, asked, edits, of, resume), []
     if place is not None:
         whole = place.put_whole(whole)
@@ -176,6 +176,7 @@ class _Plan:
     logits: str | None
     length: int
     placement: Placement | None
+    prompt_lengths: tuple[int, ...] | None
 
 
 def _variants(plan: _Plan, leaves, tokens, lengths, asked, edits, of, resume, begin, places):
@@ -186,7 +187,9 @@ def _variants(plan: _Plan, leaves, tokens, lengths, asked, edits, of, resume, be
     def one(place):
         axes = dict(zip(plan.axes, place, strict=True))
         chosen = [at_place(edit, axes) for edit in edits]
-        call = Call.of(plan.config, prompts, asked, chosen, plan.logits, plan.placement)
+        call = Call.of(
+            plan.config, prompts, asked, chosen, plan.logits, plan.placement, plan.prompt_lengths
+        )
         known = None if resume is None else (begin, resume)
         return of(call.result(forward(*call.arguments(leaves), resume=known)))
 

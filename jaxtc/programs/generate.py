@@ -159,11 +159,13 @@ def generate(
         if ended or not running.any():
             break
     length = prompts.length + step
-    activations, _ = recording.finish(state[1], asked, reducers, layers, length)
     texts = np.asarray(prompts.tokens)
-    ends = prompts.lengths + [len(row) - 1 for row in new]
+    ends = (prompts.lengths + [len(row) - 1 for row in new]).astype(np.int32)
+    # A row that ended ran on beside the others.
+    known = rows(ends) if (ends < length).any() else None
+    activations, _ = recording.finish(state[1], asked, reducers, layers, length, ends=known)
     given = [texts[i, :n].tolist() for i, n in enumerate(prompts.lengths)]
-    return Generation(given, new, activations, ends.astype(np.int32))
+    return Generation(given, new, activations, ends)
 
 
 def _sampling(max_new_tokens, temperature, top_k, top_p, seed) -> tuple:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxtc.captures.activations import Activations
 from jaxtc.captures.base import Reducer
+from jaxtc.captures.padding import blanked_after
 from jaxtc.captures.request import Asked
 from jaxtc.model.gemma2 import MASKED
 from jaxtc.sharding.placement import Placement
@@ -69,10 +70,12 @@ def finish(
     length: int,
     padded: bool = True,
     logits: jax.Array | None = None,
+    ends: jax.Array | None = None,
 ) -> tuple[Activations, jax.Array | None]:
     """The record as :class:`Activations` of ``length`` tokens; logits (B, W, V) are cut likewise.
 
     ``reducers`` are those of ``asked``, checked; ``padded`` says whether anything is longer than T.
+    Past the ``ends`` (B,) of texts, if given, reducers of each token keep nothing.
     """
     arrays, reduced = record
     if padded:
@@ -80,6 +83,9 @@ def finish(
         cut, logits = _cut(sites, length, list(arrays.values()), logits)
         arrays = dict(zip(arrays, cut, strict=True))
         reduced = [r.cut(kept, length) for r, kept in zip(reducers, reduced, strict=True)]
+    if ends is not None:
+        pairs = zip(reducers, reduced, strict=True)
+        reduced = [blanked_after(r.every_layer, r, kept, ends) for r, kept in pairs]
     named = dict(zip(asked.names, reduced, strict=True))
     return Activations(arrays, layers, named, asked.aliases), logits
 
