@@ -19,6 +19,7 @@ from jaxtc.edits.values import SetTo
 from jaxtc.errors import InputError, SiteError
 from jaxtc.experiments.axes import Over
 from jaxtc.experiments.gradients import gradients
+from jaxtc.experiments.scores import as_pytree
 from jaxtc.experiments.sweep import sweep
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import prepare
@@ -86,7 +87,7 @@ def activation_patching(
         InputError: prompts of different lengths, and as for :func:`jaxtc.run`.
         SiteError: a site that not every layer has, or heads where there are none.
     """
-    kept, axes = _clean_run(model, clean, corrupted, [site], heads)
+    kept, axes = _clean_run(model, clean, corrupted, [site], heads, of)
     ((site, along),) = axes.items()
     swept = {name: Over(values) for name, values in along.items()}
     patch = SetTo(PerLayer(kept.activations[site]), site=site, **swept)
@@ -124,7 +125,7 @@ def attribution_patching(
         InputError, SiteError: as :func:`activation_patching`.
     """
     names = [sites] if isinstance(sites, str) else sites
-    kept, axes = _clean_run(model, clean, corrupted, names, heads)
+    kept, axes = _clean_run(model, clean, corrupted, names, heads, of)
     slopes = gradients(model, corrupted, of, list(axes), edits=edits)
     found = {}
     for name, along in axes.items():
@@ -141,7 +142,7 @@ def attribution_patching(
 
 
 def _clean_run(
-    model: Gemma2, clean: Any, corrupted: Any, sites: Sequence[str], heads: bool
+    model: Gemma2, clean: Any, corrupted: Any, sites: Sequence[str], heads: bool, of: Score
 ) -> tuple[RunResult, dict[str, dict[str, np.ndarray]]]:
     """The clean run, and by site the axes along which it is patched."""
     config = model.config
@@ -152,6 +153,7 @@ def _clean_run(
             f"The clean prompts have {sizes[0]} tokens and the corrupted ones {sizes[1]}; patching "
             "token by token wants all of one length. Choose words that are one token each."
         )
+    as_pytree(of, config.vocab_size, len(sizes[0]))  # refused before anything runs
     axes = {}
     for site in (_site(name, heads) for name in sites):
         counts = {"layer": config.num_hidden_layers, "position": sizes[0][0]}

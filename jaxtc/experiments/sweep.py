@@ -111,7 +111,8 @@ def sweep(
     """
     config, layers = model.config, model.config.num_hidden_layers
     check_logits(logits)
-    of, prompts = as_pytree(of), prepare(tokens, config, lengths)
+    prompts = prepare(tokens, config, lengths)
+    of = as_pytree(of, config.vocab_size, len(prompts.tokens))
     asked = understand(capture, layers)
     key = Call.of(config, prompts, asked, (), logits).key
     here = Pass(config, key.reach, prompts.lengths, prompts=prompts)
