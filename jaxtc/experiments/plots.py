@@ -70,6 +70,10 @@ def heat_map(
     finite = values[np.isfinite(values)]
     if not finite.size:
         why = "all are NaN or infinite: an edit names what does not exist"
+        if isinstance(found, Patching):
+            why += (
+                ", or the clean and the corrupted run score the same, so nothing can be recovered"
+            )
         raise InputError(
             f"There is no number to draw, {why if values.size else f'the shape is {values.shape}'}."
         )

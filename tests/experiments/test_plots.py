@@ -176,6 +176,7 @@ def test_a_real_sweep_and_a_real_patching_are_one_call_each():
         (Sweep(jnp.ones(3), {"layer": np.arange(3)}), r"the axes layer"),
         (Sweep({"a": jnp.ones((2, 3))}, {"x": np.arange(2), "y": np.arange(3)}), "draw the array"),
         (np.full((2, 4), np.nan), "all are NaN"),
+        (patching(np.ones((2, 4, 1)), clean=(1.0,), corrupted=(1.0,)), "score the same"),
         (np.ones((0, 4)), r"the shape is \(0, 4\)"),
         (np.ones((2, 4, 8)), r"draws two axes, \(L, T\); got shape \(2, 4, 8\).*array.mean"),
         (np.ones((3, 1, 2, 4, 4)), r"got shape \(3, 1, 2, 4, 4\)"),
