@@ -71,17 +71,18 @@ def _unknown(tokenizer: Tokenizer, source: Corpus | UserText) -> str:
     if isinstance(source, Corpus):
         names = source.world.entities
         lacks = [name for name in names if entity_id(tokenizer, name) is None]
-        if not lacks:
-            return ""
-        return (
-            f"its tokenizer has no token for {len(lacks)} of the corpus's {len(names)} names "
-            f"({some(lacks)})"
-        )
-    unknown = tokenizer.token_to_id("<unk>")
-    encoded = [one.ids for one in tokenizer.encode_batch(source.held_out)]
+        if lacks:
+            return (
+                f"its tokenizer has no token for {len(lacks)} of the corpus's {len(names)} names "
+                f"({some(lacks)})"
+            )
+    unknown, texts = tokenizer.token_to_id("<unk>"), source.documents(2, 0, 500, held_out=True)
+    encoded = [one.ids for one in tokenizer.encode_batch(texts)]
     lost, count = sum(ids.count(unknown) for ids in encoded), sum(map(len, encoded))
     if lost:
         return f"its tokenizer gives <unk> for {lost} of {count} tokens of the held-out text"
+    if isinstance(source, Corpus):
+        return ""
     # A byte pair encoding is made of what comes up in its text.
     special = re.compile("|".join([*map(re.escape, SPECIAL_TOKENS), r"<0x[0-9A-F]{2}>"]))
     pieces = [piece for piece in tokenizer.get_vocab() if not special.fullmatch(piece)]

@@ -47,8 +47,8 @@ def heat_map(
             or the result of a sweep over two axes. A batch axis behind them is averaged. Or an
             array of real numbers (L, T), rows and columns of cells.
         tokens: the prompt's pieces, from ``tokenizer.convert_ids_to_tokens``; written below the
-            cells with their positions. An array or a patching has a column for each of them; a
-            sweep may have gone over some of its positions only.
+            cells with their positions. Each has a column, but where a sweep or a patching went
+            over some positions only.
         ax: where to draw, one of matplotlib's; a new figure by default.
         title: above the picture; the site that was patched, by default.
         label: of the colour bar: what the number is. Give it for anything but a patching.
@@ -182,14 +182,15 @@ def _check_limit(limit: Any) -> None:
 
 
 def _words(tokens: Sequence[str], positions: list, some: bool) -> list[str]:
-    """A label for each position, or for ``some`` of a prompt, as people write the token."""
+    """A label for each position, perhaps ``some`` of a prompt's, as people write the token."""
     if isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens):
         raise InputError(
             "tokens are the prompt's pieces, a list of strings: "
             "tokenizer.convert_ids_to_tokens(ids) gives them."
         )
     outside = max(positions) >= len(tokens) or -min(positions) > len(tokens)
-    if outside or not (some or len(tokens) == len(positions)):
+    several = some or list(positions) != list(range(len(positions)))
+    if outside or not (several or len(tokens) == len(positions)):
         raise InputError(
             f"There are {len(tokens)} tokens, but positions from {min(positions)} to "
             f"{max(positions)}; give the pieces of the prompt that was run, <bos> among them and "

@@ -55,6 +55,14 @@ def test_a_tokenizer_tells_where_no_note_does(bpe, tmp_path):
             check_text(tmp_path, bpe[id(text)], other)
 
 
+def test_a_tokenizer_that_knows_the_names_but_not_the_words_is_refused(tmp_path):
+    state = json.loads(SHIPPED.to_str())
+    for word in ("▁capital", "▁belongs"):
+        del state["model"]["vocab"][word]
+    with pytest.raises(InputError, match=r"gives <unk> for \d+ of \d+ tokens"):
+        check_text(tmp_path, Tokenizer.from_str(json.dumps(state)), CORPUS)
+
+
 def test_a_note_tells_of_a_text_that_differs_by_a_word(bpe, tmp_path):
     note_text(tmp_path, RECIPES)
     check_text(tmp_path, bpe[id(RECIPES)], UserText(RECIPES.text))

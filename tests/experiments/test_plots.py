@@ -206,8 +206,15 @@ def test_what_cannot_be_drawn_says_why(found, message):
     ],
 )
 def test_tokens_of_another_prompt_are_refused(tokens, message):
-    with pytest.raises(InputError, match=message):
-        plots.heat_map(np.ones((2, 4)), tokens)
+    for found in (np.ones((2, 4)), patching(np.ones((2, 4, 1)), clean=(2.0,), corrupted=(1.0,))):
+        with pytest.raises(InputError, match=message):
+            plots.heat_map(found, tokens)
+
+
+def test_places_of_a_prompt_have_their_own_tokens():
+    found = patching(np.ones((2, 2, 1)), clean=(2.0,), corrupted=(1.0,), layer=2, position=2)
+    found.axes["position"] = np.array([2, -1])
+    assert words(plots.heat_map(found, TOKENS).get_xticklabels()) == ["New York 2", "is -1"]
 
 
 @pytest.mark.parametrize(
