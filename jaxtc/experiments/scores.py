@@ -62,8 +62,8 @@ def as_pytree(of: Callable, vocabulary: int, rows: int) -> Callable:
 def _check_ids(what: str, token: Any, vocabulary: int, rows: int) -> None:
     traced = is_traced(token)
     try:
-        ids = token if traced else np.asarray(to_numpy(token))
-    except ValueError:  # ragged
+        ids = jnp.asarray(token) if traced else np.asarray(to_numpy(token))
+    except (TypeError, ValueError):  # ragged
         ids = np.asarray(None)
     if ids.dtype.kind not in "iu":
         raise InputError(
