@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from rich.console import Console
 
 from jaxtc.cli.explain import find_transcoders
 from jaxtc.cli.options import STDOUT, Dtype, Model, OnlyJson, argument, option, write_json
@@ -15,6 +16,7 @@ from jaxtc.edits.features import SetFeature
 from jaxtc.errors import JaxtcError
 from jaxtc.explore.explain import continuation
 from jaxtc.helpers import check_unicode
+from jaxtc.model.text import tokenized
 from jaxtc.programs.generate import generate
 from jaxtc.weights.files.generation import GENERATION, choices
 from jaxtc.weights.load_model import load_model, load_tokenizer
@@ -81,6 +83,8 @@ def command(
     def stream(step: int, new: list[int | None]) -> bool:
         if step == 0:
             loading.close()
+            if not as_json:
+                note(Console(stderr=True), notes)
             write(prompt)
         write(text.add(new[0]))
         return text.stopped
@@ -98,7 +102,7 @@ def command(
         tokenizer = load_tokenizer(model)
         if note := _not_taken(model, temperature):
             typer.echo(note, err=True)
-        ids = tokenizer(prompt).input_ids
+        ids, notes = tokenized(tokenizer, prompt, loaded.config.bos_token_id)
         text = Increments(tokenizer, ids, stop)
         progress("Generating")
         found = generate(
@@ -113,6 +117,7 @@ def command(
             "steered": [{"feature": f, "value": x} for f, x in features.items()],
             "layer": edits[0].layer if edits else None,
             "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
+            "warnings": notes,
         }  # fmt: skip
         write_json(STDOUT, value)
 

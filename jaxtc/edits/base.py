@@ -156,7 +156,8 @@ class Edit:
 
         Args:
             x: the site's value, with the axes of the table.
-            context: tokens' positions, and the upstream sites listed in :attr:`reads`.
+            context: tokens' positions, and the upstream sites listed in :attr:`reads`. ``x`` is
+                padded: a mean over tokens leaves padding out with ``context.real`` (B, T).
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what it changes")
 

@@ -21,7 +21,9 @@ from jaxtc.edits.features import Splice
 from jaxtc.edits.values import Zero
 from jaxtc.embedded import DATA, model_folder, transcoder_folder
 from jaxtc.embedded.corpus import Corpus, Item, default_corpus
+from jaxtc.embedded.provenance import check_text
 from jaxtc.embedded.text import UserText
+from jaxtc.errors import InputError
 from jaxtc.helpers import explicit_transfers
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.programs.run import run
@@ -121,10 +123,12 @@ def measure(
 
     Raises:
         SourceError: the folder holds no model or no transcoders.
+        InputError: the model is of another text, as far as its folder or its tokenizer can tell.
     """
     source = default_corpus() if source is None else source
     model = load_model(model_folder(root), dtype=jnp.float32)
     tokenizer = Tokenizer.from_file(str(model_folder(root) / "tokenizer.json"))
+    check_text(root, tokenizer, source)
     transcoders = load_transcoders(transcoder_folder(root))
     splice = Splice(transcoders)
     zero = Zero(site="mlp_out", position=_TEXT)
@@ -158,9 +162,23 @@ def measure(
 def accuracy(
     model: Gemma2, tokenizer: Tokenizer, items: Sequence[Item], edits: Sequence[Edit] = ()
 ) -> float:
-    """Share of items whose most probable next token is the answer."""
+    """Share of items whose most probable next token is the answer.
+
+    Raises:
+        InputError: the tokenizer does not know a prompt or an answer, or has several tokens for an
+            answer: the model is of another text.
+    """
     prompts = [encoded.ids for encoded in tokenizer.encode_batch([i.prompt for i in items])]
     encoded = tokenizer.encode_batch([i.answer for i in items], add_special_tokens=False)
+    unknown = tokenizer.token_to_id("<unk>")
+    for item, prompt, answer in zip(items, prompts, encoded, strict=True):
+        if unknown in [*prompt, *answer.ids] or len(answer.ids) != 1:
+            raise InputError(
+                f"The model's tokenizer splits {item.prompt!r} and its answer {item.answer!r} into "
+                f"{tokenizer.decode(prompt, skip_special_tokens=False)!r} and {answer.tokens}, "
+                "where an answer is one token and no word unknown: it is of another text, on "
+                "which this accuracy would mean nothing."
+            )
     answers = np.array([answer.ids[0] for answer in encoded])
     guesses = [
         run(model, tokens, lengths=lengths, edits=edits, logits="last").logits.argmax(axis=-1)

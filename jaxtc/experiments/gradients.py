@@ -80,12 +80,13 @@ def gradients(
     if not asked.addresses or asked.reducers:
         raise InputError("Name the sites whose gradients are wanted, such as 'resid_post'.")
     check_logits(logits, needed=True)
+    of = as_pytree(of, config.vocab_size, len(prompts.tokens))
     leaves = parameters(model)
     place = placed(model, leaves)
     call = Call.of(config, prompts, asked, edits, logits, place)
     size = estimate(model, prompts.tokens.shape, capture=sites, logits=logits)
     check_fits(3 * size.kept, "These activations, their gradients and the pass back")
-    of = as_pytree(of) if place is None else place.put_whole(as_pytree(of))
+    of = of if place is None else place.put_whole(of)
     *given, _ = call.on_mesh(leaves)  # there are no reducers
     key = _Key(**vars(given.pop(0)), length=prompts.length)
     return Gradients(*_program(key, *given, prompts.starts, of))

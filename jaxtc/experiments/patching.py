@@ -20,6 +20,7 @@ from jaxtc.errors import InputError, SiteError
 from jaxtc.experiments.axes import Over
 from jaxtc.experiments.gradients import gradients
 from jaxtc.experiments.pairs import Pairs, pairs
+from jaxtc.experiments.scores import as_pytree
 from jaxtc.experiments.sweep import sweep
 from jaxtc.helpers import explicit_transfers, ranked, whole_number
 from jaxtc.model.gemma2 import Gemma2
@@ -112,7 +113,7 @@ def activation_patching(
     """
     places = pairs(model.config, clean, corrupted, positions, tokenizer)
     corrupted = places.prompts[1]
-    kept, axes = _clean_run(model, places, [site], heads)
+    kept, axes = _clean_run(model, places, [site], heads, of)
     ((site, along),) = axes.items()
     layers, value = along["layer"], kept.activations[site]
     if whole_number("window", window, 1) > len(layers):
@@ -168,7 +169,7 @@ def attribution_patching(
     names = [sites] if isinstance(sites, str) else sites
     places = pairs(model.config, clean, corrupted, positions, tokenizer)
     corrupted = places.prompts[1]
-    kept, axes = _clean_run(model, places, names, heads)
+    kept, axes = _clean_run(model, places, names, heads, of)
     slopes = gradients(model, corrupted, of, list(axes), edits=edits)
     found = {}
     for name, along in axes.items():
@@ -212,10 +213,11 @@ def _only_there(values: jax.Array, places: Pairs, each_row: bool) -> jax.Array:
 
 
 def _clean_run(
-    model: Gemma2, places: Pairs, sites: Sequence[str], heads: bool
+    model: Gemma2, places: Pairs, sites: Sequence[str], heads: bool, of: Score
 ) -> tuple[RunResult, dict[str, dict[str, np.ndarray]]]:
     """The clean run, and by site the axes that are patched."""
     config, axes = model.config, {}
+    as_pytree(of, config.vocab_size, len(places.there))  # refused before anything runs
     for site in (_site(name, heads) for name in sites):
         axes[site.name] = {
             "layer": np.arange(config.num_hidden_layers),

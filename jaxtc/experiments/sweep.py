@@ -116,11 +116,11 @@ def sweep(
     """
     config, layers = model.config, model.config.num_hidden_layers
     check_logits(logits)
-    of = as_pytree(of)
     prompts = prepare(tokens, config, lengths, attention_mask=attention_mask, tokenizer=tokenizer)
+    of = as_pytree(of, config.vocab_size, len(prompts.tokens))
     asked = understand(capture, layers)
-    reach = Call.of(config, prompts, asked, (), logits).key.reach
-    here = Pass(config, reach, prompts.lengths, prompts=prompts)
+    key = Call.of(config, prompts, asked, (), logits).key
+    here = Pass(config, key.reach, prompts.lengths, prompts=prompts)
     edits = [named(edit) for edit in edits]
     axes = axes_of(edits)
     for edit in edits:
@@ -141,7 +141,7 @@ def sweep(
         resume = _entering(kept, prompts.tokens.shape[1])
     # Variants that begin at the same layer go together.
     order = np.argsort(first, kind="stable")
-    plan = _Plan(config, tuple(axes), logits, prompts.length, place)
+    plan = _Plan(config, tuple(axes), logits, prompts.length, place, key.prompt_lengths)
     rows = prompts.tokens, prompts.lengths, prompts.starts
     whole, found = (*rows, asked, edits, of, resume), []
     if place is not None:
@@ -185,6 +185,7 @@ class _Plan:
     logits: str | None
     length: int
     placement: Placement | None
+    prompt_lengths: tuple[int, ...] | None
 
 
 def _variants(
@@ -197,7 +198,9 @@ def _variants(
     def one(place):
         axes = dict(zip(plan.axes, place, strict=True))
         chosen = [at_place(edit, axes) for edit in edits]
-        call = Call.of(plan.config, prompts, asked, chosen, plan.logits, plan.placement)
+        call = Call.of(
+            plan.config, prompts, asked, chosen, plan.logits, plan.placement, plan.prompt_lengths
+        )
         known = None if resume is None else (begin, resume)
         return of(call.result(forward(*call.arguments(leaves), resume=known)))
 

@@ -101,7 +101,7 @@ def certify(
     if of_layer is not None:
         chosen = sorted({*chosen, of_layer})
     tokenizer = functools.cache(functools.partial(load_tokenizer, model))
-    texts, ids = tokenised(prompts, model, config, tokenizer, new_tokens)
+    texts, ids, odd = tokenised(prompts, model, config, tokenizer, new_tokens)
     # mkdtemp makes it private (mode 0700).
     with tempfile.TemporaryDirectory(prefix="jaxtc-parity-") as root:
         _check_room(Path(root), config, ids, chosen, truth)
@@ -151,7 +151,7 @@ def certify(
     return Certificate(
         passed=not failures,
         failures=failures,
-        notes=verdict.notes(config, held, chosen, limits, untested),
+        notes=[*odd, *verdict.notes(config, held, chosen, limits, untested)],
         first_jump=verdict.first(rows),
         model=str(model),
         dtype=dtype,

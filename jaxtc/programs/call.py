@@ -108,6 +108,7 @@ class Key:
     reach: tuple[int, int]
     unsure: bool
     placement: Placement | None
+    prompt_lengths: tuple[int, ...] | None  # where a reducer of a user's own sees no padding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +130,12 @@ class Call:
         edits: Sequence[Edit],
         logits: str | None,
         placement: Placement | None = None,
+        prompt_lengths: tuple[int, ...] | None = None,
     ) -> "Call":
-        """Check edits and captures against the model and the prompts, as :func:`jaxtc.run` does."""
+        """Check edits and captures against the model and the prompts, as :func:`jaxtc.run` does.
+
+        ``prompt_lengths`` are those of another call's key, for prompts that are traced by now.
+        """
         if logits is None and not asked:
             raise InputError(
                 "Nothing was asked for: give capture=[...], or logits='all' or 'last'."
@@ -138,7 +143,8 @@ class Call:
         layers = config.num_hidden_layers
         reach = (layers, len(ORDER)) if logits else asked.reach(layers)
         checked, unsure = check_edits(edits, config, reach, prompts)
-        key = Key(config, asked.addresses, logits, reach, unsure, placement)
+        own = asked.prompt_lengths(prompts) if prompt_lengths is None else prompt_lengths
+        key = Key(config, asked.addresses, logits, reach, unsure, placement, own)
         return cls(key, prompts, asked, checked, asked.checked(config, prompts))
 
     def arguments(self, leaves: Sequence[jax.Array]) -> tuple:
@@ -185,6 +191,7 @@ def forward(key: Key, leaves, tokens, lengths, edits, reducers, resume=None):
     tap = Tap(
         key.captures, edits, positions, lengths, reducers=reducers, placement=key.placement,
         special=among_ids(tokens, key.config.special_ids),
+        prompt_lengths=key.prompt_lengths,
     )  # fmt: skip
     depth = key.reach[0] + 1 if key.reach[0] < layers else None
     options = dict(positions=positions, tap=tap, depth=depth, resume=resume)

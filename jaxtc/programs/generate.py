@@ -191,15 +191,16 @@ def generate(
         if ended or not running.any():
             break
     whole = dataclasses.replace(prompts, length=prompts.length + step)
-    activations, _ = recording.finish(state[1], asked, reducers, layers, whole)
     texts = np.asarray(prompts.tokens)
-    ends = prompts.lengths + [len(row) - 1 for row in new]
+    ends = (prompts.lengths + [len(row) - 1 for row in new]).astype(np.int32)
+    # A row that ended ran on beside the others.
+    known = rows(ends) if (ends < whole.length).any() else None
+    activations, _ = recording.finish(state[1], asked, reducers, layers, whole, ends=known)
     given = [texts[i, :n].tolist() for i, n in enumerate(prompts.lengths)]
     spared = any(not edit.special_tokens for edit in checked)
     return Generation(
-        given, new, activations, ends.astype(np.int32), whole.length, prompts.starts,
-        config.special_ids, spared,
-    )  # fmt: skip
+        given, new, activations, ends, whole.length, prompts.starts, config.special_ids, spared
+    )
 
 
 def _sampling(max_new_tokens, temperature, top_k, top_p, seed) -> tuple:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxtc.captures.activations import Activations
 from jaxtc.captures.base import Reducer
+from jaxtc.captures.padding import blanked_after
 from jaxtc.captures.request import Asked
 from jaxtc.model.prompts import Prompts
 from jaxtc.sharding.placement import Placement
@@ -70,11 +71,13 @@ def finish(
     prompts: Prompts,
     padded: bool = True,
     logits: jax.Array | None = None,
+    ends: jax.Array | None = None,
 ) -> tuple[Activations, jax.Array | None]:
     """The record as :class:`Activations` of T tokens, where they stood as they were given.
 
     Logits (B, W, V) are cut and moved likewise. ``reducers`` are those of ``asked``, checked;
-    ``padded`` says whether anything is longer than T, the length of ``prompts``.
+    ``padded`` says whether anything is longer than T, the length of ``prompts``. Past the ``ends``
+    (B,) of texts, if given, reducers of each token keep nothing.
     """
     arrays, reduced = record
     length, starts = prompts.length, prompts.starts
@@ -83,6 +86,9 @@ def finish(
         cut, logits = _cut(sites, length, starts, list(arrays.values()), logits)
         arrays = dict(zip(arrays, cut, strict=True))
         reduced = [r.cut(kept, length) for r, kept in zip(reducers, reduced, strict=True)]
+    if ends is not None:
+        pairs = zip(reducers, reduced, strict=True)
+        reduced = [blanked_after(r.every_layer, r, kept, ends) for r, kept in pairs]
     if starts is not None:
         reduced = [r.moved(kept, starts) for r, kept in zip(reducers, reduced, strict=True)]
     named = dict(zip(asked.names, reduced, strict=True))

@@ -37,6 +37,7 @@ class Tap:
         reducers: what to keep of a site in place of all of it, see :mod:`jaxtc.reducers`.
         placement: the mesh of this pass; every site is divided over it by its axes.
         special: (B, T) booleans, the tokens that edits of transcoders leave alone by default.
+        prompt_lengths: tokens of each prompt as plain ints, for reducers that see no padding.
     """
 
     def __init__(
@@ -49,8 +50,10 @@ class Tap:
         reducers: Sequence[Any] = (),
         placement: Placement | None = None,
         special: jax.Array | None = None,
+        prompt_lengths: tuple[int, ...] | None = None,
     ):
         self.placement, self.special = placement, special
+        self.prompt_lengths = prompt_lengths
         self.captures = frozenset(captures)
         self.edits, self.reducers = tuple(edits), tuple(reducers)
         self.positions, self.lengths = positions, lengths
@@ -96,7 +99,9 @@ class Tap:
         """Apply the edits of this site to ``x``, keep it if asked for, and give it back."""
         held, address = None, Address(site, self.layer)
         row, read = BY_NAME[site], self._live.__getitem__
-        context = Context(row, self.layer, self.positions, self.lengths, read, self.placement)
+        context = Context(
+            row, self.layer, self.positions, self.lengths, read, self.placement, self.ends
+        )
         for edit in self._edits(site):
             if site in edit.reads:
                 held = self._hold(edit, x, held)
@@ -108,7 +113,8 @@ class Tap:
         if address in self.captures:
             self.activations[address] = x
         for index in self._reducers(site):
-            self.reduced[index, self.layer] = self.reducers[index].reduce(x, context)
+            kept = self.reducers[index].kept(x, context, self.prompt_lengths)
+            self.reduced[index, self.layer] = kept
         return x
 
     def _hold(self, edit: Any, x: jax.Array, held: tuple | None) -> tuple[jax.Array, jax.Array]:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import jaxtc
+from jaxtc.captures.reducers import Reducer, register_reducer
 from jaxtc.errors import InputError
 from jaxtc.programs.program import REMEMBERED, Compiles, Program, compiles
 from jaxtc.programs.reasons import advised, differences, facts
@@ -469,6 +470,23 @@ def test_warm_up_leaves_nothing_to_compile():
             jaxtc.run(model, [[3] * length] * 5, **other)
     assert str(later) == "nothing was compiled"
     assert len(jaxtc.warm_up(model, lengths=[7], batch=5, **options)) == 0
+
+
+@register_reducer()
+class Largest(Reducer):
+    def reduce(self, x, context):
+        return x.max(1)
+
+
+def test_a_reducer_that_sees_no_padding_is_compiled_for_each_length():
+    model, options = tiny.model(), {"capture": Largest("resid_mid"), "logits": None}
+    found = jaxtc.warm_up(model, lengths=(3, 5), **options)
+    assert len(found) == 2 and found[1].because == "prompt lengths: 5 (was 3)"
+    with compiles() as found:
+        jaxtc.run(model, [2, 4, 6, 8, 10], **options)
+    assert len(found) == 0
+    advice = advised("prompt lengths: 5 (was 3)")
+    assert "padded = True" in advice.text
 
 
 def test_warm_up_of_generate():

@@ -1,6 +1,7 @@
 """On 8 simulated devices; test_mesh.py runs this file in a process that has them."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxtc
-from jaxtc.captures.reducers import Features, TopK
+from jaxtc.captures.reducers import Features, Reducer, TopK, register_reducer
 from jaxtc.captures.request import understand
 from jaxtc.model.prompts import prepare
 from jaxtc.programs.call import Call
@@ -84,6 +85,33 @@ def test_sampling_draws_the_same_tokens(on):
 def test_sweep(mesh, one, on):
     expected = one("sweep", lab.model(), lab.transcoder())
     print(mesh, lab.check_same(lab.sweep(*on(mesh)), expected))
+
+
+@register_reducer()
+class Summary(Reducer):
+    """Of each prompt by itself, without padding; places itself on the mesh as edits do."""
+
+    position: Any = -1
+    reads = ("mlp_in_normed",)
+
+    def reduce(self, x, context):
+        if context.placement is not None:
+            x = context.placement.constrain(x, ("batch", "tokens", "embed"))
+        last = self.position.selects(context.positions)[..., None]
+        return {"mean": x.mean(1), "last": (last * context.read("mlp_in_normed")).sum(1)}
+
+
+@pytest.mark.parametrize("mesh", ["data=2,model=4", "data=8"])
+def test_a_reducer_of_ones_own(mesh, on):
+    def told(model):
+        asks = dict(lengths=lab.LENGTHS, capture={"own": Summary("mlp_out")}, logits=None)
+        over = jaxtc.Scale(jaxtc.Over([0.5, 2.0, 3.0]), site="embed")
+        swept = jaxtc.sweep(model, lab.ROWS, [over], of=lambda r: r.activations["own"], **asks)
+        found = jaxtc.run(model, lab.ROWS, **asks).activations["own"]
+        return {f"run {k}": v for k, v in found.items()} | swept.values
+
+    found, expected = told(on(mesh)[0]), lab.numbers(told(lab.model()))
+    print(mesh, lab.check_same(found, expected))
 
 
 def test_gradients(on):
