@@ -179,11 +179,12 @@ class TopK(Reducer):
         kept = super().moved(kept, starts)
         if self.site.kind != "pairs":
             return kept
-        # The ids are columns too.
+        # The ids are columns too, but for those of padding.
         rows = int(self.every_layer)
         columns = kept.ids.shape[self.site.sequence_axis + rows]
         starts = along(kept.ids, jnp.asarray(starts), rows)
-        return dataclasses.replace(kept, ids=(kept.ids + starts) % columns)
+        ids = jnp.where(kept.ids < 0, kept.ids, (kept.ids + starts) % columns)
+        return dataclasses.replace(kept, ids=ids)
 
     def reduce(self, x: jax.Array, context: Context) -> Top:
         values, ids = top_k(x, self.k, context.placement, logical(self.site.axes))

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import typer
 from rich.console import Console
 
 from jaxtc.cli.explain import find_transcoders
 from jaxtc.cli.options import STDOUT, Dtype, Model, OnlyJson, argument, option, write_json
-from jaxtc.cli.runtime import working
+from jaxtc.cli.runtime import note, working
 from jaxtc.edits.features import SetFeature
 from jaxtc.errors import JaxtcError
 from jaxtc.explore.explain import continuation
@@ -100,9 +99,8 @@ def command(
         loaded = load_model(model, dtype=dtype, progress=progress.part)
         progress("Loading the tokenizer")
         tokenizer = load_tokenizer(model)
-        if note := _not_taken(model, temperature):
-            typer.echo(note, err=True)
         ids, notes = tokenized(tokenizer, prompt, loaded.config.bos_token_id)
+        notes += _not_taken(model, temperature)
         text = Increments(tokenizer, ids, stop)
         progress("Generating")
         found = generate(
@@ -122,19 +120,19 @@ def command(
         write_json(STDOUT, value)
 
 
-def _not_taken(model: str, temperature: float) -> str:
-    """What the model's ``generation_config.json`` asks for and this command does not do, or ""."""
+def _not_taken(model: str, temperature: float) -> list[str]:
+    """A sentence on what ``generation_config.json`` asks for and this command does not do."""
     folder = resolve(model, CONFIG).fetch()
     asked = choices(folder) if isinstance(folder, Path) else {}
     if temperature:
         asked = {k: v for k, v in asked.items() if k not in ("do_sample", *OPTIONS)}
     if not asked:
-        return ""
+        return []
     said = ", ".join(f"{key} = {value!r}" for key, value in asked.items())
-    return (
+    return [
         f"{GENERATION} asks for {said}, which is not taken from it. --temperature, --top-k and "
         "--top-p sample; without them the argmax is taken."
-    )
+    ]
 
 
 class Increments:
