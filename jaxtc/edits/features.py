@@ -4,6 +4,7 @@ Axis letters: B batch, T tokens, D hidden, M features, K features edited.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.edits.base import TARGETS, Edit, Index, own_shape, register_edit
-from jaxtc.errors import EditError
-from jaxtc.helpers import is_whole
+from jaxtc.errors import EditError, some
+from jaxtc.helpers import is_whole, plain_number
 from jaxtc.tap.context import Context, own
 from jaxtc.tap.positions import is_traced
 from jaxtc.tap.sites import BY_NAME, parse
@@ -29,14 +30,30 @@ class TranscoderEdit(Edit):
         layer: defaults to the layer the transcoder was trained on.
         site: defaults to the transcoder's output site (static).
         reads: defaults to the transcoder's input site, as a tuple of one (static).
+        special_tokens: whether it applies to ``<bos>``, ``<eos>`` and padding too, which
+            transcoders were not trained on; ``result.left_out`` tells which tokens a run left alone
+            (static).
     """
 
     transcoder: Any
     reads: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
+    special_tokens: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self):
+        if not isinstance(self.special_tokens, bool):
+            raise EditError(
+                f"{type(self).__name__}: special_tokens is {self.special_tokens!r}, expected True "
+                "or False."
+            )
         if isinstance(self.transcoder, Mapping):
-            object.__setattr__(self, "transcoder", dict(self.transcoder))
+            by_layer = {plain_number(layer): one for layer, one in self.transcoder.items()}
+            wrong = [layer for layer in by_layer if not is_whole(layer, -math.inf)]
+            if wrong:
+                raise EditError(
+                    f"{type(self).__name__} was given a mapping with the key {wrong[0]!r}; keys "
+                    "are layers, whole numbers from 0: {20: transcoder}."
+                )
+            object.__setattr__(self, "transcoder", {int(k): one for k, one in by_layer.items()})
         given = self._transcoders(required=not self.site)
         if given:
             first = next(iter(given.values()))
@@ -61,7 +78,10 @@ class TranscoderEdit(Edit):
         if held and all(isinstance(one, Transcoder) for one in held.values()):
             return held
         if required:
-            what = "an empty mapping" if given == {} else type(given).__name__
+            what = type(given).__name__
+            if isinstance(given, dict):
+                kinds = {type(one).__name__ for one in given.values()} - {"Transcoder"}
+                what = f"a mapping to {some(sorted(kinds))}" if given else "an empty mapping"
             raise EditError(
                 f"{type(self).__name__} was given {what}, expected a jaxtc.Transcoder (or, for "
                 "Splice, a mapping of layers to them)."
@@ -106,7 +126,8 @@ class Splice(TranscoderEdit):
     A sparse autoencoder, which reads the site that it writes, takes the place of that site's value.
     A transcoder's skip connection is part of its output.
 
-    Where a transcoder replaces every token the MLP itself is not computed.
+    Where a transcoder replaces every token the MLP itself is not computed: with
+    ``special_tokens=True``, and for generated tokens.
     ``Splice({layer: transcoder})`` replaces several layers at once, each by its own; with
     ``layer=`` only those named, as data: a sweep over layers is one compiled program. Feature edits
     that follow in the list act on the spliced transcoder's features.
@@ -195,8 +216,7 @@ class SetFeature(FeatureEdit):
     """Set features to an activation: steer with something that has a name.
 
     Attributes:
-        value: the activation, or one for each feature (K,). It is set on every token that is named;
-            ``position=slice(1, None)`` leaves <bos> alone, which transcoders were not trained on.
+        value: the activation, or one for each feature (K,).
     """
 
     value: Any

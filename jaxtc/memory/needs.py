@@ -15,7 +15,7 @@ from jaxtc.captures.request import Captures, check_logits, understand
 from jaxtc.edits.base import Edit
 from jaxtc.edits.features import Splice
 from jaxtc.errors import CapacityError, InputError
-from jaxtc.helpers import columns, gigabytes, is_whole
+from jaxtc.helpers import columns, explicit_transfers, gigabytes, is_whole
 from jaxtc.memory.account import Size, bytes_of
 from jaxtc.memory.available import available
 from jaxtc.memory.parts import count_parameters
@@ -103,11 +103,14 @@ class Estimate:
         return columns([(name, shape, gigabytes(size)) for name, shape, size in rows], "<<>")
 
 
+@explicit_transfers
 def estimate(
     model: Gemma2 | Gemma2Config,
     tokens: Any,
     *,
     lengths: Any = None,
+    attention_mask: Any = None,
+    tokenizer: Any = None,
     capture: Captures = (),
     logits: str | None = "all",
     edits: Sequence[Any] = (),
@@ -118,7 +121,7 @@ def estimate(
         model: a model, an abstract one (``Gemma2.abstract(config, dtype)``), or a config, which
             stands for a model in float32.
         tokens: as ``run`` takes them; or a tuple (B, T), for any prompts of that size.
-        lengths, capture, logits, edits: as ``run`` takes them.
+        lengths, attention_mask, tokenizer, capture, logits, edits: as ``run`` takes them.
 
     Raises:
         InputError, SiteError: as ``run``.
@@ -137,7 +140,9 @@ def estimate(
             )
         batch, length = map(int, tokens)
     else:
-        prompts = prepare(tokens, config, lengths)
+        prompts = prepare(
+            tokens, config, lengths, attention_mask=attention_mask, tokenizer=tokenizer
+        )
         batch, length = len(prompts.tokens), prompts.length
     size = Size(config, dtype, batch, length, bucket(length))
     reducers = size.checked(asked) if isinstance(tokens, tuple) else asked.checked(config, prompts)

@@ -13,14 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxtc.helpers import ranked
 from jaxtc.interchange import owned, plain
 from jaxtc.model.config import FULL, SLIDING, Gemma2Config
 from jaxtc.model.parameters import declare, normal, zeros
-from jaxtc.tap.tap import Tap
-
-# A mask value that survives an edit multiplying it by 0, as -inf would not.
-MASKED = float(np.finfo(np.float32).min)
-
+from jaxtc.tap.tap import MASKED, Tap
 
 # Keys and values of the tokens so far, each (B, S, K, H), a pair a layer; slot number = position.
 Cache: TypeAlias = list[tuple[jax.Array, jax.Array]]
@@ -63,7 +60,7 @@ def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     # NumPy's float32 power is off in the last bit where the reference's is not, which put queries
     # at position 4096 off by 6e-5 (H = 256); float64's, rounded, has the reference's bits.
     power = (np.float64(theta) ** exponents).astype(np.float32)
-    frequencies = np.float32(1) / power
+    frequencies = (np.float32(1) / power).reshape(1, 1, 1, half)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies  # (B, T, 1, H/2)
     # Rounded to the activations' dtype, as the reference does.
     cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
@@ -86,7 +83,8 @@ class Norm(nnx.Module):
             wide = wide * tap(scale, jax.lax.rsqrt(mean + self.eps))  # (B, T, D) * (B, T, 1)
             if normed is not None:
                 wide = tap(normed, wide)
-            return (wide * (1 + self.weight[...].astype(jnp.float32))).astype(x.dtype)
+            gain = ranked(1 + self.weight[...].astype(jnp.float32), wide)
+            return (wide * gain).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -189,7 +187,7 @@ class Block(nnx.Module):
 
 
 class Embedder(nnx.Module):
-    """The tied embedding: tokens in, logits out."""
+    """The embedding, tokens in, logits out; where it is not tied, two of them: one each way."""
 
     def __init__(self, config: Gemma2Config, dtype: jnp.dtype, rngs: nnx.Rngs):
         V, D = config.vocab_size, config.hidden_size
@@ -229,11 +227,18 @@ class Gemma2(nnx.Module):
         layers = config.num_hidden_layers
         self.layers = nnx.List([Block(config, dtype, rngs) for _ in range(layers)])
         self.final_norm = Norm(config, dtype, rngs)
+        if not config.tie_word_embeddings:
+            self.head = Embedder(config, dtype, rngs)
 
     @classmethod
     def abstract(cls, config: Gemma2Config, dtype: jnp.dtype = jnp.float32) -> "Gemma2":
         """The same model with shapes in place of arrays; nothing is allocated."""
         return nnx.eval_shape(lambda: cls(config, dtype=dtype, rngs=nnx.Rngs(0)))
+
+    @property
+    def unembed(self) -> Embedder:
+        """Whose weight, (V, D), is the output matrix: ``embed``, or a ``head`` of its own."""
+        return self.embed if self.config.tie_word_embeddings else self.head
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -293,7 +298,7 @@ class Gemma2(nnx.Module):
         x = tap("final_norm", self.final_norm(x, tap, "final_scale"))
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)
-        return self.embed.decode(x, tap), cache
+        return self.unembed.decode(x, tap), cache
 
 
 def resumed(layer: int, start: jax.Array, entering: jax.Array, x: jax.Array, block, *context):

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtc.errors import CapacityError, JaxtcError
-from jaxtc.helpers import is_whole, pytree
+from jaxtc.helpers import explicit_transfers, is_whole, plain_number, pytree, ranked
 from jaxtc.interchange import owned, plain
 from jaxtc.model.parameters import declare, he_uniform, zeros
 from jaxtc.sharding.mesh import mesh_of, put
@@ -129,8 +129,20 @@ class Transcoder(nnx.Module):
             setattr(self, name, made)
         self.W_skip = param((d_out, d_in), ("embed", "embed"), zeros) if skip else None
         self.subtract_b_dec = bool(subtract_b_dec)
-        self.layer, self.source = layer, source
+        layer = plain_number(layer)
+        if layer is not None and not is_whole(layer):
+            raise JaxtcError(f"layer is {layer!r}, expected a whole number from 0, or None.")
+        self.layer, self.source = None if layer is None else int(layer), source
         self.input_site, self.output_site = parse(input_site)[0], parse(output_site)[0]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        parameter = isinstance(vars(self).get(name), nnx.Variable)
+        if parameter and value is not None and not isinstance(value, nnx.Variable):
+            raise JaxtcError(
+                f"{name} is a parameter: write into it, transcoder.{name}[...] = new, in place of "
+                f"replacing it by {type(value).__name__}."
+            )
+        super().__setattr__(name, value)
 
     @property
     def d_in(self) -> int:
@@ -177,13 +189,16 @@ class Transcoder(nnx.Module):
             raise JaxtcError(f"These are not the facts of a transcoder: {given}.")
         return cls.abstract(**facts, **options)
 
+    @explicit_transfers
     def pre_activations(self, x: jax.Array) -> jax.Array:
         """``x W_enc + b_enc``: (..., D) to (..., M), in the transcoder's dtype.
 
         Of ``x - b_dec`` where that is taken off (:attr:`subtract_b_dec`).
         """
-        return jnp.matmul(self._encoded(x), self.W_enc[...], precision="highest") + self.b_enc[...]
+        z = jnp.matmul(self._encoded(x), self.W_enc[...], precision="highest")
+        return z + ranked(self.b_enc[...], z)
 
+    @explicit_transfers
     def encode(self, x: jax.Array, *, placement: Placement | None = None) -> jax.Array:
         """Feature activations: (..., D) to (..., M), 0 where a feature is not active.
 
@@ -193,11 +208,13 @@ class Transcoder(nnx.Module):
             JaxtcError: the last axis of ``x`` is not D.
         """
         z = self.pre_activations(x)
-        return self.activation(z, self._thresholds(), self._placement() or placement)
+        own = {name: ranked(one, z) for name, one in self._thresholds().items()}
+        return self.activation(z, own, self._placement() or placement)
 
     def _thresholds(self) -> dict[str, jax.Array]:
         return {name: getattr(self, name)[...] for name in self.activation.parameters}
 
+    @explicit_transfers
     def encode_features(
         self, x: jax.Array, ids: jax.Array, *, placement: Placement | None = None
     ) -> jax.Array:
@@ -209,9 +226,11 @@ class Transcoder(nnx.Module):
             return self._pick(self.encode(x, placement=placement), ids, -1)
         z = jnp.matmul(self._encoded(x), self._pick(self.W_enc[...], ids, 1), precision="highest")
         own = self._thresholds().items()
-        own = {name: self._pick(one, ids, 0) if one.ndim else one for name, one in own}
-        return self.activation(z + self._pick(self.b_enc[...], ids, 0), own, placement)
+        own = {name: ranked(self._pick(one, ids, 0) if one.ndim else one, z) for name, one in own}
+        bias = ranked(self._pick(self.b_enc[...], ids, 0), z)
+        return self.activation(z + bias, own, placement)
 
+    @explicit_transfers
     def decoder_rows(self, ids: jax.Array) -> jax.Array:
         """``W_dec[ids]``: (K,) to (K, D), NaN for a feature that does not exist."""
         return self._pick(self.W_dec[...], ids, 0)
@@ -220,6 +239,7 @@ class Transcoder(nnx.Module):
         ids = jnp.where(ids < 0, self.features, ids)
         return jnp.take(array, ids, axis=axis, mode="fill", fill_value=jnp.nan)
 
+    @explicit_transfers
     def decode(self, a: jax.Array, x: jax.Array | None = None) -> jax.Array:
         """``a W_dec + b_dec``, and the skip connection's part: (..., M) to (..., D).
 
@@ -228,13 +248,15 @@ class Transcoder(nnx.Module):
         Raises:
             JaxtcError: this transcoder has a skip connection and ``x`` is missing.
         """
-        y = jnp.matmul(owned(plain(a)), self.W_dec[...], precision="highest") + self.b_dec[...]
-        return self._skipped(y, x)
+        y = jnp.matmul(owned(plain(a)), self.W_dec[...], precision="highest")
+        return self._skipped(y + ranked(self.b_dec[...], y), x)
 
+    @explicit_transfers
     def __call__(self, x: jax.Array, *, placement: Placement | None = None) -> jax.Array:
         """(..., D) to (..., D): the imitation of the MLP's output, skip connection included."""
         return self.decode(self.encode(x, placement=placement), x)
 
+    @explicit_transfers
     def encode_sparse(
         self, x: jax.Array, capacity: int, *, placement: Placement | None = None
     ) -> SparseFeatures:
@@ -256,14 +278,18 @@ class Transcoder(nnx.Module):
         a = self.encode(x, placement=placement)
         found = _sparse(a, capacity, self._placement() or placement)
         if not isinstance(found.count, jax.core.Tracer):
-            most = int(np.max(whole(found.count), initial=0))
+            counts = whole(found.count)
+            most = int(np.max(counts, initial=0))
             if most > capacity:
+                at = ", ".join(map(str, np.argwhere(counts == most)[0]))
                 raise CapacityError(
-                    f"A token has {most} active features, but capacity is {capacity}: dropping any "
-                    f"would give a wrong reconstruction. Ask for capacity={most} or more."
+                    f"A token (at [{at}] of those given) has {most} active features, but capacity "
+                    f"is {capacity}: dropping any would give a wrong reconstruction. Ask for "
+                    f"capacity={most} or more; or, if that is padding, give tokens only, x[mask]."
                 )
         return found
 
+    @explicit_transfers
     def decode_sparse(self, features: SparseFeatures, x: jax.Array | None = None) -> jax.Array:
         """``decode`` from (values, ids): gathers the C decoder rows a token needs. To (..., D).
 
@@ -272,7 +298,7 @@ class Transcoder(nnx.Module):
         """
         features, here = owned(jax.tree.map(plain, features)), self._placement()
         mixed = _mix_rows(features.values, features.ids, self.W_dec[...], here, "features")
-        return self._skipped(mixed + self.b_dec[...], x)
+        return self._skipped(mixed + ranked(self.b_dec[...], mixed), x)
 
     def _input(self, x: jax.Array) -> jax.Array:
         """``x`` in the transcoder's dtype, its width checked."""
@@ -294,7 +320,7 @@ class Transcoder(nnx.Module):
     def _encoded(self, x: jax.Array) -> jax.Array:
         """What the encoder reads of ``x``."""
         x = self._input(x)
-        return x - self.b_dec[...] if self.subtract_b_dec else x
+        return x - ranked(self.b_dec[...], x) if self.subtract_b_dec else x
 
     def _placement(self) -> Placement | None:
         """:func:`placement_of`, quick on a single device."""

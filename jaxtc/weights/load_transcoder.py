@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.errors import SiteError, SourceError
+from jaxtc.helpers import explicit_transfers
 from jaxtc.sharding.mesh import MeshLike, make_mesh
 from jaxtc.sharding.processes import agreed
 from jaxtc.sharding.rules import RULES, Rules, shardings
@@ -22,6 +23,7 @@ from jaxtc.weights.files.transcoder import TranscoderFile, open_transcoder
 from jaxtc.weights.sources.resolve import CONVERTED, EMBEDDED, TRANSCODERS, Source, resolve
 
 
+@explicit_transfers
 def load_transcoder(
     source: str | Path = EMBEDDED,
     layer: int | None = None,
@@ -132,6 +134,7 @@ def _loader(
         _check_site(site)
     dtype = check_dtype(dtype)
 
+    @explicit_transfers
     def load(found: Source) -> Transcoder:
         if found.format == CONVERTED:
             checkpoint = Converted(found.path, TRANSCODERS)

@@ -15,28 +15,32 @@ import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from jaxtc.errors import SourceError, some
+from jaxtc.helpers import explicit_transfers
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.sharding.processes import check_here
 from jaxtc.sharding.rules import variables
 from jaxtc.weights.files import local
+from jaxtc.weights.files.generation import GENERATION, generation_config
 from jaxtc.weights.files.model import INDEX
 from jaxtc.weights.files.safetensors import write_tensors
 from jaxtc.weights.names import parameter_names
 
 # What may be in a folder that is replaced.
 _CHECKPOINT_FILES = (
-    "config.json", "generation_config.json", "model*.safetensors", INDEX, "tokenizer*",
+    "config.json", GENERATION, "model*.safetensors", INDEX, "tokenizer*",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
 
 
+@explicit_transfers
 def save_model(
     model: Gemma2, folder: str | Path, tokenizer: Any = None, *, max_shard_size: int = 5 * 10**9
 ) -> Path:
     """Write a model so that :func:`jaxtc.load_model` and ``transformers`` read it.
 
-    Everything is written beside ``folder`` and moved there when whole.
+    Everything is written beside ``folder`` and moved there when whole. ``generation_config.json``
+    has the model's stop tokens, and nothing else of an earlier one.
 
     Args:
         model: to be saved, in the dtype it has.
@@ -110,8 +114,14 @@ def _write(model: Gemma2, folder: Path, tokenizer: Any, max_shard_size: int) -> 
         write(folder / file)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    for name, content in config_files(model).items():
+        (folder / name).write_bytes(content)
+
+
+def config_files(model: Gemma2) -> dict[str, bytes]:
+    """``generation_config.json`` and ``config.json`` of a model in memory."""
     config = {**model.config.to_dict(), "dtype": model.dtype.name}
-    (folder / "config.json").write_bytes(_json(config))
+    return {GENERATION: _json(generation_config(model.config)), "config.json": _json(config)}
 
 
 def weight_files(

@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 
 from jaxtc.errors import SourceError
+from jaxtc.helpers import explicit_transfers
 from jaxtc.sharding.processes import check_here
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.files import local
@@ -13,6 +14,7 @@ from jaxtc.weights.files.saelens import config_of
 from jaxtc.weights.files.transcoder import write_transcoder
 
 
+@explicit_transfers
 def save_transcoder(
     transcoder: Transcoder,
     path: str | Path,

@@ -266,8 +266,10 @@ def test_sets_that_are_refused(tmp_path, more, arrays, match):
 
 
 def test_hooks_of_a_set_that_are_no_sites(tmp_path):
-    folder = tracer(tmp_path, ("hook_mlp_in", "hook_mlp_out"))
-    with pytest.raises(SiteError, match="feature_input_hook is 'hook_mlp_in'.*mlp_in.*input_site="):
+    folder = tracer(tmp_path, ("hook_mlp_inn", "hook_mlp_out"))
+    with pytest.raises(
+        SiteError, match="feature_input_hook is 'hook_mlp_inn'.*mlp_in.*input_site="
+    ):
         jaxtc.load_transcoder(folder, 0)
     assert jaxtc.load_transcoder(folder, 0, input_site="resid_mid").input_site == "resid_mid"
     (folder / "config.yaml").write_text("model_kind: transcoder_set\n")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.errors import SourceError, WeightsError, did_you_mean
-from jaxtc.helpers import JAXTC_VERSION
+from jaxtc.helpers import JAXTC_VERSION, explicit_transfers
 from jaxtc.weights.checkpoints import tree
 from jaxtc.weights.checkpoints.job import FILE_BYTES, Job
 from jaxtc.weights.checkpoints.read import Converted
@@ -23,6 +23,7 @@ from jaxtc.weights.checkpoints.sidecar import SIDECAR, Array, describe, sha256
 from jaxtc.weights.conversion.files import model_files, transcoder_files
 from jaxtc.weights.conversion.source import Content, open_model, open_transcoders
 from jaxtc.weights.files import arrays
+from jaxtc.weights.files.model import patterns
 from jaxtc.weights.load_model import Progress
 from jaxtc.weights.sources.resolve import MODEL, TRANSCODERS, resolve
 
@@ -34,6 +35,7 @@ TARGETS = {
 }
 
 
+@explicit_transfers
 def convert(
     source: str | Path,
     out: str | Path,
@@ -51,6 +53,7 @@ def convert(
     model_name: str | None = None,
     max_shard_size: int = 5 * 10**9,
     verify: bool = False,
+    ignore: str | Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Path:
     """Write a checkpoint in another format.
@@ -72,6 +75,7 @@ def convert(
         max_shard_size: most bytes of tensors in a safetensors file of a model.
         verify: compare the source with the hub's hashes first; a converted one is always compared
             with its own, with ``verify`` before anything is written.
+        ignore: tensors of a model to leave out, as in :func:`jaxtc.load_model`.
         progress: called with (bytes read, bytes in all) after each array that is not there yet.
 
     Returns:
@@ -110,19 +114,22 @@ def convert(
     options = {"layers": None if str(layers) == "all" else layers, "width": width}
     options |= sites | {"l0": None if l0 is None else str(l0)}
     options |= {"model_name": model_name, "format": format}
+    ignore = patterns(ignore)
+    if kind == TRANSCODERS and ignore:
+        raise SourceError(f"ignore is for models, and {source} are transcoders.")
     unfit = [key for key, value in options.items() if value is not None]
     if kind == MODEL and unfit:
         raise SourceError(f"{unfit[0]} is for transcoders, and {source} is a model.")
     with contextlib.ExitStack() as stack:
         if kind == MODEL:
-            content = stack.enter_context(open_model(found, dtype, verify))
+            content = stack.enter_context(open_model(found, dtype, verify, ignore))
         else:
             content = open_transcoders(found, dtype, verify, layers, (width, l0), sites, format)
             options["layers"] = list(content.transcoders)
         what = options | {
             "source": content.source, "revision": content.revision,
             "state of its files": content.state, "to": to, "dtype": dtype and dtype.name,
-            "max_shard_size": int(max_shard_size), "jaxtc": JAXTC_VERSION,
+            "max_shard_size": int(max_shard_size), "ignore": ignore, "jaxtc": JAXTC_VERSION,
         }  # fmt: skip
         return _write(content, out, what, progress)
 

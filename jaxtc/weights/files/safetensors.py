@@ -98,10 +98,13 @@ class SafetensorsFile(local.PlainFile):
 
         Raises WeightsError when the file ends or fails while it is read.
         """
+        return shards.read(self.raw(name, shape), dtype, sharding, transposed=transposed)
+
+    def raw(self, name: str, shape: tuple[int, ...] | None = None) -> Raw:
+        """Where the elements of a tensor without a fault are."""
         entry = self.entries[name]
         start = self._data_start + entry.start
-        raw = Raw(self._read_at, start, entry.dtype, shape or entry.shape)
-        return shards.read(raw, dtype, sharding, transposed=transposed)
+        return Raw(self._read_at, start, entry.dtype, shape or entry.shape)
 
     def whole_number(self, name: str) -> int:
         """A tensor that is one whole number. Raises WeightsError for any other."""

@@ -23,10 +23,10 @@ from jaxtc.weights.files import layout, local, saelens
 from jaxtc.weights.files.beside import describe
 from jaxtc.weights.files.description import Description
 from jaxtc.weights.files.folding import Fold, multiplied, norms_of
-from jaxtc.weights.files.foreign import refuse_foreign
 from jaxtc.weights.files.formats import BY_FORMAT, SITES, Format, account, format_of
 from jaxtc.weights.files.npz import NpzFile, write_params
 from jaxtc.weights.files.safetensors import SafetensorsFile, write_tensors
+from jaxtc.weights.files.unread import refuse_foreign
 
 _GAIN = "scaling_factor"  # SAELens' key
 # Keys that only one library gives its arrays, and what jaxtc's own files say in their header.

@@ -25,7 +25,8 @@ from jaxtc.errors import JaxtcError
 
 FORMATS = {
     "safetensors": "tensors", "transcoder": "tensors", "npz": "npz", "index": "folders",
-    "config": "folders", "converted": "converted", "converted-transcoders": "converted",
+    "config": "folders", "generation": "folders", "metadata": "folders",
+    "converted": "converted", "converted-transcoders": "converted",
     "saelens": "described", "sparsify": "described", "config.yaml": "described",
     "gemma-scope-2": "described",
 }  # fmt: skip
