@@ -211,7 +211,8 @@ def test_refused_by_name(tmp_path, name, changes, match):
 
 @pytest.mark.parametrize(
     ("hook", "near"),
-    [("blocks.1.hook_mlp_inn", "'mlp_in'|hook_mlp_out"), ("blocks.1.hook_resid_posst", "resid_post"),
+    [("blocks.1.hook_mlp_inn", "'mlp_in'|hook_mlp_out"),
+     ("blocks.1.hook_resid_posst", "resid_post"),
      ("blocks.1.ln1.hook_normalized", "cannot read from"),
      ("blocks.1.ln2.hook_scale", "not an alias"),
      ("transformer.h.1", "no site called")],
