@@ -94,7 +94,8 @@ def initial_weights(
     W_dec = he_uniform(outward, (recipe.features, y.shape[1]), jnp.float32)
     threshold = jnp.quantile(x @ W_enc, 1 - recipe.start_density, axis=0)
     return Weights(
-        W_enc, jnp.zeros(recipe.features, jnp.float32), _unit_rows(W_dec), jnp.asarray(y.mean(axis=0)),
+        W_enc, jnp.zeros(recipe.features, jnp.float32), _unit_rows(W_dec),
+        jnp.asarray(y.mean(axis=0)),
         threshold=jnp.maximum(threshold, recipe.bandwidth),
     )  # fmt: skip
 
