@@ -4,17 +4,19 @@ The kinds are in :mod:`jaxtc.reducers`; anyone may write another.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 
+from jaxtc.captures.padding import blanked, by_prompt
 from jaxtc.errors import InputError, SiteError
 from jaxtc.helpers import frozen_pytree
 from jaxtc.interchange import plain_fields
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.prompts import Prompts
+from jaxtc.tap.columns import returned
 from jaxtc.tap.context import Context
 from jaxtc.tap.positions import resolve as located
 from jaxtc.tap.positions import spelled
@@ -36,6 +38,17 @@ class Reducer:
 
     A field ``position`` of theirs is spelled as in :class:`jaxtc.Edit`, and located in each prompt.
 
+    What ``reduce`` is given depends on two attributes of the class:
+
+    - neither: each prompt by itself, with exactly its tokens, B = 1 and T (and S) its length, so
+      that ``x.mean(1)`` is right whatever is in the batch. Lengths are then part of the compile
+      key: a program for each set of lengths, and none where they are traced.
+    - ``padded = True``: the whole batch, with padding up to a bucket that one program serves. It
+      is for ``reduce`` to leave it out: ``jnp.mean(x, 1, where=context.real[..., None])``.
+    - ``per_token = True``: the whole batch too, of which each token is reduced by itself. Padding
+      must not reach other tokens (no sum or sort over T); what is kept there becomes ``blank``,
+      zeros by default. Needed in :func:`jaxtc.generate`, which sees new tokens one by one.
+
     Attributes:
         address: such as ``layers.12.resid_post``, or an alias; without a layer, every layer
             (static).
@@ -49,6 +62,8 @@ class Reducer:
     # Whether each token is reduced by itself, so that generation can use it step by step. Every
     # array kept then has the site's axes up to the one that runs over tokens.
     per_token = False
+    # Whether `reduce` wants the whole batch, padding too, and leaves that out itself.
+    padded = False
     # Whether what is kept has the site's last axis, with padding where that runs over keys.
     keeps_keys = False
     # Whether masked scores, huge negative numbers, would drown the result.
@@ -79,13 +94,35 @@ class Reducer:
         return self.site.per_layer and parse(self.address)[1] is None
 
     def reduce(self, x: jax.Array, context: Context) -> Any:
-        """What is kept of one layer's value: an array or a pytree of them.
+        """What is kept of one layer's value: an array or a pytree of them, the axis B in front.
 
         Args:
-            x: the site's value after the edits, with the axes of the table.
+            x: the site's value after the edits, with the axes of the table; of which prompts, and
+                whether with padding, see above.
             context: the layer, the tokens' positions, and which of them are real.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what it keeps")
+
+    def blank(self, kept: Any) -> Any:
+        """What stands in the place of ``kept`` at padding, where each token is reduced by itself.
+
+        The same structure, of arrays that broadcast to those of ``kept``; zeros by default.
+        """
+        return jax.tree.map(lambda x: jnp.zeros((), x.dtype), kept)
+
+    def kept(
+        self, x: jax.Array, context: Context, prompt_lengths: Sequence[int] | None = None
+    ) -> Any:
+        """What a pass keeps: :meth:`reduce` of the whole batch or of each prompt (see above).
+
+        Raises:
+            InputError: what is kept does not have the axes that it must have.
+        """
+        if self.per_token:
+            return blanked(self, self.reduce(x, context), context.there)
+        if self.padded:
+            return self.reduce(x, context)
+        return by_prompt(self, x, context, prompt_lengths)
 
     def checked(self, config: Gemma2Config, prompts: Prompts) -> "Reducer":
         """This reducer as compiled programs take it, checked against a model and prompts.
@@ -119,6 +156,17 @@ class Reducer:
             return kept[..., :length] if keys else kept
         axis = self.site.sequence_axis + self.every_layer
         return jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, length, axis=axis), kept)
+
+    def moved(self, kept: Any, starts: Any) -> Any:
+        """What :meth:`cut` gave, with tokens and keys where they stood as they were given.
+
+        ``starts`` are of :class:`jaxtc.model.prompts.Prompts`.
+        """
+        rows, keys = int(self.every_layer), self.keeps_keys and self.site.kind == "pairs"
+        axes = [self.site.sequence_axis + rows] if self.per_token else []
+        for axis in [*axes, *[-1] * keys]:
+            kept = jax.tree.map(lambda x, axis=axis: returned(x, starts, axis, rows), kept)
+        return kept
 
     def last_axis(self, config: Gemma2Config, prompts: Prompts) -> int:
         """The length of the site's last axis."""

@@ -2,6 +2,7 @@
 
 A reducer is given to ``run`` where an address would stand, ``capture=[At("resid_post", -1)]``, and
 runs inside the compiled program: what it drops is never stored, so memory goes with what is kept.
+What those of each token keep at padding (``result.mask`` is false there) each of them says.
 ``result.activations[str(reducer)]`` holds the outcome, with a leading axis L when its address names
 every layer. Axis letters: ... the site's other axes, B batch, T tokens, S keys, L layers, P
 positions, K directions, C capacity.
@@ -51,7 +52,7 @@ class At(Reducer):
     position: Any = -1
     single: bool | None = dataclasses.field(default=None, kw_only=True, repr=False)
 
-    keeps_keys = True
+    keeps_keys = padded = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -93,7 +94,7 @@ class Mean(Reducer):
 
     position: Any = None
 
-    keeps_keys = sums = True
+    keeps_keys = sums = padded = True
 
     def checked(self, config, prompts):
         checked = super().checked(config, prompts)
@@ -120,7 +121,7 @@ class Norm(Reducer):
     """The L2 norm over the last axis: how large each token's vector is, as one number.
 
     Keeps the site's array without its last axis, float32: (B, T) of ``resid_post``, (B, T, N) of
-    ``q``. Its gradient at a vector of zeros is 0.
+    ``q``; 0 at padding. Its gradient at a vector of zeros is 0.
     """
 
     per_token = sums = True
@@ -154,7 +155,7 @@ class TopK(Reducer):
         k: how many, from 1 to the length of the axis (static); InputError for others.
 
     Keeps a :class:`Top` with the site's leading axes: ``TopK("logits", 5)`` has values and ids
-    (B, T, 5).
+    (B, T, 5). At padding values are 0 and ids -1, which is nobody's.
     """
 
     k: int
@@ -174,9 +175,23 @@ class TopK(Reducer):
             )
         return super().checked(config, prompts)
 
+    def moved(self, kept, starts):
+        kept = super().moved(kept, starts)
+        if self.site.kind != "pairs":
+            return kept
+        # The ids are columns too, but for those of padding.
+        rows = int(self.every_layer)
+        columns = kept.ids.shape[self.site.sequence_axis + rows]
+        starts = along(kept.ids, jnp.asarray(starts), rows)
+        ids = jnp.where(kept.ids < 0, kept.ids, (kept.ids + starts) % columns)
+        return dataclasses.replace(kept, ids=ids)
+
     def reduce(self, x: jax.Array, context: Context) -> Top:
         values, ids = top_k(x, self.k, context.placement, logical(self.site.axes))
         return Top(values, ids.astype(jnp.int32))
+
+    def blank(self, kept: Top) -> Top:
+        return Top(jnp.zeros((), kept.values.dtype), jnp.full((), -1, kept.ids.dtype))
 
 
 @register_reducer()
@@ -188,7 +203,8 @@ class Project(Reducer):
             Data: other directions run the same program, and gradients flow to them.
 
     Keeps (..., K), or (...) for a single direction, float32, summed at full precision: (B, T, K) of
-    ``resid_post``. Directions are not normalised; InputError for those of another width.
+    ``resid_post``; 0 at padding. Directions are not normalised; InputError for those of another
+    width.
     """
 
     directions: Any
@@ -236,6 +252,7 @@ class Features(Reducer):
 
     Keeps a :class:`jaxtc.transcoders.transcoder.SparseFeatures`: values and ids (B, T, C), count
     (B, T). A token with more than C active features has NaN values, and ``count`` says how many.
+    Padding has none: values and count are 0, as of a token without an active feature.
 
     Raises:
         InputError: no transcoder, or one of another width.
@@ -274,3 +291,8 @@ class Features(Reducer):
     def reduce(self, x: jax.Array, context: Context) -> SparseFeatures:
         x = self.site.join(x)
         return self.transcoder.encode_sparse(x, self.capacity, placement=context.placement)
+
+    def blank(self, kept: SparseFeatures) -> SparseFeatures:
+        first = jnp.arange(self.capacity, dtype=kept.ids.dtype)  # as the largest of all zeros
+        first = first.reshape((1,) * (kept.ids.ndim - 1) + first.shape)
+        return SparseFeatures(jnp.zeros((), kept.values.dtype), first, jnp.zeros((), jnp.int32))

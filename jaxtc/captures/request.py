@@ -9,6 +9,7 @@ from jaxtc.errors import InputError, SiteError
 from jaxtc.helpers import pytree
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.prompts import Prompts
+from jaxtc.tap.positions import is_traced
 from jaxtc.tap.sites import Address, parse, resolve
 
 # What users may give as `capture`.
@@ -41,6 +42,28 @@ class Asked:
     def checked(self, config: Gemma2Config, prompts: Prompts) -> tuple[Reducer, ...]:
         """The reducers as compiled programs take them; raises for those that do not fit."""
         return tuple(reducer.checked(config, prompts) for reducer in self.reducers)
+
+    @property
+    def unpadded(self) -> list[Reducer]:
+        """The reducers that see each prompt by itself, without padding."""
+        return [one for one in self.reducers if not (one.per_token or one.padded)]
+
+    def prompt_lengths(self, prompts: Prompts) -> tuple[int, ...] | None:
+        """(B) tokens of each prompt as plain ints, where a reducer sees each without padding.
+
+        Raises:
+            InputError: they are traced, and so can be the length of nothing.
+        """
+        if not self.unpadded:
+            return None
+        if is_traced(prompts.lengths):
+            raise InputError(
+                f"{self.unpadded[0]} is given each prompt without padding, so the prompts' lengths "
+                "are part of the program, and here they are traced. Give lengths as NumPy numbers, "
+                "outside of what your jax.jit or jax.vmap takes; or say `padded = True` on the "
+                "class, whose `reduce` then leaves padding out itself (context.real)."
+            )
+        return tuple(map(int, prompts.lengths))
 
     def __bool__(self):
         return bool(self.addresses or self.reducers)

@@ -55,6 +55,12 @@ def command(
         "checkpoint, with its own).",
         "--verify",
     ) = False,
+    ignore: option(
+        list[str] | None,
+        "A tensor of the model to leave out, such as score.weight of a reward model; * for any "
+        "characters. Several: give it again.",
+        metavar="TENSOR",
+    ) = None,
 ) -> None:
     """Write a model or transcoders in another format.
 
@@ -68,7 +74,7 @@ def command(
                 layers=layers if layers == "all" else parse_layers(layers), width=width, l0=l0,
                 input_site=input_site, output_site=output_site, without_sites=without_sites,
                 model_name=model_name, max_shard_size=max_shard_size * 10**9,
-                verify=verify, progress=progress.part,
+                verify=verify, ignore=ignore or (), progress=progress.part,
             )  # fmt: skip
         except KeyboardInterrupt:
             note = "Interrupted. Give the same command again to go on where it stopped."

@@ -94,7 +94,8 @@ def report(
 ) -> None:
     """Measure a trained folder: accuracy on facts, loss, and each transcoder, clean and spliced.
 
-    Give --text and --seed as they were in training, so that the held-out part is the same.
+    Give --text and --seed as they were in training: a folder of another text is refused, as its
+    figures would mean nothing.
     """
     source = UserText.from_file(text, seed) if text else default_corpus(seed)
     with Console(stderr=True).status("Measuring"):

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxtc.cli.options import STDOUT, Dtype, Model, OnlyJson, argument, option, write_json
-from jaxtc.cli.runtime import Progress, plain_table, working
+from jaxtc.cli.runtime import Progress, note, plain_table, working
 from jaxtc.errors import JaxtcError
 from jaxtc.explore.explain import explain
 from jaxtc.explore.explanation import Explanation, LayerReport, TokenReport, feature_url
@@ -123,8 +123,7 @@ def _table(*headings: str | Text) -> Table:
 
 def draw(console: Console, found: Explanation, by_layer: bool = False) -> None:
     """Print it: warnings, the table, what its numbers mean, and the continuation."""
-    for warning in found.warnings:
-        console.print(Text.assemble(("Note: ", "bold yellow"), warning))
+    note(console, found.warnings)
     counted = sum(not token.masked for token in found.layers[0].tokens)
     meanings = {name: (what, how.format(counted)) for name, (what, how) in MEANINGS.items()}
     if by_layer:

@@ -3,17 +3,26 @@
 import contextlib
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from jaxtc.cli.explain import find_transcoders
 from jaxtc.cli.options import STDOUT, Dtype, Model, OnlyJson, argument, option, write_json
-from jaxtc.cli.runtime import working
+from jaxtc.cli.runtime import note, working
 from jaxtc.edits.features import SetFeature
 from jaxtc.errors import JaxtcError
 from jaxtc.explore.explain import continuation
 from jaxtc.helpers import check_unicode
+from jaxtc.model.text import tokenized
 from jaxtc.programs.generate import generate
+from jaxtc.weights.files.generation import GENERATION, choices
 from jaxtc.weights.load_model import load_model, load_tokenizer
+from jaxtc.weights.sources.resolve import CONFIG, resolve
+
+# Of sampling, named as in generation_config.json.
+OPTIONS = ("temperature", "top_k", "top_p")
 
 # What the byte-level pieces of an unfinished character decode to.
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
@@ -73,6 +82,8 @@ def command(
     def stream(step: int, new: list[int | None]) -> bool:
         if step == 0:
             loading.close()
+            if not as_json:
+                note(Console(stderr=True), notes)
             write(prompt)
         write(text.add(new[0]))
         return text.stopped
@@ -83,14 +94,13 @@ def command(
         if features:
             steered = find_transcoders(transcoder, model, layer, progress)
             values = list(features.values())
-            # Not on <bos>, which transcoders were not trained on.
-            where = dict(layer=layer, position=slice(1, None))
-            edits = [SetFeature(steered, list(features), values, **where)]
+            edits = [SetFeature(steered, list(features), values, layer=layer)]
         progress(f"Loading {model}")
         loaded = load_model(model, dtype=dtype, progress=progress.part)
         progress("Loading the tokenizer")
         tokenizer = load_tokenizer(model)
-        ids = tokenizer(prompt).input_ids
+        ids, notes = tokenized(tokenizer, prompt, loaded.config.bos_token_id)
+        notes += _not_taken(model, temperature)
         text = Increments(tokenizer, ids, stop)
         progress("Generating")
         found = generate(
@@ -105,8 +115,24 @@ def command(
             "steered": [{"feature": f, "value": x} for f, x in features.items()],
             "layer": edits[0].layer if edits else None,
             "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
+            "warnings": notes,
         }  # fmt: skip
         write_json(STDOUT, value)
+
+
+def _not_taken(model: str, temperature: float) -> list[str]:
+    """A sentence on what ``generation_config.json`` asks for and this command does not do."""
+    folder = resolve(model, CONFIG).fetch()
+    asked = choices(folder) if isinstance(folder, Path) else {}
+    if temperature:
+        asked = {k: v for k, v in asked.items() if k not in ("do_sample", *OPTIONS)}
+    if not asked:
+        return []
+    said = ", ".join(f"{key} = {value!r}" for key, value in asked.items())
+    return [
+        f"{GENERATION} asks for {said}, which is not taken from it. --temperature, --top-k and "
+        "--top-p sample; without them the argmax is taken."
+    ]
 
 
 class Increments:

@@ -20,7 +20,7 @@ from jaxtc.cli.options import (
     parse_layers,
     write_json,
 )
-from jaxtc.cli.runtime import plain_table, working
+from jaxtc.cli.runtime import note, plain_table, working
 from jaxtc.errors import InputError
 from jaxtc.parity import flow
 from jaxtc.parity.certificate import Certificate, Figures, SiteRow
@@ -103,8 +103,7 @@ def draw(console: Console, found: Certificate) -> None:
     console.print(Text(LEGEND, "dim"))
     for name, line in _lines(found):
         console.print(Text.assemble((f"{name:<11}", "bold"), line))
-    for note in found.notes:
-        console.print(Text.assemble(("Note: ", "bold yellow"), note))
+    note(console, found.notes)
     if found.first_jump:
         jump = found.first_jump
         error = f"{jump.kind} {jump.relative:.1e}, tolerance {jump.tolerance:.1e}"

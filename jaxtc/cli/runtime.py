@@ -6,7 +6,7 @@ import os
 import stat
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,12 @@ from rich.text import Text
 def plain_table(gap: int = 1, **options: Any) -> Table:
     """A table with a rule under its headings and nothing else drawn."""
     return Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, gap, 0, 0), **options)
+
+
+def note(console: Console, notes: Iterable[str]) -> None:
+    """What a person should know besides the result, a paragraph each."""
+    for one in notes:
+        console.print(Text.assemble(("Note: ", "bold yellow"), one))
 
 
 class Progress:

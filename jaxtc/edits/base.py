@@ -56,9 +56,9 @@ TARGETS: dict[str, Index | Tokens] = {
 def register_edit(*static: str) -> Callable[[type], type]:
     """Class decorator: a frozen dataclass, and a pytree whose fields are data but ``static``.
 
-    ``site`` is always static.
+    ``site`` is always static, and ``special_tokens`` where an edit has it.
     """
-    return frozen_pytree("site", *static)
+    return frozen_pytree("site", "special_tokens", *static)
 
 
 def own_shape(edit: "Edit", value: Any, layers: int) -> tuple[int, ...]:
@@ -124,6 +124,8 @@ class Edit:
     needs_prompt = False
     # Whether what the model computes here is not used at all where this applies.
     replaces = False
+    # Whether it applies to <bos>, <eos> and the like too.
+    special_tokens = True
     # The only layers where this edit can ever apply, when that is static.
     layers: ClassVar[tuple[int, ...] | None] = None
     # Sizes of axes of its own that targets range over, by letter.
@@ -154,7 +156,8 @@ class Edit:
 
         Args:
             x: the site's value, with the axes of the table.
-            context: tokens' positions, and the upstream sites listed in :attr:`reads`.
+            context: tokens' positions, and the upstream sites listed in :attr:`reads`. ``x`` is
+                padded: a mean over tokens leaves padding out with ``context.real`` (B, T).
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what it changes")
 

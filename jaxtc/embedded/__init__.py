@@ -1,7 +1,8 @@
 """The model and transcoders that ship with jaxtc, and the recipe that made them.
 
 The shipped files, in the public formats, are ``data/model`` and ``data/transcoders`` beside this
-file; ``jaxtc embedded train`` makes such a folder and ``jaxtc embedded report`` measures one.
+file, and ``data/text.json`` says what they were trained on; ``jaxtc embedded train`` makes such a
+folder and ``jaxtc embedded report`` measures one.
 """
 
 from pathlib import Path

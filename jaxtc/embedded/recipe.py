@@ -1,13 +1,13 @@
 """The recipe: a tokenizer, a model and its transcoders from nothing, resumable.
 
 While a run is unfinished its folder holds ``work/`` (checkpoints, the tokenizer, unfinished parts).
-Each part is moved into place when complete: ``model/``, ``transcoders/``, ``report.json``; then
-``work/`` is deleted. A killed run, started again with the same settings, resumes.
+Each part is moved into place when complete: ``model/``, ``transcoders/``, ``text.json`` (which text
+that is), ``report.json``; then ``work/`` is deleted. A killed run, started again with the same
+settings, resumes.
 """
 
 import dataclasses
 import functools
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from tokenizers import Tokenizer
 
-from jaxtc.embedded import model_folder, transcoder_folder
+from jaxtc.embedded import model_folder, provenance, transcoder_folder
 from jaxtc.embedded.corpus import Corpus
 from jaxtc.embedded.report import Report, measure
 from jaxtc.embedded.text import UserText
@@ -49,7 +49,7 @@ class Recipe:
 
 @explicit_transfers
 def train(out: Path, recipe: Recipe, source: Corpus | UserText, *, log: Log = print) -> Report:
-    """Make ``out/model``, ``out/transcoders`` and ``out/report.json``, and return what that says.
+    """Make a model, transcoders and a report in the folder ``out``, and return what that says.
 
     The folder is created when missing; a run that was killed there resumes. ``log`` is called with
     lines of progress.
@@ -63,6 +63,7 @@ def train(out: Path, recipe: Recipe, source: Corpus | UserText, *, log: Log = pr
         _train_model(out, recipe, source, tokenizer, log)
     if not transcoder_folder(out).exists():
         _train_transcoders(out, recipe, source, tokenizer, log)
+    provenance.note_text(out, source)
     log("measuring")
     report = measure(out, source)
     write_whole(out / "report.json", json.dumps(dataclasses.asdict(report), indent=2) + "\n")
@@ -131,11 +132,8 @@ def _train_transcoders(
 def _open_work(out: Path, recipe: Recipe, source: Corpus | UserText) -> Path:
     """``out/work``, if it is new or was begun with the same settings and text."""
     work = out / "work"
-    text = f"the generated corpus, seed {source.seed}"
-    if isinstance(source, UserText):
-        digest = hashlib.sha256(source.text.encode()).hexdigest()
-        text = f"text with SHA-256 {digest}, seed {source.seed}"
-    settings = json.loads(json.dumps({"text": text, **dataclasses.asdict(recipe)}))
+    described = {"text": provenance.described(source), **dataclasses.asdict(recipe)}
+    settings = json.loads(json.dumps(described))
     begun = work / "settings.json"
     if not work.exists() and (model_folder(out).exists() or transcoder_folder(out).exists()):
         raise SourceError(

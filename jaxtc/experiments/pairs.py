@@ -23,24 +23,28 @@ class Pairs:
         labels: (P,) what an axis calls them: positions, or the text of a :class:`jaxtc.Token`.
         clean, corrupted: (B, P) int32, where each is in the two prompts.
         there: (B, P) booleans, whether both prompts have it.
-        length: T of the corrupted prompts.
+        prompts: the clean and the corrupted prompts, each from the first column on.
     """
 
     labels: np.ndarray
     clean: np.ndarray
     corrupted: np.ndarray
     there: np.ndarray
-    length: int
+    prompts: tuple[Prompts, Prompts]
 
     @property
     def masks(self) -> np.ndarray:
         """(P, B, T) booleans: each place in the corrupted prompts, nothing where it is missing."""
         at = np.where(self.there, self.corrupted, -1).T[..., None]
-        return at == np.arange(self.length)
+        return at == np.arange(self.prompts[1].length)
 
 
 def pairs(
-    config: Gemma2Config, clean: Any, corrupted: Any, positions: Sequence[Any] | None
+    config: Gemma2Config,
+    clean: Any,
+    corrupted: Any,
+    positions: Sequence[Any] | None,
+    tokenizer: Any = None,
 ) -> Pairs:
     """The places of ``positions``, by default each token of pairs that are equally long.
 
@@ -48,9 +52,10 @@ def pairs(
         InputError: numbers of prompts that differ; a pair of two lengths and no ``positions``; a
             position that is not one, or that no pair has.
     """
-    both = [prepare(tokens, config) for tokens in (clean, corrupted)]
+    both = [prepare(tokens, config, tokenizer=tokenizer) for tokens in (clean, corrupted)]
     if is_traced([prompts.lengths for prompts in both]):
         raise InputError("Patching compares lengths on the host: give prompts that are not traced.")
+    both = [prompts.laid_right() for prompts in both]
     sizes = [prompts.lengths.tolist() for prompts in both]
     if len(sizes[0]) != len(sizes[1]):
         raise InputError(
@@ -82,7 +87,7 @@ def pairs(
         )
     tokens = any(isinstance(one, Token) for one in spelled)
     labels = np.array([str(one) for one in spelled] if tokens else spelled)
-    return Pairs(labels, *at, there, both[1].length)
+    return Pairs(labels, *at, there, tuple(both))
 
 
 def _located(position: Any, prompts: Prompts) -> Places:

@@ -20,6 +20,7 @@ from jaxtc.errors import InputError, SiteError
 from jaxtc.experiments.axes import Over
 from jaxtc.experiments.gradients import gradients
 from jaxtc.experiments.pairs import Pairs, pairs
+from jaxtc.experiments.scores import as_pytree
 from jaxtc.experiments.sweep import sweep
 from jaxtc.helpers import explicit_transfers, ranked, whole_number
 from jaxtc.model.gemma2 import Gemma2
@@ -76,6 +77,7 @@ def activation_patching(
     positions: Sequence[Any] | None = None,
     window: int = 1,
     heads: bool = False,
+    tokenizer: Any = None,
     chunk: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Patching:
@@ -101,6 +103,7 @@ def activation_patching(
             as there are layers. (Meng et al. centre their windows: theirs at layer l is row
             l - window // 2.)
         heads: patch each head by itself, at a site with an axis N or K.
+        tokenizer: the model's, when the prompts are text.
         chunk, progress: as for :func:`jaxtc.sweep`.
 
     Raises:
@@ -108,7 +111,9 @@ def activation_patching(
             wider than the model, and as for :func:`jaxtc.run`.
         SiteError: a site that not every layer has, or heads where there are none.
     """
-    kept, places, axes = _clean_run(model, clean, corrupted, [site], heads, positions)
+    places = pairs(model.config, clean, corrupted, positions, tokenizer)
+    corrupted = places.prompts[1]
+    kept, axes = _clean_run(model, places, [site], heads, of)
     ((site, along),) = axes.items()
     layers, value = along["layer"], kept.activations[site]
     if whole_number("window", window, 1) > len(layers):
@@ -140,6 +145,7 @@ def attribution_patching(
     edits: Sequence[Edit] = (),
     positions: Sequence[Any] | None = None,
     heads: bool = False,
+    tokenizer: Any = None,
 ) -> dict[str, Patching]:
     """Estimate what :func:`activation_patching` measures, for all sites in one pass there and back.
 
@@ -149,7 +155,8 @@ def attribution_patching(
     places that matter.
 
     Args:
-        model, clean, corrupted, of, edits, positions: as for :func:`activation_patching`.
+        model, clean, corrupted, of, edits, positions, tokenizer: as for
+            :func:`activation_patching`.
         sites: one or several that every layer has, with an axis T.
         heads: keep heads apart, at sites with an axis N or K.
 
@@ -160,7 +167,9 @@ def attribution_patching(
         InputError, SiteError: as :func:`activation_patching`.
     """
     names = [sites] if isinstance(sites, str) else sites
-    kept, places, axes = _clean_run(model, clean, corrupted, names, heads, positions)
+    places = pairs(model.config, clean, corrupted, positions, tokenizer)
+    corrupted = places.prompts[1]
+    kept, axes = _clean_run(model, places, names, heads, of)
     slopes = gradients(model, corrupted, of, list(axes), edits=edits)
     found = {}
     for name, along in axes.items():
@@ -204,22 +213,17 @@ def _only_there(values: jax.Array, places: Pairs, each_row: bool) -> jax.Array:
 
 
 def _clean_run(
-    model: Gemma2,
-    clean: Any,
-    corrupted: Any,
-    sites: Sequence[str],
-    heads: bool,
-    positions: Sequence[Any] | None,
-) -> tuple[RunResult, Pairs, dict[str, dict[str, np.ndarray]]]:
-    """The clean run, the places along the prompts, and by site the axes that are patched."""
+    model: Gemma2, places: Pairs, sites: Sequence[str], heads: bool, of: Score
+) -> tuple[RunResult, dict[str, dict[str, np.ndarray]]]:
+    """The clean run, and by site the axes that are patched."""
     config, axes = model.config, {}
-    places = pairs(config, clean, corrupted, positions)
+    as_pytree(of, config.vocab_size, len(places.there))  # refused before anything runs
     for site in (_site(name, heads) for name in sites):
         axes[site.name] = {
             "layer": np.arange(config.num_hidden_layers),
             "position": places.labels,
         } | ({"head": np.arange(site.shape(config.sizes)[2])} if heads else {})
-    return run(model, clean, capture=list(axes), logits="last"), places, axes
+    return run(model, places.prompts[0], capture=list(axes), logits="last"), axes
 
 
 def _site(name: str, heads: bool) -> Site:

@@ -3,9 +3,11 @@
 Axis letters: L layers, T tokens, N heads, B batch.
 """
 
+import numbers
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.errors import InputError, JaxtcError
@@ -44,19 +46,21 @@ def heat_map(
     Args:
         found: a :class:`jaxtc.experiments.patching.Patching`, of which the recovered share is
             drawn (one row of cells for each layer and head, where heads were patched one by one);
-            the result of a sweep over two axes; or an array (L, T). A batch axis behind it is
-            averaged; of a patching over the pairs that have the token, and a cell is empty (gray)
-            where none has it.
+            the result of a sweep over two axes. A batch axis behind them is averaged; of a patching
+            over the pairs that have the token, and a cell is empty (gray) where none has it. Or an
+            array of real numbers (L, T), rows and columns of cells.
         tokens: the prompt's pieces, from ``tokenizer.convert_ids_to_tokens``; written below the
-            cells with their positions.
-        ax: where to draw; a new figure by default.
+            cells with their positions. Each has a column, but where a sweep or a patching went
+            over some positions only.
+        ax: where to draw, one of matplotlib's; a new figure by default.
         title: above the picture; the site that was patched, by default.
         label: of the colour bar: what the number is. Give it for anything but a patching.
-        limit: the value where colours end, both ways; the largest by default. Pictures to be
-            compared want the same.
+        limit: the value above 0 where colours end, both ways; the largest by default. Pictures to
+            be compared want the same.
 
     Raises:
-        InputError: not two axes, no number to draw, or tokens of another prompt.
+        InputError: not two axes, no number to draw, tokens of another prompt, or a limit that is no
+            number above 0.
         JaxtcError: matplotlib is not installed.
     """
     try:
@@ -66,16 +70,28 @@ def heat_map(
             "Pictures need matplotlib, which is not installed: pip install 'jaxtc[notebooks]'"
         ) from error
     values, (rows, columns), ticks = _grid(found)
-    if not np.isfinite(values).any():
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        why = "all are NaN or infinite: an edit names what does not exist"
+        if isinstance(found, Patching):
+            why += (
+                ", or the clean and the corrupted run score the same, so nothing can be recovered"
+            )
         raise InputError(
-            "There is no number to draw, all are NaN: an edit names what does not exist."
+            f"There is no number to draw, {why if values.size else f'the shape is {values.shape}'}."
         )
+    _check_limit(limit)
     share = isinstance(found, Patching)
-    low, high = np.nanmin(values), np.nanmax(values)
+    low, high = finite.min(), finite.max()
     signed = share or low < 0 < high
     if signed or limit is not None:
         high = max(-low, high, 1.0 if share else 0.0) if limit is None else limit
         low = -high if signed or low < 0 else 0.0
+    if ax is not None and not isinstance(ax, plt.Axes):
+        raise InputError(
+            f"ax is {type(ax).__name__}, expected one of matplotlib's Axes: plt.subplots() gives "
+            "(figure, ax), and of several, plt.subplots(1, 2), give one: axes[0]."
+        )
     if ax is None:
         size = 2.4 + 0.42 * values.shape[1], max(3.2, 1.6 + 0.25 * values.shape[0])
         ax = plt.subplots(figsize=size, layout="constrained")[1]
@@ -87,7 +103,7 @@ def heat_map(
     if tokens is None or columns not in ALONG or named:
         _label(ax.set_xticks, ticks[1], MOST_COLUMNS)
     else:
-        words = _words(tokens, ticks[1])
+        words = _words(tokens, ticks[1], some=isinstance(found, Sweep))
         _label(ax.set_xticks, words, MOST_COLUMNS, rotation=60, ha="right", rotation_mode="anchor")
     if tokens is None or columns != "position":
         ax.set_xlabel(columns)
@@ -103,13 +119,23 @@ def heat_map(
 def _grid(found: Any) -> tuple[np.ndarray, list[str], list[list]]:
     """Values (rows, columns), the names of the two axes, and what is along them."""
     if isinstance(found, Patching | Sweep):
-        values = found.recovered if isinstance(found, Patching) else found.values
-        axes = dict(found.axes)
+        values = _real(found.recovered if isinstance(found, Patching) else found.values)
+        shape, axes = values.shape, dict(found.axes)
+        along = tuple(len(x) for x in axes.values())
+        if shape[: len(along)] != along:
+            raise InputError(
+                f"The values have shape {shape}, but their axes are "
+                f"{', '.join(f'{name} of {size}' for name, size in zip(axes, along, strict=True))}."
+            )
     else:
-        values = to_numpy(found)
-        axes = dict(zip(("layer", "position"), map(range, np.shape(found)), strict=False))
-    shape = np.shape(values)  # () of a pytree that is not an array
-    values = np.asarray(values, np.float64) if shape else np.zeros(())
+        values = _real(found)
+        shape = values.shape
+        if values.ndim != 2 and shape[2:] != (1,):
+            raise InputError(
+                f"A heat map of an array draws two axes, (L, T); got shape {shape}. Pick or "
+                "average the others first: array[0] picks, array.mean(-1) averages the last."
+            )
+        axes = dict(zip(("layer", "position"), map(range, shape), strict=False))
     if {"layer", "head"} < axes.keys() and len(axes) == 3 and values.ndim in (3, 4):
         (other,) = axes.keys() - {"layer", "head"}  # it gets one row a head
         order = [list(axes).index(name) for name in ("layer", "head", other)]
@@ -130,22 +156,51 @@ def _grid(found: Any) -> tuple[np.ndarray, list[str], list[list]]:
     names = list(axes)
     if names[0] in ALONG and names[1] not in ALONG:
         values, names = values.T, names[::-1]
-    # Entries of an axis that are arrays are called by their numbers.
-    along = [range(len(x)) if np.ndim(x) > 1 else x for x in map(axes.get, names)]
-    return values, names, list(map(list, along))
+    # Entries of an axis that are arrays are called by their numbers, which no token stands for.
+    several = [np.ndim(axes[name]) > 1 for name in names]
+    pairs = list(zip(names, several, strict=True))
+    along = [list(range(len(axes[name])) if many else axes[name]) for name, many in pairs]
+    return values, [f"{name}, by number" if many else name for name, many in pairs], along
 
 
-def _words(tokens: Sequence[str], positions: list) -> list[str]:
-    """A label for each position, as people write the token."""
+def _real(given: Any) -> np.ndarray:
+    """The numbers to draw, float64."""
+    try:
+        values = np.asarray(to_numpy(given))
+    except (TypeError, ValueError):  # ragged, or a tensor inside a list
+        values = np.asarray(None)
+    # Extension types, bfloat16 among them, are of kind V.
+    real = values.dtype.kind in "biuf" or jnp.issubdtype(values.dtype, jnp.floating)
+    if not real:
+        held = type(given).__name__ if values.dtype == object else values.dtype
+        raise InputError(
+            f"A heat map draws real numbers over two axes, got {held}. Of a sweep that kept "
+            "several arrays, or of a run, draw the array: found.values['name'], or "
+            "result.activations['attn_pattern'][0, 0, 0]."
+        )
+    return values.astype(np.float64)
+
+
+def _check_limit(limit: Any) -> None:
+    number = isinstance(limit, numbers.Real) and not isinstance(limit, bool)
+    if limit is not None and not (number and 0 < limit < np.inf):
+        raise InputError(f"limit is {limit!r}, expected the number above 0 where colours end.")
+
+
+def _words(tokens: Sequence[str], positions: list, some: bool) -> list[str]:
+    """A label for each position, perhaps ``some`` of a prompt's, as people write the token."""
     if isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens):
         raise InputError(
             "tokens are the prompt's pieces, a list of strings: "
             "tokenizer.convert_ids_to_tokens(ids) gives them."
         )
-    if max(positions) >= len(tokens) or -min(positions) > len(tokens):
+    outside = max(positions) >= len(tokens) or -min(positions) > len(tokens)
+    several = some or list(positions) != list(range(len(positions)))
+    if outside or not (several or len(tokens) == len(positions)):
         raise InputError(
             f"There are {len(tokens)} tokens, but positions from {min(positions)} to "
-            f"{max(positions)}; give the pieces of the prompt that was run, <bos> among them."
+            f"{max(positions)}; give the pieces of the prompt that was run, <bos> among them and "
+            "padding left out, one for each position."
         )
     words = [tokens[p].replace("▁", " ").strip() or repr(tokens[p]) for p in positions]
     return [f"{word} {p}" for word, p in zip(words, positions, strict=True)]

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtc.errors import InputError, JaxtcError, SiteError, some
+from jaxtc.errors import InputError, JaxtcError, SiteError
 from jaxtc.explore.explanation import (
     ActiveFeature,
     Explanation,
@@ -22,6 +22,7 @@ from jaxtc.explore.explanation import (
 from jaxtc.helpers import check_unicode, explicit_transfers, is_whole, whole_number
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import bucket, prepare
+from jaxtc.model.text import tokenized
 from jaxtc.programs.generate import generate
 from jaxtc.programs.run import run
 from jaxtc.tap.sites import BY_NAME, Address, check_layer, parse
@@ -82,7 +83,7 @@ def explain(
     for name, count in counts.items():
         whole_number(name, count)
     transcoders = _by_layer(transcoders, config.num_hidden_layers)
-    ids, warnings = _tokenize(tokenizer, prompt, config.bos_token_id)
+    ids, warnings = tokenized(tokenizer, prompt, config.bos_token_id)
     prepare(ids, config, extra=max_new_tokens)  # refuses a long prompt before any long work
 
     # A mapping may load on demand, so the sites of its first transcoder stand for all.
@@ -209,29 +210,6 @@ def _check_fit(transcoder: Transcoder, layer: int, site: str, model: Gemma2) -> 
                 f"D={width} at {name}, where this model has {holds}. It belongs to another model; "
                 "give one that was trained on this model."
             )
-
-
-def _tokenize(tokenizer: Any, prompt: str, bos: int | None) -> tuple[list[int], list[str]]:
-    """The prompt's token ids, and warnings about them."""
-    encoded = tokenizer(prompt, return_offsets_mapping=bool(tokenizer.is_fast))
-    ids = list(encoded["input_ids"])
-    warnings = []
-    unknown = [index for index, token in enumerate(ids) if token == tokenizer.unk_token_id]
-    if unknown:
-        spans = encoded.get("offset_mapping")
-        texts = [prompt[slice(*spans[index])] if spans else "a word" for index in unknown]
-        words = dict.fromkeys(repr(text.strip() or text) for text in texts)
-        warnings.append(
-            f"The tokenizer does not know {some([*words])}: "
-            f"the model sees {tokenizer.unk_token} there, and what is said below is about that."
-        )
-    if bos is not None and ids[:1] != [bos]:
-        warnings.append("The tokenizer put no <bos> in front; Gemma-2 is not itself without one.")
-    if ids[:2] == [bos, bos]:
-        warnings.append(
-            "The prompt has <bos> twice: the tokenizer adds it, so leave it out of the text."
-        )
-    return ids, warnings
 
 
 def continuation(tokenizer: Any, ids: list[int], new: list[int]) -> str:

@@ -113,7 +113,8 @@ class Size:
                 return jnp.zeros(other.shape, other.dtype)
 
             context = Context(BY_NAME[site], layer or 0, positions, ends, read)
-            kept = reducer.reduce(x, context)
+            # What is kept of a prompt has one shape for all lengths.
+            kept = reducer.kept(x, context, (self.length,) * self.batch)
             if reducer.every_layer:
                 stacked = self.config.num_hidden_layers
                 kept = jax.tree.map(lambda x: jnp.broadcast_to(x, (stacked, *x.shape)), kept)

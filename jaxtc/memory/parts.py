@@ -167,7 +167,7 @@ class Request:
 
 
 def count_parameters(config: Gemma2Config) -> int:
-    """Of the whole model; the tied embedding counts once."""
+    """Of the whole model; an embedding that is the output matrix too counts once."""
     return sum(one.count * math.prod(one.shape) for one in _parameters(config, "float32"))
 
 

@@ -9,11 +9,18 @@ from typing import Any
 
 from jaxtc.errors import ConfigError
 from jaxtc.helpers import for_json
+from jaxtc.model.config_keys import (
+    FULL,
+    ROPE_THETA,
+    SLIDING,
+    another,
+    made_from,
+    quantisation,
+    unlike,
+)
 
 # A list of this length is made before any weight is seen.
 _MOST_LAYERS = 10_000
-
-SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 def _whole(value: Any, least: int = 0) -> bool:
@@ -36,6 +43,7 @@ _TYPES = {
         "the id of a token or a list of them",
     ),
     tuple[str, ...] | None: (lambda v: isinstance(v, tuple | None), "a list of names"),
+    bool: (lambda v: isinstance(v, bool), "true or false"),
 }
 
 
@@ -64,12 +72,13 @@ class Gemma2Config:
     layer_types: tuple[str, ...] | None = None  # sliding and full attention alternate
     attn_logit_softcapping: float | None = 50.0
     final_logit_softcapping: float | None = 30.0
-    rope_theta: float = 10000.0
+    rope_theta: float = ROPE_THETA
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 8192
     pad_token_id: int | None = 0
     eos_token_id: int | tuple[int, ...] | None = 1
     bos_token_id: int | None = 2
+    tie_word_embeddings: bool = True  # the output matrix is the embedding
 
     def __post_init__(self):
         layers = self.num_hidden_layers
@@ -114,6 +123,13 @@ class Gemma2Config:
             "H": self.head_dim, "F": self.intermediate_size, "V": self.vocab_size,
         }  # fmt: skip
 
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """Ids that stand for no text: ``<bos>``, what ends texts, padding."""
+        ends = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+        given = {self.bos_token_id, *ends, self.pad_token_id} - {None}
+        return tuple(sorted(given))
+
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str = "config.json") -> "Gemma2Config":
         """Read the contents of a ``config.json``, as written by ``transformers`` 4.42 up to 5.x.
@@ -124,38 +140,22 @@ class Gemma2Config:
             ConfigError: another architecture, a feature Gemma-2 checkpoints do not use, or
                 sizes that contradict each other.
         """
-        kind = raw.get("model_type")
-        if kind != "gemma2":
+        if raw.get("model_type") != "gemma2":
+            raise ConfigError(f"{where} describes {another(raw)}")
+        if method := quantisation(raw):
             raise ConfigError(
-                f"{where} describes model_type {kind!r} (architectures: "
-                f"{raw.get('architectures')}), but jaxtc runs Gemma-2 only (model_type 'gemma2'). "
-                "Give a Gemma-2 checkpoint, for example google/gemma-2-2b, google/gemma-2-9b or "
-                "google/gemma-2-27b."
+                f"{where} says that the weights are quantised ({method}), and jaxtc reads only "
+                "weights that are not: float32, bfloat16 or float16 in safetensors. Give the "
+                f"checkpoint that this was made from{made_from(raw)}, or its dequantised weights."
             )
-        rope = {}
-        for key in ("rope_scaling", "rope_parameters"):
-            given = raw.get(key)
-            if not isinstance(given, Mapping | None):
-                raise ConfigError(f"{where}: {key} is {given!r}, expected an object or null.")
-            rope.update(given or {})
-        settings = {"tie_word_embeddings": True} | dict(raw)
-        settings["rope_type"] = rope.get("rope_type", rope.get("type"))
-        fine = {
-            # Only hidden_activation counts: transformers does not read hidden_act for Gemma-2.
-            "hidden_activation": (None, "gelu_pytorch_tanh"), "attention_bias": (None, False),
-            "use_bidirectional_attention": (None, False), "tie_word_embeddings": (True,),
-            "rope_type": (None, "default"),
-        }  # fmt: skip
-        asked = {key: settings.get(key) for key in fine}
-        odd = [f"{key} = {value!r}" for key, value in asked.items() if value not in fine[key]]
+        rope, odd = unlike(raw, where)
         if odd:
             raise ConfigError(
                 f"{where} asks for {', '.join(odd)}, which no released Gemma-2 uses and jaxtc "
                 "does not implement; running it anyway would give wrong numbers."
             )
         values = {f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw}
-        if "rope_theta" in rope:
-            values["rope_theta"] = rope["rope_theta"]
+        values |= rope
         for key in ("layer_types", "eos_token_id"):
             if isinstance(values.get(key), list):
                 values[key] = tuple(values[key])
@@ -187,6 +187,5 @@ class Gemma2Config:
             "attention_bias": False,
             "attention_dropout": 0.0,
             "initializer_range": 0.02,
-            "tie_word_embeddings": True,
             "use_cache": True,
         }

@@ -187,7 +187,7 @@ class Block(nnx.Module):
 
 
 class Embedder(nnx.Module):
-    """The tied embedding: tokens in, logits out."""
+    """The embedding, tokens in, logits out; where it is not tied, two of them: one each way."""
 
     def __init__(self, config: Gemma2Config, dtype: jnp.dtype, rngs: nnx.Rngs):
         V, D = config.vocab_size, config.hidden_size
@@ -227,11 +227,18 @@ class Gemma2(nnx.Module):
         layers = config.num_hidden_layers
         self.layers = nnx.List([Block(config, dtype, rngs) for _ in range(layers)])
         self.final_norm = Norm(config, dtype, rngs)
+        if not config.tie_word_embeddings:
+            self.head = Embedder(config, dtype, rngs)
 
     @classmethod
     def abstract(cls, config: Gemma2Config, dtype: jnp.dtype = jnp.float32) -> "Gemma2":
         """The same model with shapes in place of arrays; nothing is allocated."""
         return nnx.eval_shape(lambda: cls(config, dtype=dtype, rngs=nnx.Rngs(0)))
+
+    @property
+    def unembed(self) -> Embedder:
+        """Whose weight, (V, D), is the output matrix: ``embed``, or a ``head`` of its own."""
+        return self.embed if self.config.tie_word_embeddings else self.head
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -291,7 +298,7 @@ class Gemma2(nnx.Module):
         x = tap("final_norm", self.final_norm(x, tap, "final_scale"))
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)
-        return self.embed.decode(x, tap), cache
+        return self.unembed.decode(x, tap), cache
 
 
 def resumed(layer: int, start: jax.Array, entering: jax.Array, x: jax.Array, block, *context):

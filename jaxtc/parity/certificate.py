@@ -165,7 +165,7 @@ class Certificate:
 
     passed: bool  # whether everything is within its tolerance
     failures: list[str]  # one sentence each: the site, the layer, the figure and its tolerance
-    notes: list[str]  # what this run could not test, one sentence each
+    notes: list[str]  # how prompts were tokenized, if oddly; what this run could not test
     first_jump: Jump | None  # None when every site passed
     model: str  # the source that was asked for
     dtype: str  # of both models' weights

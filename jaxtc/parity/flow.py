@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtc.errors import CapacityError, InputError
+from jaxtc.errors import CapacityError, InputError, SourceError, WeightsError
 from jaxtc.helpers import JAXTC_VERSION, whole_number
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
@@ -32,10 +32,12 @@ from jaxtc.parity.tolerances import tolerances
 from jaxtc.programs.generate import generate
 from jaxtc.tap.sites import check_layer
 from jaxtc.weights.files.layout import sae_site
+from jaxtc.weights.files.model import Checkpoint, open_checkpoint
 from jaxtc.weights.files.transcoder import open_transcoder
 from jaxtc.weights.load_model import load_model, load_tokenizer
 from jaxtc.weights.load_transcoder import load_transcoder
-from jaxtc.weights.sources.resolve import EMBEDDED, MODEL, TRANSCODERS, resolve
+from jaxtc.weights.names import HEAD
+from jaxtc.weights.sources.resolve import CONVERTED, EMBEDDED, MODEL, TRANSCODERS, resolve
 
 
 def certify(
@@ -82,8 +84,16 @@ def certify(
         raise InputError(f"dtype is {dtype!r}, expected 'float32' or 'bfloat16'.")
     whole_number("new_tokens", new_tokens)
     progress(f"Looking for {model}")
-    folder = resolve(model, MODEL).fetch()
-    config = Gemma2Config.from_file(folder / "config.json")
+    found = resolve(model, MODEL)
+    folder = found.fetch()
+    if found.format == CONVERTED:
+        raise SourceError(
+            f"{model} is a converted checkpoint, which transformers does not read. Compare the "
+            "checkpoint that it was made from, or `jaxtc convert --to safetensors` first."
+        )
+    with open_checkpoint(folder) as opened:
+        config = opened.config
+        _check_readable(opened)
     count = config.num_hidden_layers
     chosen = _layers(layers, count)
     limits = tolerances(dtype, count)
@@ -91,7 +101,7 @@ def certify(
     if of_layer is not None:
         chosen = sorted({*chosen, of_layer})
     tokenizer = functools.cache(functools.partial(load_tokenizer, model))
-    texts, ids = tokenised(prompts, model, config, tokenizer, new_tokens)
+    texts, ids, odd = tokenised(prompts, model, config, tokenizer, new_tokens)
     # mkdtemp makes it private (mode 0700).
     with tempfile.TemporaryDirectory(prefix="jaxtc-parity-") as root:
         _check_room(Path(root), config, ids, chosen, truth)
@@ -141,7 +151,7 @@ def certify(
     return Certificate(
         passed=not failures,
         failures=failures,
-        notes=verdict.notes(config, held, chosen, limits, untested),
+        notes=[*odd, *verdict.notes(config, held, chosen, limits, untested)],
         first_jump=verdict.first(rows),
         model=str(model),
         dtype=dtype,
@@ -168,6 +178,19 @@ def certify(
         seconds=seconds,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
+
+
+def _check_readable(opened: Checkpoint) -> None:
+    """Refuse names of tensors that transformers would not find, and leave random, in silence."""
+    odd = [
+        name for hf, name in opened.stored.items() if name not in (hf, hf.removeprefix("model."))
+    ]
+    if set(odd) - {HEAD}:
+        raise WeightsError(
+            f"transformers does not find the weights in {opened.folder} under names such as "
+            f"{odd[0]}, so there is nothing to compare with. Write them under the usual names "
+            "first: `jaxtc convert --to safetensors`."
+        )
 
 
 def _layers(asked: Iterable[int] | None, count: int) -> list[int]:

@@ -1,6 +1,6 @@
 """The prompts: the built-in ones, those of a file, and their token ids."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,11 @@ import numpy as np
 from jaxtc.errors import InputError, SourceError
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.prompts import prepare
+from jaxtc.model.text import tokenized
 from jaxtc.weights.files import local
 from jaxtc.weights.sources.resolve import EMBEDDED
 
+_NOTES = 5  # on how prompts were tokenized; one a prompt would bury the rest
 # Of different lengths, and of different kinds of text; the last is about 100 tokens.
 TEXTS = (
     "The capital of the state containing Dallas is",
@@ -68,26 +70,37 @@ def tokenised(
     config: Gemma2Config,
     tokenizer: Any,
     extra: int,
-) -> tuple[list[str | None], list[list[int]]]:
+) -> tuple[list[str | None], list[list[int]], list[str]]:
     """Texts (None where ids were given) and ids of the prompts of :func:`jaxtc.parity.certify`.
 
+    And what is odd about how they were tokenized, for its notes.
+
     ``tokenizer`` returns it, and is called only where there is a text; ``extra`` tokens will be
-    added to each. Raises InputError for no prompt, or one that the model cannot run.
+    added to each. Of a tokenizer's whole output, padding is left out. Raises InputError for no
+    prompt, or one that the model cannot run.
     """
     if prompts is None:
         prompts = built_in(model)
+    if isinstance(prompts, Mapping):
+        made = prepare(prompts, config, extra=extra)
+        prompts = [row[:n] for row, n in zip(made.tokens, made.lengths, strict=True)]
     if isinstance(prompts, str) or not hasattr(prompts, "__len__") or not len(prompts):
         raise InputError(
             f"prompts is {prompts!r}, expected a list of texts (or of rows of token ids) with at "
             'least one in it, such as ["The capital of Texas is"].'
         )
     texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
-    ids = []
+    ids, notes = [], []
     for index, prompt in enumerate(prompts):
-        row = tokenizer()(prompt).input_ids if isinstance(prompt, str) else prompt
+        row, odd = prompt, []
+        if isinstance(prompt, str):
+            row, odd = tokenized(tokenizer(), prompt, config.bos_token_id)
+        notes += [f"Prompt {index + 1}: {one}" for one in odd]
         try:
             prepare([row], config, extra=extra)
         except InputError as error:
             raise InputError(f"Prompt {index + 1} of {len(prompts)}: {error}") from error
         ids.append(np.asarray(row).tolist())
-    return texts, ids
+    if len(notes) > _NOTES:
+        notes[_NOTES:] = [f"Of the prompts there are {len(notes) - _NOTES} more such notes."]
+    return texts, ids, notes

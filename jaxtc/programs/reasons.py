@@ -33,6 +33,9 @@ ADVICE = (
     Advice("(padded )?length|slots", 4, "Prompts are padded to a multiple of 16 tokens (more for "
            "long ones), a program each: give prompts of similar length together, or call "
            "jaxtc.warm_up(model, lengths=...) first."),
+    Advice("prompt lengths", 4, "A reducer of your own sees each prompt without padding, a program "
+           "for each set of lengths: say `padded = True` on its class and leave padding out in "
+           "`reduce` with context.real; or give prompts of the same lengths."),
     Advice("batch", 4, "Give batches of one size: fill up the last one, and drop those rows of the "
            "result."),
     Advice("(another )?edits", 16, "Keep one list of edits and change their values: Scale(1.0) or "
@@ -45,7 +48,9 @@ ADVICE = (
            "more: put jax.jit around the whole, or map over chunks of one size."),
 )  # fmt: skip
 # Arguments whose shapes follow from the others': reported when nothing else has changed.
-_FOLLOWING = frozenset({"lengths", "ends", "places", "cache", "record", "begin", "resume"})
+_FOLLOWING = frozenset(
+    {"lengths", "starts", "ends", "places", "cache", "record", "begin", "resume"}
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxtc.captures.request import understand
 from jaxtc.errors import InputError
 from jaxtc.helpers import explicit_transfers, whole_number
 from jaxtc.model.gemma2 import Gemma2
@@ -32,7 +33,8 @@ def warm_up(
 
     Args:
         model: from :func:`jaxtc.load_model`.
-        lengths: of prompts, in tokens; those padded to the same length share a program.
+        lengths: of prompts, in tokens; those padded to the same length share a program, but where
+            a reducer of your own sees no padding (see :class:`jaxtc.reducers.Reducer`).
         batch: B.
         max_new_tokens: warms up :func:`jaxtc.generate` with it in place of :func:`jaxtc.run`.
         options: of :func:`jaxtc.run` or :func:`jaxtc.generate`: ``capture``, ``edits``, ...
@@ -45,16 +47,19 @@ def warm_up(
         JaxtcError: as the call itself; give edits that fit prompts of these lengths.
     """
     # The longest of each bucket: edits of the others may name positions that it has as well.
-    longest = {}
+    longest, asked = {}, understand(options.get("capture", ()), model.config.num_hidden_layers)
     for length in sorted(set(lengths)):
         whole_number("A length", length, 1)
         slots = bucket(length + max_new_tokens) if max_new_tokens else 0
-        longest[bucket(length), slots] = length
+        longest[bucket(length), slots, length if asked.unpadded else 0] = length
     if not longest:
         raise InputError("Nothing to warm up: lengths is empty.")
+    # A token of text: edits of transcoders leave special ones alone.
+    special = model.config.special_ids
+    text = next(i for i in range(model.config.vocab_size) if i not in special)
     with compiles() as found:
         for length in longest.values():
-            tokens = np.zeros((batch, length), np.int32)
+            tokens = np.full((batch, length), text, np.int32)
             if max_new_tokens is None:
                 jax.block_until_ready(run(model, tokens, **options))
             else:

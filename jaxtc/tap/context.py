@@ -53,6 +53,7 @@ class Context:
         read: value of an upstream site of the same layer, after its edits. Of the edit's own site:
             the value before the first edit that reads it, at each token where that one applies.
         placement: the mesh of the pass, None on a single device.
+        ends: (B,) int32, tokens of each text by the end of this pass; the lengths when None.
     """
 
     site: Site
@@ -61,11 +62,17 @@ class Context:
     lengths: jax.Array
     read: Callable[[str], jax.Array]
     placement: Placement | None = None
+    ends: jax.Array | None = None
 
     @property
     def real(self) -> jax.Array:
         """(B, T) booleans, true on tokens of the prompts (padding and new tokens are not)."""
         return self.positions < self.lengths[:, None]
+
+    @property
+    def there(self) -> jax.Array:
+        """(B, T) booleans, true on tokens, of prompts and new ones; padding is not."""
+        return self.positions < (self.lengths if self.ends is None else self.ends)[:, None]
 
     def fit(self, value: Any, x: jax.Array) -> jax.Array:
         """``value``, or this layer's of a :class:`PerLayer`, in the dtype and shape of ``x``.

@@ -36,6 +36,8 @@ class Tap:
             prompts' lengths, by default.
         reducers: what to keep of a site in place of all of it, see :mod:`jaxtc.reducers`.
         placement: the mesh of this pass; every site is divided over it by its axes.
+        special: (B, T) booleans, the tokens that edits of transcoders leave alone by default.
+        prompt_lengths: tokens of each prompt as plain ints, for reducers that see no padding.
     """
 
     def __init__(
@@ -47,8 +49,11 @@ class Tap:
         ends: jax.Array | None = None,
         reducers: Sequence[Any] = (),
         placement: Placement | None = None,
+        special: jax.Array | None = None,
+        prompt_lengths: tuple[int, ...] | None = None,
     ):
-        self.placement = placement
+        self.placement, self.special = placement, special
+        self.prompt_lengths = prompt_lengths
         self.captures = frozenset(captures)
         self.edits, self.reducers = tuple(edits), tuple(reducers)
         self.positions, self.lengths = positions, lengths
@@ -94,7 +99,9 @@ class Tap:
         """Apply the edits of this site to ``x``, keep it if asked for, and give it back."""
         held, address = None, Address(site, self.layer)
         row, read = BY_NAME[site], self._live.__getitem__
-        context = Context(row, self.layer, self.positions, self.lengths, read, self.placement)
+        context = Context(
+            row, self.layer, self.positions, self.lengths, read, self.placement, self.ends
+        )
         for edit in self._edits(site):
             if site in edit.reads:
                 held = self._hold(edit, x, held)
@@ -106,7 +113,8 @@ class Tap:
         if address in self.captures:
             self.activations[address] = x
         for index in self._reducers(site):
-            self.reduced[index, self.layer] = self.reducers[index].reduce(x, context)
+            kept = self.reducers[index].kept(x, context, self.prompt_lengths)
+            self.reduced[index, self.layer] = kept
         return x
 
     def _hold(self, edit: Any, x: jax.Array, held: tuple | None) -> tuple[jax.Array, jax.Array]:
@@ -147,10 +155,10 @@ class Tap:
             return compute()
         shape = jax.eval_shape(compute)
         nothing = jnp.zeros(shape.shape, shape.dtype)
-        chosen = [self._at_layer(edit) for edit in here]
+        chosen = [self._at_layer(edit) + self._everywhere(edit) for edit in here]
         if not all(chosen):
             return nothing
-        replaced = jnp.stack([flag for (flag,) in chosen]).any()
+        replaced = jnp.stack([functools.reduce(jnp.logical_and, flags) for flags in chosen]).any()
         return jax.lax.cond(replaced, lambda: nothing, compute)
 
     def _apply(self, edit: Any, x: jax.Array, context: Context) -> jax.Array:
@@ -187,9 +195,15 @@ class Tap:
             return []
         return [(jnp.asarray(edit.layer) == self.layer).any()]
 
+    def _everywhere(self, edit: Any) -> list[jax.Array]:
+        """[() boolean], whether no token is left alone as special; empty where none ever is."""
+        return [] if edit.special_tokens or self.special is None else [~self.special.any()]
+
     def _tokens(self, edit: Any, x: jax.Array) -> list[jax.Array]:
         """Booleans that broadcast to ``x``: the positions and the rows of an edit."""
         parts = []
+        if self._everywhere(edit):
+            parts.append(along(x, ~self.special, 0, BY_NAME[edit.site].sequence_axis))
         if edit.position is not None:
             axis = BY_NAME[edit.site].sequence_axis
             parts.append(along(x, edit.position.selects(self.positions), 0, axis))

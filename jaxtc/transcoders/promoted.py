@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtc.errors import InputError, JaxtcError
-from jaxtc.helpers import explicit_transfers, ranked
+from jaxtc.errors import InputError, JaxtcError, some
+from jaxtc.helpers import explicit_transfers, is_whole, ranked
+from jaxtc.interchange import plain, to_numpy
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import bucket
 from jaxtc.transcoders.transcoder import Transcoder
@@ -31,11 +32,11 @@ def pieces_of(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
 
 
 @functools.partial(jax.jit, static_argnames="count")
-def _promoted(rows: jax.Array, gain: jax.Array, embedding: jax.Array, count: int) -> jax.Array:
+def _promoted(rows: jax.Array, gain: jax.Array, matrix: jax.Array, count: int) -> jax.Array:
     wide = rows.astype(jnp.float32)
-    rows = (wide * ranked(1 + gain.astype(jnp.float32), wide)).astype(embedding.dtype)
+    rows = (wide * ranked(1 + gain.astype(jnp.float32), wide)).astype(matrix.dtype)
     logits = jnp.einsum(
-        "md,vd->mv", rows, embedding, precision="highest", preferred_element_type=jnp.float32
+        "md,vd->mv", rows, matrix, precision="highest", preferred_element_type=jnp.float32
     )
     return jax.lax.top_k(logits, count)[1]
 
@@ -46,9 +47,9 @@ def promoted_tokens(
 ) -> np.ndarray:
     """The tokens that features promote: direct logit attribution of their decoder rows.
 
-    ``(W_dec[f] · (1 + w)) Eᵀ`` with w the final norm's gain and E the embedding. The norm's 1/rms
-    and the softcap are left out and change no order; what later layers do with the feature is left
-    out too, so it says most about late layers.
+    ``(W_dec[f] · (1 + w)) Uᵀ`` with w the final norm's gain and U the output matrix. The norm's
+    1/rms and the softcap are left out and change no order; what later layers do with the feature is
+    left out too, so it says most about late layers.
 
     Args:
         model: whose unembedding to use.
@@ -63,11 +64,16 @@ def promoted_tokens(
         InputError: no such feature, or not so many tokens.
         JaxtcError: the transcoder's D differs from the model's, or it writes elsewhere.
     """
-    wanted = np.asarray(features, np.int64).reshape(-1)
+    wanted = _ids(features)
     if wanted.size and not 0 <= wanted.min() <= wanted.max() < transcoder.features:
-        raise InputError(f"Features are 0 to {transcoder.features - 1}, got {wanted.tolist()}.")
-    if not 0 <= count <= model.config.vocab_size:
-        raise InputError(f"count is {count}, the vocabulary has {model.config.vocab_size} tokens.")
+        wrong = some([str(one) for one in wanted if not 0 <= one < transcoder.features])
+        raise InputError(
+            f"This transcoder has features 0 to {transcoder.features - 1}, got {wrong}."
+        )
+    if not is_whole(count) or count > model.config.vocab_size:
+        raise InputError(
+            f"count is {count!r}, the vocabulary has {model.config.vocab_size} tokens."
+        )
     if transcoder.output_site not in _RESIDUAL or transcoder.d_out != model.config.hidden_size:
         raise JaxtcError(
             f"This transcoder writes D={transcoder.d_out} at {transcoder.output_site}; only what "
@@ -78,10 +84,23 @@ def promoted_tokens(
     for start in range(0, len(wanted), block):
         some_ids = wanted[start : start + block]
         rows = transcoder.W_dec[...][np.pad(some_ids, (0, block - len(some_ids)))]
-        gain, embedding = model.final_norm.weight[...], model.embed.weight[...]
-        best = np.asarray(_promoted(rows, gain, embedding, count))
+        gain, matrix = model.final_norm.weight[...], model.unembed.weight[...]
+        best = np.asarray(_promoted(rows, gain, matrix, count))
         found[start : start + block] = best[: len(some_ids)]
     return found
+
+
+def _ids(features: Any) -> np.ndarray:
+    """(n,) whole numbers."""
+    try:
+        found = np.asarray(to_numpy(plain(features)))
+    except ValueError:  # ragged
+        found = np.asarray(None)
+    if found.ndim > 1 or (found.size and found.dtype.kind not in "iu"):
+        raise InputError(
+            f"features are {features!r}, expected the ids of n features, whole numbers in one row."
+        )
+    return found.reshape(-1).astype(np.int64)
 
 
 def promoted_pieces(

@@ -261,11 +261,14 @@ class Transcoder(nnx.Module):
         a = self.encode(x, placement=placement)
         found = _sparse(a, capacity, self._placement() or placement)
         if not isinstance(found.count, jax.core.Tracer):
-            most = int(np.max(whole(found.count), initial=0))
+            counts = whole(found.count)
+            most = int(np.max(counts, initial=0))
             if most > capacity:
+                at = ", ".join(map(str, np.argwhere(counts == most)[0]))
                 raise CapacityError(
-                    f"A token has {most} active features, but capacity is {capacity}: dropping any "
-                    f"would give a wrong reconstruction. Ask for capacity={most} or more."
+                    f"A token (at [{at}] of those given) has {most} active features, but capacity "
+                    f"is {capacity}: dropping any would give a wrong reconstruction. Ask for "
+                    f"capacity={most} or more; or, if that is padding, give tokens only, x[mask]."
                 )
         return found
 

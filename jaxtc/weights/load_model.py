@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,6 +19,7 @@ from jaxtc.sharding.rules import RULES, Rules, shardings
 from jaxtc.weights.checkpoints.read import Converted
 from jaxtc.weights.files import local
 from jaxtc.weights.files.arrays import check_dtype
+from jaxtc.weights.files.generation import read_config
 from jaxtc.weights.files.model import files_of, open_checkpoint
 from jaxtc.weights.files.shards import fill
 from jaxtc.weights.sources.hub import TOKENIZER_FILES, verify_files
@@ -54,6 +55,7 @@ def load_model(
     mesh: MeshLike | None = None,
     rules: Rules = RULES,
     verify: bool = False,
+    ignore: str | Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Gemma2:
     """A Gemma-2 with its weights, on one device or spread over a mesh of them.
@@ -61,6 +63,12 @@ def load_model(
     On a mesh each process reads the bytes of its own devices' shards only and never holds more than
     those (but an output matrix that is stored too is compared whole with the embedding). All
     processes call this; if one of them fails, all raise.
+
+    The output matrix is the embedding, unless ``config.json`` says ``tie_word_embeddings: false``
+    or a different ``lm_head.weight`` is stored; then it is ``model.head``, as in transformers 5. A
+    tied matrix may be stored under either name. Names of tensors may have the prefixes that
+    transformers, PEFT, TRL and torch.compile put there, or none, as in a ``Gemma2Model``. Texts end
+    at the ``eos_token_id`` of ``config.json`` and of ``generation_config.json``.
 
     Args:
         source: a hub id (``google/gemma-2-2b``), a local folder with ``config.json`` and
@@ -74,6 +82,8 @@ def load_model(
         verify: hash all files first, on every process, and compare with the hub's own hashes; of
             a converted checkpoint the parts that are read are always compared with its own, with
             ``verify`` all of it.
+        ignore: names of tensors to leave out, ``*`` for any characters: a head of another kind,
+            such as ``"score.*"`` of a reward model.
         progress: called with (bytes loaded, bytes in all) after each tensor.
 
     Raises:
@@ -96,13 +106,14 @@ def load_model(
             return checkpoint.load(checkpoint.model(dtype), places, progress)
         if verify:
             verify_files(files_of(folder))
-        with open_checkpoint(folder) as opened:
+        with open_checkpoint(folder, ignore) as opened:
             declared = Gemma2.abstract(opened.config, dtype)
             return fill(declared, opened.read, folder, places, progress)
 
 
 def load_config(source: str | Path = EMBEDDED, *, revision: str | None = None) -> Gemma2Config:
-    """The config of a model; nothing is fetched but its ``config.json``.
+    """The config of a model, with the stop tokens of its ``generation_config.json``; nothing else
+    is fetched.
 
     Args:
         source: a hub id, a local folder or ``"embedded"``, as :func:`jaxtc.load_model` takes it;
@@ -119,7 +130,7 @@ def load_config(source: str | Path = EMBEDDED, *, revision: str | None = None) -
     if size and size[1] in RELEASED and revision is None and local.find(source) is None:
         return RELEASED[size[1]]
     folder = resolve(source, CONFIG, revision=revision).fetch()
-    return Gemma2Config.from_file(folder / "config.json")
+    return read_config(folder)
 
 
 def load_tokenizer(source: str | Path = EMBEDDED, *, revision: str | None = None) -> Any:

@@ -27,12 +27,33 @@ _LAYER = (
     ("mlp_out_norm.weight", "D", "post_feedforward_layernorm.weight", "D"),
 )
 _FINAL_NORM = ("final_norm.weight", "D", "model.norm.weight", "D")
+_HEAD = ("head.weight", "V D", "lm_head.weight", "V D")  # where it is not the embedding
 
 # Tensors that checkpoints may hold beside the parameters: frequencies computed from the config.
 BUFFERS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-# The output matrix is the embedding; some writers store it a second time.
-TIED = "lm_head.weight"
-EMBEDDING = "model.embed_tokens.weight"
+HEAD, EMBEDDING = _HEAD[2], _EMBEDDING[2]
+
+# Below the module that holds the layers; everything else in a checkpoint lies beside it.
+_BACKBONE = ("layers", "embed_tokens", "norm", "rotary_emb")
+# What modules around a model put before the names of its tensors: the attribute that holds it. In
+# transformers ("model"; "base_model", whose backbone is called that by PEFT and by others;
+# "language_model" in models of images and text), TRL ("pretrained_model"), DDP ("module").
+_AROUND = ("model", "base_model", "language_model", "text_model", "pretrained_model", "module")
+# The same around each module of it: torch.compile, FSDP, activation checkpointing, DeepSpeed.
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+
+
+def published(tensor: str) -> str:
+    """A tensor's name as the released checkpoints have it, whatever wrote the file.
+
+    ``_orig_mod.model.norm.weight``, ``language_model.model.norm.weight`` and ``norm.weight`` (of a
+    backbone saved alone) are ``model.norm.weight``. Names that are nobody's stay themselves, but
+    for what is around them: ``base_model.model.score.weight`` is ``score.weight``.
+    """
+    parts = [part for part in tensor.split(".") if part not in _WRAPPERS]
+    while len(parts) > 1 and parts[0] in _AROUND:
+        parts = parts[1:]
+    return ".".join(["model", *parts] if parts and parts[0] in _BACKBONE else parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,4 +83,5 @@ def parameter_names(config: Gemma2Config) -> list[Name]:
 
     layers = range(config.num_hidden_layers)
     blocks = [name(row, f"layers.{layer}.") for layer in layers for row in _LAYER]
-    return [name(_EMBEDDING), *blocks, name(_FINAL_NORM)]
+    head = [] if config.tie_word_embeddings else [name(_HEAD)]
+    return [name(_EMBEDDING), *blocks, name(_FINAL_NORM), *head]

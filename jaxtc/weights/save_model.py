@@ -21,13 +21,14 @@ from jaxtc.model.gemma2 import Gemma2
 from jaxtc.sharding.processes import check_here
 from jaxtc.sharding.rules import variables
 from jaxtc.weights.files import local
+from jaxtc.weights.files.generation import GENERATION, generation_config
 from jaxtc.weights.files.model import INDEX
 from jaxtc.weights.files.safetensors import write_tensors
 from jaxtc.weights.names import parameter_names
 
 # What may be in a folder that is replaced.
 _CHECKPOINT_FILES = (
-    "config.json", "generation_config.json", "model*.safetensors", INDEX, "tokenizer*",
+    "config.json", GENERATION, "model*.safetensors", INDEX, "tokenizer*",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
 
@@ -38,7 +39,8 @@ def save_model(
 ) -> Path:
     """Write a model so that :func:`jaxtc.load_model` and ``transformers`` read it.
 
-    Everything is written beside ``folder`` and moved there when whole.
+    Everything is written beside ``folder`` and moved there when whole. ``generation_config.json``
+    has the model's stop tokens, and nothing else of an earlier one.
 
     Args:
         model: to be saved, in the dtype it has.
@@ -112,8 +114,14 @@ def _write(model: Gemma2, folder: Path, tokenizer: Any, max_shard_size: int) -> 
         write(folder / file)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    for name, content in config_files(model).items():
+        (folder / name).write_bytes(content)
+
+
+def config_files(model: Gemma2) -> dict[str, bytes]:
+    """``generation_config.json`` and ``config.json`` of a model in memory."""
     config = {**model.config.to_dict(), "dtype": model.dtype.name}
-    (folder / "config.json").write_bytes(_json(config))
+    return {GENERATION: _json(generation_config(model.config)), "config.json": _json(config)}
 
 
 def weight_files(

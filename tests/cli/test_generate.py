@@ -20,9 +20,9 @@ PROMPT = "the [bold] capital of texas is"
 def generate(folders, cli_run):
     """``jaxtc generate`` on the tiny model: (code, out, err)."""
 
-    def run(*arguments):
+    def run(*arguments, **options):
         named = [] if "--model" in arguments else ["--model", folders / "model"]
-        return cli_run("generate", *arguments, *named)
+        return cli_run("generate", *arguments, *named, **options)
 
     return run
 
@@ -66,6 +66,28 @@ def test_steering_sets_the_features_on_all_tokens_but_bos(generate, folders):
     told = json.loads(generate(PROMPT, "--max-new-tokens", 2, *steer, "--json")[1])
     assert told["layer"] == 1
     assert told["steered"] == [{"feature": 3, "value": 40.0}, {"feature": 11, "value": -25.0}]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (
+            "the capital of Dallas is Rome",
+            "The tokenizer does not know 'Dallas', 'Rome': the model",
+        ),
+        ("<bos> the capital of texas is", "The prompt has <bos> twice"),
+        ("the capital of texas<eos>", "The prompt ends in <eos>"),
+    ],
+)
+def test_what_is_odd_about_the_prompt_is_said_and_the_text_stays_what_it_is(
+    generate, prompt, message
+):
+    code, out, err = generate(prompt, "--max-new-tokens", 3, columns=200)
+    assert code == 0 and out.startswith(prompt) and "Note:" not in out
+    assert f"Note: {message}" in err
+    told = json.loads(generate(prompt, "--max-new-tokens", 3, "--json")[1])
+    assert any(warning.startswith(message) for warning in told["warnings"])
+    assert json.loads(generate(PROMPT, "--max-new-tokens", 3, "--json")[1])["warnings"] == []
 
 
 def test_the_embedded_model_by_default(generate):

@@ -1,5 +1,7 @@
 """Gradients at sites: those of an added push, of finite differences, and of nothing in padding."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -209,7 +211,65 @@ def test_scores_by_hand(of):
     np.testing.assert_allclose(of(short), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_scores_of_tokens_that_are_not_there_are_nan():
+V = tiny.config().vocab_size
+WRONG_IDS = {
+    "beyond": (V, f"is token id {V}, outside the model's vocabulary of {V} ids"),
+    "negative": (-1, "is token id -1"),
+    "of a row": ([3, 4, V + 7], f"is token id {V + 7} of prompt 2"),
+    "an array": (np.array([3, -4, 5]), "is token id -4 of prompt 1"),
+    "on a device": (jnp.array([V, 1, 1]), f"is token id {V} of prompt 0"),
+    "a number too few": ([3, 4], r"ids of shape \(2,\).*each of the 3 prompts, \(3,\)"),
+    "a batch of batches": ([[3, 4, 5]], r"ids of shape \(1, 3\)"),
+    "no whole number": (3.0, "expected a token's id, a whole number"),
+    "text": ("▁Texas", "'▁Texas', expected a token's id"),
+    "texts": (["a", "b", "c"], "expected a token's id"),
+    "none": (None, "is None, expected a token's id"),
+    "a flag": (True, "is True, expected a token's id"),
+    "ragged": ([[3], [4, 5], [6]], "expected a token's id"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_IDS)
+def test_ids_that_do_not_fit_are_refused_wherever_they_are_known(name, monkeypatch):
+    token, message = WRONG_IDS[name]
+    model, layer = tiny.model(), jaxtc.Over(range(2))
+    result = jaxtc.run(model, PROMPTS, logits="last")
+    edit = jaxtc.Zero(site="mlp_out", layer=layer)
+    pair = [PROMPTS[0]] * 3
+    for number in range(3):
+        score = (Logit(token), LogProbability(token), LogitDifference(5, token))[number]
+        field = f"{type(score).__name__}: {('token', 'token', 'other')[number]} "
+        calls = [
+            lambda: score(result),  # noqa: B023
+            lambda: jaxtc.sweep(model, PROMPTS, [edit], of=score),  # noqa: B023
+            lambda: gradients(model, PROMPTS, score, "embed"),  # noqa: B023
+            lambda: jaxtc.activation_patching(model, pair, pair, score),  # noqa: B023
+            lambda: jaxtc.attribution_patching(model, pair, pair, score),  # noqa: B023
+        ]
+        for call in calls:
+            with monkeypatch.context() as patched:
+                if call is not calls[0]:  # nothing runs before
+                    patched.setattr("jaxtc.programs.program.Program.__call__", None)
+                with pytest.raises(InputError, match=field) as caught:
+                    call()
+            assert re.search(message, str(caught.value)), caught.value
+
+
+def test_scores_inside_another_are_checked_too():
+    edit = jaxtc.Zero(site="mlp_out", layer=jaxtc.Over(range(2)))
+    of = jax.tree_util.Partial(lambda score, result: 2 * score(result), Logit(V))
+    with pytest.raises(InputError, match=f"Logit: token is token id {V}"):
+        jaxtc.sweep(tiny.model(), PROMPTS, [edit], of=of)
+
+
+def test_traced_ids_that_are_not_there_are_nan():
     result = jaxtc.run(tiny.model(), PROMPTS, logits="last")
-    for token in (-1, tiny.config().vocab_size):
-        assert np.isnan(Logit(token)(result)).all()
+    found = jax.jit(jax.vmap(lambda token: Logit(token)(result)))(jnp.array([-1, V, 3]))
+    np.testing.assert_array_equal(np.isnan(found).all(1), [True, True, False])
+    with pytest.raises(InputError, match=r"ids of shape \(2,\)"):
+        jax.jit(lambda token: Logit(token)(result))(jnp.array([1, 2]))
+
+
+def test_a_score_takes_a_result():
+    with pytest.raises(InputError, match="takes what jaxtc.run returns"):
+        Logit(3)(jnp.ones((3, V)))

@@ -110,12 +110,18 @@ def test_a_sweep_has_tokens_along_its_positions_only():
 def test_an_axis_of_arrays_is_numbered():
     found = Sweep(jnp.ones((2, 3)), {"layer": np.arange(2), "direction": np.ones((3, 8))})
     assert words(plots.heat_map(found).get_xticklabels()) == ["0", "1", "2"]
+    pairs = Sweep(jnp.ones((2, 2)), {"layer": np.arange(2), "position": np.array([[2, 3], [0, 1]])})
+    ax = plots.heat_map(pairs, TOKENS)  # entry 0 is not token 0
+    assert words(ax.get_xticklabels()) == ["0", "1"]
+    assert ax.get_xlabel() == "position, by number"
 
 
 def test_what_is_not_there_is_gray():
     ax = plots.heat_map(np.array([[1.0, np.nan], [3.0, 2.0]]))
     assert ax.images[0].get_clim() == (1, 3)
     shown = ax.images[0].to_rgba(ax.images[0].get_array())[0, 1]
+    infinite = plots.heat_map(np.array([[1.0, np.inf], [3.0, -np.inf]]))
+    assert infinite.images[0].get_clim() == (1, 3)
     np.testing.assert_allclose(shown, matplotlib.colors.to_rgba("lightgray"))
 
 
@@ -170,8 +176,21 @@ def test_a_real_sweep_and_a_real_patching_are_one_call_each():
         (Sweep(jnp.ones(3), {"layer": np.arange(3)}), r"the axes layer"),
         (Sweep({"a": jnp.ones((2, 3))}, {"x": np.arange(2), "y": np.arange(3)}), "draw the array"),
         (np.full((2, 4), np.nan), "all are NaN"),
+        (patching(np.ones((2, 4, 1)), clean=(1.0,), corrupted=(1.0,)), "score the same"),
+        (np.ones((0, 4)), r"the shape is \(0, 4\)"),
+        (np.ones((2, 4, 8)), r"draws two axes, \(L, T\); got shape \(2, 4, 8\).*array.mean"),
+        (np.ones((3, 1, 2, 4, 4)), r"got shape \(3, 1, 2, 4, 4\)"),
+        (np.ones((2, 4)) + 1j, "real numbers over two axes, got complex128"),
+        ([[1.0, 2.0], [3.0]], "real numbers over two axes, got list"),
+        ([["a", "b"]], "real numbers over two axes, got <U1"),
+        ({"a": np.ones((2, 4))}, r"got dict.*found.values\['name'\]"),
+        (3.0, r"got shape \(\)"),
+        (Sweep(jnp.ones((3, 2)), {"layer": np.arange(2), "row": np.arange(3)}),
+         r"shape \(3, 2\), but their axes are layer of 2, row of 3"),
+        (Sweep(jnp.ones((2, 3, 5, 7)), {"x": np.arange(2), "y": np.arange(3)}),
+         r"two axes.*\(2, 3, 5, 7\) with the axes x, y"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_drawn_says_why(found, message):
     with pytest.raises(InputError, match=message):
         plots.heat_map(found)
@@ -181,13 +200,42 @@ def test_what_cannot_be_drawn_says_why(found, message):
     ("tokens", "message"),
     [
         (TOKENS[1:], r"3 tokens, but positions from 0 to 3"),
+        ([*TOKENS, "<pad>"], r"5 tokens, but positions from 0 to 3.*padding left out"),
         ([2, 5, 7, 9], "convert_ids_to_tokens"),
         ("▁The", "convert_ids_to_tokens"),
     ],
 )
 def test_tokens_of_another_prompt_are_refused(tokens, message):
+    for found in (np.ones((2, 4)), patching(np.ones((2, 4, 1)), clean=(2.0,), corrupted=(1.0,))):
+        with pytest.raises(InputError, match=message):
+            plots.heat_map(found, tokens)
+
+
+def test_places_of_a_prompt_have_their_own_tokens():
+    found = patching(np.ones((2, 2, 1)), clean=(2.0,), corrupted=(1.0,), layer=2, position=2)
+    found.axes["position"] = np.array([2, -1])
+    assert words(plots.heat_map(found, TOKENS).get_xticklabels()) == ["New York 2", "is -1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"limit": 0}, "limit is 0, expected the number above 0"),
+        ({"limit": -2.0}, "limit is -2.0"),
+        ({"limit": np.nan}, "limit is nan"),
+        ({"limit": "3"}, "limit is '3'"),
+        ({"ax": np.array([None, None])}, r"ax is ndarray.*axes\[0\]"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, message):
     with pytest.raises(InputError, match=message):
-        plots.heat_map(np.ones((2, 4)), tokens)
+        plots.heat_map(np.ones((2, 4)), **options)
+    assert not plt.get_fignums()
+
+
+def test_one_row_behind_an_array_is_dropped():
+    values = np.arange(8.0).reshape(2, 4, 1)
+    np.testing.assert_array_equal(drawn(plots.heat_map(values, TOKENS)), values[..., 0])
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):

@@ -10,11 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 import jaxtc
 from jaxtc.errors import InputError, JaxtcError, SiteError
 from jaxtc.explore.explain import explain
 from jaxtc.explore.explanation import feature_url
+from jaxtc.model.text import tokenized
 from jaxtc.transcoders.promoted import promoted_tokens
 from tests.support import tiny
 
@@ -98,7 +102,7 @@ def test_promoted_tokens_are_direct_logit_attribution_with_the_final_gain():
     assert strongest.promotes == tuple(pieces)
 
 
-@pytest.mark.parametrize("count", [-1, 20, 2**40])
+@pytest.mark.parametrize("count", [-1, 20, 2**40, 2.5, True])
 def test_promoted_tokens_are_of_the_vocabulary(count):
     with pytest.raises(InputError, match=f"count is {count}, the vocabulary has"):
         promoted_tokens(tiny.model(), tiny.transcoder(1), [], count)
@@ -114,8 +118,12 @@ def test_promoted_tokens_in_several_blocks():
 
 
 def test_promoted_tokens_refuses_what_has_no_meaning():
-    with pytest.raises(InputError, match="0 to 49"):
-        promoted_tokens(tiny.model(), tiny.transcoder(1), [50])
+    for wrong in ([50], [3, -1], 50):
+        with pytest.raises(InputError, match=r"0 to 49, got (50|-1)\."):
+            promoted_tokens(tiny.model(), tiny.transcoder(1), wrong)
+    for wrong in ([3.7], [True], "3", [[1, 2], [3]], [[1, 2]], None):
+        with pytest.raises(InputError, match="ids of n features, whole numbers in one row"):
+            promoted_tokens(tiny.model(), tiny.transcoder(1), wrong)
     with pytest.raises(JaxtcError, match="D=16"):
         promoted_tokens(tiny.model(), tiny.transcoder(1, width=16), [0])
 
@@ -159,6 +167,19 @@ def test_bos_twice_is_reported_and_neither_counts():
     found = explained(prompt="<bos> the capital")
     assert any("<bos> twice" in warning for warning in found.warnings)
     assert [token.masked for token in found.layers[0].tokens[:2]] == [True, True]
+
+
+def test_an_end_of_text_and_a_missing_bos_are_reported():
+    found = explained(prompt="the capital of texas<eos>")
+    assert any("ends in <eos>" in warning for warning in found.warnings)
+    made = Tokenizer.from_str(tiny.tokenizer().backend_tokenizer.to_str())
+    made.post_processor = TemplateProcessing("$A", special_tokens=[])
+    plain = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+    ids, notes = tokenized(plain, "the capital of Rome", 2)
+    assert ids == [4, 5, 6, 3] and len(notes) == 2
+    assert "'Rome'" in notes[0] and "no <bos> in front" in notes[1]
+    with pytest.raises(InputError, match="is a string, got list"):
+        tokenized(plain, ["the capital"], 2)
 
 
 def test_json_holds_everything_and_no_nan():

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 import jaxtc
+from jaxtc.captures.reducers import Reducer, register_reducer
 from jaxtc.errors import InputError
 from jaxtc.programs.program import REMEMBERED, Compiles, Program, compiles
 from jaxtc.programs.reasons import advised, differences, facts
-from tests.support import tiny
+from tests.support import tiny, unspared
 
 D = tiny.config().hidden_size
 LEAVES = [np.zeros(1, np.float32)]
@@ -393,7 +394,7 @@ def test_the_record_of_earlier_calls_is_bounded_and_holds_no_array():
     assert len(double._before) == REMEMBERED
     model, made = Model(), jax.tree.map(jnp.copy, tiny.transcoder(1))
     array = weakref.ref(made.W_enc[...])
-    model(edits=[jaxtc.Splice(made)], leaves=[made.W_enc[...]])
+    model(edits=[unspared.Splice(made)], leaves=[made.W_enc[...]])
     del made
     gc.collect()
     assert array() is None
@@ -469,6 +470,23 @@ def test_warm_up_leaves_nothing_to_compile():
             jaxtc.run(model, [[3] * length] * 5, **other)
     assert str(later) == "nothing was compiled"
     assert len(jaxtc.warm_up(model, lengths=[7], batch=5, **options)) == 0
+
+
+@register_reducer()
+class Largest(Reducer):
+    def reduce(self, x, context):
+        return x.max(1)
+
+
+def test_a_reducer_that_sees_no_padding_is_compiled_for_each_length():
+    model, options = tiny.model(), {"capture": Largest("resid_mid"), "logits": None}
+    found = jaxtc.warm_up(model, lengths=(3, 5), **options)
+    assert len(found) == 2 and found[1].because == "prompt lengths: 5 (was 3)"
+    with compiles() as found:
+        jaxtc.run(model, [2, 4, 6, 8, 10], **options)
+    assert len(found) == 0
+    advice = advised("prompt lengths: 5 (was 3)")
+    assert "padded = True" in advice.text
 
 
 def test_warm_up_of_generate():

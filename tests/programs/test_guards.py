@@ -237,7 +237,7 @@ def test_files(guard, tmp_path):
 
 
 def trained():
-    """A few steps of a model's training and of transcoders', as `jaxtc embedded train` has."""
+    """A few steps of training a model and transcoders, as `jaxtc embedded train` runs them."""
     model = train_model(tiny_config(), tiny_batches(), ModelRecipe(steps=3), log=quiet)
     recipe = TranscoderRecipe(features=16, target_l0=4, steps=3, batch=32, revive_every=2)
     harvest = Harvest(model, tiny_batches(stream=1), (0, 1), tokens=128)

@@ -1,6 +1,7 @@
 """On 8 simulated devices; test_mesh.py runs this file in a process that has them."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxtc
-from jaxtc.captures.reducers import Features, TopK
+from jaxtc.captures.reducers import Features, Reducer, TopK, register_reducer
 from jaxtc.captures.request import understand
 from jaxtc.model.prompts import prepare
 from jaxtc.programs.call import Call
@@ -25,6 +26,7 @@ from jaxtc.transcoders.activations import TopK as Top
 from jaxtc.weights.checkpoints import tree as checkpoint_tree
 from jaxtc.weights.checkpoints.sidecar import read_sidecar
 from tests.scale import lab
+from tests.support import unspared
 
 MESHES = ("data=2,model=4", "model=8", "data=8")
 
@@ -85,6 +87,33 @@ def test_sweep(mesh, one, on):
     print(mesh, lab.check_same(lab.sweep(*on(mesh)), expected))
 
 
+@register_reducer()
+class Summary(Reducer):
+    """Of each prompt by itself, without padding; places itself on the mesh as edits do."""
+
+    position: Any = -1
+    reads = ("mlp_in_normed",)
+
+    def reduce(self, x, context):
+        if context.placement is not None:
+            x = context.placement.constrain(x, ("batch", "tokens", "embed"))
+        last = self.position.selects(context.positions)[..., None]
+        return {"mean": x.mean(1), "last": (last * context.read("mlp_in_normed")).sum(1)}
+
+
+@pytest.mark.parametrize("mesh", ["data=2,model=4", "data=8"])
+def test_a_reducer_of_ones_own(mesh, on):
+    def told(model):
+        asks = dict(lengths=lab.LENGTHS, capture={"own": Summary("mlp_out")}, logits=None)
+        over = jaxtc.Scale(jaxtc.Over([0.5, 2.0, 3.0]), site="embed")
+        swept = jaxtc.sweep(model, lab.ROWS, [over], of=lambda r: r.activations["own"], **asks)
+        found = jaxtc.run(model, lab.ROWS, **asks).activations["own"]
+        return {f"run {k}": v for k, v in found.items()} | swept.values
+
+    found, expected = told(on(mesh)[0]), lab.numbers(told(lab.model()))
+    print(mesh, lab.check_same(found, expected))
+
+
 def test_gradients(on):
     score = jaxtc.scores.Logit(7)
     alone = jaxtc.gradients(lab.model(), lab.ROWS, score, ["resid_post", "mlp_act"])
@@ -114,7 +143,7 @@ def test_other_activations(mesh, activation):
     expected, found = lab.dictionary(alone, x), lab.dictionary(many, x)
     lab.check_same(found, lab.numbers(expected))
     assert np.array_equal(found["encode"] > 0, expected["encode"] > 0)
-    edits = [jaxtc.Splice, lambda t: jaxtc.SetFeature(t, [3, 400], 2.0)]
+    edits = [unspared.Splice, lambda t: unspared.SetFeature(t, [3, 400], 2.0)]
     runs = [
         jaxtc.run(
             model, lab.ROWS, edits=[edit(t) for edit in edits],
@@ -181,7 +210,7 @@ def test_no_weight_is_ever_gathered(on, monkeypatch):
     with monkeypatch.context() as patched:
         for program in (_PREFILL, _STEP):
             patched.setattr(program, "_jitted", _Told(program._jitted, texts))
-        jaxtc.generate(model, lab.ROWS, 3, edits=[jaxtc.Splice(transcoder)], stop=())
+        jaxtc.generate(model, lab.ROWS, 3, edits=[unspared.Splice(transcoder)], stop=())
     assert len(texts) == 4
     top = shard(lab.transcoder(activation=Top(33)), "data=2,model=4")
     call = Call.of(lab.CONFIG, prompts, asked, lab.edits(top), "last", place)
@@ -209,7 +238,7 @@ def test_another_value_layer_or_prompt_does_not_compile(on):
     def calls(value, layer, rows, feature):
         edits = [
             jaxtc.Add(value, site="resid_mid", layer=layer),
-            jaxtc.SetFeature(transcoder, feature=feature, value=2.0, layer=layer),
+            unspared.SetFeature(transcoder, feature=feature, value=2.0, layer=layer),
         ]
         jaxtc.run(model, rows, edits=edits, logits="last")
         jaxtc.generate(model, rows, 3, edits=edits, stop=())
@@ -301,14 +330,14 @@ def test_activations_and_caches_lie_as_the_rules_say(on):
 def test_what_lies_elsewhere_is_refused_by_name(on):
     model, transcoder = on(MESHES[0])
     with pytest.raises(ShardingError, match=r"jaxtc.shard\(transcoder, mesh\)"):
-        jaxtc.run(model, lab.ROWS, edits=[jaxtc.Splice(lab.transcoder())])
+        jaxtc.run(model, lab.ROWS, edits=[unspared.Splice(lab.transcoder())])
     with pytest.raises(ShardingError, match="another mesh, data=2,model=4"):
         jaxtc.run(model, lab.ROWS, mesh="model=8")
     with pytest.raises(ShardingError, match="lies on a single device"):
         jaxtc.generate(lab.model(), lab.ROWS, 2, mesh="model=8")
     alone = jax.device_put(lab.model(), jax.devices()[0])
     with pytest.raises(ShardingError, match="different devices"):
-        jaxtc.run(alone, lab.ROWS, edits=[jaxtc.Splice(transcoder)])
+        jaxtc.run(alone, lab.ROWS, edits=[unspared.Splice(transcoder)])
     with pytest.raises(ShardingError, match=r"embed.weight has vocab = 251, which does not"):
         odd = jaxtc.Gemma2Config(**{**_sizes(), "vocab_size": 251})
         shard(jaxtc.Gemma2.abstract(odd), "model=8")

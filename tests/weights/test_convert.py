@@ -328,7 +328,7 @@ def test_the_hashes_of_a_folder_that_was_downloaded(tmp_path):
     folder = jaxtc.save_model(random_model(), tmp_path / "hf")
     kept = folder / ".cache/huggingface/download"
     kept.mkdir(parents=True)
-    for name in ("config.json", "model.safetensors"):
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
         digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
         (kept / f"{name}.metadata").write_text(f"{'0' * 40}\n{digest}\n1700000000.0\n")
     jaxtc.load_model(folder, verify=True)

@@ -24,6 +24,7 @@ from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.checkpoints import tree
 from jaxtc.weights.checkpoints.sidecar import SIDECAR, read_bytes, read_sidecar, sha256
 from jaxtc.weights.files import arrays
+from jaxtc.weights.files.generation import GENERATION, with_stops
 from jaxtc.weights.files.layout import check_layer
 
 _Module = TypeVar("_Module", Gemma2, Transcoder)
@@ -103,6 +104,9 @@ class Converted:
                 "checkpoint again."
             )
         config = Gemma2Config.from_dict(self.sidecar.config, where)
+        if GENERATION in self.sidecar.files:
+            content = self.content(GENERATION)
+            config = with_stops(config, content, str(self.folder / GENERATION))
         return self._declared(Gemma2.abstract(config, dtype or np.dtype(np.float32)))
 
     def transcoder(
@@ -197,9 +201,7 @@ class Converted:
             for name in names:
                 array = found.pop(name)
                 if not _is_finite(array):
-                    given, dtype = self.sidecar.arrays[name].dtype, wanted[name].dtype
-                    large = f"values too large for {dtype}, " * (not np.can_cast(given, dtype))
-                    problems.append(f"{name} holds {large}NaN or infinity")
+                    problems.append(f"{name} holds {self._not_finite(name, wanted[name])}")
                 values[name] = arrays.to_jax(array) if isinstance(array, np.ndarray) else array
                 done += sizes[name]
             if progress:
@@ -210,6 +212,15 @@ class Converted:
                 "they computed would be wrong."
             )
         return jax.tree.unflatten(jax.tree.structure(abstract), [values[name] for name in wanted])
+
+    def _not_finite(self, name: str, wanted: jax.ShapeDtypeStruct) -> str:
+        """What is wrong with an array that has values that are not finite as it was ``wanted``."""
+        given, dtype = self.sidecar.arrays[name].dtype, wanted.dtype
+        if not np.can_cast(given, dtype):
+            as_stored = jax.ShapeDtypeStruct(wanted.shape, given, sharding=wanted.sharding)
+            if _is_finite(self._load({name: as_stored})[name]):
+                return f"values too large for {dtype.name}"
+        return "NaN or infinity"
 
 
 def named(module: Gemma2 | Transcoder) -> dict[str, Any]:

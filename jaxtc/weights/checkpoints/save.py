@@ -1,7 +1,6 @@
 """Saving what is in memory, possibly spread over many processes, as a converted checkpoint."""
 
 import contextlib
-import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.checkpoints import tree
 from jaxtc.weights.checkpoints.job import Job
 from jaxtc.weights.checkpoints.sidecar import SIDECAR, Array, describe, sha256
+from jaxtc.weights.save_model import config_files
 
 
 @explicit_transfers
@@ -48,8 +48,7 @@ def save_checkpoint(
     """
     values, files = _values(model), {}
     if isinstance(model, Gemma2):
-        config = model.config.to_dict() | {"dtype": model.dtype.name}
-        files["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+        files |= config_files(model)
     first, everyone = jax.process_index() == 0, Mesh(np.array(jax.devices()), ("all",))
     needed = sum(x.nbytes for x in values.values())
     bucket = _bucket(folder)

@@ -7,7 +7,7 @@ or a parameter of a transcoder), and a few hundred MB.
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from jaxtc.weights.checkpoints.sidecar import SIDECAR, Array, describe, sha256
 from jaxtc.weights.conversion.files import model_files, transcoder_files
 from jaxtc.weights.conversion.source import Content, open_model, open_transcoders
 from jaxtc.weights.files import arrays
+from jaxtc.weights.files.model import patterns
 from jaxtc.weights.load_model import Progress
 from jaxtc.weights.sources.resolve import MODEL, TRANSCODERS, resolve
 
@@ -52,6 +53,7 @@ def convert(
     model_name: str | None = None,
     max_shard_size: int = 5 * 10**9,
     verify: bool = False,
+    ignore: str | Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Path:
     """Write a checkpoint in another format.
@@ -74,6 +76,7 @@ def convert(
         max_shard_size: most bytes of tensors in a safetensors file of a model.
         verify: compare the source with the hub's hashes first; a converted one is always compared
             with its own, with ``verify`` before anything is written.
+        ignore: tensors of a model to leave out, as in :func:`jaxtc.load_model`.
         progress: called with (bytes read, bytes in all) after each array that is not there yet.
 
     Returns:
@@ -111,19 +114,22 @@ def convert(
     sites = {"input_site": input_site, "output_site": output_site}
     options = {"layers": None if str(layers) == "all" else layers, "width": width, "l0": l0}
     options |= sites | {"without_sites": without_sites, "model_name": model_name}
+    ignore = patterns(ignore)
+    if kind == TRANSCODERS and ignore:
+        raise SourceError(f"ignore is for models, and {source} are transcoders.")
     unfit = [key for key, value in options.items() if value is not None and value is not False]
     if kind == MODEL and unfit:
         raise SourceError(f"{unfit[0]} is for transcoders, and {source} is a model.")
     with contextlib.ExitStack() as stack:
         if kind == MODEL:
-            content = stack.enter_context(open_model(found, dtype, verify))
+            content = stack.enter_context(open_model(found, dtype, verify, ignore))
         else:
             content = open_transcoders(found, dtype, verify, layers, (width, l0), sites)
             options["layers"] = list(content.transcoders)
         what = options | {
             "source": content.source, "revision": content.revision,
             "state of its files": content.state, "to": to, "dtype": dtype and dtype.name,
-            "max_shard_size": int(max_shard_size), "jaxtc": JAXTC_VERSION,
+            "max_shard_size": int(max_shard_size), "ignore": ignore, "jaxtc": JAXTC_VERSION,
         }  # fmt: skip
         return _write(content, out, what, progress)
 

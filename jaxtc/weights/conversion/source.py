@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -16,6 +16,7 @@ from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.checkpoints.read import Converted, named
 from jaxtc.weights.checkpoints.sidecar import sha256
 from jaxtc.weights.files import local
+from jaxtc.weights.files.generation import GENERATION
 from jaxtc.weights.files.model import files_of, open_checkpoint
 from jaxtc.weights.files.transcoder import open_transcoder
 from jaxtc.weights.load_transcoder import declared
@@ -24,7 +25,7 @@ from jaxtc.weights.sources import hub
 from jaxtc.weights.sources.resolve import CONVERTED, MODEL, TRANSCODERS, Source
 
 # What is written beside the weights of a model.
-_KEPT = ("config.json", *hub.TOKENIZER_FILES, "generation_config.json")
+_KEPT = ("config.json", *hub.TOKENIZER_FILES, GENERATION)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +54,12 @@ class Content:
 
 
 @contextlib.contextmanager
-def open_model(source: Source, dtype: np.dtype | None, verify: bool) -> Iterator[Content]:
+def open_model(
+    source: Source, dtype: np.dtype | None, verify: bool, ignore: Sequence[str] = ()
+) -> Iterator[Content]:
     """A model whose tensors are those of its config; ``dtype`` None keeps that of each.
+
+    ``ignore`` is as in :func:`jaxtc.load_model`.
 
     Raises:
         SourceError, ConfigError, WeightsError: as :func:`jaxtc.load_model`.
@@ -74,7 +79,7 @@ def open_model(source: Source, dtype: np.dtype | None, verify: bool) -> Iterator
             kept, weights = [folder / n for n in _KEPT if local.has(folder, n)], files_of(folder)
             if verify:
                 hub.verify_files(dict.fromkeys([*weights, *kept]))
-            opened = stack.enter_context(open_checkpoint(folder))
+            opened = stack.enter_context(open_checkpoint(folder, ignore))
             config, names = opened.config, opened.names
             files = {path.name: path.read_bytes() for path in kept}
             stored, read = {k: opened.entry(x.hf).dtype for k, x in names.items()}, opened.read
@@ -82,8 +87,13 @@ def open_model(source: Source, dtype: np.dtype | None, verify: bool) -> Iterator
 
         raw = json.loads(files["config.json"])
         key = "torch_dtype" if "torch_dtype" in raw else "dtype"
-        if dtype is not None and raw.get(key) != dtype.name:
-            files["config.json"] = (json.dumps(raw | {key: dtype.name}, indent=2) + "\n").encode()
+        new = {} if dtype is None else {key: dtype.name}
+        if config.tie_word_embeddings != raw.get("tie_word_embeddings", True):
+            new["tie_word_embeddings"] = config.tie_word_embeddings
+        # A backbone, or a model with another head, is written as what it is then.
+        new["architectures"] = ["Gemma2ForCausalLM"]
+        if any(raw.get(key) != value for key, value in new.items()):
+            files["config.json"] = (json.dumps(raw | new, indent=2) + "\n").encode()
         arrays = {
             name.ours: jax.ShapeDtypeStruct(name.shape, dtype or stored[name.ours])
             for name in parameter_names(config)

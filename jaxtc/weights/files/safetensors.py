@@ -92,10 +92,13 @@ class SafetensorsFile(local.PlainFile):
 
         Raises WeightsError when the file ends or fails while it is read.
         """
+        return shards.read(self.raw(name, shape), dtype, sharding, transposed=transposed)
+
+    def raw(self, name: str, shape: tuple[int, ...] | None = None) -> Raw:
+        """Where the elements of a tensor without a fault are."""
         entry = self.entries[name]
         start = self._data_start + entry.start
-        raw = Raw(self._read_at, start, entry.dtype, shape or entry.shape)
-        return shards.read(raw, dtype, sharding, transposed=transposed)
+        return Raw(self._read_at, start, entry.dtype, shape or entry.shape)
 
     def _read_at(self, offset: int, view: memoryview) -> None:
         # Not through a memory map, where a file that shrinks or a failing disk kills the process.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
@@ -179,6 +180,20 @@ def read_parts(raw: Raw, dtype: np.dtype, boxes: Sequence[Box]) -> Parts:
         else:
             parts.take(block, corner)
     return parts
+
+
+def equal(one: Raw, other: Raw) -> bool:
+    """Whether two arrays of one shape hold the same numbers, of whatever dtypes; few rows of each
+    are in memory at a time. NaN equals nothing."""
+    dtype = np.dtype(jnp.promote_types(one.dtype, other.dtype))
+    rows, *rest = one.whole
+    step = max(1, CHUNK_BYTES // max(1, math.prod(one.shape[1:]) * dtype.itemsize))
+    for low in range(0, rows[1], step):
+        box = ((low, min(low + step, rows[1])), *rest)
+        a, b = (read_parts(raw, dtype, [box]).arrays[box] for raw in (one, other))
+        if not np.array_equal(a, b):
+            return False
+    return True
 
 
 def hull(boxes: Sequence[Box]) -> Box:

@@ -1,0 +1,103 @@
+"""What people have that is not a Gemma-2 in safetensors: named, with what to give instead."""
+
+import re
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+# By the suffix of a file: what it is, and what to give.
+_TO_SAFETENSORS = (
+    "transformers reads it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new)"
+)
+_PICKLE = (
+    f"a pickle of PyTorch, which can run code and is never read; {_TO_SAFETENSORS}, "
+    "or torch.load(..., weights_only=True) and safetensors.torch.save_file"
+)
+_GGUF = "quantised weights of llama.cpp (GGUF); give the checkpoint that they were made from"
+_KINDS = {
+    ".gguf": _GGUF, ".ggml": _GGUF,
+    ".bin": _PICKLE, ".pt": _PICKLE, ".pth": _PICKLE, ".ckpt": _PICKLE, ".pkl": _PICKLE,
+    ".distcp": "a part of a distributed checkpoint of PyTorch; give the checkpoint in safetensors",
+    ".h5": "weights of Keras or TensorFlow; give the checkpoint in safetensors",
+    ".keras": "a model of Keras; give the checkpoint in safetensors",
+    ".msgpack": "weights of Flax Linen; give the checkpoint in safetensors",
+    ".index": "a checkpoint of TensorFlow; give the checkpoint in safetensors",
+    ".onnx": "a program of ONNX; give the checkpoint that it was made from",
+    ".tflite": "a program of TensorFlow Lite; give the checkpoint that it was made from",
+    ".task": "a bundle of MediaPipe; give the checkpoint that it was made from",
+    ".sbs": "weights of gemma.cpp; give the checkpoint in safetensors",
+    ".npz": "a file of arrays, not a model's folder; load_transcoder reads a transcoder's",
+    ".safetensors": "one file of a checkpoint; give the folder that holds it and config.json",
+    ".model": "a tokenizer of SentencePiece; give the folder of the model",
+}  # fmt: skip
+
+# By the end of a tensor's name: the method that quantised the matrix beside it.
+_QUANTISED = {
+    r"\.(quant_state\..+|absmax|quant_map|nested_absmax|nested_quant_map)": "bitsandbytes, 4 bits",
+    r"\.(SCB|weight_format)": "bitsandbytes, 8 bits",
+    r"\.(qweight|qzeros|g_idx)": "GPTQ or AWQ",
+    r"\.(weight_packed|weight_shape|weight_zero_point|weight_global_scale)": "compressed-tensors",
+    r"\.(weight_scale|weight_scale_inv|input_scale|input_scale_ub)": "FP8 or INT8",
+    r"\.(W_q|meta)": "HQQ",
+    r"\.weight\._(data|scale|shift)": "Quanto",
+    r"\.(scales|biases)": "MLX",
+}
+
+# What else a checkpoint may hold beside a Gemma-2, by the first part of its tensors' names.
+_BESIDE = {
+    "score": "a head of a classifier or a reward model",
+    **dict.fromkeys(("classifier", "classification_head"), "a head of a classifier"),
+    **dict.fromkeys(("reward_head", "regression_head", "rm_head"), "a head of a reward model"),
+    **dict.fromkeys(("v_head", "value_head"), "a head of a value model (TRL)"),
+    "qa_outputs": "a head for question answering",
+    **dict.fromkeys(("vision_tower", "multi_modal_projector", "vision_model"), "parts for images"),
+    "audio_tower": "parts for sound",
+}
+
+_TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+
+
+TRANSCODERS = "transcoders or autoencoders; load_transcoder reads those"
+
+
+def file_kind(path: str | Path) -> str:
+    """What a file is by its name, and what to give: ``"quantised weights …; give …"``, or ""."""
+    return _KINDS.get(Path(path).suffix.lower(), "")
+
+
+def folder_kind(files: Collection[str]) -> str:
+    """What the names of the files in a folder without a model's say that it is, or ""."""
+    names = sorted(files)
+    if "config.json" in names and any(name.startswith("model") for name in names):
+        return "it is a model's folder, which load_model reads"
+    if "adapter_config.json" in names:
+        return "a LoRA adapter, which changes a model"
+    known = {"cfg.json", "sae_weights.safetensors"}
+    if known & set(names) or any(x.endswith(".npz") or x.startswith("layer_") for x in names):
+        return TRANSCODERS
+    for suffix, kind in _KINDS.items():
+        found = [name for name in names if name.lower().endswith(suffix)]
+        if found and suffix not in (".npz", ".safetensors", ".model"):
+            return f"{found[0]} is {kind}"
+    if any(name in names for name in _TOKENIZER):
+        return "it holds a tokenizer only, which load_tokenizer reads"
+    return ""
+
+
+def quantised_by(tensors: Iterable[str]) -> tuple[str, str]:
+    """(The method that the names of tensors give away, one of them), or ("", "")."""
+    for tensor in tensors:
+        for pattern, method in _QUANTISED.items():
+            if re.search(pattern + r"\Z", tensor):
+                return method, tensor
+    return "", ""
+
+
+def beside(tensor: str) -> str:
+    """What a tensor of this (published) name is a part of, beside a Gemma-2, or ""."""
+    return _BESIDE.get(tensor.split(".")[0], "")
+
+
+def prefix_of(tensors: Iterable[str]) -> str:
+    """What stands before the names of a Gemma-2's tensors in a checkpoint, ``"teacher.model."``."""
+    end = "layers.0.pre_feedforward_layernorm.weight"
+    return next((t.removesuffix(end) for t in tensors if t.endswith(end)), "")
