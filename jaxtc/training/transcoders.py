@@ -94,7 +94,8 @@ def initial_weights(
     W_dec = he_uniform(outward, (recipe.features, y.shape[1]), jnp.float32)
     threshold = jnp.quantile(x @ W_enc, 1 - recipe.start_density, axis=0)
     return Weights(
-        W_enc, jnp.zeros(recipe.features), _unit_rows(W_dec), jnp.asarray(y.mean(axis=0)),
+        W_enc, jnp.zeros(recipe.features, jnp.float32), _unit_rows(W_dec),
+        jnp.asarray(y.mean(axis=0)),
         threshold=jnp.maximum(threshold, recipe.bandwidth),
     )  # fmt: skip
 
@@ -159,12 +160,12 @@ def train_transcoders(
 
     def start(i: int):
         weights = initial_weights(keys[i], x[i] / scales[i][0], y[i] / scales[i][1], recipe)
-        density = jnp.full(recipe.features, _REVIVED_DENSITY * recipe.rarest)
+        density = jnp.full(recipe.features, _REVIVED_DENSITY * recipe.rarest, jnp.float32)
         return weights, transform.init(weights), density
 
     def advance(i: int, number, batch, weights: Weights, state, density):
         x, y = (part[i] / scale for part, scale in zip(batch, scales[i], strict=True))
-        ramp = jnp.minimum(1.0, number / (0.2 * recipe.steps))
+        ramp = jnp.minimum(1.0, number.astype(jnp.float32) / (0.2 * recipe.steps))
         reviving = (number % recipe.revive_every == 0) & (number > 0)
         reviving &= number <= 0.6 * recipe.steps
         gradient, (seen, now, left) = jax.grad(loss, has_aux=True)(weights, x, y, ramp, recipe)
