@@ -20,7 +20,7 @@ from jaxtc.programs.leaves import parameters, placed
 from jaxtc.sharding.mesh import make_mesh
 from jaxtc.sharding.placement import Placement
 from jaxtc.sharding.rules import shardings
-from jaxtc.weights.load_model import RELEASED
+from jaxtc.model.released import RELEASED
 
 CONFIG = jaxtc.Gemma2Config(
     vocab_size=512, hidden_size=64, intermediate_size=512, num_hidden_layers=3,
