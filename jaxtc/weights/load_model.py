@@ -63,7 +63,7 @@ def load_model(
     at the ``eos_token_id`` of ``config.json`` and of ``generation_config.json``.
 
     A LoRA adapter of PEFT is merged into its base model while that is read, a parameter at a time,
-    as PEFT's ``merge_and_unload`` has it: ``W + (α / r) B A`` in float32, rounded once to ``dtype``.
+    as PEFT's ``merge_and_unload`` has it: ``W + (α / r) B A`` in float32, rounded once.
     ``use_rslora``, ``use_dora``, rank and alpha patterns, ``modules_to_save``, adapters of the
     embedding and trainable tokens are merged too; every other kind of adapter, and every setting
     that is not known, is an error with the lines that merge it in PEFT. Where a LoRA is on an

@@ -118,7 +118,7 @@ def _converted(source: Source, verify: bool) -> Opened:
     checkpoint = Converted(source.path, MODEL, verify)
     dtypes = {name: one.dtype for name, one in checkpoint.sidecar.arrays.items()}
 
-    def read(ours: str, dtype: np.dtype, sharding: NamedSharding | None):
+    def read(ours: str, dtype: np.dtype, sharding: NamedSharding | None = None):
         array, problem = checkpoint.read(ours, dtype)
         spread = sharding is not None and not problem
         return (shards.spread(array, sharding) if spread else array), problem
@@ -239,7 +239,7 @@ def _adapted(
         )
     names = {name.ours: name for name in parameter_names(made.config)}
 
-    def read(ours: str, dtype: np.dtype, sharding: NamedSharding | None):
+    def read(ours: str, dtype: np.dtype, sharding: NamedSharding | None = None):
         return made.read(opened.read, names[ours], dtype, sharding)
 
     dtypes = {ours: opened.dtypes.get(ours, opened.dtypes["embed.weight"]) for ours in names}

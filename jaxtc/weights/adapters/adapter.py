@@ -92,8 +92,8 @@ class Adapter:
                 continue
             if entry.fault:
                 self.problems.append(f"{tensor} {entry.fault}")
-            module, kind = match["module"], match["part"].removesuffix(".weight") or "weight"
-            kind = kind.removeprefix("base_layer.")
+            module, kind = match["module"], match["part"].removeprefix("base_layer.")
+            kind = kind.removesuffix(".weight")
             if kind.endswith("bias"):
                 self.problems.append(f"{tensor} is a bias, and Gemma-2's layers have none")
                 continue
@@ -118,12 +118,12 @@ class Adapter:
             shape = self.file.entries[self.replaced[EMBEDDING]].shape
             changed["vocab_size"] = max(shape[0], 1) if len(shape) == 2 else base.vocab_size
         merged = dataclasses.replace(base, **changed)
-        if not merged.tie_word_embeddings and HEAD not in self.replaced:
-            if merged.vocab_size != base.vocab_size:
-                self.problems.append(
-                    f"{self.replaced[EMBEDDING]} has {merged.vocab_size} rows, and the output "
-                    f"matrix of the base model {base.vocab_size}"
-                )
+        grown = merged.vocab_size != base.vocab_size
+        if grown and not merged.tie_word_embeddings and HEAD not in self.replaced:
+            self.problems.append(
+                f"{self.replaced[EMBEDDING]} has {merged.vocab_size} rows, and the output matrix "
+                f"of the base model {base.vocab_size}"
+            )
         return merged
 
     def _parts_ways(self) -> bool:
