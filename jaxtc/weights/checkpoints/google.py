@@ -299,7 +299,14 @@ def _orbax(folder: Path) -> Iterator[Any]:
     level = absl.level
     absl.setLevel(logging.ERROR)  # warnings that a tree names no sharding
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        # By each process without waiting for the others.
+        process = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=process, active_processes={process},
+            barrier_sync_key_prefix=f"jaxtc_{process}",
+        )  # fmt: skip
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
             yield reader
     except WeightsError:
         raise
