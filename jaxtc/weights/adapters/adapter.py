@@ -263,8 +263,9 @@ class Adapter:
             if made is None:
                 made = arrays.empty(part.shape, part.dtype)
                 np.copyto(made, part)
-            for change in changes:
-                change.apply(made, box, name.shape)
+            with np.errstate(all="ignore"):  # what is not finite is told below
+                for change in changes:
+                    change.apply(made, box, name.shape)
             return made
 
         if sharding is None:
@@ -274,8 +275,8 @@ class Adapter:
                 array = shards.spread(array, spread)
         else:
             array, fine = _each_shard(array, sharding, merged)
-        large = f"{name.ours} holds values too large for {dtype.name} once the adapter is merged"
-        return array, "" if fine else large
+        large = f"holds NaN, or values too large for {dtype.name}, once the adapter is merged"
+        return array, "" if fine else f"{name.ours} {large}"
 
 
 def _each_shard(array: jax.Array, sharding: NamedSharding, merged) -> tuple[jax.Array, bool]:
