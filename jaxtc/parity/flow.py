@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtc.errors import CapacityError, InputError
+from jaxtc.errors import CapacityError, InputError, SourceError
 from jaxtc.helpers import JAXTC_VERSION, whole_number
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
@@ -35,7 +35,15 @@ from jaxtc.weights.files.layout import sae_site
 from jaxtc.weights.files.transcoder import open_transcoder
 from jaxtc.weights.load_model import load_model, load_tokenizer
 from jaxtc.weights.load_transcoder import load_transcoder
-from jaxtc.weights.sources.resolve import EMBEDDED, MODEL, TRANSCODERS, resolve
+from jaxtc.weights.sources.resolve import (
+    ADAPTER,
+    CONVERTED,
+    EMBEDDED,
+    GOOGLE,
+    MODEL,
+    TRANSCODERS,
+    resolve,
+)
 
 
 def certify(
@@ -82,7 +90,13 @@ def certify(
         raise InputError(f"dtype is {dtype!r}, expected 'float32' or 'bfloat16'.")
     whole_number("new_tokens", new_tokens)
     progress(f"Looking for {model}")
-    folder = resolve(model, MODEL).fetch()
+    found = resolve(model, MODEL).fetched()
+    if found.format in (ADAPTER, GOOGLE, CONVERTED):
+        raise SourceError(
+            f"{model} is compared with PyTorch once it is a folder that transformers reads: "
+            f"`jaxtc convert {model} OUT --to safetensors`, then `jaxtc parity OUT`."
+        )
+    folder = found.path
     config = Gemma2Config.from_file(folder / "config.json")
     count = config.num_hidden_layers
     chosen = _layers(layers, count)

@@ -77,8 +77,8 @@ def test_settings_that_change_nothing(settings, bases, tmp_path):
         ({"layers_to_transform": ["1"]}, "layers_to_transform"),
         ({"base_model_name_or_path": 7}, "base_model_name_or_path is 7"),
         ({"target_modules": "["}, "regular expression"),
-        ({"target_modules": "(.*.*.*)*x"}, "too long"),
-        ({"rank_pattern": {"(a?){30}a{30}": 2, "([a-z_.]*)*!": 2}}, "too long"),
+        ({"target_modules": "(.|..)*[!?]"}, "too long"),
+        ({"rank_pattern": {"[a-z]": 2, "([a-z_.0-9]|[a-z_.0-9]{2})*[!?]": 2}}, "too long"),
         ({"alpha_pattern": {"x" * 20_000: 2}}, "too long"),
         ({"task_type": "SEQ_CLS"}, "SEQ_CLS.*head"),
     ],
@@ -122,10 +122,8 @@ def test_settings_and_tensors_agree(bases, tmp_path):
     check("two tokens", "not the 3 trainable", case="tokens", trainable_token_indices=[3, 40, 5])
 
 
-def test_the_wrong_base_is_told_by_shapes(tmp_path, bases):
-    refused(DATA / "resized", "embed_tokens", base=bases())
-    message = refused(DATA / "plain", "has shape", base="embedded")
-    assert "base=" in message
+def test_the_wrong_base_is_told_by_shapes():
+    refused(DATA / "plain", "has shape.*base=", base="embedded")
 
 
 @pytest.mark.parametrize("name", [None, "", "owner/not-here", "/not/here", "../not-here", "~/x",
@@ -134,7 +132,7 @@ def test_a_base_that_is_not_found_asks_for_one(name, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     folder = copied("plain", tmp_path / "adapter", base_model_name_or_path=name)
-    refused(folder, r"LoRA adapter; give the model .*base=", SourceError)
+    refused(folder, r"adapter.*base=", SourceError)
 
 
 def test_a_base_that_is_no_model(tmp_path, bases):
