@@ -84,7 +84,8 @@ def command(
                 layers=layers if layers == "all" else parse_layers(layers), width=width, l0=l0,
                 input_site=input_site, output_site=output_site, without_sites=without_sites,
                 model_name=model_name, max_shard_size=max_shard_size * 10**9,
-                verify=verify, ignore=ignore or (), base=base, config=config, progress=progress.part,
+                verify=verify, ignore=ignore or (), base=base, config=config,
+                progress=progress.part,
             )  # fmt: skip
         except KeyboardInterrupt:
             note = "Interrupted. Give the same command again to go on where it stopped."
