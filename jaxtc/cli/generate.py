@@ -3,7 +3,10 @@
 import contextlib
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+import typer
 
 from jaxtc.cli.explain import find_transcoders
 from jaxtc.cli.options import STDOUT, Dtype, Model, OnlyJson, argument, option, write_json
@@ -13,7 +16,12 @@ from jaxtc.errors import JaxtcError
 from jaxtc.explore.explain import continuation
 from jaxtc.helpers import check_unicode
 from jaxtc.programs.generate import generate
+from jaxtc.weights.files.generation import GENERATION, choices
 from jaxtc.weights.load_model import load_model, load_tokenizer
+from jaxtc.weights.sources.resolve import CONFIG, resolve
+
+# Of sampling, named as in generation_config.json.
+OPTIONS = ("temperature", "top_k", "top_p")
 
 # What the byte-level pieces of an unfinished character decode to.
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
@@ -90,6 +98,8 @@ def command(
         loaded = load_model(model, dtype=dtype, progress=progress.part)
         progress("Loading the tokenizer")
         tokenizer = load_tokenizer(model)
+        if note := _not_taken(model, temperature):
+            typer.echo(note, err=True)
         ids = tokenizer(prompt).input_ids
         text = Increments(tokenizer, ids, stop)
         progress("Generating")
@@ -107,6 +117,21 @@ def command(
             "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
         }  # fmt: skip
         write_json(STDOUT, value)
+
+
+def _not_taken(model: str, temperature: float) -> str:
+    """What the model's ``generation_config.json`` asks for and this command does not do, or ""."""
+    folder = resolve(model, CONFIG).fetch()
+    asked = choices(folder) if isinstance(folder, Path) else {}
+    if temperature:
+        asked = {k: v for k, v in asked.items() if k not in ("do_sample", *OPTIONS)}
+    if not asked:
+        return ""
+    said = ", ".join(f"{key} = {value!r}" for key, value in asked.items())
+    return (
+        f"{GENERATION} asks for {said}, which is not taken from it. --temperature, --top-k and "
+        "--top-p sample; without them the argmax is taken."
+    )
 
 
 class Increments:

@@ -69,7 +69,11 @@ def made_from(raw: Mapping[str, Any]) -> str:
 def another(raw: Mapping[str, Any]) -> str:
     """What a ``config.json`` describes that is no Gemma-2, and what to give."""
     kind, inner = raw.get("model_type"), raw.get("text_config")
-    what = _OTHERS.get(kind, "another model") if isinstance(kind, str) else "no model of its own"
+    what = (
+        _OTHERS.get(kind, "another model")
+        if isinstance(kind, str)
+        else "something without a model_type"
+    )
     if raw.keys() & {"registered_name", "class_name", "keras_version"}:
         what = "a model of Keras"
     elif raw.keys() & {"hook_name", "hook_point", "hf_hook_point_in", "d_sae", "expansion_factor"}:

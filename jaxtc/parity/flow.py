@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtc.errors import CapacityError, InputError, SourceError
+from jaxtc.errors import CapacityError, InputError, SourceError, WeightsError
 from jaxtc.helpers import JAXTC_VERSION, whole_number
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
@@ -32,9 +32,11 @@ from jaxtc.parity.tolerances import tolerances
 from jaxtc.programs.generate import generate
 from jaxtc.tap.sites import check_layer
 from jaxtc.weights.files.layout import sae_site
+from jaxtc.weights.files.model import Checkpoint, open_checkpoint
 from jaxtc.weights.files.transcoder import open_transcoder
 from jaxtc.weights.load_model import load_model, load_tokenizer
 from jaxtc.weights.load_transcoder import load_transcoder
+from jaxtc.weights.names import HEAD
 from jaxtc.weights.sources.resolve import (
     ADAPTER,
     CONVERTED,
@@ -97,7 +99,9 @@ def certify(
             f"`jaxtc convert {model} OUT --to safetensors`, then `jaxtc parity OUT`."
         )
     folder = found.path
-    config = Gemma2Config.from_file(folder / "config.json")
+    with open_checkpoint(folder) as opened:
+        config = opened.config
+        _check_readable(opened)
     count = config.num_hidden_layers
     chosen = _layers(layers, count)
     limits = tolerances(dtype, count)
@@ -182,6 +186,19 @@ def certify(
         seconds=seconds,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
+
+
+def _check_readable(opened: Checkpoint) -> None:
+    """Refuse names of tensors that transformers would not find, and leave random, in silence."""
+    odd = [
+        name for hf, name in opened.stored.items() if name not in (hf, hf.removeprefix("model."))
+    ]
+    if set(odd) - {HEAD}:
+        raise WeightsError(
+            f"transformers does not find the weights in {opened.folder} under names such as "
+            f"{odd[0]}, so there is nothing to compare with. Write them under the usual names "
+            "first: `jaxtc convert --to safetensors`."
+        )
 
 
 def _layers(asked: Iterable[int] | None, count: int) -> list[int]:

@@ -105,7 +105,10 @@ def generate(
             after ``temperature`` and ``top_k``.
         seed: a whole number or a jax key. The same one gives the same tokens; each row and each
             position has its own random numbers, whatever the other rows are.
-        stop: id or ids that end a text; the config's ``eos_token_id`` by default, none when empty.
+        stop: id or ids that end a text; the config's ``eos_token_id`` by default (where a model was
+            loaded, those of its ``config.json`` and its ``generation_config.json``), none when
+            empty. Nothing else is taken from ``generation_config.json``: these arguments say how
+            tokens are chosen.
         stream: called with the number of each step and its new ids, as soon as they are known; when
             it returns ``True`` no more follow.
 

@@ -48,12 +48,57 @@ def test_even_layers_slide():
     assert config.layer_types == ("sliding_attention", "full_attention", "sliding_attention")
 
 
+def both(sliding, full, **more):
+    """rope_parameters by type of layer."""
+    return {"sliding_attention": {"rope_type": "default", "rope_theta": sliding},
+            "full_attention": {"rope_type": "default", "rope_theta": full, **more}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {},
+        {"rope_theta": 500.0},
+        {"rope_parameters": {"rope_theta": 7.0}, "rope_theta": 9.0},
+        {"rope_scaling": {"rope_type": "default"}, "rope_theta": 9.0},
+        {"rope_scaling": {"type": "default", "rope_theta": 7.0}, "rope_theta": 9.0},
+        {"rope_parameters": {"rope_type": "default"}, "rope_theta": 9.0},
+    ],
+)
+def test_the_rotary_base_is_that_of_transformers(raw):
+    theirs = TorchConfig(**json.loads(json.dumps(raw))).rope_parameters["rope_theta"]
+    assert Gemma2Config.from_dict({"model_type": "gemma2", **raw}).rope_theta == theirs
+
+
 @pytest.mark.parametrize(
     ("raw", "expected"),
     [
         ({"rope_theta": 500.0}, {"rope_theta": 500.0}),
         ({"rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}}, {"rope_theta": 7.0}),
         ({"rope_scaling": None}, {"rope_theta": 10000.0}),
+        ({"rope_scaling": {"type": "default"}, "rope_theta": 7.0}, {"rope_theta": 7.0}),
+        ({"rope_scaling": {"factor": 1.0, "rope_type": "default"}}, {"rope_theta": 10000.0}),
+        ({"rope_parameters": {}, "rope_theta": 7.0}, {"rope_theta": 7.0}),
+        ({"rope_parameters": {"rope_theta": 7.0}, "rope_theta": 9.0}, {"rope_theta": 7.0}),
+        (
+            {
+                "rope_parameters": {
+                    "rope_theta": 7.0,
+                    "original_max_position_embeddings": 8192,
+                    "partial_rotary_factor": 1.0,
+                    "attention_factor": None,
+                }
+            },
+            {"rope_theta": 7.0},
+        ),
+        # By type of layer, all alike.
+        ({"rope_parameters": both(7.0, 7)}, {"rope_theta": 7.0}),
+        ({"rope_parameters": {"full_attention": None}, "rope_theta": 7.0}, {"rope_theta": 7.0}),
+        ({"tie_word_embeddings": False}, {"tie_word_embeddings": False}),
+        ({"is_causal": True, "attention_bias": False, "mlp_bias": None, "pruned_heads": {}}, {}),
+        ({"sliding_window_pattern": 2, "_name_or_path": "x", "num_labels": 3}, {}),
+        ({"quantization_config": None, "quantization": {}}, {}),
+        ({"final_logit_softcapping": None}, {"final_logit_softcapping": None}),
         ({"eos_token_id": [1, 107]}, {"eos_token_id": (1, 107)}),
         ({"layer_types": None}, {"layer_types": Gemma2Config().layer_types}),
         ({"attn_logit_softcapping": None}, {"attn_logit_softcapping": None}),
@@ -78,6 +123,58 @@ OTHERS = [
     ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type = 'linear', .*factor = 2.0"),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type = 'yarn'"),
+    ({"rope_parameters": both(1e4, 1e6)}, "several rope_theta in one model .10000.0, 1000000.0."),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 7.0}}}, "several rope_theta"),
+    (
+        {"rope_parameters": both(7.0, 7.0, rope_type="llama3", factor=8.0)},
+        "rope_parameters.full_attention.rope_type = 'llama3'.*full_attention.factor = 8.0",
+    ),
+    ({"rope_parameters": both(7.0, None)}, "several rope_theta"),
+    ({"rope_parameters": {"rope_theta": None}, "rope_theta": 7.0}, "rope_theta is None"),
+    (
+        {"rope_parameters": {"full_attention": 3}},
+        "rope_parameters.full_attention is 3, expected an",
+    ),
+    ({"rope_parameters": {"rope_theta": 7.0, "mrope_section": [8]}}, "mrope_section = .8."),
+    ({"rope_parameters": {"rope_theta": 7.0, "factor": 2.0}}, "rope_parameters.factor = 2.0"),
+    ({"rope_parameters": {"rope_theta": 7.0}, "rope_scaling": {"rope_theta": 9.0}}, "several rope"),
+    ({"rope_scaling": {"rope_type": "dynamic", "factor": 2}}, "rope_scaling.rope_type = 'dynamic'"),
+    ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1]}}, "short_factor = .1."),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+    ({"rope_local_base_freq": 1e4}, "rope_local_base_freq"),
+    ({"is_causal": False}, "is_causal = False"),
+    ({"mlp_bias": True}, "mlp_bias = True"),
+    ({"use_qk_norm": True}, "use_qk_norm = True"),
+    ({"sliding_window_pattern": 6}, "sliding_window_pattern = 6"),
+    ({"use_sliding_window": False}, "use_sliding_window = False"),
+    ({"pruned_heads": {"1": [0]}}, "pruned_heads"),
+    ({"num_experts": 8}, "num_experts = 8"),
+    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised .gptq, 4 bits."),
+    (
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+        "quantised .bitsandbytes, 8 bits.",
+    ),
+    (
+        {"quantization_config": {"quant_method": "fp8"}, "_name_or_path": "google/gemma-2-9b-it"},
+        r"quantised .fp8.*made from \(google/gemma-2-9b-it\)",
+    ),
+    (
+        {"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}},
+        "quantised .compressed-tensors",
+    ),
+    ({"quantization_config": {"quant_method": "awq", "bits": 4, "version": "gemm"}}, "awq, 4 bits"),
+    ({"quantization_config": {"quant_algo": "NVFP4"}}, "quantised .NVFP4"),
+    ({"quantization": {"group_size": 64, "bits": 4}}, "quantised .MLX, 4 bits"),
+    ({"compression_config": {"format": "naive-quantized"}}, "quantised .naive-quantized"),
+    ({"quantization_config": True}, "quantised .by an unnamed method"),
+    ({"quantization_config": {"quant_method": ["x"], "bits": "4"}}, "by an unnamed method"),
+    (
+        {"model_type": "paligemma", "text_config": {"model_type": "gemma2"}},
+        "a PaliGemma with a Gemma-2 inside.*Gemma2ForCausalLM.config.text_config.",
+    ),
+    ({"model_type": "gemma", "quantization_config": {"bits": 4}}, "a Gemma 1 .model_type 'gemma'"),
+    ({"model_type": None, "class_name": "GemmaBackbone"}, "a model of Keras"),
+    ({"model_type": None, "d_sae": 16384}, "a transcoder or autoencoder .load_transcoder"),
     ({"sliding_window": None}, "sliding_window is None, expected a whole number"),
     ({"hidden_size": 0}, "hidden_size is 0, expected a whole number of at least 1"),
     ({"num_hidden_layers": 2.5}, "num_hidden_layers is 2.5"),

@@ -227,8 +227,17 @@ def test_values_that_are_not_finite(tmp_path):
         load(tree)
     model.layers[1].mlp.down[...] = model.layers[1].mlp.down[...].at[0, 0].set(1e30)
     tree = jaxtc.save_checkpoint(model, tmp_path / "large")
-    with pytest.raises(WeightsError, match="holds values too large for float16"):
+    # Which of the two it is, also where it is read onto a mesh.
+    model.layers[0].attn.q[...] = model.layers[0].attn.q[...].at[0, 0].set(np.nan)
+    both = jaxtc.save_checkpoint(model, tmp_path / "both")
+    for options in ({}, {"mesh": "model=1"}):
+        with pytest.raises(WeightsError) as caught:
+            jaxtc.load_model(both, dtype="float16", **options)
+        assert "layers.1.mlp.down holds values too large for float16" in str(caught.value)
+        assert "layers.0.attn.q holds NaN or infinity" in str(caught.value)
+    with pytest.raises(WeightsError, match="down holds values too large for float16"):
         jaxtc.load_model(tree, dtype="float16")
+    assert jaxtc.load_model(tree, dtype="bfloat16").layers[1].mlp.down[0, 0] > 9e29
 
 
 def test_a_transcoder_that_is_only_named(tmp_path):

@@ -138,7 +138,7 @@ def test_model_from_the_hub_then_from_the_cache(server, model, shard, monkeypatc
     for extra in ("consolidated.safetensors", "pytorch_model.bin", "modeling.py"):
         (folder / extra).write_bytes(b"huge")
     assert same(model, jaxtc.load_model("google/gemma-2-tiny", dtype="float32"))
-    wanted = {p.name for p in folder.iterdir() if p.name.startswith(("model", "config"))}
+    wanted = {p.name for p in folder.iterdir() if p.name.startswith(("model", "config", "gen"))}
     assert set(server.sent) == wanted - {"modeling.py"} and set(server.sent.values()) == {1}
 
     server.close()

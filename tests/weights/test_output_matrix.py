@@ -202,5 +202,5 @@ def test_gradients_and_generation_use_it(untied):
 
 
 def test_parity_passes(untied):
-    found = certify(str(untied), [IDS], new_tokens=3)
+    found = certify(str(untied), prompts=[IDS], new_tokens=3)
     assert found.passed

@@ -115,7 +115,7 @@ def test_a_checkpoint_in_a_bucket(monkeypatch):
         ("nothing", {}, "no folder nothing, and it is not a hub id"),
         ("nothing", {"default": "transcoders"}, "no file or folder nothing"),
         ("2c", {"kind": "config"}, "nor one of 2b, 9b, 27b. Did you mean '2b'"),
-        ("one.npz", {"kind": "model"}, "is a file; give the folder"),
+        ("one.npz", {"kind": "model"}, "is a file of arrays, .*load_transcoder reads"),
         ("one.npz", {"path": "layer_1"}, "is a file, so there is no 'layer_1' in it"),
         ("scope", {"kind": "model"}, "has no config.json"),
         ("scope", {"revision": "main"}, "applies to hub ids only, and 'scope' is not one"),

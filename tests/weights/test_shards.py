@@ -1,6 +1,7 @@
 """Parts of arrays read from a file: the right ones, and no other byte."""
 
 import dataclasses
+import tracemalloc
 
 import jax
 import numpy as np
@@ -80,6 +81,38 @@ def test_whole_rows_are_read_in_one_piece():
     assert shards._groups(halves, array.dtype) == [halves]
     read_parts(raw, array.dtype, halves)
     assert file.calls == 2  # interleaved boxes: one run all the same
+
+
+@pytest.mark.parametrize("other", DTYPES)
+def test_equal_compares_numbers_of_any_dtypes(other, monkeypatch):
+    monkeypatch.setattr(shards, "CHUNK_BYTES", 40)
+    array = np.random.default_rng(0).integers(-9, 9, (30, 7)).astype(np.float32)
+    for change in (None, (0, 0), (29, 6), (14, 3)):
+        changed = array.copy()
+        if change is not None:
+            changed[change] += 1
+        files = [File(x, start=8) for x in (array, changed.astype(other))]
+        one, two = (
+            Raw(file.read_at, 8, np.dtype(x), array.shape)
+            for file, x in zip(files, (np.float32, other), strict=True)
+        )
+        assert shards.equal(one, two) == (change is None) == shards.equal(two, one)
+    nan = np.full((2, 2), np.nan, np.float32)
+    raw = Raw(File(nan, start=0).read_at, 0, nan.dtype, nan.shape)
+    assert not shards.equal(raw, raw)
+
+
+def test_equal_holds_few_rows_in_memory():
+    array = np.ones((2000, 4096), np.float16)  # 16 MB, 33 as float32
+    wide = array.astype(np.float32)
+    raws = [Raw(File(x, start=0).read_at, 0, x.dtype, x.shape) for x in (array, wide)]
+    tracemalloc.start()
+    try:
+        assert shards.equal(*raws)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * shards.CHUNK_BYTES < wide.nbytes * 2, peak / 2**20
 
 
 def test_what_is_wrong_with_the_values_is_told():

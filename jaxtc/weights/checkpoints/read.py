@@ -201,9 +201,7 @@ class Converted:
             for name in names:
                 array = found.pop(name)
                 if not _is_finite(array):
-                    given, dtype = self.sidecar.arrays[name].dtype, wanted[name].dtype
-                    large = f"values too large for {dtype}, " * (not np.can_cast(given, dtype))
-                    problems.append(f"{name} holds {large}NaN or infinity")
+                    problems.append(f"{name} holds {self._not_finite(name, wanted[name])}")
                 values[name] = arrays.to_jax(array) if isinstance(array, np.ndarray) else array
                 done += sizes[name]
             if progress:
@@ -214,6 +212,15 @@ class Converted:
                 "they computed would be wrong."
             )
         return jax.tree.unflatten(jax.tree.structure(abstract), [values[name] for name in wanted])
+
+    def _not_finite(self, name: str, wanted: jax.ShapeDtypeStruct) -> str:
+        """What is wrong with an array that has values that are not finite as it was ``wanted``."""
+        given, dtype = self.sidecar.arrays[name].dtype, wanted.dtype
+        if not np.can_cast(given, dtype):
+            as_stored = jax.ShapeDtypeStruct(wanted.shape, given, sharding=wanted.sharding)
+            if _is_finite(self._load({name: as_stored})[name]):
+                return f"values too large for {dtype.name}"
+        return "NaN or infinity"
 
 
 def named(module: Gemma2 | Transcoder) -> dict[str, Any]:

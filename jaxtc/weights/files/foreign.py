@@ -16,6 +16,7 @@ _GGUF = "quantised weights of llama.cpp (GGUF); give the checkpoint that they we
 _KINDS = {
     ".gguf": _GGUF, ".ggml": _GGUF,
     ".bin": _PICKLE, ".pt": _PICKLE, ".pth": _PICKLE, ".ckpt": _PICKLE, ".pkl": _PICKLE,
+    ".distcp": "a part of a distributed checkpoint of PyTorch; give the checkpoint in safetensors",
     ".h5": "weights of Keras or TensorFlow; give the checkpoint in safetensors",
     ".keras": "a model of Keras; give the checkpoint in safetensors",
     ".msgpack": "weights of Flax Linen; give the checkpoint in safetensors",
@@ -24,9 +25,8 @@ _KINDS = {
     ".tflite": "a program of TensorFlow Lite; give the checkpoint that it was made from",
     ".task": "a bundle of MediaPipe; give the checkpoint that it was made from",
     ".sbs": "weights of gemma.cpp; give the checkpoint in safetensors",
-    ".npz": "arrays of NumPy, such as a transcoder's; load_transcoder reads those",
+    ".npz": "a file of arrays, not a model's folder; load_transcoder reads a transcoder's",
     ".safetensors": "one file of a checkpoint; give the folder that holds it and config.json",
-    ".json": "one file of a model's folder; give the folder",
     ".model": "a tokenizer of SentencePiece; give the folder of the model",
 }  # fmt: skip
 
@@ -53,6 +53,9 @@ _HEADS = {
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
+TRANSCODERS = "transcoders or autoencoders; load_transcoder reads those"
+
+
 def file_kind(path: str | Path) -> str:
     """What a file is by its name, and what to give: ``"quantised weights …; give …"``, or ""."""
     return _KINDS.get(Path(path).suffix.lower(), "")
@@ -61,15 +64,17 @@ def file_kind(path: str | Path) -> str:
 def folder_kind(files: Collection[str]) -> str:
     """What the names of the files in a folder without a model's say that it is, or ""."""
     names = sorted(files)
+    if "config.json" in names and any(name.startswith("model") for name in names):
+        return "it is a model's folder, which load_model reads"
     if "adapter_config.json" in names:
         return "a LoRA adapter, which changes a model"
     known = {"cfg.json", "sae_weights.safetensors"}
-    if known & set(names) or any(x.endswith(".npz") or "/layer_" in f"/{x}" for x in names):
-        return "transcoders or autoencoders; load_transcoder reads those"
-    for suffix in (".gguf", ".keras", ".h5", ".msgpack", ".bin", ".pt", ".pth", ".ckpt", ".task"):
+    if known & set(names) or any(x.endswith(".npz") or x.startswith("layer_") for x in names):
+        return TRANSCODERS
+    for suffix, kind in _KINDS.items():
         found = [name for name in names if name.lower().endswith(suffix)]
-        if found:
-            return f"{found[0]} is {file_kind(found[0])}"
+        if found and suffix not in (".npz", ".safetensors", ".model"):
+            return f"{found[0]} is {kind}"
     if any(name in names for name in _TOKENIZER):
         return "it holds a tokenizer only, which load_tokenizer reads"
     return ""

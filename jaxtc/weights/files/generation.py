@@ -25,9 +25,8 @@ _CHOICES = {
     "encoder_repetition_penalty": (None, 1), "no_repeat_ngram_size": (None, 0),
     "bad_words_ids": (None,), "suppress_tokens": (None, []), "begin_suppress_tokens": (None, []),
     "forced_bos_token_id": (None,), "forced_eos_token_id": (None,), "sequence_bias": (None,),
-    "stop_strings": (None,), "max_length": (None, 20), "max_new_tokens": (None,),
-    "min_length": (None, 0), "min_new_tokens": (None, 0), "guidance_scale": (None, 1),
-    "penalty_alpha": (None, 0), "dola_layers": (None,),
+    "stop_strings": (None,), "min_length": (None, 0), "min_new_tokens": (None, 0),
+    "guidance_scale": (None, 1), "penalty_alpha": (None, 0), "dola_layers": (None,),
 }  # fmt: skip
 # Only where it samples.
 _SAMPLED = {

@@ -92,10 +92,12 @@ def open_checkpoint(folder: Path, ignore: str | Sequence[str] = ()) -> Iterator[
 
 def _no_weights(folder: Path) -> str:
     others = sorted(path.name for path in folder.iterdir() if file_kind(path))
-    others = [name for name in others if not name.endswith((".json", ".model"))]
+    others = [name for name in others if not name.endswith(".model")]
     found = f"; what it has is {some(others)}" if others else ""
-    if others and (kind := file_kind(others[0])):
-        found += f" ({kind})"
+    if others and all(re.fullmatch(r"model-\d+-of-\d+\.safetensors", name) for name in others):
+        found += f" (shards without {INDEX}, which says what they hold; fetch that too)"
+    elif others and not others[0].endswith(".safetensors"):
+        found += f" ({file_kind(others[0])})"
     return (
         f"{folder} has neither {SINGLE} nor {INDEX}{found}. jaxtc reads Hugging Face "
         "checkpoints in safetensors format; save_pretrained of transformers writes one."

@@ -3,6 +3,7 @@ whether files are still those that the hub has."""
 
 import contextlib
 import hashlib
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,9 +16,11 @@ from huggingface_hub import (
     try_to_load_from_cache,
 )
 
-from jaxtc.errors import SourceError, WeightsError, first_line, some
+from jaxtc.errors import SourceError, WeightsError, did_you_mean, first_line, some
+from jaxtc.model.config import Gemma2Config
 from jaxtc.weights.adapters.adapter import TENSORS
 from jaxtc.weights.adapters.settings import SETTINGS
+from jaxtc.weights.files.foreign import folder_kind
 from jaxtc.weights.files.generation import GENERATION, read_config
 from jaxtc.weights.files.model import INDEX, SINGLE, read_index
 
@@ -25,6 +28,9 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
+
+# The released models.
+RELEASED = [f"google/gemma-2-{size}{it}" for size in ("2b", "9b", "27b") for it in ("", "-it")]
 
 _ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?P<rest>(/[^/]+)*/?)")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -84,7 +90,7 @@ def download_model(repo: str, revision: str | None = None) -> Path:
     # Only the shards that the index names: some repositories hold the weights a second time.
     names = [SINGLE] if index is None else sorted(set(read_index(index)[0].values()))
     for name in names:
-        download(repo, name, commit)
+        _download_or_explain(repo, name, commit)
     return folder
 
 
@@ -97,10 +103,33 @@ def download_config(repo: str, revision: str | None = None) -> Path:
     adapter = None if config else download_if_there(repo, SETTINGS, revision)
     if adapter:
         return adapter.parent
-    folder = download(repo, "config.json", revision).parent
-    download_if_there(repo, GENERATION, folder.name)
+    folder = _download_or_explain(repo, "config.json", revision).parent
+    Gemma2Config.from_file(folder / "config.json")
+    try:
+        download_if_there(repo, GENERATION, folder.name)
+    except SourceError as error:
+        if not isinstance(error.__cause__, errors.LocalEntryNotFoundError):
+            raise
+        # A cache that was filled by hand does not tell that a repository has no such file.
+        logging.getLogger("jaxtc").warning(
+            "%s of %s is not in the local cache, and the hub cannot be reached: texts end at the "
+            "eos_token_id of config.json only.", GENERATION, repo,
+        )  # fmt: skip
     read_config(folder)
     return folder
+
+
+def _download_or_explain(repo: str, file: str, revision: str | None) -> Path:
+    """As :func:`download`; of a repository without the file, the error says what it is."""
+    try:
+        return download(repo, file, revision)
+    except SourceError as error:
+        if not isinstance(error.__cause__, errors.RemoteEntryNotFoundError):
+            raise
+        what = folder_kind(list_files(repo, revision))
+        if not what:
+            raise
+        raise SourceError(f"{error} In that repository: {what}.") from error
 
 
 def download_tokenizer(repo: str, revision: str | None = None) -> Path:
@@ -123,13 +152,16 @@ def _explained(repo: str, file: str, revision: str | None) -> Iterator[None]:
 def _explain(error: Exception, repo: str, file: str, revision: str | None) -> str:
     what = (f"{repo}/{file}" if file else repo) + (f" at revision {revision!r}" if revision else "")
     status = _status(error)
+    odd = re.match(r"google/gemma-2-(?!(2|9|27)b(-|$))", repo.lower())
+    near = did_you_mean(repo, RELEASED) if odd else ""
     if isinstance(error, errors.HFValidationError):
         return f"{repo!r} is not a hub id: {first_line(error)}."
     if isinstance(error, errors.RepositoryNotFoundError) and not isinstance(
         error, errors.GatedRepoError
     ):
         return (
-            f"The Hugging Face hub has no repository {repo!r} that you may see. Check the "
+            f"The Hugging Face hub has no repository {repo!r} that you may see."
+            f"{near} Check the "
             "spelling (owner/name); if it is private or gated, log in with `hf auth login` or set "
             "HF_TOKEN. A local folder must exist to be taken as one."
         )
@@ -152,9 +184,9 @@ def _explain(error: Exception, repo: str, file: str, revision: str | None) -> st
         return f"The Hugging Face hub answered {what} with status {status}. Try again later."
     if isinstance(error, _UNREACHABLE):
         return (
-            f"{what} is not in the local cache, and the Hugging Face hub cannot be reached. Check "
-            "the network (and that HF_HUB_OFFLINE is not set), give a local folder instead, or use "
-            "the source 'embedded', which needs no network."
+            f"{what} is not in the local cache, and the Hugging Face hub cannot be reached.{near} "
+            "Check the network (and that HF_HUB_OFFLINE is not set), give a local folder instead, "
+            "or use the source 'embedded', which needs no network."
         )
     return f"{what} could not be fetched: {first_line(error)}. Is there room on the disk?"
 

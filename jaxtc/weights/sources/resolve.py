@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path, PurePosixPath
 
-from jaxtc.errors import SourceError, did_you_mean, first_line
+from jaxtc.errors import SourceError, did_you_mean, first_line, some
 from jaxtc.weights.adapters.settings import SETTINGS
 from jaxtc.weights.checkpoints import google
 from jaxtc.weights.checkpoints.read import Converted
 from jaxtc.weights.checkpoints.sidecar import SIDECAR, read_sidecar
-from jaxtc.weights.files import layout, local
+from jaxtc.weights.files import foreign, layout, local
 from jaxtc.weights.files.model import INDEX, SINGLE
 from jaxtc.weights.sources import hub
 
@@ -114,6 +114,9 @@ class Source:
         usual &= "l0" not in query and not self.inside
         if usual and self.repo == layout.GEMMA_SCOPE_2B:
             return layout.DEFAULTS
+        what = "" if self._listed or self.path is None else _folder_kind(self.path)
+        if what and what != foreign.TRANSCODERS:
+            raise SourceError(f"{self.name} holds no transcoders: {what}.")
         return layout.below(self._listed, layout.place_of(self.inside), self.repo or self.name)
 
     def layers(self, asked: str | Iterable[int] = "all") -> list[int]:
@@ -256,9 +259,11 @@ def _in_bucket(name: str, kind: str | None) -> Source:
 
 def _local(name: str, path: Path, kind: str | None) -> Source:
     if not path.is_dir():
-        if kind in (None, TRANSCODERS):
+        what = foreign.file_kind(path)
+        model = kind is None and local.has(path.parent, "config.json")
+        if kind in (None, TRANSCODERS) and not model and (layout.is_file(path.name) or not what):
             return Source(name, TRANSCODERS, FILE, path)
-        raise SourceError(f"{name} is a file; give the folder that holds config.json.")
+        raise SourceError(f"{name} is {what or 'a file; give the folder that holds config.json'}.")
     if local.has(path, SIDECAR):
         return Source(name, kind or read_sidecar(path).kind, CONVERTED, path)
     format = FOLDER if kind == TRANSCODERS else _format(path)
@@ -266,9 +271,14 @@ def _local(name: str, path: Path, kind: str | None) -> Source:
         return Source(name, kind or MODEL, format, path)
     has_config = local.has(path, "config.json")
     if kind in (MODEL, CONFIG) and not has_config:
+        what = f": {kind}" if (kind := _folder_kind(path)) else ""
+        below = [x.parent.as_posix() for x in path.glob("*/config.json")]
+        below += [x.parent.as_posix() for x in path.glob("snapshots/*/config.json")]
+        if below:
+            what += f". There is one in {some(sorted(below))}: give that folder"
         raise SourceError(
             f"{path} has no config.json, so it is not a model's folder in Hugging Face's format "
-            "(config.json beside model.safetensors)."
+            f"(config.json beside model.safetensors){what}."
         )
     return Source(name, kind or (MODEL if has_config else TRANSCODERS), FOLDER, path)
 
@@ -292,6 +302,11 @@ def in_bucket(name: str) -> bool:
     return name.startswith(_BUCKETS)
 
 
+def _folder_kind(path: Path) -> str:
+    """What a folder holds, by the names in it and right below."""
+    return foreign.folder_kind([x.relative_to(path).as_posix() for x in path.glob("*")])
+
+
 def _on_hub(
     source: str | Path, kind: str | None, revision: str | None, path: str, default: str
 ) -> Source:
@@ -301,11 +316,12 @@ def _on_hub(
     # Every hub id may look like a relative path; none of a repository's ends like a file of ours.
     if not repo or (kind == TRANSCODERS and layout.is_file(repo)):
         ours = kind == TRANSCODERS
-        sizes = f", nor one of {', '.join(SIZES)}.{did_you_mean(name.lower(), SIZES)}"
+        near = did_you_mean(name.lower(), [*SIZES, *hub.RELEASED])
+        sizes = f", nor one of {', '.join(SIZES)}.{near}"
         raise SourceError(
             f"There is no {'file or folder' if ours else 'folder'} {name}, and it is not a hub id "
             f"such as {layout.GEMMA_SCOPE_2B if ours else 'google/gemma-2-2b'}"
-            f"{sizes if kind == CONFIG else '.'}"
+            f"{sizes if kind == CONFIG else '.' if ours else f'.{near}'}"
         )
     if kind is None:
         names = ("config.json", SETTINGS)

@@ -1,5 +1,6 @@
 """Folders: shards and their index, a config, a converted checkpoint with its manifest."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,10 @@ import safetensors.numpy
 from flax import nnx
 
 import jaxtc
+from jaxtc.sharding.rules import variables
+from jaxtc.weights.files.generation import read_config
 from jaxtc.weights.files.model import open_checkpoint
+from jaxtc.weights.names import parameter_names
 from tests.weights.hostile.mutate import ODD, dump, mutate_bytes, mutate_json, pick, whole
 from tests.weights.hostile.tensors import CONFIG, FLOAT32, MESHES, put, same
 
@@ -227,4 +231,136 @@ class Config(Folder):
         return model()
 
 
-CASES = {"index": Index, "config": Config}
+class Generation(Config):
+    """A model's folder; what is mutated is its generation_config.json."""
+
+    file = "generation_config.json"
+
+    def mutate(self, rng: np.random.Generator) -> str:
+        """Odd stop tokens, or anything else in the place of the file."""
+        self.restore()
+        raw = {"eos_token_id": [1, 3], "bos_token_id": 2, "do_sample": True, "top_k": 5}
+        self.kind = pick(rng, ["eos", "eos", "field", "text", "bytes", "whole", "place"])
+        content = None
+        if self.kind == "eos":
+            one = pick(rng, [*ODD, 4, 5, 6, 7, 256000, "1", [1, 1, 1], list(range(6))])
+            raw["eos_token_id"] = pick(rng, [one, [one], [1, one], [one] * 3])
+        elif self.kind == "field":
+            raw = mutate_json(raw, rng, [*raw, "pad_token_id"])
+        elif self.kind == "text":
+            content = dump(raw, rng)
+        elif self.kind == "bytes":
+            content = mutate_bytes(json.dumps(raw).encode(), rng)
+        elif self.kind == "whole":
+            content = whole(self.honest[self.file], rng)
+        else:
+            what = pick(rng, ["fifo", "folder", "missing", "loop", "device", "dangling"])
+            put(self.folder / self.file, what, self.outside)
+            return self.kind
+        self.write(self.file, content if content is not None else json.dumps(raw).encode())
+        return self.kind
+
+    def load(self, deep: int) -> dict[str, np.ndarray]:
+        """The config with its stop tokens; with the weights when ``deep``."""
+        if deep:
+            made = jaxtc.load_model(self.folder, dtype="float32", mesh=MESHES[deep])
+            return {"config": made.config, "weights": leaves(made)}
+        return {"config": read_config(self.folder)}
+
+    def check(self, loaded: dict) -> None:
+        """The stop tokens are the config's and those that this file says; nothing else changed."""
+        path, known = self.folder / self.file, {1}
+        if path.exists():
+            eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            said = eos if isinstance(eos, list) else [] if eos is None else [eos]
+            assert all(type(one) is int and 0 <= one < CONFIG.vocab_size for one in said), said
+            known |= set(said)
+        eos = loaded["config"].eos_token_id
+        assert set(eos if isinstance(eos, tuple) else [eos]) == known
+        assert dataclasses.replace(loaded["config"], eos_token_id=1) == CONFIG
+        for name, array in loaded.get("weights", {}).items():
+            same(name, array, leaves(self.truth())[name])
+
+
+class Metadata(Folder):
+    """A file whose tied matrix is stored as lm_head.weight, as its metadata and its index say."""
+
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+
+    def build(self, folder: Path) -> Path:
+        """Of one shard."""
+        made = jaxtc.save_model(model(), folder / "model")
+        (made / "model.safetensors").unlink()
+        self.tensors = {
+            self.head if name == self.embedding else name: array
+            for name, array in named(model()).items()
+        }
+        self.metadata = {"format": "pt", self.embedding: self.head}
+        self.put(made, self.tensors, self.metadata, self.metadata)
+        return made
+
+    def put(self, folder, tensors, metadata, said) -> None:
+        """Write the shard and the index."""
+        safetensors.numpy.save_file(tensors, folder / "model-1.safetensors", metadata)
+        index = {"metadata": said, "weight_map": dict.fromkeys(tensors, "model-1.safetensors")}
+        (folder / INDEX).write_bytes(json.dumps(index).encode())
+
+    def mutate(self, rng: np.random.Generator) -> str:
+        """Another story of what shares its memory, other names, or another matrix beside it."""
+        self.restore()
+        tensors, metadata, said = dict(self.tensors), dict(self.metadata), dict(self.metadata)
+        names = [*tensors, self.embedding, "", "x" * 999, "model.head.weight"]
+        self.kind = pick(rng, ["metadata", "index", "names", "prefix", "both", "header"])
+        if self.kind == "metadata":
+            metadata[pick(rng, [self.embedding, pick(rng, names)])] = pick(rng, names)
+        elif self.kind == "index":
+            metadata = {"format": "pt"}
+            said = pick(rng, [*ODD, {pick(rng, names): pick(rng, [*names, *ODD])}])
+        elif self.kind == "names":
+            old, new = pick(rng, list(tensors)), pick(rng, names)
+            tensors[new] = tensors.pop(old)
+        elif self.kind == "prefix":
+            prefixes = ["module.", "_orig_mod.", "model.", "x.", ".", "..", "layers.", "norm."]
+            many = pick(rng, [list(tensors), [pick(rng, list(tensors))]])
+            first = pick(rng, prefixes)
+            tensors = {first + k if k in many else k: v for k, v in tensors.items()}
+        elif self.kind == "both":
+            other = pick(rng, [tensors[self.head], -tensors[self.head], tensors[self.head][:-1],
+                               tensors[self.head].astype(np.float16), np.zeros(0, np.float32),
+                               np.full_like(tensors[self.head], np.nan)])  # fmt: skip
+            tensors[pick(rng, [self.embedding, f"module.{self.embedding}"])] = other
+        self.put(self.folder, tensors, metadata, said)
+        if self.kind == "header":
+            path = self.folder / "model-1.safetensors"
+            raw = path.read_bytes()
+            path.write_bytes(mutate_bytes(raw, rng, int.from_bytes(raw[:8], "little")))
+        return self.kind
+
+    def load(self, deep: int) -> dict[str, np.ndarray]:
+        """The model's parameters by their published names."""
+        mesh = MESHES[deep]
+        return named(jaxtc.load_model(self.folder, dtype="float32", mesh=mesh))
+
+    def check(self, loaded: dict[str, np.ndarray]) -> None:
+        """Each is what the file has under a name that ends like its own, or the head's if tied."""
+        file = safetensors.numpy.load_file(self.folder / "model-1.safetensors")
+        for name, array in loaded.items():
+            ends = [name.removeprefix("model.")]
+            if name == self.embedding and self.head not in loaded:
+                ends.append(self.head)
+            found = [v for k, v in file.items() if f".{k}".endswith(tuple(f".{x}" for x in ends))]
+            assert found, f"{name} is in no file"
+            for one in found:
+                same(name, array, one)
+
+
+def named(made: jaxtc.Gemma2) -> dict[str, np.ndarray]:
+    """The parameters of a model as a checkpoint has them."""
+    values = dict(variables(made))
+    return {
+        name.hf: np.asarray(values[name.ours][...]).reshape(name.hf_shape)
+        for name in parameter_names(made.config)
+    }
+
+
+CASES = {"index": Index, "config": Config, "generation": Generation, "metadata": Metadata}
