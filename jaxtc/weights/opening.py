@@ -154,14 +154,16 @@ def _google(source: Source, config: Gemma2Config | str | Path | None, verify: bo
     return Opened(source.path, config, opened.dtypes, opened.read, files, folders, settings)
 
 
-def base_of(source: Source, base: str | Path | None = None) -> Source:
+def base_of(
+    source: Source, base: str | Path | None = None, ignore: Sequence[str] = ("*",)
+) -> Source:
     """The base model of an adapter: the one that is given, or that its settings name: a hub id, or
     a folder, seen from here or beside the adapter's.
 
     Raises:
         SourceError: none is named, or it is not found, or leads to something else than a model.
     """
-    settings = Settings.read(source.path)
+    settings = Settings.read(source.path, ignore)
     named = settings.base if base is None else base
     advice = (
         f"{source.name} is a LoRA adapter; give the model that it was trained on: "
@@ -215,8 +217,9 @@ def _adapted(
     beside: Sequence[str],
     stack: contextlib.ExitStack,
 ) -> Opened:
-    settings = Settings.read(source.path)
-    below = base_of(source, base)
+    ignore = [ignore] if isinstance(ignore, str) else list(ignore)
+    settings = Settings.read(source.path, ignore)
+    below = base_of(source, base, ignore)
     files = adapters.files_of(source.path)
     if verify:
         hub.verify_files(files)
@@ -229,7 +232,7 @@ def _adapted(
             f"{error} It is the base model of the adapter {source.name}; another is given with "
             "base=..., a hub id or a folder (of a quantised one, the model that it was made from)."
         ) from error
-    made = stack.enter_context(adapters.open_adapter(source.path, settings, opened.config))
+    made = stack.enter_context(adapters.open_adapter(source.path, settings, opened.config, ignore))
     if made.doubled:
         warnings.warn(
             f"{source.name} has a LoRA on the embedding or on the output matrix, which are one "

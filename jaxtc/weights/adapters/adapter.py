@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fnmatch
 import math
 import re
 from collections import defaultdict
@@ -53,8 +54,14 @@ class Adapter:
         WeightsError: tensors that are not those of its settings and this base, all of them named.
     """
 
-    def __init__(self, file: SafetensorsFile, settings: Settings, base: Gemma2Config):
-        self.file, self.settings = file, settings
+    def __init__(
+        self,
+        file: SafetensorsFile,
+        settings: Settings,
+        base: Gemma2Config,
+        ignore: Sequence[str] = (),
+    ):
+        self.file, self.settings, self._ignore = file, settings, ignore
         self.problems: list[str] = []
         modules = self._modules()
         self.replaced = self._whole(modules)
@@ -87,6 +94,9 @@ class Adapter:
         found: dict[str, Part] = {}
         for tensor, entry in self.file.entries.items():
             match = _TENSOR.fullmatch(tensor)
+            names = {tensor, published(f"{match['module']}.weight") if match else tensor}
+            if any(fnmatch.fnmatchcase(name, one) for name in names for one in self._ignore):
+                continue
             if match is None:
                 self.problems.append(f"{tensor} is no tensor of a LoRA")
                 continue
@@ -294,8 +304,10 @@ def _each_shard(array: jax.Array, sharding: NamedSharding, merged) -> tuple[jax.
 
 
 @contextlib.contextmanager
-def open_adapter(folder: Path, settings: Settings, base: Gemma2Config) -> Iterator[Adapter]:
-    """The adapter in a folder, for a base model of this config.
+def open_adapter(
+    folder: Path, settings: Settings, base: Gemma2Config, ignore: Sequence[str] = ()
+) -> Iterator[Adapter]:
+    """The adapter in a folder, for a base model of this config, but for tensors to ``ignore``.
 
     Raises:
         WeightsError: no safetensors; as :class:`Adapter`.
@@ -312,7 +324,7 @@ def open_adapter(folder: Path, settings: Settings, base: Gemma2Config) -> Iterat
             )
         )
     with SafetensorsFile(folder / TENSORS) as file:
-        yield Adapter(file, settings, base)
+        yield Adapter(file, settings, base, ignore)
 
 
 def files_of(folder: Path) -> Sequence[Path]:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,8 @@ class Settings:
     tokens: Mapping[str, tuple[int, ...]]  # trainable_token_indices, by module
 
     @classmethod
-    def read(cls, folder: Path) -> "Settings":
-        """Of an adapter's folder.
+    def read(cls, folder: Path, ignore: Sequence[str] = ()) -> "Settings":
+        """Of an adapter's folder; with ``ignore``, tensors to leave out, its head may be one.
 
         Raises:
             WeightsError: not PEFT's file; another kind of adapter, or a setting that is not merged
@@ -86,12 +86,11 @@ class Settings:
         base = _known(path, "base_model_name_or_path", raw, (str, type(None)))
         if kind != "LORA":
             raise WeightsError(f"{folder} is {_other(kind)} {_merge_lines(folder, base, kind)}")
-        if raw.get("task_type") not in _TASKS:
+        if raw.get("task_type") not in _TASKS and not ignore:
             raise WeightsError(
-                f"{folder} is a LoRA for the task {raw.get('task_type')!r}: it was trained with a "
-                "head of its own, which jaxtc does not run. If you want the language model "
-                f"without that head, write null for task_type in a copy of {SETTINGS}, and drop "
-                "the head from its tensors and from modules_to_save."
+                f"{folder} is a LoRA for the task {_short(raw['task_type'])}: it was trained with "
+                "a head of its own, which jaxtc does not run. To have the Gemma-2 without that "
+                "head: load_model(..., ignore='score.*'), or what its tensors are called."
             )
         fields = _Fields(path, raw)
         made = cls(

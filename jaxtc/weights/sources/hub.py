@@ -99,7 +99,14 @@ def download_config(repo: str, revision: str | None = None) -> Path:
 
     Raises SourceError as :func:`download`, ConfigError when it is not a Gemma-2.
     """
-    config = download_if_there(repo, "config.json", revision)
+    try:
+        config = download_if_there(repo, "config.json", revision)
+    except SourceError:
+        # Without the hub, a cache does not tell that an adapter has no config.json.
+        known = try_to_load_from_cache(repo, SETTINGS, revision=revision)
+        if not isinstance(known, str):
+            raise
+        return Path(known).parent
     adapter = None if config else download_if_there(repo, SETTINGS, revision)
     if adapter:
         return adapter.parent

@@ -14,7 +14,7 @@ from jaxtc.weights.load_model import load_tokenizer
 from jaxtc.weights.sources.resolve import resolve
 from tests.support import tiny
 from tests.weights.adapters.cases import DATA
-from tests.weights.adapters.test_merged import bases, copied, rewrite, write_base
+from tests.weights.adapters.test_merged import bases, copied, rewrite, same_logits, write_base
 
 LINES = r"PeftModel\.from_pretrained\(.*merge_and_unload\(\)\.save_pretrained"
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -85,6 +85,16 @@ def test_settings_that_change_nothing(settings, bases, tmp_path):
 )  # fmt: skip
 def test_damaged_settings(settings, match, bases, tmp_path):
     refused(copied("plain", tmp_path / "a", **settings), match, base=bases())
+
+
+def test_an_adapter_of_a_classifier_without_its_head(bases, tmp_path):
+    folder = copied("plain", tmp_path / "a", task_type="SEQ_CLS", modules_to_save=["score"])
+    head = {"base_model.model.score.weight": np.ones((2, 16), np.float32)}
+    rewrite(folder, lambda tensors: tensors.update(head))
+    refused(folder, "SEQ_CLS.*ignore='score", base=bases())
+    made = jaxtc.load_model(folder, base=bases(), ignore="score.*", dtype="float32")
+    same_logits(made, np.load(DATA / "plain/merged.npz")["logits"])
+    refused(folder, "score is|score.weight is", base=bases(), ignore="other")
 
 
 def test_settings_and_tensors_agree(bases, tmp_path):
