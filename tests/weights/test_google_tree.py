@@ -85,7 +85,7 @@ def test_as_orbax_wrote_it_in_other_years(theirs, tmp_path):
     old = save(tmp_path / "old", flat(tree))
     for name in ("_CHECKPOINT_METADATA", "_sharding", "commit_success.txt"):
         (old / name).unlink(missing_ok=True)
-    for folder in (tmp_path / "manager/0", old):
+    for folder in (tmp_path / "manager", tmp_path / "manager/0", old):
         same_logits(jaxtc.load_model(folder, config=CONFIG, dtype="float32"), theirs)
 
 

@@ -71,16 +71,18 @@ class _Place:
 def find(folder: Path) -> Path | None:
     """The folder of the orbax tree in ``folder``, or in the only folder in it that has one (as in
     Kaggle's downloads, beside the tokenizer); None if there is none."""
-    if not folder.is_dir():
-        return None
-    for within in _WITHIN:
-        if local.has(folder / within, METADATA):
-            return folder / within
+    if here := _tree(folder):
+        return here
     with contextlib.suppress(OSError):
         below = [path for path in sorted(folder.iterdir())[:100] if path.is_dir()]
-        found = [path for path in below if local.has(path, METADATA)]
+        found = [tree for path in below if (tree := _tree(path))]
         return found[0] if len(found) == 1 else None
     return None
+
+
+def _tree(folder: Path) -> Path | None:
+    places = (folder / within for within in _WITHIN)
+    return next((place for place in places if local.has(place, METADATA)), None)
 
 
 class GoogleTree:

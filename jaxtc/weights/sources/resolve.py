@@ -270,17 +270,29 @@ def _local(name: str, path: Path, kind: str | None) -> Source:
     if format != FOLDER:
         return Source(name, kind or MODEL, format, path)
     has_config = local.has(path, "config.json")
-    if kind in (MODEL, CONFIG) and not has_config:
-        what = f": {kind}" if (kind := _folder_kind(path)) else ""
-        below = [x.parent.as_posix() for x in path.glob("*/config.json")]
-        below += [x.parent.as_posix() for x in path.glob("snapshots/*/config.json")]
+    below = [] if has_config or kind == TRANSCODERS else _models_below(path)
+    unknown = kind is None and below and not layout.tiers_in(path)
+    if not has_config and (kind in (MODEL, CONFIG) or unknown):
+        what = f": {found}" if (found := _folder_kind(path)) else ""
         if below:
-            what += f". There is one in {some(sorted(below))}: give that folder"
+            what += f". There is one in {some(below)}: give that folder"
         raise SourceError(
             f"{path} has no config.json, so it is not a model's folder in Hugging Face's format "
             f"(config.json beside model.safetensors){what}."
         )
     return Source(name, kind or (MODEL if has_config else TRANSCODERS), FOLDER, path)
+
+
+def _models_below(path: Path) -> list[str]:
+    """The folders of models and adapters right below a folder, or in a repository's cache."""
+    names = ("config.json", SETTINGS, SIDECAR)
+    below = [
+        one
+        for name in names
+        for place in ("*", "snapshots/*")
+        for one in path.glob(f"{place}/{name}")
+    ]
+    return sorted({one.parent.as_posix() for one in below})
 
 
 def _format(path: Path) -> str:

@@ -189,6 +189,14 @@ def test_convert_and_plan_know_an_adapter(tmp_path, bases):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_folder_around_an_adapter_names_it(tmp_path):
+    """As a trainer leaves them, ``checkpoint-500`` and so on."""
+    copied("plain", tmp_path / "run/checkpoint-5")
+    refused(tmp_path / "run", "checkpoint-5: give that folder", SourceError)
+    with pytest.raises(SourceError, match="checkpoint-5: give that folder"):
+        jaxtc.convert(tmp_path / "run", tmp_path / "out", to="safetensors")
+
+
 def test_the_tokenizer_is_the_adapters_or_its_bases(tmp_path):
     base = write_base(tmp_path / "base")
     tiny.tokenizer().save_pretrained(base)
