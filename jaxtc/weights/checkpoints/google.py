@@ -7,9 +7,9 @@ key/value heads, H head dim, F MLP width.
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,8 @@ class GoogleTree:
         self.config = config or self._released(sizes, layers, released or {})
         self._compare(sizes, layers)
         self.places = self._account()
+        self._readers = Counter(place.array for place in self.places.values())
+        self._last: dict[str, np.ndarray] = {}
         self.dtypes = {ours: np.dtype(self._said[x.array].dtype) for ours, x in self.places.items()}
 
     def _stored(self) -> dict[str, tuple[tuple[str, ...], Any]]:
@@ -254,9 +256,11 @@ class GoogleTree:
             "short, or it is another model; fetch it again."
         )
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019  keys and values of a layer are one array
     def _fetch(self, array: str) -> np.ndarray:
-        """One array as it is stored."""
+        """One array as it is stored; the last one is kept, as keys and values are in one."""
+        if array in self._last:
+            return self._last[array]
+        self._last.clear()
         path = self._paths[array]
         with _orbax(self.folder) as reader:
             import orbax.checkpoint as ocp
@@ -268,6 +272,8 @@ class GoogleTree:
             said = self._shapes[array], self._said[array].dtype
             if (found.shape, found.dtype) != said:
                 raise ValueError(f"{array} has shape {found.shape} and dtype {found.dtype}")
+        if self._readers[array] > 1:
+            self._last[array] = found
         return found
 
     def read(
