@@ -93,10 +93,12 @@ def certify(
     whole_number("new_tokens", new_tokens)
     progress(f"Looking for {model}")
     found = resolve(model, MODEL).fetched()
-    if found.format in (ADAPTER, GOOGLE, CONVERTED):
+    kinds = {ADAPTER: "an adapter", GOOGLE: "Google's tree", CONVERTED: "a converted checkpoint"}
+    if found.format in kinds:
         raise SourceError(
-            f"{model} is compared with PyTorch once it is a folder that transformers reads: "
-            f"`jaxtc convert {model} OUT --to safetensors`, then `jaxtc parity OUT`."
+            f"{model} is {kinds[found.format]}, which transformers does not read. Compare the "
+            f"checkpoint that it was made from, or `jaxtc convert {model} OUT --to safetensors` "
+            "first, then `jaxtc parity OUT`."
         )
     folder = found.path
     with open_checkpoint(folder) as opened:

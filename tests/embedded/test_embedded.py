@@ -182,6 +182,8 @@ def test_a_users_text_goes_through_the_same_recipe(tmp_path):
     result = run_cli("train", *options)
     assert result.exit_code == 0, result.output
     model = jaxtc.load_model(model_folder(out))
+    said = json.loads((model_folder(out) / "generation_config.json").read_text())
+    assert said["eos_token_id"] == model.config.eos_token_id == 1
     assert model.config.num_hidden_layers == 2
     assert list(jaxtc.load_transcoders(transcoder_folder(out))) == [0, 1]
     assert not (out / "work").exists()

@@ -112,6 +112,10 @@ def test_metadata_gives_no_other_parameter_a_value(tmp_path):
     ("changes", "tied", "message"),
     [
         ({EMBEDDING: None}, True, "embed_tokens.weight is missing"),
+        (
+            {EMBEDDING: None, HEAD: own()}, False,
+            "embed_tokens.weight is missing.*if it is, change that to true",
+        ),
         ({}, False, "lm_head.weight is missing.*tie_word_embeddings = false"),
         ({HEAD: own()[:-1]}, True, r"lm_head.weight has shape \(95, 24\), not \(96, 24\) \(V, D\)"),
         ({HEAD: own()[:, :-1]}, False, r"lm_head.weight has shape \(96, 23\), not \(96, 24\)"),

@@ -145,6 +145,13 @@ def test_what_changes_the_numbers_is_not_offered_to_be_left_out(tmp_path, name):
     assert "ignore" not in str(error.value)
 
 
+@pytest.mark.parametrize("ignore", [3, None, [None], {"score": 1}])
+def test_ignore_takes_names(honest, tmp_path, ignore):
+    for door in (jaxtc.load_model, lambda source, **k: jaxtc.convert(source, tmp_path / "x", **k)):
+        with pytest.raises(SourceError, match="expected names of tensors"):
+            door(honest[0], ignore=ignore)
+
+
 def test_ignored_parameters_are_missing(honest):
     with pytest.raises(WeightsError, match="model.norm.weight is missing"):
         jaxtc.load_model(honest[0], ignore="model.norm.*")
@@ -172,6 +179,12 @@ def test_parity_does_not_compare_with_random_weights(tmp_path):
     folder = write(tmp_path / "m", {f"_orig_mod.{k}": v for k, v in tensors().items()})
     with pytest.raises(WeightsError, match="transformers does not find.*_orig_mod.model"):
         certify(model=folder, prompts=[IDS])
+
+
+def test_parity_of_a_converted_one_says_what_to_do(honest, tmp_path):
+    made = jaxtc.convert(honest[0], tmp_path / "orbax")
+    with pytest.raises(SourceError, match="is a converted checkpoint, which transformers does not"):
+        certify(model=made, prompts=[IDS])
 
 
 def test_dtypes_mixed_in_one_file(tmp_path):

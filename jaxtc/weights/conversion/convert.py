@@ -24,6 +24,7 @@ from jaxtc.weights.checkpoints.sidecar import SIDECAR, Array, describe, sha256
 from jaxtc.weights.conversion.files import model_files, transcoder_files
 from jaxtc.weights.conversion.source import Content, open_model, open_transcoders
 from jaxtc.weights.files import arrays
+from jaxtc.weights.files.model import patterns
 from jaxtc.weights.load_model import Progress
 from jaxtc.weights.sources.resolve import MODEL, TRANSCODERS, resolve
 
@@ -117,7 +118,7 @@ def convert(
     sites = {"input_site": input_site, "output_site": output_site}
     options = {"layers": None if str(layers) == "all" else layers, "width": width, "l0": l0}
     options |= sites | {"without_sites": without_sites, "model_name": model_name}
-    ignore = [ignore] if isinstance(ignore, str) else list(ignore)
+    ignore = patterns(ignore)
     if kind == TRANSCODERS and ignore:
         raise SourceError(f"ignore is for models, and {source} are transcoders.")
     if kind == TRANSCODERS and not base is config is None:

@@ -42,13 +42,16 @@ _QUANTISED = {
     r"\.(scales|biases)": "MLX",
 }
 
-# Heads on the same backbone, by the first part of their tensors' names.
-_HEADS = {
-    "score": "of a classifier or a reward model", "classifier": "of a classifier",
-    "v_head": "of a value model (TRL)", "qa_outputs": "for question answering",
-    "vision_tower": "a model of images beside it", "multi_modal_projector": "for images",
-    "audio_tower": "a model of sound beside it",
-}  # fmt: skip
+# What else a checkpoint may hold beside a Gemma-2, by the first part of its tensors' names.
+_BESIDE = {
+    "score": "a head of a classifier or a reward model",
+    **dict.fromkeys(("classifier", "classification_head"), "a head of a classifier"),
+    **dict.fromkeys(("reward_head", "regression_head", "rm_head"), "a head of a reward model"),
+    **dict.fromkeys(("v_head", "value_head"), "a head of a value model (TRL)"),
+    "qa_outputs": "a head for question answering",
+    **dict.fromkeys(("vision_tower", "multi_modal_projector", "vision_model"), "parts for images"),
+    "audio_tower": "parts for sound",
+}
 
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
@@ -89,9 +92,9 @@ def quantised_by(tensors: Iterable[str]) -> tuple[str, str]:
     return "", ""
 
 
-def head_kind(tensor: str) -> str:
-    """What else a tensor of this (published) name belongs to, or ""."""
-    return _HEADS.get(tensor.split(".")[0], "")
+def beside(tensor: str) -> str:
+    """What a tensor of this (published) name is a part of, beside a Gemma-2, or ""."""
+    return _BESIDE.get(tensor.split(".")[0], "")
 
 
 def prefix_of(tensors: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jaxtc.errors import SourceError, WeightsError, some
 from jaxtc.model.config import Gemma2Config
 from jaxtc.weights.files import local
-from jaxtc.weights.files.foreign import file_kind, head_kind, prefix_of, quantised_by
+from jaxtc.weights.files.foreign import beside, file_kind, prefix_of, quantised_by
 from jaxtc.weights.files.generation import GENERATION, read_config
 from jaxtc.weights.files.safetensors import Entry, SafetensorsFile
 from jaxtc.weights.files.shards import equal
@@ -83,11 +83,19 @@ def open_checkpoint(folder: Path, ignore: str | Sequence[str] = ()) -> Iterator[
             raise SourceError(_no_weights(folder))
         for file in dict.fromkeys(files.values()):
             metadata |= file.metadata
-        stored = _stored(folder, files, metadata, [ignore] if isinstance(ignore, str) else ignore)
+        stored = _stored(folder, files, metadata, patterns(ignore))
         checkpoint = Checkpoint(folder, config, files, stored)
         if problems := _account(checkpoint):
             raise WeightsError(_explained(checkpoint, problems))
         yield _tied(checkpoint)
+
+
+def patterns(ignore: str | Sequence[str]) -> list[str]:
+    """The names in ``ignore``, one or several. Raises SourceError for what is none."""
+    found = [ignore] if isinstance(ignore, str) else ignore
+    if not isinstance(found, Sequence) or not all(isinstance(one, str) for one in found):
+        raise SourceError(f"ignore is {ignore!r}, expected names of tensors, such as 'score.*'.")
+    return list(found)
 
 
 def _no_weights(folder: Path) -> str:
@@ -246,12 +254,12 @@ def _explained(checkpoint: Checkpoint, problems: Sequence[str]) -> str:
             "weights that are not: float32, bfloat16 or float16. Give the checkpoint that this was "
             "made from, or its dequantised weights."
         )
-    beside = {hf.split(".")[0] for hf in others} - {"model", HEAD.split(".")[0]}
-    if len(others) == len(problems) and all(hf.split(".")[0] in beside for hf in others):
-        kinds = dict.fromkeys(filter(None, map(head_kind, others)))
-        what = f", a head {' and '.join(kinds)}" if kinds else ""
+    tops = {hf.split(".")[0] for hf in others}
+    if len(others) == len(problems) and not tops & {"model", HEAD.split(".")[0]}:
+        kinds = dict.fromkeys(filter(None, map(beside, others)))
+        what = f", {' and '.join(kinds)}" if kinds else ""
         names = [stored[hf] for hf in others]
-        given = names if len(names) < 4 else [f"{top}.*" for top in sorted(beside)]
+        given = names if len(names) < 4 else [f"{top}.*" for top in sorted(tops)]
         return (
             f"{folder} holds a Gemma-2, and beside it {some(names, 20)}{what}, which jaxtc does "
             f"not run. To load the Gemma-2 without: load_model(..., ignore={given}), or "
@@ -261,10 +269,20 @@ def _explained(checkpoint: Checkpoint, problems: Sequence[str]) -> str:
         f"The tensors in {folder} are not those of the Gemma-2 in its config.json: "
         f"{some(problems, 20)}. Weights and config must come from the same checkpoint."
     )
+    if any(" has dtype " in problem for problem in problems):
+        text += (
+            " Weights in whole numbers or 8-bit floats are quantised: give the checkpoint that "
+            "they were made from."
+        )
     if HEAD not in stored and not checkpoint.config.tie_word_embeddings:
         text += (
             f" config.json says tie_word_embeddings = false, so {HEAD} must be there; a backbone "
             "that was saved alone has none."
+        )
+    if HEAD in stored and EMBEDDING not in stored:
+        text += (
+            f" config.json says tie_word_embeddings = false, so {HEAD} is not the embedding; if it "
+            "is, change that to true."
         )
     prefix = prefix_of(others)
     if prefix:
