@@ -50,6 +50,7 @@ from jaxtc.tap.sites import SITES as SITES
 from jaxtc.transcoders.transcoder import Transcoder as Transcoder
 from jaxtc.weights.checkpoints.save import save_checkpoint as save_checkpoint
 from jaxtc.weights.conversion.convert import convert as convert
+from jaxtc.weights.from_torch import from_torch as from_torch
 from jaxtc.weights.load_model import load_model as load_model
 from jaxtc.weights.load_model import load_tokenizer as load_tokenizer
 from jaxtc.weights.load_transcoder import load_transcoder as load_transcoder

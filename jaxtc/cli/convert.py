@@ -14,8 +14,8 @@ from jaxtc.weights.conversion.convert import TARGETS, convert
 def command(
     source: argument(
         str,
-        "A model or transcoders: a hub id, a folder, a transcoder's file, a folder that "
-        "this command made, or 'embedded'.",
+        "A model or transcoders: a hub id, a folder (of a LoRA adapter or Google's Flax "
+        "checkpoint, too), a transcoder's file, a folder that this command made, or 'embedded'.",
     ),
     out: argument(Path, "The folder to write, new or empty."),
     to: option(
@@ -63,6 +63,16 @@ def command(
         "characters. Several: give it again.",
         metavar="TENSOR",
     ) = None,
+    base: option(
+        str | None,
+        "Of a LoRA adapter, the model to merge it into; by default the one that it names.",
+        metavar="MODEL",
+    ) = None,
+    config: option(
+        Path | None,
+        "Of Google's Flax checkpoint, a config.json, where its sizes are no release's.",
+        metavar="FILE",
+    ) = None,
 ) -> None:
     """Write a model or transcoders in another format.
 
@@ -76,7 +86,8 @@ def command(
                 layers=layers if layers == "all" else parse_layers(layers), width=width, l0=l0,
                 input_site=input_site, output_site=output_site, format=format,
                 model_name=model_name, max_shard_size=max_shard_size * 10**9,
-                verify=verify, ignore=ignore or (), progress=progress.part,
+                verify=verify, ignore=ignore or (), base=base, config=config,
+                progress=progress.part,
             )  # fmt: skip
         except KeyboardInterrupt:
             note = "Interrupted. Give the same command again to go on where it stopped."

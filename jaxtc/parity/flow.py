@@ -38,7 +38,15 @@ from jaxtc.weights.files.transcoder import open_transcoder
 from jaxtc.weights.load_model import load_model, load_tokenizer
 from jaxtc.weights.load_transcoder import load_transcoder
 from jaxtc.weights.names import HEAD
-from jaxtc.weights.sources.resolve import CONVERTED, EMBEDDED, MODEL, TRANSCODERS, resolve
+from jaxtc.weights.sources.resolve import (
+    ADAPTER,
+    CONVERTED,
+    EMBEDDED,
+    GOOGLE,
+    MODEL,
+    TRANSCODERS,
+    resolve,
+)
 
 # What the certificate's transcoders read and write.
 _SITES = dict(zip(SITES, TRANSCODER_SITES, strict=True))
@@ -88,13 +96,15 @@ def certify(
         raise InputError(f"dtype is {dtype!r}, expected 'float32' or 'bfloat16'.")
     whole_number("new_tokens", new_tokens)
     progress(f"Looking for {model}")
-    found = resolve(model, MODEL)
-    folder = found.fetch()
-    if found.format == CONVERTED:
+    found = resolve(model, MODEL).fetched()
+    kinds = {ADAPTER: "an adapter", GOOGLE: "Google's tree", CONVERTED: "a converted checkpoint"}
+    if found.format in kinds:
         raise SourceError(
-            f"{model} is a converted checkpoint, which transformers does not read. Compare the "
-            "checkpoint that it was made from, or `jaxtc convert --to safetensors` first."
+            f"{model} is {kinds[found.format]}, which transformers does not read. Compare the "
+            f"checkpoint that it was made from, or `jaxtc convert {model} OUT --to safetensors` "
+            "first, then `jaxtc parity OUT`."
         )
+    folder = found.path
     with open_checkpoint(folder) as opened:
         config = opened.config
         _check_readable(opened)

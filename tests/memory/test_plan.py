@@ -25,8 +25,9 @@ from jaxtc.memory.advice import ACCELERATORS
 from jaxtc.memory.needs import estimate
 from jaxtc.memory.plan import WIDTHS, features_of, plan
 from jaxtc.model.config import Gemma2Config
+from jaxtc.model.released import RELEASED
 from jaxtc.sharding.rules import RULES, ShardingError
-from jaxtc.weights.load_model import RELEASED, load_config
+from jaxtc.weights.load_model import load_config
 from jaxtc.weights.sources import hub
 from tests.support import tiny
 

@@ -27,6 +27,8 @@ from jaxtc.weights.checkpoints import tree as checkpoint_tree
 from jaxtc.weights.checkpoints.sidecar import read_sidecar
 from tests.scale import lab
 from tests.support import unspared
+from tests.weights.adapters.cases import DATA
+from tests.weights.adapters.test_merged import doubled, write_base
 
 MESHES = ("data=2,model=4", "model=8", "data=8")
 
@@ -402,3 +404,19 @@ def test_the_programs_of_generate_hand_each_other_the_cache(on):
     before = _PREFILL.count, _STEP.count
     jaxtc.generate(on("model=8")[0], lab.ROWS[:7], 4, stop=())
     assert (_PREFILL.count, _STEP.count) == (before[0] + 1, before[1] + 1)
+
+
+@pytest.mark.parametrize("name", ["plain", "dora", "dora-embedding", "resized", "tokens"])
+@pytest.mark.parametrize("sizes", ["model=2", "data=2,model=4"])
+def test_an_adapter_is_merged_shard_by_shard(name, sizes, tmp_path):
+    base = write_base(tmp_path / "base", name)
+    free = RULES | {"vocab": None} if name == "resized" else RULES
+    given = {"base": base, "dtype": "float32"}
+    with doubled(name):
+        alone = jaxtc.load_model(DATA / name, **given)
+    with doubled(name):
+        spread = jaxtc.load_model(DATA / name, **given, mesh=sizes, rules=free)
+    for (path, a), (_, b) in zip(variables(alone), variables(spread), strict=True):
+        assert np.allclose(a[...], b[...], rtol=1e-6, atol=1e-7), path
+        if path.endswith(("attn.o", "mlp.down", "mlp.up")):
+            assert not b[...].sharding.is_fully_replicated, path

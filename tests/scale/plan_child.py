@@ -16,11 +16,11 @@ import jaxtc
 from jaxtc.captures.reducers import At, Mean, Norm, TopK
 from jaxtc.captures.request import understand
 from jaxtc.model.prompts import prepare
+from jaxtc.model.released import RELEASED
 from jaxtc.programs.leaves import parameters, placed
 from jaxtc.sharding.mesh import make_mesh
 from jaxtc.sharding.placement import Placement
 from jaxtc.sharding.rules import shardings
-from jaxtc.weights.load_model import RELEASED
 
 CONFIG = jaxtc.Gemma2Config(
     vocab_size=512, hidden_size=64, intermediate_size=512, num_hidden_layers=3,

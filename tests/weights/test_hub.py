@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import huggingface_hub
+import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
@@ -21,9 +22,12 @@ from jaxtc.transcoders.activations import TopK
 from jaxtc.weights.checkpoints.sidecar import read_sidecar
 from jaxtc.weights.conversion.convert import convert
 from jaxtc.weights.files.layout import GEMMA_SCOPE_2B
+from jaxtc.weights.load_model import load_config
 from jaxtc.weights.sources import hub
 from tests.support import tiny
 from tests.support.weights_files import params, random_model, same, write_tier
+from tests.weights.adapters.cases import DATA
+from tests.weights.adapters.test_merged import copied, same_logits, write_base
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -158,6 +162,24 @@ def test_other_architecture_is_found_before_its_weights_are_fetched(server, mode
     with pytest.raises(ConfigError, match="llama"):
         jaxtc.load_model("google/gemma-2-tiny")
     assert set(server.sent) == {"config.json"}
+
+
+@pytest.mark.parametrize("with_config", [False, True])
+def test_an_adapter_and_its_base_from_the_hub(server, with_config, monkeypatch):
+    write_base(server.root / "google/gemma-2-small")
+    folder = copied(
+        "plain", server.root / "someone/lora", base_model_name_or_path="google/gemma-2-small"
+    )
+    tiny.tokenizer().save_pretrained(folder)
+    if with_config:  # as some trainers push it
+        shutil.copy(server.root / "google/gemma-2-small/config.json", folder)
+    expected = np.load(DATA / "plain/merged.npz")["logits"]
+    same_logits(jaxtc.load_model("someone/lora", dtype="float32"), expected)
+    assert load_config("someone/lora").num_hidden_layers == 3
+    assert jaxtc.load_tokenizer("someone/lora")("the city").input_ids
+    server.close()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    same_logits(jaxtc.load_model("someone/lora", dtype="float32"), expected)
 
 
 @pytest.mark.parametrize("refusal", [(401, "GatedRepo"), (403, "GatedRepo"), (403, "")])

@@ -7,8 +7,9 @@ from flax import nnx
 
 import jaxtc
 from jaxtc.errors import SourceError
+from jaxtc.model.released import RELEASED
 from jaxtc.weights.files.layout import GEMMA_SCOPE_2B
-from jaxtc.weights.load_model import RELEASED, load_config
+from jaxtc.weights.load_model import load_config
 from jaxtc.weights.sources import hub
 from jaxtc.weights.sources.resolve import EMBEDDED_DATA, resolve
 from tests.support.weights_files import params, random_model, write_tier

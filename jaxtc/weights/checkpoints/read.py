@@ -51,7 +51,7 @@ class Converted:
     def __init__(self, folder: Any, kind: str | None = None, verify: bool = False):
         self.folder, self.sidecar = folder, read_sidecar(folder)
         if isinstance(folder, Path):
-            _check_plain(folder)
+            check_plain(folder)
         if kind not in (None, self.sidecar.kind):
             raise SourceError(f"{folder} holds {_OTHERS[kind]}.")
         if verify:
@@ -236,7 +236,7 @@ def _is_finite(array: Any) -> bool:
     return all(bool(jnp.isfinite(shard.data).all()) for shard in array.addressable_shards)
 
 
-def _check_plain(folder: Path) -> None:
+def check_plain(folder: Path) -> None:
     """Refuse links, which may lead anywhere, and pipes and devices, where reading hangs."""
     for path in folder.rglob("*"):
         mode = path.lstat().st_mode

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxtc.errors import SourceError, WeightsError, did_you_mean
 from jaxtc.helpers import JAXTC_VERSION, explicit_transfers
+from jaxtc.model.config import Gemma2Config
 from jaxtc.weights.checkpoints import tree
 from jaxtc.weights.checkpoints.job import FILE_BYTES, Job
 from jaxtc.weights.checkpoints.read import Converted
@@ -54,6 +55,8 @@ def convert(
     max_shard_size: int = 5 * 10**9,
     verify: bool = False,
     ignore: str | Sequence[str] = (),
+    base: str | Path | None = None,
+    config: Gemma2Config | str | Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Write a checkpoint in another format.
@@ -76,6 +79,8 @@ def convert(
         verify: compare the source with the hub's hashes first; a converted one is always compared
             with its own, with ``verify`` before anything is written.
         ignore: tensors of a model to leave out, as in :func:`jaxtc.load_model`.
+        base: of an adapter, which is merged, as in :func:`jaxtc.load_model`.
+        config: of Google's Flax checkpoint, as in :func:`jaxtc.load_model`.
         progress: called with (bytes read, bytes in all) after each array that is not there yet.
 
     Returns:
@@ -117,12 +122,14 @@ def convert(
     ignore = patterns(ignore)
     if kind == TRANSCODERS and ignore:
         raise SourceError(f"ignore is for models, and {source} are transcoders.")
+    if kind == TRANSCODERS and not base is config is None:
+        raise SourceError(f"base and config are for models, and {source} are transcoders.")
     unfit = [key for key, value in options.items() if value is not None]
     if kind == MODEL and unfit:
         raise SourceError(f"{unfit[0]} is for transcoders, and {source} is a model.")
     with contextlib.ExitStack() as stack:
         if kind == MODEL:
-            content = stack.enter_context(open_model(found, dtype, verify, ignore))
+            content = stack.enter_context(open_model(found, dtype, verify, ignore, base, config))
         else:
             content = open_transcoders(found, dtype, verify, layers, (width, l0), sites, format)
             options["layers"] = list(content.transcoders)

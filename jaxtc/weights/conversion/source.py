@@ -18,10 +18,10 @@ from jaxtc.weights.checkpoints.read import Converted, named
 from jaxtc.weights.checkpoints.sidecar import sha256
 from jaxtc.weights.files import local
 from jaxtc.weights.files.generation import GENERATION
-from jaxtc.weights.files.model import files_of, open_checkpoint
 from jaxtc.weights.files.transcoder import open_transcoder
 from jaxtc.weights.load_transcoder import declared
 from jaxtc.weights.names import parameter_names
+from jaxtc.weights.opening import open_weights
 from jaxtc.weights.sources import hub
 from jaxtc.weights.sources.resolve import CONVERTED, MODEL, TRANSCODERS, Source
 
@@ -56,35 +56,46 @@ class Content:
 
 @contextlib.contextmanager
 def open_model(
-    source: Source, dtype: np.dtype | None, verify: bool, ignore: Sequence[str] = ()
+    source: Source,
+    dtype: np.dtype | None,
+    verify: bool,
+    ignore: Sequence[str] = (),
+    base: str | Path | None = None,
+    config: Gemma2Config | str | Path | None = None,
 ) -> Iterator[Content]:
     """A model whose tensors are those of its config; ``dtype`` None keeps that of each.
 
-    ``ignore`` is as in :func:`jaxtc.load_model`.
+    ``ignore``, ``base`` and ``config`` are as in :func:`jaxtc.load_model`.
 
     Raises:
         SourceError, ConfigError, WeightsError: as :func:`jaxtc.load_model`.
     """
-    folder = source.fetch()
     with contextlib.ExitStack() as stack:
-        if source.format == CONVERTED:
-            checkpoint = Converted(folder, MODEL, verify)
+        if source.format == CONVERTED and base is config is None:
+            checkpoint = Converted(source.path, MODEL, verify)
             config, sidecar = checkpoint.model().config, checkpoint.sidecar
             files = {name: checkpoint.content(name) for name in _KEPT if name in sidecar.files}
             stored, read = {k: x.dtype for k, x in sidecar.arrays.items()}, checkpoint.read
             origin = sidecar.source, sidecar.revision, sidecar.content
         else:
-            if source.repo:  # have the tokenizer in the cache beside the weights
-                for name in _KEPT:
-                    hub.download_if_there(source.repo, name, folder.name)
-            kept, weights = [folder / n for n in _KEPT if local.has(folder, n)], files_of(folder)
+            opened = stack.enter_context(
+                open_weights(
+                    source, base=base, config=config, ignore=ignore, verify=verify, beside=_KEPT
+                )
+            )
+            kept = {
+                name: folder / name
+                for folder in reversed(opened.folders)
+                for name in _KEPT
+                if local.has(folder, name)
+            }
             if verify:
-                hub.verify_files(dict.fromkeys([*weights, *kept]))
-            opened = stack.enter_context(open_checkpoint(folder, ignore))
-            config, names = opened.config, opened.names
-            files = {path.name: path.read_bytes() for path in kept}
-            stored, read = {k: opened.entry(x.hf).dtype for k, x in names.items()}, opened.read
-            origin = source.name, _commit(folder), _state(weights)
+                hub.verify_files(dict.fromkeys(kept.values()))
+            files = {name: path.read_bytes() for name, path in kept.items()}
+            files["config.json"] = _json(opened.settings)
+            config, stored, read = opened.config, opened.dtypes, opened.read
+            said = f"{_state(opened.weights)} {json.dumps(config.to_dict())}"
+            origin = source.name, _commit(opened.where), sha256(said.encode())
 
         raw = json.loads(files["config.json"])
         key = "torch_dtype" if "torch_dtype" in raw else "dtype"
@@ -94,7 +105,7 @@ def open_model(
         # A backbone, or a model with another head, is written as what it is then.
         new["architectures"] = ["Gemma2ForCausalLM"]
         if any(raw.get(key) != value for key, value in new.items()):
-            files["config.json"] = (json.dumps(raw | new, indent=2) + "\n").encode()
+            files["config.json"] = _json(raw | new)
         arrays = {
             name.ours: jax.ShapeDtypeStruct(name.shape, dtype or stored[name.ours])
             for name in parameter_names(config)
@@ -163,6 +174,10 @@ def open_transcoders(
             return array, problem and f"{problem} ({opened.path})"
 
     return Content(*origin, arrays, read, transcoders=found)
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def _commit(path: Path) -> str | None:

@@ -133,6 +133,15 @@ def read(
     return array, next(filter(None, problems), "")
 
 
+def spread(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """An array on the host, of which every process has the whole, spread over devices."""
+    placed = []
+    for box, devices in boxes_of(array.shape, sharding).items():
+        part = np.ascontiguousarray(array[tuple(slice(*bounds) for bounds in box)])
+        placed += jax.block_until_ready([jax.device_put(part, device) for device in devices])
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, placed)
+
+
 def fill(
     declared: _Module,
     read: Callable[[str, np.dtype, NamedSharding | None], tuple[np.ndarray | jax.Array, str]],

@@ -18,6 +18,8 @@ from huggingface_hub import (
 
 from jaxtc.errors import SourceError, WeightsError, did_you_mean, first_line, some
 from jaxtc.model.config import Gemma2Config
+from jaxtc.weights.adapters.adapter import TENSORS
+from jaxtc.weights.adapters.settings import SETTINGS
 from jaxtc.weights.files.foreign import folder_kind
 from jaxtc.weights.files.generation import GENERATION, read_config
 from jaxtc.weights.files.model import INDEX, SINGLE, read_index
@@ -69,14 +71,22 @@ def list_files(repo: str, revision: str | None = None) -> list[str]:
 
 
 def download_model(repo: str, revision: str | None = None) -> Path:
-    """The local folder with a model's config and weights; nothing else is fetched.
+    """The local folder with a model's config and weights, or an adapter's; nothing else is fetched.
 
     Raises SourceError as :func:`download`; before the weights are fetched, ConfigError when it is
     not a Gemma-2 and WeightsError for an unsound index of shards.
     """
     folder = download_config(repo, revision)
     commit = folder.name  # all files are of one, whatever is pushed meanwhile
+    if not (folder / "config.json").exists():
+        download(repo, TENSORS, commit)
+        return folder
     index = download_if_there(repo, INDEX, commit)
+    # Some repositories of an adapter have its base's config.json too.
+    adapter = index is None and download_if_there(repo, SINGLE, commit) is None
+    if adapter and download_if_there(repo, SETTINGS, commit):
+        download(repo, TENSORS, commit)
+        return folder
     # Only the shards that the index names: some repositories hold the weights a second time.
     names = [SINGLE] if index is None else sorted(set(read_index(index)[0].values()))
     for name in names:
@@ -85,10 +95,21 @@ def download_model(repo: str, revision: str | None = None) -> Path:
 
 
 def download_config(repo: str, revision: str | None = None) -> Path:
-    """The local folder with a model's config and its stop tokens.
+    """The local folder with a model's config and its stop tokens, or with an adapter's settings.
 
     Raises SourceError as :func:`download`, ConfigError when it is not a Gemma-2.
     """
+    try:
+        config = download_if_there(repo, "config.json", revision)
+    except SourceError:
+        # Without the hub, a cache does not tell that an adapter has no config.json.
+        known = try_to_load_from_cache(repo, SETTINGS, revision=revision)
+        if not isinstance(known, str):
+            raise
+        return Path(known).parent
+    adapter = None if config else download_if_there(repo, SETTINGS, revision)
+    if adapter:
+        return adapter.parent
     folder = _download_or_explain(repo, "config.json", revision).parent
     Gemma2Config.from_file(folder / "config.json")
     try:

@@ -1,8 +1,8 @@
 """What a source is and where it lies: the one place that looks, for every loader and command.
 
 A source is a hub id (``google/gemma-2-2b``), perhaps with a path in the repository; a local folder
-or file; a checkpoint that ``jaxtc convert`` made, there or in a bucket (``gs://…``); or
-``"embedded"``.
+or file, also of an adapter or of Google's Flax tree; a checkpoint that ``jaxtc convert`` made,
+there or in a bucket (``gs://…``); or ``"embedded"``.
 """
 
 import contextlib
@@ -14,12 +14,15 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 
 from jaxtc.errors import SourceError, did_you_mean, first_line, some
+from jaxtc.weights.adapters.settings import SETTINGS
+from jaxtc.weights.checkpoints import google
 from jaxtc.weights.checkpoints.read import Converted
 from jaxtc.weights.checkpoints.sidecar import SIDECAR, read_sidecar
 from jaxtc.weights.files import circuit_tracer, foreign, layout, local
 from jaxtc.weights.files.beside import describe, of_set
 from jaxtc.weights.files.circuit_tracer import SetConfig, read_config
 from jaxtc.weights.files.description import Description
+from jaxtc.weights.files.model import INDEX, SINGLE
 from jaxtc.weights.files.unread import refuse_foreign_folder
 from jaxtc.weights.sources import hub
 
@@ -31,8 +34,10 @@ EMBEDDED_DATA = Path(str(resources.files("jaxtc"))) / "embedded" / "data"
 MODEL, TOKENIZER, CONFIG, TRANSCODERS = "model", "tokenizer", "config", "transcoders"
 
 # How it is kept: in a repository of the hub; in a folder of Hugging Face's layout, or of a
-# release's of transcoders; as one file; as a converted checkpoint.
+# release's of transcoders; as one file; as a converted checkpoint; as an adapter, whose base is
+# elsewhere; as Google's own tree.
 HUB, FOLDER, FILE, CONVERTED = "hub", "folder", "file", "converted"
+ADAPTER, GOOGLE = "adapter", "google"
 
 # Of the released models, whose configs are known without a source.
 SIZES = ("2b", "9b", "27b")
@@ -48,7 +53,7 @@ class Source:
     Attributes:
         name: as it was given; of one transcoder, the name that it goes by.
         kind: what is wanted of it: MODEL, TOKENIZER, CONFIG or TRANSCODERS.
-        format: how it is kept: HUB, FOLDER, FILE or CONVERTED.
+        format: how it is kept: HUB, FOLDER, FILE, CONVERTED, ADAPTER or GOOGLE.
         path: the folder or file on this machine; None while it is on the hub only.
         inside: which transcoder below the folder or repository, "" when that is not said.
         repo, revision: the repository on the hub; its branch, tag or commit.
@@ -77,6 +82,18 @@ class Source:
             return hub.download_config(self.repo, self.revision)
         download = hub.download_tokenizer if self.kind == TOKENIZER else hub.download_model
         return download(self.repo, self.revision)
+
+    def fetched(self) -> "Source":
+        """The same on this machine, with the format that it has there. Raises as :meth:`fetch`."""
+        if self.path:
+            return self
+        folder = self.fetch()
+        return dataclasses.replace(self, path=folder, format=_format(folder))
+
+    @property
+    def tree(self) -> Path:
+        """The folder of Google's tree."""
+        return google.find(self.path)
 
     @property
     def file(self) -> Path:
@@ -308,7 +325,7 @@ def resolve(
         raise SourceError(f"path={path!r} leaves {source}; give a path below it.")
     if source == EMBEDDED:
         found = _embedded(kind or default)
-    elif str(source).startswith(_BUCKETS):
+    elif in_bucket(str(source)):
         found = _in_bucket(str(source), kind)
     elif there := local.find(source):
         found = _local(str(source), there, kind)
@@ -361,19 +378,53 @@ def _local(name: str, path: Path, kind: str | None) -> Source:
         raise SourceError(f"{name} is {what or 'a file; give the folder that holds config.json'}.")
     if local.has(path, SIDECAR):
         return Source(name, kind or read_sidecar(path).kind, CONVERTED, path)
+    format = FOLDER if kind == TRANSCODERS else _format(path)
+    if format != FOLDER:
+        return Source(name, kind or MODEL, format, path)
     # Gemma Scope 2 has a config.json beside each of its transcoders.
     has_config = local.has(path, "config.json") and not local.has(path, "params.safetensors")
-    if kind in (MODEL, CONFIG) and not has_config:
-        what = f": {kind}" if (kind := _folder_kind(path)) else ""
-        below = [x.parent.as_posix() for x in path.glob("*/config.json")]
-        below += [x.parent.as_posix() for x in path.glob("snapshots/*/config.json")]
+    below = [] if has_config or kind == TRANSCODERS else _models_below(path)
+    unknown = kind is None and below and not layout.tiers_in(path)
+    if not has_config and (kind in (MODEL, CONFIG) or unknown):
+        what = f": {found}" if (found := _folder_kind(path)) else ""
         if below:
-            what += f". There is one in {some(sorted(below))}: give that folder"
+            what += f". There is one in {some(below)}: give that folder"
         raise SourceError(
             f"{path} has no config.json, so it is not a model's folder in Hugging Face's format "
             f"(config.json beside model.safetensors){what}."
         )
     return Source(name, kind or (MODEL if has_config else TRANSCODERS), FOLDER, path)
+
+
+def _models_below(path: Path) -> list[str]:
+    """The folders of models and adapters right below a folder, or in a repository's cache."""
+    names = ("config.json", SETTINGS, SIDECAR)
+    below = [
+        one
+        for name in names
+        for place in ("*", "snapshots/*")
+        for one in path.glob(f"{place}/{name}")
+    ]
+    return sorted({one.parent.as_posix() for one in below})
+
+
+def _format(path: Path) -> str:
+    """How a model in a folder is kept. Raises SourceError for one that is kept in two ways."""
+    whole = [name for name in (SINGLE, INDEX) if local.has(path, name)]
+    if local.has(path, SETTINGS):
+        if whole:
+            raise SourceError(
+                f"{path} holds a whole model ({whole[0]}) and an adapter ({SETTINGS}), and nothing "
+                "says whether the one is merged into the other. Move the files of one of them to "
+                "a folder of their own."
+            )
+        return ADAPTER
+    return GOOGLE if not whole and google.find(path) else FOLDER
+
+
+def in_bucket(name: str) -> bool:
+    """Whether this is the name of a folder in a bucket."""
+    return name.startswith(_BUCKETS)
 
 
 def _folder_kind(path: Path) -> str:
@@ -398,8 +449,9 @@ def _on_hub(
             f"{sizes if kind == CONFIG else '.' if ours else f'.{near}'}"
         )
     if kind is None:
-        config = hub.download_if_there(repo, "config.json", revision)
-        kind = TRANSCODERS if config is None else MODEL
+        names = ("config.json", SETTINGS)
+        there = any(hub.download_if_there(repo, name, revision) for name in names)
+        kind = MODEL if there else TRANSCODERS
     if inside and kind != TRANSCODERS:
         raise SourceError(
             f"{name!r} is neither a local folder nor a hub id: a model's id has two parts, such "

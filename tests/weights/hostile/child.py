@@ -29,6 +29,7 @@ FORMATS = {
     "converted": "converted", "converted-transcoders": "converted",
     "saelens": "described", "sparsify": "described", "config.yaml": "described",
     "gemma-scope-2": "described",
+    "adapter": "adapters", "google": "google",
 }  # fmt: skip
 SECONDS = 10
 # Python's objects for a byte of JSON, and what any reading takes.

@@ -1,0 +1,1 @@
+"""Adapters of PEFT, merged into a model while it is loaded."""
