@@ -23,7 +23,8 @@ from jaxtc.tap.context import Context
 from jaxtc.tap.positions import Mask, Places, is_traced
 from jaxtc.tap.sites import Address
 from jaxtc.tap.tap import along
-from jaxtc.transcoders.transcoder import SparseFeatures, Transcoder, nameless
+from jaxtc.transcoders.encoder import SparseFeatures
+from jaxtc.transcoders.transcoder import Transcoder, nameless
 
 __all__ = [
     "At", "Features", "Mean", "Norm", "Project", "Reducer", "Top", "TopK", "register_reducer",
@@ -234,7 +235,7 @@ class Features(Reducer):
         transcoder: a :class:`jaxtc.Transcoder`; its arrays are data.
         capacity: C, room for active features of one token (static). <bos> often has the most.
 
-    Keeps a :class:`jaxtc.transcoders.transcoder.SparseFeatures`: values and ids (B, T, C), count
+    Keeps a :class:`jaxtc.transcoders.encoder.SparseFeatures`: values and ids (B, T, C), count
     (B, T). A token with more than C active features has NaN values, and ``count`` says how many.
 
     Raises:

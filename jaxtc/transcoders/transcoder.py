@@ -6,54 +6,22 @@ letters: ... leading axes (usually B T), D hidden (of what is read or of what is
 features, K of them asked for, C capacity of the sparse path.
 """
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxtc.errors import CapacityError, JaxtcError
-from jaxtc.helpers import is_whole, pytree
+from jaxtc.errors import JaxtcError
+from jaxtc.helpers import is_whole
 from jaxtc.interchange import owned, plain
 from jaxtc.model.parameters import declare, he_uniform, zeros
-from jaxtc.sharding.mesh import mesh_of, put
-from jaxtc.sharding.placement import Placement, mix_rows, placement_of, top_k
-from jaxtc.sharding.processes import whole
+from jaxtc.sharding.placement import Placement, mix_rows
 from jaxtc.tap.sites import parse
-from jaxtc.transcoders.activations import Activation, activation_of, feature_axes, parameter_names
-
-
-@pytree
-@dataclasses.dataclass(frozen=True)
-class SparseFeatures:
-    """The active features of each token.
-
-    Attributes:
-        values: (..., C) float, largest first; 0 where a token has fewer than C active features.
-        ids: (..., C) int32, the feature of each value.
-        count: (...) int32, how many features are active. Where it exceeds C (possible only under
-            ``jit``: outside, that raises), ``values`` are NaN for that token.
-    """
-
-    values: jax.Array
-    ids: jax.Array
-    count: jax.Array
-
-
-# Compiled, as sharded arrays outside a trace need a program.
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _sparse(a: jax.Array, capacity: int, placement: Placement | None) -> SparseFeatures:
-    """Of dense activations (..., M)."""
-    values, ids = top_k(a, capacity, placement, feature_axes(a.ndim))
-    count = (a != 0).sum(-1, dtype=jnp.int32)
-    values = jnp.where((count > capacity)[..., None], jnp.nan, values)
-    return SparseFeatures(values, ids, count)
-
+from jaxtc.transcoders.activations import Activation
+from jaxtc.transcoders.encoder import Encoder, SparseFeatures
 
 _mix_rows = jax.jit(mix_rows, static_argnums=(3, 4))
 
@@ -67,7 +35,7 @@ _FACTS = {
 }
 
 
-class Transcoder(nnx.Module):
+class Transcoder(Encoder):
     """``a = activation(x W_enc + b_enc)``, ``y = a W_dec + b_dec`` (arXiv 2408.05147, §2-3).
 
     The decoder's bias is not subtracted from the input. With a skip connection,
@@ -111,30 +79,15 @@ class Transcoder(nnx.Module):
         self.b_enc = param((features,), ("features",), zeros)
         self.W_dec = param((features, d_out), ("features", "embed"), he_uniform)
         self.b_dec = param((d_out,), ("embed",), zeros)
-        self.activation = activation_of(activation)
-        self.activation.check(features)
-        for name in parameter_names():
-            axes = self.activation.parameters.get(name)
-            made = None if axes is None else param((features,) * len(axes), axes, zeros)
-            setattr(self, name, made)
+        self._declare_activation(activation, features, param)
         self.W_skip = param((d_out, d_in), ("embed", "embed"), zeros) if skip else None
         self.layer, self.source = layer, source
         self.input_site, self.output_site = parse(input_site)[0], parse(output_site)[0]
 
     @property
-    def d_in(self) -> int:
-        """Width of what it reads."""
-        return self.W_enc.shape[0]
-
-    @property
     def d_out(self) -> int:
         """Width of what it writes."""
         return self.W_dec.shape[1]
-
-    @property
-    def features(self) -> int:
-        """M, how many features it has."""
-        return self.W_enc.shape[1]
 
     @property
     def variant(self) -> str:
@@ -163,45 +116,9 @@ class Transcoder(nnx.Module):
             raise JaxtcError(f"These are not the facts of a transcoder: {given}.")
         return cls.abstract(**facts, **options)
 
-    def pre_activations(self, x: jax.Array) -> jax.Array:
-        """``x W_enc + b_enc``: (..., D) to (..., M), in the transcoder's dtype."""
-        return jnp.matmul(self._input(x), self.W_enc[...], precision="highest") + self.b_enc[...]
-
-    def encode(self, x: jax.Array, *, placement: Placement | None = None) -> jax.Array:
-        """Feature activations: (..., D) to (..., M), 0 where a feature is not active.
-
-        Only activations that compare features use ``placement``, see :meth:`encode_sparse`.
-
-        Raises:
-            JaxtcError: the last axis of ``x`` is not D.
-        """
-        z = self.pre_activations(x)
-        return self.activation(z, self._thresholds(), self._placement() or placement)
-
-    def _thresholds(self) -> dict[str, jax.Array]:
-        return {name: getattr(self, name)[...] for name in self.activation.parameters}
-
-    def encode_features(
-        self, x: jax.Array, ids: jax.Array, *, placement: Placement | None = None
-    ) -> jax.Array:
-        """``encode(x)[..., ids]``: (..., D) to (..., K), NaN for a feature that does not exist.
-
-        Where the activation allows it, only their pre-activations are computed.
-        """
-        if not self.activation.per_feature:
-            return self._pick(self.encode(x, placement=placement), ids, -1)
-        z = jnp.matmul(self._input(x), self._pick(self.W_enc[...], ids, 1), precision="highest")
-        own = self._thresholds().items()
-        own = {name: self._pick(one, ids, 0) if one.ndim else one for name, one in own}
-        return self.activation(z + self._pick(self.b_enc[...], ids, 0), own, placement)
-
     def decoder_rows(self, ids: jax.Array) -> jax.Array:
         """``W_dec[ids]``: (K,) to (K, D), NaN for a feature that does not exist."""
         return self._pick(self.W_dec[...], ids, 0)
-
-    def _pick(self, array: jax.Array, ids: jax.Array, axis: int) -> jax.Array:
-        ids = jnp.where(ids < 0, self.features, ids)
-        return jnp.take(array, ids, axis=axis, mode="fill", fill_value=jnp.nan)
 
     def decode(self, a: jax.Array, x: jax.Array | None = None) -> jax.Array:
         """``a W_dec + b_dec``, and the skip connection's part: (..., M) to (..., D).
@@ -218,35 +135,6 @@ class Transcoder(nnx.Module):
         """(..., D) to (..., D): the imitation of the MLP's output, skip connection included."""
         return self.decode(self.encode(x, placement=placement), x)
 
-    def encode_sparse(
-        self, x: jax.Array, capacity: int, *, placement: Placement | None = None
-    ) -> SparseFeatures:
-        """The active features of ``x`` (..., D), largest first; the dense (..., M) is not kept.
-
-        Args:
-            capacity: C, room for active features of one token, at most M.
-            placement: of the features (``placement_of(transcoder)``), for use under ``jit``, where
-                arrays do not show it; each device then searches its own features first.
-
-        Raises:
-            CapacityError: a token has more than C active features. Under ``jit`` nothing can be
-                raised: that token's values are NaN, and ``count`` exceeds C.
-        """
-        if not is_whole(capacity, 1) or capacity > self.features:
-            raise CapacityError(
-                f"capacity is {capacity!r}, expected 1 to {self.features} (this transcoder's M)."
-            )
-        a = self.encode(x, placement=placement)
-        found = _sparse(a, capacity, self._placement() or placement)
-        if not isinstance(found.count, jax.core.Tracer):
-            most = int(np.max(whole(found.count), initial=0))
-            if most > capacity:
-                raise CapacityError(
-                    f"A token has {most} active features, but capacity is {capacity}: dropping any "
-                    f"would give a wrong reconstruction. Ask for capacity={most} or more."
-                )
-        return found
-
     def decode_sparse(self, features: SparseFeatures, x: jax.Array | None = None) -> jax.Array:
         """``decode`` from (values, ids): gathers the C decoder rows a token needs. To (..., D).
 
@@ -256,27 +144,6 @@ class Transcoder(nnx.Module):
         features, here = owned(jax.tree.map(plain, features)), self._placement()
         mixed = _mix_rows(features.values, features.ids, self.W_dec[...], here, "features")
         return self._skipped(mixed + self.b_dec[...], x)
-
-    def _input(self, x: jax.Array) -> jax.Array:
-        """``x`` in the transcoder's dtype, its width checked."""
-        x = owned(plain(x))
-        if x.shape[-1:] != (self.d_in,):
-            remedy = "it belongs to another model or another site"
-            if x.ndim > 1 and x.shape[-2] * x.shape[-1] == self.d_in:
-                remedy = "join the heads first: x.reshape(*x.shape[:-2], -1)"
-            raise JaxtcError(
-                f"This transcoder reads arrays whose last axis is D={self.d_in}, got "
-                f"{tuple(x.shape)}; {remedy}."
-            )
-        weight = self.W_enc[...]
-        mesh = mesh_of(weight)
-        if mesh is not None and not isinstance(x, jax.core.Tracer) and mesh_of(x) is None:
-            x = put(x, NamedSharding(mesh, PartitionSpec()))
-        return jnp.asarray(x).astype(weight.dtype)
-
-    def _placement(self) -> Placement | None:
-        """:func:`placement_of`, quick on a single device."""
-        return None if mesh_of(self.W_enc[...]) is None else placement_of(self)
 
     def _skipped(self, y: jax.Array, x: jax.Array | None) -> jax.Array:
         if self.W_skip is None:
@@ -288,11 +155,6 @@ class Transcoder(nnx.Module):
             )
         skip = jnp.einsum("...i,oi->...o", self._input(x), self.W_skip[...], precision="highest")
         return y + skip
-
-    @classmethod
-    def abstract(cls, *args, **kwargs) -> "Transcoder":
-        """The same transcoder with shapes in place of arrays; nothing is allocated."""
-        return nnx.eval_shape(lambda: cls(*args, rngs=nnx.Rngs(0), **kwargs))
 
 
 def nameless(tree: Any) -> Any:
