@@ -124,6 +124,10 @@ class Edit:
     replaces = False
     # The only layers where this edit can ever apply, when that is static.
     layers: ClassVar[tuple[int, ...] | None] = None
+    # Whether it keeps something of each layer for later ones, see `carry`.
+    carries = False
+    # Whether it applies from the layers that it names on, to the last.
+    onward = False
     # Sizes of axes of its own that targets range over, by letter.
     sizes: ClassVar[dict[str, int]] = {}
 
@@ -155,6 +159,13 @@ class Edit:
             context: tokens' positions, and the upstream sites listed in :attr:`reads`.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what it changes")
+
+    def carry(self, context: Context) -> Any:
+        """What an edit that ``carries`` keeps of this layer, whether it applies here or not.
+
+        :meth:`new` finds it in ``context.carried``, beside that of earlier layers.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what it carries")
 
     def check(self, sizes: dict[str, int]) -> None:
         """Raise EditError for what is wrong with this edit's own fields, before anything runs.

@@ -1,7 +1,7 @@
 """What an edit or a reducer can know about its pass; values that differ by layer."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -53,6 +53,7 @@ class Context:
         read: value of an upstream site of the same layer, after its edits. Of the edit's own site:
             the value before the first edit that reads it, at each token where that one applies.
         placement: the mesh of the pass, None on a single device.
+        carried: by layer, what an edit kept of this layer and of earlier ones (``Edit.carry``).
     """
 
     site: Site
@@ -61,6 +62,7 @@ class Context:
     lengths: jax.Array
     read: Callable[[str], jax.Array]
     placement: Placement | None = None
+    carried: Mapping[int, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def real(self) -> jax.Array:

@@ -158,12 +158,17 @@ class Transcoder(Encoder):
 
 
 def nameless(tree: Any) -> Any:
-    """A pytree without its transcoders' layers and sources, which are part of compile keys."""
+    """A pytree without its transcoders' layers and sources, which are part of compile keys.
+
+    A layer of a cross-layer transcoder stays what it is: its shapes tell anyway.
+    """
 
     def one(node: Any) -> Any:
-        if isinstance(node, Transcoder):
+        if isinstance(node, Encoder):
             node = jax.tree.map(lambda leaf: leaf, node)
-            node.layer, node.source = None, ""
+            node.source = ""
+            if isinstance(node, Transcoder):
+                node.layer = None
         return node
 
-    return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, Transcoder))
+    return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, Encoder))
