@@ -50,12 +50,12 @@ def check_features(edit: Edit) -> None:
             "own. Give layer=..., whose features these are; what they write at later layers "
             "changes along with it."
         )
-    if isinstance(given, LayerFeatures) and not is_traced(edit.layer):
-        if not np.array_equal(edit.layer, given.layer):
-            raise EditError(
-                f"{kind} was given layer={edit.layer} and features of layer {given.layer}. For any "
-                "other layer, or a sweep over layers, give the whole cross-layer transcoder."
-            )
+    known = isinstance(given, LayerFeatures) and not is_traced(edit.layer)
+    if known and not np.array_equal(edit.layer, given.layer):
+        raise EditError(
+            f"{kind} was given layer={edit.layer} and features of layer {given.layer}. For any "
+            "other layer, or a sweep over layers, give the whole cross-layer transcoder."
+        )
 
 
 def check_model(edit: Edit, layers: int) -> None:

@@ -6,15 +6,17 @@ import jax
 
 from jaxtc.errors import SiteError, SourceError
 from jaxtc.sharding.processes import check_here
+from jaxtc.transcoders.cross_layer import CrossLayerTranscoder
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.files import local
 from jaxtc.weights.files.formats import SITES, Format, by_name, sites_of
 from jaxtc.weights.files.layout import sae_site
 from jaxtc.weights.files.transcoder import write_transcoder
+from jaxtc.weights.save_cross_layer import save_cross_layer
 
 
 def save_transcoder(
-    transcoder: Transcoder,
+    transcoder: Transcoder | CrossLayerTranscoder,
     path: str | Path,
     *,
     format: str | None = None,
@@ -28,12 +30,14 @@ def save_transcoder(
     there unless you say that you will remember them.
 
     Args:
-        transcoder: to be saved. In ``params.npz`` its parameters are float32, and a ReLU has
+        transcoder: to be saved. A cross-layer one is written as circuit-tracer keeps it: a folder
+            with two files a layer and a config.yaml, in the dtype it has. In ``params.npz`` its parameters are float32, and a ReLU has
             thresholds of 0; in safetensors they keep their dtype. circuit-tracer's
             ``z·(z > threshold)`` lets negative values pass a negative threshold: it is written as
             0 there, which computes the same.
         path: the file, or the folder to write ``params.npz`` (or circuit-tracer's
-            ``layer_N.safetensors``) in; folders are made.
+            ``layer_N.safetensors``) in; folders are made. Of a cross-layer one, a folder that is
+            new, empty, or holds an earlier one, which is replaced.
         format: ``"gemma-scope"``, ``"circuit-tracer"`` or ``"gemma-scope-2"``; by default the one
             that the file's name ends like, or the first.
         without_sites: write ``params.npz`` though the sites are lost; they must then be given to
@@ -47,6 +51,17 @@ def save_transcoder(
         SiteError: ``params.npz`` of other sites than would be read from it, and ``without_sites``
             is false.
     """
+    if isinstance(transcoder, CrossLayerTranscoder):
+        if format not in (None, "circuit-tracer"):
+            raise SourceError(
+                f"A cross-layer transcoder is written as 'circuit-tracer' keeps it, not {format!r}."
+            )
+        return save_cross_layer(transcoder, path)
+    if not isinstance(transcoder, Transcoder):
+        raise SourceError(
+            f"A {type(transcoder).__name__} cannot be saved; expected a jaxtc.Transcoder or a "
+            "jaxtc.CrossLayerTranscoder, whose layers are saved together."
+        )
     check_here(transcoder, "transcoder")
     file = local.expand(path)
     made = by_name(format, file)

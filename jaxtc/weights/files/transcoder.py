@@ -15,6 +15,7 @@ from jaxtc.errors import WeightsError, did_you_mean, some
 from jaxtc.tap.sites import BY_NAME
 from jaxtc.transcoders.activations import Activation, activation_in, parameter_names
 from jaxtc.transcoders.transcoder import Transcoder
+from jaxtc.weights.files.cross_layer import is_part
 from jaxtc.weights.files.formats import SITES, Format, account, format_of
 from jaxtc.weights.files.npz import NpzFile, write_params
 from jaxtc.weights.files.safetensors import SafetensorsFile, write_tensors
@@ -78,6 +79,12 @@ def open_transcoder(path: Path) -> Iterator[TranscoderFile]:
     """
     kind = SafetensorsFile if path.suffix == ".safetensors" else NpzFile
     with kind(path) as file:
+        if is_part(file.entries):
+            raise WeightsError(
+                f"{path} is one file of a cross-layer transcoder, whose layers belong together: "
+                f"give its folder, jaxtc.load_transcoders({str(path.parent)!r}), or with layer=... "
+                "to load_transcoder for the features of one layer."
+            )
         format = format_of(f".{kind.format}", file.entries)
         if problems := account(format, file.entries):
             raise WeightsError(
