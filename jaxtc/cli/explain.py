@@ -1,5 +1,6 @@
 """``jaxtc explain``: what features explain a prompt, as a table from 80 columns on or as JSON."""
 
+import dataclasses
 import math
 import re
 from collections import UserDict
@@ -14,10 +15,12 @@ from jaxtc.cli.runtime import Progress, plain_table, working
 from jaxtc.errors import JaxtcError
 from jaxtc.explore.explain import explain
 from jaxtc.explore.explanation import Explanation, LayerReport, TokenReport, feature_url
+from jaxtc.transcoders.cross_layer import LayerFeatures
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.files.layout import GEMMA_SCOPE_2B
 from jaxtc.weights.load_model import load_model, load_tokenizer
 from jaxtc.weights.load_transcoder import load_transcoder
+from jaxtc.weights.sources.cross_layer import cross_layer
 from jaxtc.weights.sources.resolve import EMBEDDED, TRANSCODERS, resolve
 
 FEATURE, PIECE, FAINT = "cyan", "green", "dim"
@@ -69,6 +72,11 @@ def command(
         )
     with working("Starting JAX") as progress:
         transcoders = find_transcoders(transcoder, model, layer, progress)
+        asked = None
+        if isinstance(transcoders, LayerFeatures):
+            # What is written at a layer comes from all layers up to it.
+            asked = transcoders.layer
+            transcoders = _OnDemand.fromkeys(range(asked + 1), transcoder)
         progress(f"Loading {model}")
         loaded = load_model(model, dtype=dtype, progress=progress.part)
         progress("Loading the tokenizer")
@@ -79,6 +87,8 @@ def command(
             loaded, tokenizer, prompt, transcoders, input_site=input_site, top_features=shown,
             max_new_tokens=max_new_tokens, progress=progress,
         )  # fmt: skip
+        if asked is not None:
+            found = dataclasses.replace(found, layers=found.layers[asked:])
     if as_json:
         write_json(STDOUT, found.to_dict())
     else:
@@ -87,10 +97,10 @@ def command(
 
 def find_transcoders(
     source: str | None, model: str, layer: str | int | None, progress: Progress
-) -> Transcoder | Mapping[int, Transcoder]:
+) -> Transcoder | LayerFeatures | Mapping[int, Transcoder | LayerFeatures]:
     """The transcoder of a layer (by default, the source's usual one), or those of "all".
 
-    Without a ``source``, the model's own.
+    Of a cross-layer one, the features of a layer. Without a ``source``, the model's own.
     """
     source = source or OWN.get(model)
     if source is None:
@@ -99,7 +109,9 @@ def find_transcoders(
             f"params.npz that was trained on this model. (Known by themselves: {', '.join(OWN)}.)"
         )
     if layer == "all":
-        return _OnDemand.fromkeys(resolve(source, TRANSCODERS).layers(), source)
+        found = resolve(source, TRANSCODERS)
+        whole = cross_layer(found)
+        return _OnDemand.fromkeys(range(whole.layers) if whole else found.layers(), source)
     progress(f"Loading the transcoder from {source}")
     return load_transcoder(source, USUAL_LAYER.get(source) if layer is None else int(layer))
 
@@ -107,7 +119,7 @@ def find_transcoders(
 class _OnDemand(UserDict):
     """Sources by layer; gives transcoders, loaded when asked for and not kept (300 MB each)."""
 
-    def __getitem__(self, layer: int) -> Transcoder:
+    def __getitem__(self, layer: int) -> Transcoder | LayerFeatures:
         return load_transcoder(self.data[layer], layer)
 
 

@@ -31,8 +31,9 @@ def save_transcoder(
 
     Args:
         transcoder: to be saved. A cross-layer one is written as circuit-tracer keeps it: a folder
-            with two files a layer and a config.yaml, in the dtype it has. In ``params.npz`` its parameters are float32, and a ReLU has
-            thresholds of 0; in safetensors they keep their dtype. circuit-tracer's
+            with two files a layer and a config.yaml, in the dtype it has.
+            In ``params.npz`` parameters are float32, and a ReLU has thresholds of 0; in
+            safetensors they keep their dtype. circuit-tracer's
             ``z·(z > threshold)`` lets negative values pass a negative threshold: it is written as
             0 there, which computes the same.
         path: the file, or the folder to write ``params.npz`` (or circuit-tracer's

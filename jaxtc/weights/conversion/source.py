@@ -21,6 +21,7 @@ from jaxtc.weights.files.transcoder import open_transcoder
 from jaxtc.weights.load_transcoder import declared
 from jaxtc.weights.names import parameter_names
 from jaxtc.weights.sources import hub
+from jaxtc.weights.sources.cross_layer import one_a_layer
 from jaxtc.weights.sources.resolve import CONVERTED, MODEL, TRANSCODERS, Source
 
 # What is written beside the weights of a model.
@@ -109,6 +110,7 @@ def open_transcoders(
         checkpoint = Converted(source.path, TRANSCODERS, verify)
     files: dict[int, Path] = {}
     found: dict[int, Transcoder] = {}
+    one_a_layer(source)
     for layer in source.layers(layers):
         one = source.one(layer, *tier)
         layer = int(layer)  # JSON knows no integers of NumPy

@@ -117,6 +117,17 @@ def cross_layer(source: Source) -> CrossLayerSource | None:
     return CrossLayerSource(source, count)
 
 
+def one_a_layer(source: Source) -> Source:
+    """The same. Raises SourceError for a cross-layer transcoder, where single ones are needed."""
+    if found := cross_layer(source):
+        raise SourceError(
+            f"{found.name} is a cross-layer transcoder, one dictionary for all layers, and this "
+            "takes transcoders of single layers. jaxtc.load_transcoders reads its folder as it is, "
+            "onto any mesh; jaxtc.save_transcoder writes it."
+        )
+    return source
+
+
 def _names(source: Source) -> list[str]:
     """The files of the folder or repository itself, or of the place in it that is named."""
     if layout.is_file(source.inside):
