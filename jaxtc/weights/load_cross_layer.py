@@ -1,14 +1,14 @@
 """Cross-layer transcoders from a source, whole or the features of one layer."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from jaxtc.errors import SiteError, WeightsError
+from jaxtc.errors import SiteError
 from jaxtc.transcoders.cross_layer import CrossLayerTranscoder, LayerFeatures
 from jaxtc.weights.files.circuit_tracer import SetConfig
 from jaxtc.weights.files.cross_layer import LayerFiles, check_layers
@@ -41,13 +41,8 @@ def load_cross_layer(
     told = _sites(found, config, sites)
     wanted = range(found.layers) if layer is None else [layer]
     with _opened(found, wanted) as opened:
-        check_layers(opened, found.name)
+        check_layers(opened, found.layers, found.name)
         one = opened[wanted[0]]
-        if layer is not None and one.sizes["W"] != found.layers - layer:
-            raise WeightsError(
-                f"{found.name} has {found.layers} layers, but W_dec_{layer} writes at "
-                f"{one.sizes['W']}, not at {found.layers - layer}."
-            )
         sizes = (one.sizes["I"], one.sizes["M"], one.sizes["O"])
         options = dict(
             activation=_activation(one, config), skip="W_skip" in one.shapes, dtype=dtype,
@@ -66,7 +61,7 @@ def load_cross_layer(
 
 
 @contextlib.contextmanager
-def _opened(found: CrossLayerSource, layers) -> Iterator[dict[int, LayerFiles]]:
+def _opened(found: CrossLayerSource, layers: Iterable[int]) -> Iterator[dict[int, LayerFiles]]:
     with contextlib.ExitStack() as stack:
         yield {
             layer: LayerFiles(

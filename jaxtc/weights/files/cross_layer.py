@@ -139,18 +139,19 @@ def _letters(letters: Iterable[str]) -> str:
     return f"({', '.join(named)})"
 
 
-def check_layers(opened: Mapping[int, LayerFiles], folder: Path | str) -> None:
-    """Raise WeightsError for layers that are unsound, or do not belong together; all at once."""
+def check_layers(opened: Mapping[int, LayerFiles], layers: int, folder: str) -> None:
+    """Raise WeightsError for layers that are unsound, or do not belong together; all at once.
+
+    ``opened`` are all or some of the ``layers`` that there are.
+    """
     problems = [problem for one in opened.values() for problem in one.problems()]
     if not problems:
-        whole = len(opened) > 1 or 0 in opened
         first = next(iter(opened.values()))
         for layer, one in opened.items():
-            if whole and one.sizes["W"] != len(opened) - layer:
-                last = len(opened) - 1
+            if one.sizes["W"] != layers - layer:
                 problems.append(
-                    f"W_dec_{layer} writes at {one.sizes['W']} layers, not at {last + 1 - layer} "
-                    f"(layers {layer} to {last})"
+                    f"W_dec_{layer} writes at {one.sizes['W']} layers, not at {layers - layer} "
+                    f"(layers {layer} to {layers - 1})"
                 )
             if any(one.sizes[letter] != first.sizes[letter] for letter in "MIO"):
                 given = ", ".join(f"{letter}={one.sizes[letter]}" for letter in "MIO")
