@@ -26,6 +26,7 @@ from jaxtc.errors import JaxtcError
 FORMATS = {
     "safetensors": "tensors", "transcoder": "tensors", "npz": "npz", "index": "folders",
     "config": "folders", "converted": "converted", "converted-transcoders": "converted",
+    "cross-layer": "cross_layer",
 }  # fmt: skip
 SECONDS = 10
 # Python's objects for a byte of JSON, and what any reading takes.
