@@ -21,7 +21,7 @@ from jaxtc.sharding.placement import top_k
 from jaxtc.sharding.rules import logical
 from jaxtc.tap.context import Context
 from jaxtc.tap.positions import Mask, Places, is_traced
-from jaxtc.tap.sites import Address
+from jaxtc.tap.sites import BY_NAME, Address
 from jaxtc.tap.tap import along
 from jaxtc.transcoders.cross_layer import CrossLayerTranscoder
 from jaxtc.transcoders.encoder import Encoder, SparseFeatures
@@ -254,12 +254,14 @@ class Features(Reducer):
     def __post_init__(self):
         given = self.transcoder
         if not self.address and isinstance(given, Encoder):
-            if given.layer is None:
+            once = not BY_NAME[given.input_site].per_layer
+            if given.layer is None and not once:
                 raise InputError(
                     "This transcoder does not know its layer; name one: "
                     f"Features('layers.20.{given.input_site}', transcoder=..., capacity=...)."
                 )
-            object.__setattr__(self, "address", str(Address(given.input_site, given.layer)))
+            layer = None if once else given.layer
+            object.__setattr__(self, "address", str(Address(given.input_site, layer)))
         super().__post_init__()
 
     def checked(self, config, prompts):

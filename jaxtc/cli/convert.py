@@ -36,15 +36,17 @@ def command(
     layers: option(str, "Which layers' transcoders.", metavar="all|0,5,10-12") = "all",
     width: option(str | None, "Which of a layer's transcoders, such as 65k.") = None,
     l0: option(str | None, "Which, by its average L0.", "--l0") = None,
+    format: option(
+        str | None,
+        "Whose transcoders' arrays they are, where nothing else says it.",
+        metavar="circuit-tracer|gemma-scope-2",
+    ) = None,
     input_site: option(
         str | None, "What the transcoders read, where their source does not say.", metavar="SITE"
     ) = None,
     output_site: option(
         str | None, "What the transcoders imitate, where their source does not say.", metavar="SITE"
     ) = None,
-    without_sites: option(
-        bool, "Write params.npz though it cannot hold the sites.", "--without-sites"
-    ) = False,
     model_name: option(
         str | None, "For circuit-tracer's config.yaml, such as google/gemma-2-2b."
     ) = None,
@@ -66,7 +68,7 @@ def command(
             made = convert(
                 source, out, to, kind=kind, dtype=dtype, revision=revision,
                 layers=layers if layers == "all" else parse_layers(layers), width=width, l0=l0,
-                input_site=input_site, output_site=output_site, without_sites=without_sites,
+                input_site=input_site, output_site=output_site, format=format,
                 model_name=model_name, max_shard_size=max_shard_size * 10**9,
                 verify=verify, progress=progress.part,
             )  # fmt: skip

@@ -3,8 +3,7 @@
 import dataclasses
 import math
 import re
-from collections import UserDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console, Group
 from rich.table import Table
@@ -60,6 +59,12 @@ def command(
         "the Gemma Scope tutorial feeds.",
         metavar="SITE",
     ) = None,
+    sites: option(
+        str | None,
+        "What the transcoder was trained to read and to write, where its source does not say: "
+        "mlp_in_normed,mlp_out for Gemma Scope's transcoders.",
+        metavar="READ,WRITTEN",
+    ) = None,
     top_features: option(int, "Strongest features shown per token.") = 3,
     max_new_tokens: option(int, "Length of the continuation.") = 2,
     dtype: Dtype = None,
@@ -70,13 +75,17 @@ def command(
         raise JaxtcError(
             f"--layer is {layer!r}, expected the number of a layer, counted from 0, or 'all'."
         )
+    read, _, written = (sites or "").partition(",")
+    if sites is not None and not (read.strip() and written.strip()):
+        raise JaxtcError(f"--sites is {sites!r}, expected two, such as mlp_in_normed,mlp_out.")
+    told = {"input_site": read.strip(), "output_site": written.strip()} if sites else {}
     with working("Starting JAX") as progress:
-        transcoders = find_transcoders(transcoder, model, layer, progress)
+        transcoders = find_transcoders(transcoder, model, layer, progress, told)
         asked = None
         if isinstance(transcoders, LayerFeatures):
             # What is written at a layer comes from all layers up to it.
             asked = transcoders.layer
-            transcoders = _OnDemand.fromkeys(range(asked + 1), transcoder)
+            transcoders = _OnDemand(transcoder, range(asked + 1), told)
         progress(f"Loading {model}")
         loaded = load_model(model, dtype=dtype, progress=progress.part)
         progress("Loading the tokenizer")
@@ -96,7 +105,11 @@ def command(
 
 
 def find_transcoders(
-    source: str | None, model: str, layer: str | int | None, progress: Progress
+    source: str | None,
+    model: str,
+    layer: str | int | None,
+    progress: Progress,
+    sites: Mapping[str, str] | None = None,
 ) -> Transcoder | LayerFeatures | Mapping[int, Transcoder | LayerFeatures]:
     """The transcoder of a layer (by default, the source's usual one), or those of "all".
 
@@ -111,16 +124,27 @@ def find_transcoders(
     if layer == "all":
         found = resolve(source, TRANSCODERS)
         whole = cross_layer(found)
-        return _OnDemand.fromkeys(range(whole.layers) if whole else found.layers(), source)
+        layers = range(whole.layers) if whole else found.layers()
+        return _OnDemand(source, layers, sites or {})
     progress(f"Loading the transcoder from {source}")
-    return load_transcoder(source, USUAL_LAYER.get(source) if layer is None else int(layer))
+    layer = USUAL_LAYER.get(source) if layer is None else int(layer)
+    return load_transcoder(source, layer, **(sites or {}))
 
 
-class _OnDemand(UserDict):
-    """Sources by layer; gives transcoders, loaded when asked for and not kept (300 MB each)."""
+class _OnDemand(Mapping):
+    """A source's transcoders by layer, loaded when asked for and not kept (300 MB each)."""
+
+    def __init__(self, source: str, layers: Sequence[int], sites: Mapping[str, str]):
+        self.source, self.layers, self.sites = source, layers, sites
 
     def __getitem__(self, layer: int) -> Transcoder | LayerFeatures:
-        return load_transcoder(self.data[layer], layer)
+        return load_transcoder(self.source, layer, **self.sites)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
 
 
 def _table(*headings: str | Text) -> Table:

@@ -50,7 +50,7 @@ class TranscoderEdit(Edit):
             object.__setattr__(self, "reads", reads)
         super().__post_init__()
         single = given.get(None)
-        if single is not None and self.layer is None:
+        if single is not None and self.layer is None and BY_NAME[self.site].per_layer:
             if isinstance(single, CrossLayerTranscoder):
                 return
             if single.layer is None:

@@ -159,6 +159,14 @@ def _by_layer(given: Any, layers: int) -> Mapping[int, Encoder]:
         given = given.layers
     if not isinstance(given, Mapping):
         several = [given] if isinstance(given, Encoder) else list(given)
+        for one in several:
+            if isinstance(one, Transcoder) and not BY_NAME[one.input_site].per_layer:
+                raise JaxtcError(
+                    f"The autoencoder from {one.source or 'memory'} is of {one.input_site!r}, "
+                    "which the model has once; explain reports on layers. Its features on a "
+                    "prompt: jaxtc.run(model, ids, capture=[jaxtc.reducers.Features("
+                    "transcoder=..., capacity=...)])."
+                )
         given = {one.layer: one for one in several}
         if None in given:
             raise JaxtcError(

@@ -31,12 +31,16 @@ from jaxtc.parity.texts import tokenised
 from jaxtc.parity.tolerances import tolerances
 from jaxtc.programs.generate import generate
 from jaxtc.tap.sites import check_layer
-from jaxtc.weights.files.layout import sae_site
+from jaxtc.weights.files.formats import SITES
+from jaxtc.weights.files.layout import TRANSCODER_SITES
 from jaxtc.weights.files.transcoder import open_transcoder
 from jaxtc.weights.load_model import load_model, load_tokenizer
 from jaxtc.weights.load_transcoder import load_transcoder
 from jaxtc.weights.sources.cross_layer import one_a_layer
 from jaxtc.weights.sources.resolve import EMBEDDED, MODEL, TRANSCODERS, resolve
+
+# What the certificate's transcoders read and write.
+_SITES = dict(zip(SITES, TRANSCODER_SITES, strict=True))
 
 
 def certify(
@@ -112,7 +116,7 @@ def certify(
         features = None
         if file:
             special = [config.bos_token_id, config.pad_token_id, *np.ravel(config.eos_token_id)]
-            features = Features(load_transcoder(file, of_layer), limits, special)
+            features = Features(load_transcoder(file, of_layer, **_SITES), limits, special)
         side = Comparison(ours, work, exact, limits, features)
         new = [[] for _ in ids]
         with contextlib.ExitStack() as quietly:
@@ -220,9 +224,17 @@ def _transcoder(
     layer = check_layer(layer, config.num_hidden_layers, "the transcoder")
     file = found.one(layer).file
     with open_transcoder(file) as opened:
-        sae = sae_site(file.absolute().parts)
-        if sae or opened.format.name != "gemma-scope":
-            kind = f"an autoencoder of {sae}" if sae else f"of the format {opened.format.name!r}"
+        told = opened.sites
+        other = {key: site for key, site in told.items() if site != _SITES[key]}
+        if other or opened.format.name != "gemma-scope":
+            kind = f"of the format {opened.format.name!r}"
+            if other:
+                sae = len(set(told.values())) == 1
+                kind = (
+                    f"an autoencoder of {told['input_site']}"
+                    if sae
+                    else f"of other sites ({other})"
+                )
             raise InputError(
                 f"{file} is {kind}; the certificate compares Gemma Scope's transcoders "
                 "(params.npz), which read mlp_in_normed and write mlp_out."

@@ -36,7 +36,9 @@ class Activation:
         parameters: logical axes of its arrays, attributes of the transcoder that start as zeros:
             ``("features",)``, (M,); or ``()``, one number for all features.
         files: the file formats that have it and how they spell each parameter. At most one
-            activation of a format has a given set of parameters, which identifies it in a file.
+            activation of a format has a given set of parameters and settings, which identifies it
+            in a file, unless a config beside the file names it.
+        settings: how formats spell settings that they keep as arrays of one whole number.
         per_feature: whether a feature's activation depends on its own pre-activation only.
         as_threshold: {parameter: array} -> thresholds, (M,) or (), of the JumpReLU that computes
             the same, for formats that lack this activation; None where there is none.
@@ -45,6 +47,7 @@ class Activation:
     name: ClassVar[str]
     parameters: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
     files: ClassVar[Mapping[str, Mapping[str, str]]] = MappingProxyType({})
+    settings: ClassVar[Mapping[str, Mapping[str, str]]] = MappingProxyType({})
     per_feature: ClassVar[bool] = True
     as_threshold: ClassVar[Callable[..., np.ndarray] | None] = None
 
@@ -77,6 +80,7 @@ class JumpReLU(Activation):
         "gemma-scope": {"threshold": "threshold"},
         "circuit-tracer": {"threshold": "activation_function.threshold"},
         "gemma-scope-2": {"threshold": "threshold"},
+        "saelens": {"threshold": "threshold"},
     })  # fmt: skip
 
     def __call__(self, z, parameters, placement):
@@ -88,7 +92,7 @@ class ReLU(Activation):
     """``z`` where ``z > 0``, else 0."""
 
     name = "relu"
-    files = MappingProxyType({"circuit-tracer": {}, "gemma-scope-2": {}})
+    files = MappingProxyType({"circuit-tracer": {}, "gemma-scope-2": {}, "saelens": {}})
 
     def __call__(self, z, parameters, placement):
         return jnp.where(z <= 0, 0, z)
@@ -100,12 +104,16 @@ class ReLU(Activation):
 class TopK(Activation):
     """The k largest pre-activations of a token, those of them above 0; else 0 (arXiv 2406.04093).
 
-    Of equal pre-activations the one with the lower id comes first. NaN counts as largest.
+    Of equal pre-activations the one with the lower id comes first. NaN counts as largest. So do
+    SAELens and sparsify; circuit-tracer alone keeps values below 0 where a token has fewer than k
+    above it.
     """
 
     k: int
 
     name = "topk"
+    files = MappingProxyType({"circuit-tracer": {}, "saelens": {}, "sparsify": {}})
+    settings = MappingProxyType({"circuit-tracer": {"k": "k"}})
     per_feature = False
 
     def __post_init__(self):
@@ -189,9 +197,25 @@ def optional_in(format: str) -> frozenset[str]:
     return frozenset.union(*each) - frozenset.intersection(*each)
 
 
-def activation_in(format: str, names: Collection[str]) -> Activation | None:
-    """The activation of this format that has exactly these parameters, if any."""
-    return next((kind() for kind in _of(format) if set(kind.parameters) == set(names)), None)
+def settings_in(format: str) -> dict[str, str]:
+    """How a file format spells the settings that it keeps as arrays: setting to key."""
+    return {n: key for kind in _of(format) for n, key in kind.settings.get(format, {}).items()}
+
+
+def activation_in(
+    format: str, names: Collection[str], settings: Mapping[str, int]
+) -> Activation | None:
+    """The activation of this format that has exactly these parameters and settings, if any.
+
+    Raises:
+        JaxtcError: settings out of range.
+    """
+    for kind in _of(format):
+        own = kind.settings.get(format, {})
+        takes = {field.name for field in dataclasses.fields(kind)}
+        if set(kind.parameters) == set(names) and set(own) == set(settings) == takes:
+            return kind(**settings)
+    return None
 
 
 def _of(format: str) -> list[type[Activation]]:

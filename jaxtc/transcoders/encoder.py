@@ -89,7 +89,7 @@ class Encoder(nnx.Module):
 
     def pre_activations(self, x: jax.Array) -> jax.Array:
         """``x W_enc + b_enc``: (..., D) to (..., M), in the transcoder's dtype."""
-        return jnp.matmul(self._input(x), self.W_enc[...], precision="highest") + self.b_enc[...]
+        return jnp.matmul(self._encoded(x), self.W_enc[...], precision="highest") + self.b_enc[...]
 
     def encode(self, x: jax.Array, *, placement: Placement | None = None) -> jax.Array:
         """Feature activations: (..., D) to (..., M), 0 where a feature is not active.
@@ -114,7 +114,7 @@ class Encoder(nnx.Module):
         """
         if not self.activation.per_feature:
             return self._pick(self.encode(x, placement=placement), ids, -1)
-        z = jnp.matmul(self._input(x), self._pick(self.W_enc[...], ids, 1), precision="highest")
+        z = jnp.matmul(self._encoded(x), self._pick(self.W_enc[...], ids, 1), precision="highest")
         own = self._thresholds().items()
         own = {name: self._pick(one, ids, 0) if one.ndim else one for name, one in own}
         return self.activation(z + self._pick(self.b_enc[...], ids, 0), own, placement)
@@ -168,6 +168,10 @@ class Encoder(nnx.Module):
         if mesh is not None and not isinstance(x, jax.core.Tracer) and mesh_of(x) is None:
             x = put(x, NamedSharding(mesh, PartitionSpec()))
         return jnp.asarray(x).astype(weight.dtype)
+
+    def _encoded(self, x: jax.Array) -> jax.Array:
+        """What is multiplied with ``W_enc``, of ``x``."""
+        return self._input(x)
 
     def _placement(self) -> Placement | None:
         """:func:`placement_of`, quick on a single device."""

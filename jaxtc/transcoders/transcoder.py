@@ -29,7 +29,7 @@ _mix_rows = jax.jit(mix_rows, static_argnums=(3, 4))
 _FACTS = {
     **dict.fromkeys(("d_in", "features", "d_out"), lambda n: is_whole(n, 1) and n < 2**31),
     "activation": lambda given: isinstance(given, Mapping),
-    "skip": lambda given: isinstance(given, bool),
+    **dict.fromkeys(("skip", "subtract_b_dec"), lambda given: isinstance(given, bool)),
     "layer": lambda n: n is None or is_whole(n),
     **dict.fromkeys(("input_site", "output_site", "source"), lambda s: isinstance(s, str)),
 }
@@ -38,9 +38,10 @@ _FACTS = {
 class Transcoder(Encoder):
     """``a = activation(x W_enc + b_enc)``, ``y = a W_dec + b_dec`` (arXiv 2408.05147, §2-3).
 
-    The decoder's bias is not subtracted from the input. With a skip connection,
-    ``y = a W_dec + b_dec + x W_skipᵀ`` (arXiv 2501.18823): calling the transcoder always includes
-    it, and :meth:`decode` cannot leave it out by accident.
+    With ``subtract_b_dec`` the encoder reads ``x - b_dec``, as most sparse autoencoders have been
+    trained (arXiv 2406.04093, §2.1); Gemma Scope's, and transcoders, are not. With a skip
+    connection, ``y = a W_dec + b_dec + x W_skipᵀ`` (arXiv 2501.18823), of ``x`` itself: calling the
+    transcoder always includes it, and :meth:`decode` cannot leave it out by accident.
 
     A sparse autoencoder is a transcoder whose two sites are one; of attention (``attn_heads``) it
     reads the heads joined, D = N·H (:meth:`jaxtc.tap.sites.Site.join`).
@@ -52,6 +53,9 @@ class Transcoder(Encoder):
         threshold: (M,) of JumpReLU; None for an activation without one, as are the parameters of
             every other activation.
         W_skip: (D, D), [out, in], or None.
+        subtract_b_dec: static; whether the decoder's bias is taken off the input. It stays a
+            setting, rather than folded into ``b_enc``, so that what was read is written back to the
+            last bit.
         layer: layer of the model it explains, or None when unknown.
         input_site: the site it reads; Gemma Scope's read x/rms *before* the norm's gain.
         output_site: the site it imitates.
@@ -66,6 +70,7 @@ class Transcoder(Encoder):
         *,
         activation: str | Activation | Mapping[str, Any] = "jumprelu",
         skip: bool = False,
+        subtract_b_dec: bool = False,
         layer: int | None = None,
         input_site: str = "mlp_in_normed",
         output_site: str = "mlp_out",
@@ -74,6 +79,11 @@ class Transcoder(Encoder):
         rngs: nnx.Rngs,
     ):
         d_out = d_in if d_out is None else d_out
+        if subtract_b_dec and d_in != d_out:
+            raise JaxtcError(
+                f"subtract_b_dec takes b_dec, of D={d_out}, off what is read, of D={d_in}; only a "
+                "dictionary that reads as many numbers as it writes can do that."
+            )
         param = functools.partial(declare, rngs, dtype=dtype)
         self.W_enc = param((d_in, features), ("embed", "features"), he_uniform)
         self.b_enc = param((features,), ("features",), zeros)
@@ -81,6 +91,7 @@ class Transcoder(Encoder):
         self.b_dec = param((d_out,), ("embed",), zeros)
         self._declare_activation(activation, features, param)
         self.W_skip = param((d_out, d_in), ("embed", "embed"), zeros) if skip else None
+        self.subtract_b_dec = bool(subtract_b_dec)
         self.layer, self.source = layer, source
         self.input_site, self.output_site = parse(input_site)[0], parse(output_site)[0]
 
@@ -109,6 +120,9 @@ class Transcoder(Encoder):
         Raises:
             JaxtcError: a fact that is missing, unknown or of another type.
         """
+        if not isinstance(facts, Mapping):
+            raise JaxtcError(f"The facts of a transcoder are a mapping, not {facts!r}.")
+        facts = {"subtract_b_dec": False, **facts}  # as all had it before it was a fact
         wrong = [name for name, fits in _FACTS.items() if not fits(facts.get(name))]
         wrong += facts.keys() - _FACTS.keys()
         if wrong:
@@ -144,6 +158,10 @@ class Transcoder(Encoder):
         features, here = owned(jax.tree.map(plain, features)), self._placement()
         mixed = _mix_rows(features.values, features.ids, self.W_dec[...], here, "features")
         return self._skipped(mixed + self.b_dec[...], x)
+
+    def _encoded(self, x: jax.Array) -> jax.Array:
+        x = self._input(x)
+        return x - self.b_dec[...] if self.subtract_b_dec else x
 
     def _skipped(self, y: jax.Array, x: jax.Array | None) -> jax.Array:
         if self.W_skip is None:

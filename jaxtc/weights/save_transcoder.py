@@ -4,13 +4,13 @@ from pathlib import Path
 
 import jax
 
-from jaxtc.errors import SiteError, SourceError
+from jaxtc.errors import SourceError
 from jaxtc.sharding.processes import check_here
 from jaxtc.transcoders.cross_layer import CrossLayerTranscoder
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.files import local
-from jaxtc.weights.files.formats import SITES, Format, by_name, sites_of
-from jaxtc.weights.files.layout import sae_site
+from jaxtc.weights.files.formats import Format, by_name
+from jaxtc.weights.files.saelens import config_of
 from jaxtc.weights.files.transcoder import write_transcoder
 from jaxtc.weights.save_cross_layer import save_cross_layer
 
@@ -20,14 +20,15 @@ def save_transcoder(
     path: str | Path,
     *,
     format: str | None = None,
-    without_sites: bool = False,
 ) -> Path:
     """Write a transcoder in one of the formats of :data:`jaxtc.weights.files.formats.FORMATS`.
 
-    The file is written whole or not at all. Those in safetensors say which sites the transcoder
-    reads and writes. ``params.npz`` has no place for that (nor for the layer, which the folder
-    ``layer_N`` around it names): a transcoder that would be taken for one of other sites is refused
-    there unless you say that you will remember them.
+    The file is written whole or not at all, and says which sites the transcoder reads and writes:
+    in the header of safetensors, in SAELens' ``cfg.json``, in the comment of the zip that
+    ``params.npz`` is (which NumPy and others leave alone).
+
+    What a format cannot hold is refused: a skip connection (``params.npz``), TopK
+    (``params.npz``, Gemma Scope 2's), ``subtract_b_dec`` (all but SAELens').
 
     Args:
         transcoder: to be saved. A cross-layer one is written as circuit-tracer keeps it: a folder
@@ -37,20 +38,17 @@ def save_transcoder(
             ``z·(z > threshold)`` lets negative values pass a negative threshold: it is written as
             0 there, which computes the same.
         path: the file, or the folder to write ``params.npz`` (or circuit-tracer's
-            ``layer_N.safetensors``) in; folders are made. Of a cross-layer one, a folder that is
-            new, empty, or holds an earlier one, which is replaced.
-        format: ``"gemma-scope"``, ``"circuit-tracer"`` or ``"gemma-scope-2"``; by default the one
-            that the file's name ends like, or the first.
-        without_sites: write ``params.npz`` though the sites are lost; they must then be given to
-            :func:`load_transcoder` each time, as ``input_site`` and ``output_site``.
+            ``layer_N.safetensors``, or SAELens' two files) in; folders are made. Of a
+            cross-layer one, a folder that is new, empty, or holds an earlier one, which is
+            replaced.
+        format: ``"gemma-scope"``, ``"circuit-tracer"``, ``"gemma-scope-2"`` or ``"saelens"``; by
+            default the one that the file's name ends like, or the first.
 
     Returns:
         The file.
 
     Raises:
         SourceError: it cannot be written there, or not in this format.
-        SiteError: ``params.npz`` of other sites than would be read from it, and ``without_sites``
-            is false.
     """
     if isinstance(transcoder, CrossLayerTranscoder):
         if format not in (None, "circuit-tracer"):
@@ -73,7 +71,7 @@ def save_transcoder(
                 "format; give the file: path='layer_20.safetensors'."
             )
         file /= made.file.format(layer=transcoder.layer)
-    check_savable(transcoder, made, file, without_sites)
+    check_savable(transcoder, made)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_transcoder(
@@ -84,30 +82,26 @@ def save_transcoder(
     return file
 
 
-def check_savable(
-    transcoder: Transcoder, made: Format, file: Path, without_sites: bool = False
-) -> None:
+def check_savable(transcoder: Transcoder, made: Format) -> None:
     """Raise, as :func:`save_transcoder`, for a file that could not give the transcoder back."""
+    if made.name == "saelens":
+        config_of(transcoder)
     if transcoder.W_skip is not None and "W_skip" not in made.keys:
         raise SourceError(
             f"The format {made.name!r} has no skip connection, and this transcoder has one. Give "
             "format='circuit-tracer' (a .safetensors file)."
         )
+    if transcoder.subtract_b_dec and made.name != "saelens":
+        raise SourceError(
+            f"This transcoder takes b_dec off its input, which the format {made.name!r} cannot "
+            "say. Give format='saelens', or keep it in a checkpoint (save_checkpoint)."
+        )
     activation = transcoder.activation
     if made.name not in activation.files and activation.as_threshold is None:
         raise SourceError(
             f"The format {made.name!r} has no activation {activation.name!r}, so other programs "
-            "would compute something else from the file. Keep the transcoder in a checkpoint, "
+            "would compute something else from the file. Give format='circuit-tracer' or "
+            f"'saelens' if that has it, or keep the transcoder in a checkpoint, "
             f"save_checkpoint({{{transcoder.layer or 0}: transcoder}}, folder); load_transcoder "
             "reads it."
-        )
-    own = {key: getattr(transcoder, key) for key in SITES}
-    usual = sites_of(sae_site(file.absolute().parts), made)
-    if made.suffix == ".npz" and own != usual and not without_sites:
-        given = ", ".join(f"{key}={value!r}" for key, value in own.items())
-        raise SiteError(
-            f"params.npz has no place for this transcoder's sites ({given}); loaded again it would "
-            f"be taken for {usual['input_site']} to {usual['output_site']}. Save it as safetensors "
-            f"(format='circuit-tracer'); or with without_sites=True, and give {given} to "
-            "load_transcoder."
         )

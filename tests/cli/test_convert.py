@@ -114,8 +114,10 @@ def test_the_scripts(tmp_path):
     assert contents(tmp_path / "back") == contents(tmp_path / "hf")
 
     given = params() | {"threshold": np.abs(params()["threshold"])}
-    file = write_tier(tmp_path / "scope", "layer_0/width_60/average_l0_5", given)
-    script("npz_to_orbax.py", tmp_path / "scope", tmp_path / "all")
+    file = write_tier(
+        tmp_path / "gemma-scope-2b-pt-transcoders", "layer_0/width_60/average_l0_5", given
+    )
+    script("npz_to_orbax.py", tmp_path / "gemma-scope-2b-pt-transcoders", tmp_path / "all")
     script("npz_to_orbax.py", file, tmp_path / "one")
     script("orbax_to_npz.py", tmp_path / "all", tmp_path / "npz")
     script("transcoders_to_circuit_tracer.py", tmp_path / "all", tmp_path / "ct")

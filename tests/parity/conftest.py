@@ -93,7 +93,7 @@ def transcoder_file(tmp_path_factory) -> Callable[[Oracle], tuple[int, Path]]:
             return layer, path
         width = oracles.SHAPES[name]["hidden_size"]
         place = Path("layer_2") / "width_512" / "average_l0_100" / "params.npz"
-        root = tmp_path_factory.mktemp(f"{name}-transcoders")
+        root = tmp_path_factory.mktemp(f"gemma-scope-{name}-transcoders")
         return 2, torch_transcoder.save_random(root / place, width, 512, seed=4)
 
     return lambda oracle: file(oracle.name, oracle.folder)

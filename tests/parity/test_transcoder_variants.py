@@ -47,7 +47,8 @@ def write(folder, case):
     elif format == "gemma-scope-2":
         arrays = {"w_enc": encoder, "w_dec": decoder, **biases, "threshold": jump}
         arrays |= {"affine_skip_connection": direct}
-        path = folder / f"layer_{LAYER}_width_96_l0_small_affine" / "params.safetensors"
+        place = f"transcoder_all/layer_{LAYER}_width_96_l0_small_affine"
+        path = folder / place / "params.safetensors"
     else:
         arrays = {"W_enc": encoder, "W_dec": decoder, **biases, "threshold": jump}
         repository = f"gemma-scope-9b-pt-{case}"
@@ -63,7 +64,8 @@ def write(folder, case):
 def test_spliced_in_both(make_oracle, models, tmp_path, case):
     format, reads, writes, _, skip = CASES[case]
     path = write(tmp_path, case)
-    told = {"input_site": reads, "output_site": writes} if format == "circuit-tracer" else {}
+    bare = format == "circuit-tracer"
+    told = {"input_site": reads, "output_site": writes, "format": format} if bare else {}
     ours = jaxtc.load_transcoder(path, **told)
     assert (ours.input_site, ours.output_site, ours.layer) == (reads, writes, LAYER)
     oracle = make_oracle("9b")

@@ -47,7 +47,7 @@ def sources(folder: Path) -> dict[str, tuple[Path, dict]]:
     return {
         "model to orbax": (made / "hf", {}),
         "model to safetensors": (made / "tree", {"to": "safetensors", "max_shard_size": 400_000}),
-        "transcoders to orbax": (made / "scope", {"to": "orbax"}),
+        "transcoders to orbax": (made / "gemma-scope-2b-pt-transcoders", {"to": "orbax"}),
         "transcoders to npz": (made / "scopetree", {"to": "npz"}),
     }
 
@@ -64,8 +64,12 @@ def _make(made: Path, config: jaxtc.Gemma2Config) -> None:
     jaxtc.save_model(model, made / "hf", max_shard_size=300_000)
     convert(made / "hf", made / "tree")
     for layer in range(3):
-        write_tier(made / "scope", f"layer_{layer}/width_1k/average_l0_9", params(64, 1024))
-    convert(made / "scope", made / "scopetree")
+        write_tier(
+            made / "gemma-scope-2b-pt-transcoders",
+            f"layer_{layer}/width_1k/average_l0_9",
+            params(64, 1024),
+        )
+    convert(made / "gemma-scope-2b-pt-transcoders", made / "scopetree")
 
 
 def run(action) -> int:

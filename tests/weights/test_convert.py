@@ -165,20 +165,29 @@ def test_transcoders_there_and_back(tmp_path, to):
     for layer in (0, 1, 2):
         given = params() | {"b_dec": np.full(24, layer, np.float32)}
         given["threshold"] = np.abs(given["threshold"])
-        write_tier(tmp_path / "scope", f"layer_{layer}/width_60/average_l0_{7 + layer}", given)
-    tree = convert(tmp_path / "scope", tmp_path / "tree")
+        write_tier(
+            tmp_path / "gemma-scope-2b-pt-transcoders",
+            f"layer_{layer}/width_60/average_l0_{7 + layer}",
+            given,
+        )
+    tree = convert(tmp_path / "gemma-scope-2b-pt-transcoders", tmp_path / "tree")
     assert available_layers(tree) == [0, 1, 2]
     out = convert(tree, tmp_path / "out", to=to)
     again = convert(out, tmp_path / "again")
     for source in (tree, out, again):
         found = jaxtc.load_transcoders(source)
-        for layer, transcoder in jaxtc.load_transcoders(tmp_path / "scope").items():
+        for layer, transcoder in jaxtc.load_transcoders(
+            tmp_path / "gemma-scope-2b-pt-transcoders"
+        ).items():
             found[layer].source = transcoder.source
             assert same(found[layer], transcoder)
     if to == "npz":
         for layer in (0, 1, 2):
             file = f"layer_{layer}/width_60/average_l0_{7 + layer}/params.npz"
-            with np.load(out / file) as back, np.load(tmp_path / "scope" / file) as given:
+            with (
+                np.load(out / file) as back,
+                np.load(tmp_path / "gemma-scope-2b-pt-transcoders" / file) as given,
+            ):
                 assert sorted(back) == sorted(given)
                 assert all(np.array_equal(back[key], given[key]) for key in given)
         assert contents(convert(again, tmp_path / "third", to="npz")) == contents(out)
@@ -186,7 +195,9 @@ def test_transcoders_there_and_back(tmp_path, to):
         direct = convert(out, tmp_path / "direct", to="npz")
         assert contents(direct) == contents(convert(again, tmp_path / "third", to="npz"))
         file = load_file(out / "layer_1.safetensors")
-        with np.load(tmp_path / "scope/layer_1/width_60/average_l0_8/params.npz") as given:
+        with np.load(
+            tmp_path / "gemma-scope-2b-pt-transcoders/layer_1/width_60/average_l0_8/params.npz"
+        ) as given:
             np.testing.assert_array_equal(file["W_enc"], given["W_enc"].T)
             np.testing.assert_array_equal(file["W_dec"], given["W_dec"])
             np.testing.assert_array_equal(file["activation_function.threshold"], given["threshold"])
@@ -232,7 +243,7 @@ def test_sites_that_npz_cannot_hold(tmp_path):
     assert jaxtc.load_transcoder(tree, input_site="resid_pre").input_site == "resid_pre"
     with pytest.raises(SiteError, match="has no place for this transcoder's sites"):
         convert(tree, tmp_path / "npz", to="npz")
-    convert(tree, tmp_path / "npz", to="npz", without_sites=True)
+    convert(tree, tmp_path / "npz", to="npz")
 
 
 def test_layers_and_their_errors(tmp_path):

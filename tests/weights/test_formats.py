@@ -51,7 +51,7 @@ def by_hand(x, w_enc, b_enc, threshold, w_dec, b_dec, skip):
 def test_circuit_tracers(tmp_path, out, threshold, skip):
     arrays = circuit_tracer(out, threshold, skip)
     path = write(tmp_path / "layer_7.safetensors", arrays)
-    loaded = jaxtc.load_transcoder(path, **SITES)
+    loaded = jaxtc.load_transcoder(path, format="circuit-tracer", **SITES)
     assert (loaded.layer, loaded.input_site, loaded.d_out) == (7, "mlp_in", out)
     x = draw(5, D).astype(np.float64)
     should = by_hand(
@@ -132,11 +132,13 @@ def test_sites_that_nothing_tells_are_asked_for(tmp_path):
     path = write(tmp_path / "layer_1.safetensors", circuit_tracer())
     with pytest.raises(SiteError, match="Give input_site and output_site"):
         jaxtc.load_transcoder(path)
-    with pytest.raises(SiteError, match="Give output_site;"):
+    with pytest.raises(SiteError, match="Give output_site: "):
         jaxtc.load_transcoder(path, input_site="mlp_in")
-    for site in ("embed", "attn_pattern", "layers.0.mlp_in"):
+    for site in ("logits", "attn_pattern", "layers.0.mlp_in"):
         with pytest.raises(SiteError, match=f"'{site}' .* is not a vector for each token"):
             jaxtc.load_transcoder(path, input_site=site, output_site="mlp_out")
+    with pytest.raises(SiteError, match="read 'embed' and write 'mlp_out': one of them is a layer"):
+        jaxtc.load_transcoder(path, input_site="embed", output_site="mlp_out")
     write(path, circuit_tracer(), metadata={"input_site": "mlp_inn", "output_site": "mlp_out"})
     with pytest.raises(WeightsError, match="its input_site is 'mlp_inn', which is not a site. Did"):
         jaxtc.load_transcoder(path)

@@ -13,7 +13,7 @@ import huggingface_hub
 import pytest
 
 import jaxtc
-from jaxtc.errors import ConfigError, SourceError, WeightsError
+from jaxtc.errors import ConfigError, SiteError, SourceError, WeightsError
 from jaxtc.weights.checkpoints.sidecar import read_sidecar
 from jaxtc.weights.conversion.convert import convert
 from jaxtc.weights.files.layout import GEMMA_SCOPE_2B
@@ -272,7 +272,10 @@ def test_transcoder_from_the_hub(server, scope, source, options, expected):
 
 def test_transcoders_of_another_repository(server, scope):
     (server.root / scope).rename(server.root / "google/other")
-    assert list(jaxtc.load_transcoders("google/other")) == [3, 20]
+    sites = {"input_site": "mlp_in", "output_site": "mlp_out"}
+    assert list(jaxtc.load_transcoders("google/other", **sites)) == [3, 20]
+    with pytest.raises(SiteError, match="Nothing says which sites google/other/layer_3"):
+        jaxtc.load_transcoder("google/other", 3)
     with pytest.raises(SourceError, match="layer 4; it has layers 3, 20"):
         jaxtc.load_transcoder("google/other", 4)
 
@@ -289,8 +292,10 @@ def test_autoencoders_from_the_hub(server, kind, site):
     assert jaxtc.load_transcoder(f"{repo}/layer_9/width_16k/average_l0_12").input_site == site
     with pytest.raises(SourceError, match="has 2 transcoders for layer 9; choose one by its path"):
         jaxtc.load_transcoder(repo, 9)
-    with pytest.raises(SourceError, match="has no 'embedding/width_4k/average_l0_6'"):
-        jaxtc.load_transcoder(f"{repo}/embedding/width_4k/average_l0_6")
+    if kind == "res":
+        embedding = jaxtc.load_transcoder(f"{repo}/embedding/width_4k/average_l0_6")
+        assert (embedding.input_site, embedding.layer) == ("embed", None)
+    assert jaxtc.load_transcoder(repo, 9, width="131k", l0="canonical").layer == 9
 
 
 def test_transcoders_that_the_hub_does_not_have(server, scope):

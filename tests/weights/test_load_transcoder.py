@@ -44,6 +44,14 @@ def refused(path, match):
 
 
 @pytest.fixture
+def tmp_path(tmp_path):
+    """A folder whose name says that what is in it are Gemma Scope's transcoders."""
+    folder = tmp_path / "gemma-scope-2b-pt-transcoders"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
 def path(tmp_path):
     np.savez(tmp_path / "params.npz", **params())
     return tmp_path / "params.npz"
@@ -337,17 +345,56 @@ def test_input_site(scope):
         jaxtc.load_transcoder(scope, 1, output_site="mlp_outt")
 
 
-@pytest.mark.parametrize("sites", [{"input_site": "mlp_in"}, {"output_site": "attn_out"}])
-def test_sites_that_a_file_cannot_hold_are_not_lost_in_silence(tmp_path, sites):
+@pytest.mark.parametrize(
+    "sites", [{}, {"input_site": "mlp_in"}, {"output_site": "attn_out"}, {"input_site": "mlp_out"}]
+)
+def test_an_npz_of_ours_says_its_sites(tmp_path, sites):
     made = jaxtc.Transcoder(24, 60, rngs=nnx.Rngs(3), **sites)
-    ((name, site),) = sites.items()
-    with pytest.raises(SiteError, match=f"{name}='{site}'.*without_sites=True"):
-        jaxtc.save_transcoder(made, tmp_path)
-    assert not list(tmp_path.iterdir())
-    file = jaxtc.save_transcoder(made, tmp_path, without_sites=True)
+    file = jaxtc.save_transcoder(made, tmp_path.parent / "elsewhere")
     made.source = str(file)
-    assert same(made, jaxtc.load_transcoder(file, **sites))
-    assert not same(made, jaxtc.load_transcoder(file))
+    assert same(made, jaxtc.load_transcoder(file))
+    with np.load(file) as stored:
+        assert sorted(stored) == sorted(KEYS)
+    # Another program that rewrites the arrays drops what they said.
+    with np.load(file) as stored:
+        np.savez(file, **stored)
+    with pytest.raises(SiteError, match="Give input_site and output_site"):
+        jaxtc.load_transcoder(file)
+
+
+@pytest.mark.parametrize(
+    "comment", [b"", b"made by hand", b"{", b"[1]", b'{"variant": 1}', b'{"input_site": "embed"}',
+                b"[" * 9999, b"\xff{}", b'{"variant": "sae"}'],
+)  # fmt: skip
+def test_comments_of_others_say_nothing(tmp_path, comment):
+    file = tmp_path.parent / "params.npz"
+    np.savez(file, **params())
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.comment = comment
+    with pytest.raises(SiteError, match="Nothing says which sites"):
+        jaxtc.load_transcoder(file)
+    given = {"input_site": "resid_post", "output_site": "resid_post"}
+    assert matches(jaxtc.load_transcoder(file, **given), params())
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.comment = b'{"variant": "sae", "input_site": "mlp_inn", "output_site": "mlp_out"}'
+    with pytest.raises(WeightsError, match="its input_site is 'mlp_inn', which is not a site"):
+        jaxtc.load_transcoder(file)
+
+
+@pytest.mark.parametrize(
+    "folder", ["saes", "gemma-scope", "res", "my-transcoders", "gemma-scope-2"]
+)
+def test_an_npz_in_a_folder_that_says_nothing_asks_for_its_sites(tmp_path, folder):
+    root = tmp_path.parent / folder
+    file = write_tier(root, "layer_1/width_16k/average_l0_71")
+    for source in (root, file):
+        for call in (jaxtc.load_transcoder, jaxtc.load_transcoders):
+            with pytest.raises(SiteError, match="Give input_site and output_site.*'resid_post'"):
+                call(source)
+    with pytest.raises(SiteError, match="Give output_site"):
+        jaxtc.load_transcoder(root, 1, input_site="mlp_in")
+    sites = {"input_site": "mlp_in_normed", "output_site": "mlp_out"}
+    assert jaxtc.load_transcoder(root, **sites).layer == 1
 
 
 def test_a_path_in_the_place_of_the_layer(scope):
@@ -412,11 +459,9 @@ def test_autoencoders_are_told_by_their_folder(tmp_path, folder, site, monkeypat
         assert (loaded.input_site, loaded.output_site, loaded.layer) == (site, site, 20)
     other = jaxtc.load_transcoder(file, input_site="resid_mid", output_site="attn_out")
     assert (other.input_site, other.output_site) == ("resid_mid", "attn_out")
-    # Its folder tells its site again.
-    again = tmp_path / "copy" / folder.split("/")[0] / "layer_20"
-    assert same(loaded, _named(jaxtc.load_transcoder(jaxtc.save_transcoder(loaded, again)), loaded))
-    with pytest.raises(SiteError, match=f"input_site='{site}'"):
-        jaxtc.save_transcoder(loaded, tmp_path / "elsewhere")
+    # The file tells its site, wherever it is.
+    again = jaxtc.load_transcoder(jaxtc.save_transcoder(loaded, tmp_path / "layer_20"))
+    assert same(loaded, _named(again, loaded))
 
 
 def _named(transcoder, other):
@@ -444,8 +489,12 @@ def test_which_autoencoder(tmp_path):
     ]:
         with pytest.raises(SourceError, match=message):
             load(root, 20, **options)
-    with pytest.raises(SourceError, match="autoencoder of the token embedding"):
-        load(root / "embedding/width_4k/average_l0_6")
+    embedding = load(root / "embedding/width_4k/average_l0_6")
+    assert (embedding.input_site, embedding.output_site, embedding.layer) == (
+        "embed",
+        "embed",
+        None,
+    )
     assert available_layers(root) == [3, 20]
 
 

@@ -7,7 +7,7 @@ or a parameter of a transcoder), and a few hundred MB.
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,10 @@ def convert(
     revision: str | None = None,
     layers: str | Iterable[int] = "all",
     width: str | None = None,
-    l0: int | str | None = None,
+    l0: int | str | Mapping[int, int | str] | Sequence[int | str] | None = None,
+    format: str | None = None,
     input_site: str | None = None,
     output_site: str | None = None,
-    without_sites: bool = False,
     model_name: str | None = None,
     max_shard_size: int = 5 * 10**9,
     verify: bool = False,
@@ -66,9 +66,8 @@ def convert(
             model, if there is a ``config.json`` and ``to`` is for models.
         dtype: to cast to; by default each array keeps its own.
         revision: of a hub id: a branch, tag or commit.
-        layers, width, l0, input_site, output_site: of transcoders, as
+        layers, width, l0, format, input_site, output_site: of transcoders, as
             :func:`jaxtc.load_transcoders` takes them.
-        without_sites: write ``params.npz`` of transcoders whose sites it cannot hold.
         model_name: for circuit-tracer's ``config.yaml``, such as ``google/gemma-2-2b``.
         max_shard_size: most bytes of tensors in a safetensors file of a model.
         verify: compare the source with the hub's hashes first; a converted one is always compared
@@ -108,16 +107,17 @@ def convert(
     if to == "npz" and dtype not in (None, np.float32):
         raise WeightsError(f"A params.npz is float32, so it cannot be written as {dtype.name}.")
     sites = {"input_site": input_site, "output_site": output_site}
-    options = {"layers": None if str(layers) == "all" else layers, "width": width, "l0": l0}
-    options |= sites | {"without_sites": without_sites, "model_name": model_name}
-    unfit = [key for key, value in options.items() if value is not None and value is not False]
+    options = {"layers": None if str(layers) == "all" else layers, "width": width}
+    options |= sites | {"l0": None if l0 is None else str(l0)}
+    options |= {"model_name": model_name, "format": format}
+    unfit = [key for key, value in options.items() if value is not None]
     if kind == MODEL and unfit:
         raise SourceError(f"{unfit[0]} is for transcoders, and {source} is a model.")
     with contextlib.ExitStack() as stack:
         if kind == MODEL:
             content = stack.enter_context(open_model(found, dtype, verify))
         else:
-            content = open_transcoders(found, dtype, verify, layers, (width, l0), sites)
+            content = open_transcoders(found, dtype, verify, layers, (width, l0), sites, format)
             options["layers"] = list(content.transcoders)
         what = options | {
             "source": content.source, "revision": content.revision,
@@ -146,8 +146,7 @@ def _write(
     if to == "safetensors":
         files = model_files(content, fetch, what["max_shard_size"])
     elif to != "orbax":
-        holds = what["without_sites"], what["model_name"]
-        files = transcoder_files(content, fetch, to, job.out, *holds)
+        files = transcoder_files(content, fetch, to, what["model_name"])
     with job.begin() as unfinished:
         if unfinished:
             for file, make in files.items():

@@ -12,6 +12,7 @@ from jaxtc.tap.sites import BY_NAME
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.conversion.source import Content
 from jaxtc.weights.files.formats import BY_FORMAT
+from jaxtc.weights.files.settings import HOOKS
 from jaxtc.weights.files.transcoder import write_transcoder
 from jaxtc.weights.save_model import weight_files
 from jaxtc.weights.save_transcoder import check_savable
@@ -21,9 +22,12 @@ Files = dict[str, bytes | Callable[[Path], None]]
 Fetch = Callable[[str], np.ndarray]
 
 _TIER = re.compile(r"(?:^|/)(layer_\d+/width_[^/]+/average_l0_[^/]+)$")
-# What circuit-tracer hooks: TransformerLens's names of sites, and its own around an MLP.
-_HOOKS = {x.name: x.tl for x in BY_NAME.values() if x.tl and x.per_layer and x.token_axes}
-_HOOKS |= {"mlp_in": "mlp.hook_in", "mlp_proj": "mlp.hook_out"}
+# What circuit-tracer hooks, of vectors for each token and layer.
+_HOOKS = {
+    name: hook
+    for name, hook in HOOKS.items()
+    if BY_NAME[name].per_layer and BY_NAME[name].token_axes
+}
 
 
 def model_files(content: Content, fetch: Fetch, max_shard_size: int) -> Files:
@@ -34,24 +38,24 @@ def model_files(content: Content, fetch: Fetch, max_shard_size: int) -> Files:
     return files | {file: content.files[file] for file in config_last}
 
 
-def transcoder_files(
-    content: Content, fetch: Fetch, to: str, out: Path, without_sites: bool, model_name: str | None
-) -> Files:
+def transcoder_files(content: Content, fetch: Fetch, to: str, model_name: str | None) -> Files:
     """A file for each transcoder; ``to`` is "npz" or "circuit-tracer".
 
     Raises:
-        SourceError, SiteError: the format cannot hold them.
+        SourceError: the format cannot hold them.
     """
     made = BY_FORMAT["gemma-scope" if to == "npz" else to]
     files: Files = {}
     for layer, one in content.transcoders.items():
         file = _npz_path(one) if to == "npz" else f"layer_{layer}.safetensors"
-        check_savable(one, made, out / file, without_sites)
+        check_savable(one, made)
 
         def own(name: str, layer: int = layer) -> np.ndarray:
             return fetch(f"layers.{layer}.{name}")
 
-        files[file] = functools.partial(write_transcoder, made, declared=one, fetch=own)
+        files[file] = functools.partial(
+            write_transcoder, made, declared=one, fetch=own, described=to == "circuit-tracer"
+        )
     if to == "circuit-tracer":
         files["config.yaml"] = _config_yaml(content, model_name)
     return files
@@ -86,5 +90,14 @@ def _config_yaml(content: Content, model_name: str | None) -> bytes:
         model_name = f"google/gemma-2-{scope[1]}"
     fields = {"model_name": model_name, "model_kind": "transcoder_set"}
     fields |= {"feature_input_hook": _HOOKS[pair[0]], "feature_output_hook": _HOOKS[pair[1]]}
-    lines = (f'{key}: "{value}"\n' for key, value in fields.items() if value is not None)
+    lines = [f'{key}: "{value}"\n' for key, value in fields.items() if value is not None]
+    activations = {one.activation for one in content.transcoders.values()}
+    if any(one.settings for one in activations):
+        if len(activations) > 1:
+            raise SourceError(
+                "These transcoders have several activations or values of k, and a set of "
+                "circuit-tracer has one. Convert them apart, with layers=."
+            )
+        facts = activations.pop().facts()
+        lines += [f"activation: {facts.pop('name')}\n", *(f"{k}: {v}\n" for k, v in facts.items())]
     return "".join(lines).encode()

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -97,8 +98,9 @@ def open_transcoders(
     dtype: np.dtype | None,
     verify: bool,
     layers: str | Iterable[int],
-    tier: tuple[str | None, int | str | None],
+    tier: tuple[str | None, Any],
     sites: Mapping[str, str | None],
+    format: str | None = None,
 ) -> Content:
     """Transcoders, of which only headers are read; see :func:`jaxtc.convert` for the arguments.
 
@@ -108,22 +110,26 @@ def open_transcoders(
     checkpoint = None
     if source.format == CONVERTED:
         checkpoint = Converted(source.path, TRANSCODERS, verify)
-    files: dict[int, Path] = {}
+    files: dict[int, Source] = {}
     found: dict[int, Transcoder] = {}
     one_a_layer(source)
-    for layer in source.layers(layers):
-        one = source.one(layer, *tier)
+    for layer, one in source.each(layers, *tier):
         layer = int(layer)  # JSON knows no integers of NumPy
         if checkpoint:
             found[layer] = checkpoint.transcoder(layer, dtype, sites)
             continue
-        files[layer] = one.file
-        with open_transcoder(one.file) as opened:
+        files[layer] = one
+        with open_transcoder(one.file, format, one.told) as opened:
             if opened.dtype == np.float64 and dtype is None:
                 raise WeightsError(
                     f"{one.file} holds float64; give dtype='float32', which is enough."
                 )
             found[layer] = declared(opened, dtype or opened.dtype, one, sites)
+        if found[layer].layer is None:
+            raise SourceError(
+                f"{one.name} is of {found[layer].input_site!r}, which the model has once; a "
+                "converted checkpoint keeps transcoders by layer. Load it from its file."
+            )
     if not found:
         raise SourceError("layers is empty, so there is nothing to convert.")
     found = dict(sorted(found.items()))
@@ -136,15 +142,16 @@ def open_transcoders(
         sidecar, read = checkpoint.sidecar, checkpoint.read
         origin = sidecar.source, sidecar.revision, sidecar.content
     else:
-        paths = list(files.values())
+        paths = [one.file for one in files.values()]
         if verify:
             hub.verify_files(paths)
         origin = source.name, _commit(paths[0]), _state(paths)
 
         def read(full: str, dtype: np.dtype) -> tuple[np.ndarray, str]:
             _, layer, name = full.split(".")
-            with open_transcoder(files[int(layer)]) as opened:
-                array, problem = opened.read(name, dtype)
+            one = files[int(layer)]
+            with open_transcoder(one.file, format, one.told) as opened:
+                array, problem = opened.reader(found[int(layer)].input_site)(name, dtype)
             return array, problem and f"{problem} ({opened.path})"
 
     return Content(*origin, arrays, read, transcoders=found)

@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from jaxtc.errors import SourceError, did_you_mean
-from jaxtc.transcoders.activations import keys_in, optional_in, parameter_names
+from jaxtc.transcoders.activations import keys_in, optional_in, parameter_names, settings_in
 
 # Our parameters and their axes.
 AXES: Mapping[str, str] = {
@@ -23,21 +23,23 @@ SITES = ("input_site", "output_site")
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """How the files that ``save_transcoder(format=name)`` writes spell a transcoder.
+    """How one library spells a transcoder.
 
     Attributes:
-        file: what they are called in a folder.
+        file: what its files are called in a folder.
         keys: (their key, their order of axes) of each of our parameters that it has.
-        sites: what such files read and write where nothing says otherwise; empty when that differs
-            from release to release.
+        config: the file beside the weights that says the rest, without which they are not read;
+            empty where the weights say enough.
         negative: whether thresholds below 0 mean what they do here.
+        written: whether ``save_transcoder(format=name)`` writes it.
     """
 
     name: str
     file: str
     keys: Mapping[str, tuple[str, str]]
-    sites: Mapping[str, str]
+    config: str = ""
     negative: bool = True
+    written: bool = True
 
     @property
     def suffix(self) -> str:
@@ -51,7 +53,13 @@ class Format:
 
     def transposed(self, name: str) -> bool:
         """Whether it keeps this parameter with its axes reversed."""
-        return self.keys[name][1] != AXES[name]
+        axes = self.keys[name][1]
+        return " " in axes and axes != AXES[name]
+
+    @property
+    def settings(self) -> Mapping[str, str]:
+        """The keys of an activation's settings that it keeps as arrays, by our names."""
+        return settings_in(self.name)
 
     def describe(self) -> str:
         """Its arrays, for messages."""
@@ -73,21 +81,27 @@ def _keys(format: str, **others: tuple[str, str]) -> dict[str, tuple[str, str]]:
 
 
 FORMATS = (
-    Format(
-        "gemma-scope", "params.npz", _keys("gemma-scope"),
-        {"input_site": "mlp_in_normed", "output_site": "mlp_out"},
-    ),
+    Format("gemma-scope", "params.npz", _keys("gemma-scope")),
     # Its JumpReLU is z * (z > threshold), so below a negative threshold z < 0 would pass.
     Format(
         "circuit-tracer", "layer_{layer}.safetensors",
         _keys("circuit-tracer", W_enc=("W_enc", "M I"), W_skip=("W_skip", "O I")),
-        {}, negative=False,
+        negative=False,
     ),
     Format(
         "gemma-scope-2", "params.safetensors",
         _keys("gemma-scope-2", W_enc=("w_enc", "I M"), W_dec=("w_dec", "M O"),
               W_skip=("affine_skip_connection", "I O")),
-        {"input_site": "mlp_in", "output_site": "mlp_out"},
+    ),
+    Format(
+        "saelens", "sae_weights.safetensors", _keys("saelens", W_skip=("W_skip", "O I")),
+        config="cfg.json",
+    ),
+    Format(
+        "sparsify", "sae.safetensors",
+        _keys("sparsify", W_enc=("encoder.weight", "M I"), b_enc=("encoder.bias", "M"),
+              W_skip=("W_skip", "O I")),
+        config="cfg.json", written=False,
     ),
 )  # fmt: skip
 
@@ -101,10 +115,11 @@ def by_name(name: str | None, path: Path) -> Format:
     """
     if name is None:
         return next((f for f in FORMATS if f.suffix == path.suffix), FORMATS[0])
-    if name not in BY_FORMAT:
+    known = [format.name for format in FORMATS if format.written]
+    if name not in known:
         raise SourceError(
-            f"There is no format called {name!r}; transcoders are written as "
-            f"{', '.join(map(repr, BY_FORMAT))}.{did_you_mean(str(name), BY_FORMAT)}"
+            f"There is no format called {name!r} to write; transcoders are written as "
+            f"{', '.join(map(repr, known))}.{did_you_mean(str(name), known)}"
         )
     found = BY_FORMAT[name]
     if path.suffix in {format.suffix for format in FORMATS} - {found.suffix}:
@@ -112,11 +127,6 @@ def by_name(name: str | None, path: Path) -> Format:
             f"{path} cannot be of the format {name!r}, whose files end in {found.suffix}."
         )
     return found
-
-
-def sites_of(site: str | None, format: Format) -> Mapping[str, str]:
-    """The site of an autoencoder, read and written, or a format's sites; empty without either."""
-    return dict.fromkeys(SITES, site) if site else format.sites
 
 
 def format_of(suffix: str, keys: Collection[str]) -> Format:
@@ -130,6 +140,7 @@ def account(format: Format, entries: Mapping[str, Any]) -> list[str]:
     why the array cannot be read or "".
     """
     ours = {key: name for name, (key, _) in format.keys.items()}
+    entries = {key: one for key, one in entries.items() if key not in format.settings.values()}
     problems = [
         f"{key} is missing"
         for key, name in ours.items()
@@ -153,8 +164,9 @@ def _misshapen(format: Format, given: Mapping[str, tuple[int, ...]]) -> list[str
     if len(decoder) == 3:
         name, order = format.keys["W_dec"]
         return [
-            f"{name} has shape {decoder}, not {_letters(order)}: jaxtc does not read cross-layer "
-            "transcoders"
+            f"{name} has shape {decoder}, not {_letters(order)}: it is of a cross-layer "
+            "transcoder, which jaxtc reads as circuit-tracer keeps it, a folder of W_enc_N and "
+            "W_dec_N files"
         ]
     sizes = dict(zip(axes.split(), encoder, strict=True))
     # A transcoder between two widths: both arrays that say so agree.

@@ -2,19 +2,28 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
 
 from jaxtc.errors import SourceError, did_you_mean, some
 from jaxtc.helpers import is_whole
 
 PARAMS = "params.npz"
 
+# How releases name their own choice of one for each layer and width.
+CANONICAL = "canonical"
+
 GEMMA_SCOPE_2B = "google/gemma-scope-2b-pt-transcoders"
 
 DEFAULT_WIDTH = "16k"
 
-_LAYER = re.compile(r"(?:^|/)layer_(\d+)(?=/|$|\.safetensors$|_width_[^/]+_l0_[^/]+(?:/|$))")
+_LAYER = re.compile(
+    r"(?:^|/)(?:layer_(\d+)(?=/|$|\.safetensors$|_width_[^/]+_l0_[^/]+(?:/|$))"
+    r"|(?:blocks|(?:model\.)?layers)\.(\d+)(?:\.[\w.]+)?(?=/|$))"
+)
 
 _LAYOUTS = tuple(
     re.compile(f"(?:.*/)?{layout}")
@@ -26,14 +35,31 @@ _LAYOUTS = tuple(
         r"layer_(?P<layer>\d+)(?P<width>)(?P<l0>)\.safetensors",
         # Gemma Scope 2
         r"layer_(?P<layer>\d+)_width_(?P<width>[^/_]+)_l0_(?P<l0>[^/]+)/params\.safetensors",
+        # SAELens: a folder is called like the hook, or layer_N.
+        r"(?:blocks\.(?P<layer>\d+)\.[\w.]+|layer_(?P<layer_>\d+))(?P<width>)(?P<l0>)"
+        r"(?:/[^/]+)*/sae_weights\.safetensors",
+        # sparsify: a folder is called like the module.
+        r"(?:model\.)?layers\.(?P<layer>\d+)(?:\.[\w.]+)?(?P<width>)(?P<l0>)(?:/[^/]+)?"
+        r"/sae\.safetensors",
     )
 )
-_PARAMS = (PARAMS, "params.safetensors")
+# What a transcoder's file is called when its folder's name is what tells it apart.
+_PARAMS = (PARAMS, "params.safetensors", "sae_weights.safetensors", "sae.safetensors")
 
 # Sparse autoencoders of the same release and in the same format, recognised by the name of their
 # repository; a local copy may have that name, and the hub's cache has owner and name.
 _SAE = re.compile(r"(models--.+--)?gemma-scope-(?!.*transcoder).*-(?P<kind>res|mlp|att)(-.*)?")
 SAE_SITES = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_heads"}
+_TRANSCODERS = re.compile(r"(models--.+--)?gemma-scope-(?!2-).*transcoder.*")
+# Folders of Gemma Scope 2, and those of the first that hold autoencoders of the embedding.
+_EMBEDDING = "embedding"
+_SECOND = re.compile(r"(?P<kind>resid_post|attn_out|mlp_out|transcoder)(_all)?")
+_SECOND_SITES = {
+    "resid_post": ("resid_post", "resid_post"), "attn_out": ("attn_heads", "attn_heads"),
+    "mlp_out": ("mlp_out", "mlp_out"), "transcoder": ("mlp_in", "mlp_out"),
+}  # fmt: skip
+# What Gemma Scope's transcoders read and write.
+TRANSCODER_SITES = ("mlp_in_normed", "mlp_out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,22 +104,56 @@ def place_of(path: str) -> str:
     return folder if file in _PARAMS else path
 
 
-def sae_site(parts: Iterable[str]) -> str | None:
+def config_of(path: str) -> str:
+    """What the file beside this one is called that says what it is, "" when none does."""
+    name = path.rpartition("/")[2]
+    known = {"sae_weights.safetensors": "cfg.json", "sae.safetensors": "cfg.json",
+             "params.safetensors": "config.json"}  # fmt: skip
+    return known.get(name, "config.yaml" if name.endswith(".safetensors") else "")
+
+
+def may_lie_anywhere(path: str) -> bool:
+    """Whether a path below a repository may be a transcoder's though it follows no layout."""
+    folder, _, name = path.rpartition("/")
+    return name in ("sae_weights.safetensors", "sae.safetensors") or (
+        name == PARAMS and folder.startswith(f"{_EMBEDDING}/")
+    )
+
+
+def sae_site(parts: Sequence[str]) -> str | None:
     """The site of a Gemma Scope autoencoder, by the last folder with such a name."""
-    found = [match["kind"] for match in map(_SAE.fullmatch, parts) if match]
-    return SAE_SITES[found[-1]] if found else None
+    found = [
+        (at, match["kind"]) for at, part in enumerate(parts) if (match := _SAE.fullmatch(part))
+    ]
+    if not found:
+        return None
+    at, kind = found[-1]
+    return "embed" if kind == "res" and _EMBEDDING in parts[at:] else SAE_SITES[kind]
+
+
+def told_sites(parts: Sequence[str], format: str) -> tuple[str, str] | None:
+    """(input, output) that the names of the folders around a file of Gemma Scope's format say."""
+    if format == "gemma-scope":
+        site = sae_site(parts)
+        if site:
+            return site, site
+        return TRANSCODER_SITES if any(map(_TRANSCODERS.fullmatch, parts)) else None
+    if format == "gemma-scope-2":
+        found = [match["kind"] for match in map(_SECOND.fullmatch, parts) if match]
+        return _SECOND_SITES[found[-1]] if found else None
+    return None
 
 
 def layer_of(path: str) -> int | None:
-    """The layer that the last ``layer_N`` folder of a path names, None when it names none."""
+    """The layer that the last ``layer_N``, ``blocks.N`` or ``layers.N`` of a path names, if any."""
     found = _LAYER.findall(path)
-    return int(found[-1]) if found else None
+    return int("".join(found[-1])) if found else None
 
 
 def tiers_of(paths: Iterable[str], root: str = "") -> list[Tier]:
     """Those of ``paths`` that follow a layout, possibly only together with their ``root``."""
     found = [
-        Tier(path, int(match["layer"]), match["width"], match["l0"])
+        Tier(path, _layer(match), match["width"], match["l0"])
         for path in paths
         for layout in _LAYOUTS
         if (match := layout.fullmatch(f"{root}/{path}"))
@@ -101,10 +161,40 @@ def tiers_of(paths: Iterable[str], root: str = "") -> list[Tier]:
     return sorted(found, key=lambda tier: (tier.layer, len(tier.path), tier.path))
 
 
+def _layer(match: re.Match) -> int:
+    return int(match["layer"] or match["layer_"])
+
+
 def tiers_in(folder: Path) -> list[Tier]:
     """The transcoders below a folder that is a layout's root, or lies somewhere in it."""
     paths = (file.relative_to(folder).as_posix() for file in folder.rglob("*"))
     return tiers_of(paths, folder.absolute().as_posix())
+
+
+def for_each(l0: Any, layers: Sequence[int]) -> dict[int, int | str | None]:
+    """``l0`` by layer: one for all of them, a mapping, or several in the order of the layers.
+
+    Raises SourceError unless there is exactly one for each layer.
+    """
+    if l0 is None or isinstance(l0, str | int | np.integer):
+        return dict.fromkeys(layers, l0)
+    if isinstance(l0, Mapping):
+        missing = [layer for layer in layers if layer not in l0]
+        extra = [layer for layer in l0 if layer not in set(layers)]
+        if missing or extra:
+            what, names = ("lacks", missing) if missing else ("also has", extra)
+            raise SourceError(
+                f"l0 {what} {some([repr(one) for one in names], 20)}; give one for each of the "
+                f"layers {some([*map(str, layers)], 50)}."
+            )
+        return {layer: l0[layer] for layer in layers}
+    given = list(l0) if isinstance(l0, Iterable) else None
+    if given is None or len(given) != len(layers):
+        raise SourceError(
+            f"l0 is {given if given is None else f'{len(given)} values'}, expected one, one for "
+            f"each of the {len(layers)} layers in order, or a mapping of layers to them."
+        )
+    return dict(zip(layers, given, strict=True))
 
 
 def asked(layer: int | None, width: str | None, l0: int | str | None) -> dict[str, int | str]:
@@ -124,7 +214,9 @@ def below(tiers: list[Tier], folder: str, source: str) -> list[Tier]:
     """Those in a folder of ``source``, "" for all of them. Raises SourceError if there are none."""
     if not tiers:
         raise SourceError(
-            f"{source} holds no transcoders; expected layer_N/width_W/average_l0_L/{PARAMS} in it."
+            f"{source} holds no transcoders; expected layer_N/width_W/average_l0_L/{PARAMS} in it, "
+            "layer_N.safetensors, blocks.N.hook/sae_weights.safetensors or "
+            "layers.N.mlp/sae.safetensors."
         )
     inside = [tier for tier in tiers if PurePosixPath(tier.path).is_relative_to(folder)]
     if not inside:
@@ -152,7 +244,11 @@ def choose(tiers: list[Tier], query: Mapping[str, int | str], source: str, usual
             f"{source} has transcoders for layers {some([*map(str, layers)], 50)}; say which layer "
             f"(layer={layers[0]})."
         )
+    if query.get("l0") == CANONICAL:
+        tiers, query = _canonical(tiers, query, usual), {**query, "l0": None}
     for name, wanted in query.items():
+        if wanted is None:
+            continue
         there = sorted({getattr(tier, name) for tier in tiers})
         if wanted not in there:
             raise SourceError(
@@ -167,6 +263,19 @@ def choose(tiers: list[Tier], query: Mapping[str, int | str], source: str, usual
             f"path, or by width and l0: {some([place_of(tier.path) for tier in chosen], 20)}."
         )
     return chosen[0]
+
+
+def _canonical(tiers: list[Tier], query: Mapping[str, int | str], usual: bool) -> list[Tier]:
+    """Those of one layer that a release names so: a folder of that name, the usual ones of
+    transcoders; of autoencoders the one of each width whose average L0 is closest to 100.
+    """
+    named = [tier for tier in tiers if tier.l0 == CANONICAL]
+    if named or usual:
+        return named or [tier for tier in tiers if tier.is_default] or tiers
+    width = query.get("width")
+    wide = [tier for tier in tiers if tier.width == (width or DEFAULT_WIDTH)]
+    numbered = [tier for tier in wide if tier.l0.isdecimal()]
+    return sorted(numbered, key=lambda tier: abs(int(tier.l0) - 100))[:1] or tiers
 
 
 def check_layer(layer: int, layers: Iterable[int], source: str) -> None:

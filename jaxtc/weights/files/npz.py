@@ -5,6 +5,7 @@ the others and against the bytes that are there before anything large is allocat
 """
 
 import dataclasses
+import json
 import math
 import tokenize
 import warnings
@@ -57,6 +58,7 @@ class NpzFile(local.PlainFile):
 
     Attributes:
         entries: what the headers say, by array name.
+        metadata: what jaxtc wrote into the zip's comment, by key; empty in files of others.
     """
 
     format = "npz"
@@ -68,6 +70,7 @@ class NpzFile(local.PlainFile):
             raise self.unsound("it does not begin as a zip file does")
         with self._explained():
             self._archive = zipfile.ZipFile(self.file)
+        self.metadata = _comment(self._archive.comment)
         infos = self._archive.infolist()
         for info in infos:
             self._check_size(info)
@@ -146,14 +149,28 @@ class NpzFile(local.PlainFile):
         return Member(shape, dtype, fortran, fault, info)
 
 
-def write_params(path: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Write ``params.npz``; whole or not at all. Each array is written when its turn comes."""
+def write_params(path: Path, arrays: Iterable[tuple[str, np.ndarray]], comment: str) -> None:
+    """Write ``params.npz``; whole or not at all. Each array is written when its turn comes.
+
+    The comment, a JSON object of texts, is the zip's; other readers leave it alone.
+    """
     with local.replacing(path) as partial, zipfile.ZipFile(partial, "w") as archive:
+        archive.comment = comment.encode()
         for key, array in arrays:
             # A ZipInfo of its own has a fixed date, so equal arrays give equal files.
             with archive.open(zipfile.ZipInfo(key + ".npy"), "w", force_zip64=True) as stream:
                 np.lib.format.write_array(stream, array, allow_pickle=False)
             del array  # before the next one is made
+
+
+def _comment(comment: bytes) -> dict[str, str]:
+    """Of ours, a JSON object of texts; of others, whatever it says, nothing."""
+    try:
+        found = json.loads(comment.decode()) if comment[:1] == b"{" else {}
+    except (ValueError, RecursionError):
+        return {}
+    texts = isinstance(found, dict) and all(isinstance(x, str) for x in found.values())
+    return found if texts and "variant" in found else {}
 
 
 def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:

@@ -33,16 +33,21 @@ FLOATS = {
     "F32": np.dtype("<f4"),
     "F64": np.dtype("<f8"),
 }
-_NAMES = {dtype: name for name, dtype in FLOATS.items()}
+_NAMES = {dtype: name for name, dtype in FLOATS.items()} | {np.dtype("<i8"): "I64"}
+# Of single numbers that are settings.
+_NUMBERS = FLOATS | {"I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "I16": np.dtype("<i2"),
+                     "U8": np.dtype("u1")}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """What the header says of one tensor, and its bytes, ``start`` to ``stop``.
 
-    ``fault`` is why it cannot be read as weights, or ""; then ``dtype`` is None.
+    ``fault`` is why it cannot be read as weights, or ""; then ``dtype`` is None. ``code`` is how
+    the header names the dtype.
     """
 
+    code: str
     dtype: np.dtype | None
     shape: tuple[int, ...]
     fault: str
@@ -97,6 +102,22 @@ class SafetensorsFile(local.PlainFile):
         raw = Raw(self._read_at, start, entry.dtype, shape or entry.shape)
         return shards.read(raw, dtype, sharding, transposed=transposed)
 
+    def whole_number(self, name: str) -> int:
+        """A tensor that is one whole number. Raises WeightsError for any other."""
+        entry = self.entries[name]
+        kind, value = _NUMBERS.get(entry.code), None
+        if kind is not None and math.prod(entry.shape) == 1:
+            raw = bytearray(kind.itemsize)
+            self._read_at(self._data_start + entry.start, memoryview(raw))
+            value = np.frombuffer(raw, kind)[0].item()
+        if value is None or not float(value).is_integer():
+            raise WeightsError(
+                f"{self.path}: {name} is "
+                f"{f'{entry.code} of shape {entry.shape}' if value is None else value}, "
+                "expected one whole number."
+            )
+        return int(value)
+
     def _read_at(self, offset: int, view: memoryview) -> None:
         # Not through a memory map, where a file that shrinks or a failing disk kills the process.
         while view:
@@ -124,7 +145,7 @@ class SafetensorsFile(local.PlainFile):
             )
         dtype, shape = FLOATS.get(claim["dtype"]), tuple(claim["shape"])
         fault = "" if dtype else f"has dtype {claim['dtype']}, not one of {', '.join(FLOATS)}"
-        return Entry(dtype, shape, fault, *claim["data_offsets"])
+        return Entry(claim["dtype"], dtype, shape, fault, *claim["data_offsets"])
 
 
 def pieces(array: np.ndarray) -> Iterator[memoryview]:

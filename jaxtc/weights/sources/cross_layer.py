@@ -70,8 +70,10 @@ class CrossLayerSource:
         layout.check_layer(layer, range(self.layers), self.name)
         return int(layer)
 
-    def check_tier(self, width: str | None, l0: int | str | None) -> None:
-        """Raise SourceError where one of several is asked for; there is one."""
+    def check_tier(self, width: object, l0: object, format: str | None) -> None:
+        """Raise SourceError where one of several is asked for, or another format."""
+        if format not in (None, "circuit-tracer"):
+            raise SourceError(f"{self.name} is of the format 'circuit-tracer', not {format!r}.")
         if width is not None or l0 is not None:
             raise SourceError(f"{self.name} is one cross-layer transcoder: leave width and l0 out.")
 

@@ -8,14 +8,17 @@ or file; a checkpoint that ``jaxtc convert`` made, there or in a bucket (``gs://
 import dataclasses
 import functools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path, PurePosixPath
 
 from jaxtc.errors import SourceError, did_you_mean, first_line
 from jaxtc.weights.checkpoints.read import Converted
 from jaxtc.weights.checkpoints.sidecar import SIDECAR, read_sidecar
-from jaxtc.weights.files import layout, local
+from jaxtc.weights.files import circuit_tracer, layout, local
+from jaxtc.weights.files.beside import describe, of_set
+from jaxtc.weights.files.circuit_tracer import SetConfig, read_config
+from jaxtc.weights.files.description import Description
 from jaxtc.weights.sources import hub
 
 EMBEDDED = "embedded"
@@ -48,6 +51,7 @@ class Source:
         inside: which transcoder below the folder or repository, "" when that is not said.
         repo, revision: the repository on the hub; its branch, tag or commit.
         layer: of one transcoder, where it is known.
+        told: of one transcoder, what a file elsewhere says of it.
     """
 
     name: str
@@ -58,6 +62,7 @@ class Source:
     repo: str | None = None
     revision: str | None = None
     layer: int | None = None
+    told: Description | None = None
 
     def fetch(self) -> Path:
         """The folder or file on this machine, downloaded first when it is on the hub.
@@ -88,13 +93,27 @@ class Source:
             return layout.tiers_of(hub.list_files(self.repo, self.revision))
         return layout.tiers_in(self.path)
 
+    @functools.cached_property
+    def set_config(self) -> SetConfig | None:
+        """circuit-tracer's ``config.yaml`` in the folder or repository (below ``inside``), if any.
+
+        Raises SourceError, WeightsError as :func:`read_config` and the hub.
+        """
+        if self.format == FOLDER:
+            return read_config(self.path / self.inside)
+        if self.format != HUB or self.repo == layout.GEMMA_SCOPE_2B:
+            return None
+        place = "/".join(filter(None, (self.inside, circuit_tracer.CONFIG)))
+        found = hub.download_if_there(self.repo, place, self.revision)
+        return found and read_config(found.parent)
+
     def _tiers(self, **query: int | str) -> list[layout.Tier]:
         """Those that may be meant; the defaults of Gemma Scope are known without the hub.
 
         Raises SourceError if there are none.
         """
         usual = query.get("width", layout.DEFAULT_WIDTH) == layout.DEFAULT_WIDTH
-        usual &= "l0" not in query and not self.inside
+        usual &= query.get("l0", layout.CANONICAL) == layout.CANONICAL and not self.inside
         if usual and self.repo == layout.GEMMA_SCOPE_2B:
             return layout.DEFAULTS
         return layout.below(self._listed, layout.place_of(self.inside), self.repo or self.name)
@@ -110,11 +129,15 @@ class Source:
             raise SourceError(f"layers is {asked!r}, expected 'all' or several, such as [20].")
         if self.format == CONVERTED:
             return sorted(Converted(self.path, TRANSCODERS).sidecar.transcoders)
-        if self.format == FILE:
-            named = layout.layer_of(self.path.absolute().as_posix())
+        if self.format != FILE and self._lists():
+            return list(range(len(self.set_config.transcoders)))
+        single = self.path if self.format == FILE else self._at_once()
+        if single:
+            said = describe(single)
+            named = layout.layer_of(single.absolute().as_posix()) if said is None else said.layer
             if named is None:
                 raise SourceError(
-                    f"{self.path} is one transcoder, and no folder around it (layer_N) says of "
+                    f"{single} is one transcoder, and no folder around it (layer_N) says of "
                     "which layer; say which layer, as a number (for `jaxtc parity`, "
                     "--transcoder-layer)."
                 )
@@ -137,13 +160,73 @@ class Source:
                     "layer only, not path, width or l0."
                 )
             return dataclasses.replace(self, layer=layer)
-        single = self.format == FILE
-        file, name = (self.path, self.name) if single else self._find(query)
-        named = layout.layer_of(file.absolute().as_posix())
+        told = None
+        if self.format == FILE:
+            file, name = self.path, self.name
+            named = layout.layer_of(file.absolute().as_posix())
+        elif self._lists():
+            file, name, named = self._listed_one(query)
+            told = of_set(self.set_config, file)
+        else:
+            file, name = self._find(query)
+            named = layout.layer_of(file.absolute().as_posix())
         if None not in (named, layer) and named != layer:
             raise SourceError(f"layer={layer} was asked for, but {name} is of layer {named}.")
         layer = layer if named is None else named
-        return dataclasses.replace(self, name=name, format=FILE, path=file, layer=layer)
+        one = dataclasses.replace(self, name=name, format=FILE, path=file, layer=layer)
+        return dataclasses.replace(one, told=told)
+
+    def each(
+        self,
+        asked: str | Iterable[int],
+        width: str | None,
+        l0: int | str | Mapping[int, int | str] | Sequence[int | str] | None,
+    ) -> Iterator[tuple[int, "Source"]]:
+        """:meth:`one` of each of these layers; ``l0`` may be of each layer its own.
+
+        Raises SourceError as :meth:`one`, and for l0s that are not one for each layer.
+        """
+        layers = self.layers(asked)
+        each = layout.for_each(l0, layers)
+        for layer in layers:
+            yield layer, self.one(layer, width, each[layer])
+
+    def _lists(self) -> bool:
+        """Whether a ``config.yaml`` lists the transcoders, wherever they lie."""
+        config = self.set_config
+        return config is not None and config.transcoders is not None
+
+    def _at_once(self) -> Path | None:
+        """The file of a folder that is one transcoder's own."""
+        if self.format != FOLDER:
+            return None
+        places = layout.files_of(self.inside)
+        return next((self.path / one for one in places if local.has(self.path, one)), None)
+
+    def _listed_one(self, query: Mapping[str, int | str]) -> tuple[Path, str, int]:
+        """File, name and layer of a transcoder that the ``config.yaml`` lists."""
+        listed, layer = self.set_config.transcoders, query.get("layer")
+        if query.keys() - {"layer"}:
+            raise SourceError(
+                f"{self.set_config.settings.where} lists one transcoder a layer: give layer only, "
+                "not width or l0."
+            )
+        if layer is None and len(listed) > 1:
+            raise SourceError(
+                f"{self.name} has transcoders for layers 0 to {len(listed) - 1}; say which layer "
+                "(layer=0)."
+            )
+        layer = layer or 0
+        layout.check_layer(layer, range(len(listed)), self.name)
+        entry = listed[layer]
+        repo, inside = entry.repo or self.repo, entry.path
+        if entry.repo is None:
+            inside = "/".join(filter(None, (self.inside, inside)))
+            if self.path:
+                return self.path / inside, f"{self.name.rstrip('/')}/{inside}", layer
+        revision = entry.revision if entry.repo else self.revision
+        file = hub.download(repo, inside, revision)
+        return file, f"{repo}/{layout.place_of(inside)}", layer
 
     def _find(self, query: Mapping[str, int | str]) -> tuple[Path, str]:
         """The local file of the one transcoder that matches, and the name it goes by."""
@@ -156,15 +239,27 @@ class Source:
             usual = layout.sae_site(folders) is None
             place = layout.choose(self._tiers(**query), query, root, usual).path
             file = self.path / place if self.path else hub.download(self.repo, place, self.revision)
+        if self.repo:
+            self._fetch_config(file, place)
         return file, "/".join(filter(None, (root.rstrip("/"), layout.place_of(place))))
 
     def _get_if_there(self, place: str) -> Path | None:
         """The local copy of a file below the source."""
         if self.path:
             return self.path / place if local.has(self.path, place) else None
-        # No repository has a transcoder that follows no layout.
-        there = layout.tiers_of([place])
+        # No repository has a transcoder that follows no layout, but for those of SAELens, and the
+        # autoencoders of the embedding.
+        there = layout.tiers_of([place]) or layout.may_lie_anywhere(place)
         return hub.download_if_there(self.repo, place, self.revision) if there else None
+
+    def _fetch_config(self, file: Path, place: str) -> None:
+        """Have the file that describes one of the hub in the cache beside it, if there is one."""
+        name = layout.config_of(place)
+        if name:
+            # All files are of one commit, whatever is pushed meanwhile.
+            commit = file.parents[place.count("/")].name
+            folder = place.rpartition("/")[0]
+            hub.download_if_there(self.repo, "/".join(filter(None, (folder, name))), commit)
 
 
 def resolve(
@@ -244,7 +339,8 @@ def _local(name: str, path: Path, kind: str | None) -> Source:
         raise SourceError(f"{name} is a file; give the folder that holds config.json.")
     if local.has(path, SIDECAR):
         return Source(name, kind or read_sidecar(path).kind, CONVERTED, path)
-    has_config = local.has(path, "config.json")
+    # Gemma Scope 2 has a config.json beside each of its transcoders.
+    has_config = local.has(path, "config.json") and not local.has(path, "params.safetensors")
     if kind in (MODEL, CONFIG) and not has_config:
         raise SourceError(
             f"{path} has no config.json, so it is not a model's folder in Hugging Face's format "
