@@ -16,7 +16,7 @@ from jaxtc.captures.reducers import At, Project
 from jaxtc.errors import EditError, InputError
 from jaxtc.interchange import plain
 from jaxtc.tap.positions import Token
-from tests.support import batch, tiny
+from tests.support import batch, tiny, unspared
 
 DTYPES = ["float32", "bfloat16", "float16", "int32", "bool"]
 D = tiny.config().hidden_size
@@ -238,7 +238,7 @@ EDITS = {
     "mask": lambda a: jaxtc.Add(
         a(VECTOR), site="mlp_out", row=0, position=a(np.arange(9) % 2 == 0)
     ),
-    "feature": lambda a: jaxtc.SetFeature(
+    "feature": lambda a: unspared.SetFeature(
         tiny.transcoder(1), feature=a(np.array([3, 7])), value=a(np.float32([2, 4]))
     ),
     "seed": lambda a: jaxtc.Noise(a(np.array(3)), a(np.float32(0.5)), site="embed"),

@@ -15,6 +15,7 @@ from jaxtc.helpers import frozen_pytree
 from jaxtc.interchange import plain_fields
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.prompts import Prompts
+from jaxtc.tap.columns import returned
 from jaxtc.tap.context import Context
 from jaxtc.tap.positions import resolve as located
 from jaxtc.tap.positions import spelled
@@ -119,6 +120,17 @@ class Reducer:
             return kept[..., :length] if keys else kept
         axis = self.site.sequence_axis + self.every_layer
         return jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, length, axis=axis), kept)
+
+    def moved(self, kept: Any, starts: Any) -> Any:
+        """What :meth:`cut` gave, with tokens and keys where they stood as they were given.
+
+        ``starts`` are of :class:`jaxtc.model.prompts.Prompts`.
+        """
+        rows, keys = int(self.every_layer), self.keeps_keys and self.site.kind == "pairs"
+        axes = [self.site.sequence_axis + rows] if self.per_token else []
+        for axis in [*axes, *[-1] * keys]:
+            kept = jax.tree.map(lambda x, axis=axis: returned(x, starts, axis, rows), kept)
+        return kept
 
     def last_axis(self, config: Gemma2Config, prompts: Prompts) -> int:
         """The length of the site's last axis."""

@@ -176,6 +176,16 @@ class TopK(Reducer):
             )
         return super().checked(config, prompts)
 
+    def moved(self, kept, starts):
+        kept = super().moved(kept, starts)
+        if self.site.kind != "pairs":
+            return kept
+        # The ids are columns too.
+        rows = int(self.every_layer)
+        columns = kept.ids.shape[self.site.sequence_axis + rows]
+        starts = along(kept.ids, jnp.asarray(starts), rows)
+        return dataclasses.replace(kept, ids=(kept.ids + starts) % columns)
+
     def reduce(self, x: jax.Array, context: Context) -> Top:
         values, ids = top_k(x, self.k, context.placement, logical(self.site.axes))
         return Top(values, ids.astype(jnp.int32))

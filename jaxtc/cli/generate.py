@@ -83,9 +83,7 @@ def command(
         if features:
             steered = find_transcoders(transcoder, model, layer, progress)
             values = list(features.values())
-            # Not on <bos>, which transcoders were not trained on.
-            where = dict(layer=layer, position=slice(1, None))
-            edits = [SetFeature(steered, list(features), values, **where)]
+            edits = [SetFeature(steered, list(features), values, layer=layer)]
         progress(f"Loading {model}")
         loaded = load_model(model, dtype=dtype, progress=progress.part)
         progress("Loading the tokenizer")

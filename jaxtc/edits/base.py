@@ -56,9 +56,9 @@ TARGETS: dict[str, Index | Tokens] = {
 def register_edit(*static: str) -> Callable[[type], type]:
     """Class decorator: a frozen dataclass, and a pytree whose fields are data but ``static``.
 
-    ``site`` is always static.
+    ``site`` is always static, and ``special_tokens`` where an edit has it.
     """
-    return frozen_pytree("site", *static)
+    return frozen_pytree("site", "special_tokens", *static)
 
 
 def own_shape(edit: "Edit", value: Any, layers: int) -> tuple[int, ...]:
@@ -122,6 +122,8 @@ class Edit:
     needs_prompt = False
     # Whether what the model computes here is not used at all where this applies.
     replaces = False
+    # Whether it applies to <bos>, <eos> and the like too.
+    special_tokens = True
     # The only layers where this edit can ever apply, when that is static.
     layers: ClassVar[tuple[int, ...] | None] = None
     # Whether it keeps something of each layer for later ones, see `carry`.

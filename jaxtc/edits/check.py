@@ -17,6 +17,7 @@ from jaxtc.edits.judge import Pass, check_conflicts, judge, refusal, settle
 from jaxtc.errors import EditError
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.prompts import Prompts
+from jaxtc.tap.columns import laid_right
 from jaxtc.tap.context import PerLayer, broadcasts
 from jaxtc.tap.positions import is_traced
 from jaxtc.tap.sites import BY_NAME, ORDER
@@ -160,12 +161,21 @@ def _value(edit: Edit, name: str, value: Any, sizes: dict[str, int], here: Pass)
             f"{edit}: its {name} of shape {shape} has an entry for each token of the prompt, and "
             "none for those that are generated: give position='prompt'."
         )
-    missing = here.prompts.tokens.shape[1] - here.prompts.length
-    if not any(tokens) or not missing:
+    missing, starts = here.prompts.tokens.shape[1] - here.prompts.length, here.prompts.starts
+    if not any(tokens) or not missing and starts is None:
         return value
 
-    def pad(x):
-        pads = [(0, 0)] * (x.ndim - len(shape)) + [(0, missing * over) for over in tokens]
-        return jnp.pad(x, pads) if isinstance(x, jax.Array) else np.pad(x, pads)
+    def lay(x):
+        """As the prompts are: from the first column on, and padded."""
+        xp = jnp if isinstance(x, jax.Array) else np
+        before = x.ndim - len(shape)
+        if starts is not None:
+            wide = (1,) * (len(site.letters) - len(shape)) + shape
+            x = x.reshape(*x.shape[:before], *wide)
+            x = xp.broadcast_to(x, (*x.shape[:before], sizes["B"], *x.shape[before + 1 :]))
+        over = [0] * (x.ndim - len(tokens)) + tokens
+        for axis in np.flatnonzero(over):
+            x = laid_right(x, starts, int(axis), before)
+        return xp.pad(x, [(0, missing * each) for each in over])
 
-    return jax.tree.map(pad, value)
+    return jax.tree.map(lay, value)

@@ -33,12 +33,21 @@ class TranscoderEdit(Edit):
         layer: defaults to the layer the transcoder was trained on.
         site: defaults to the transcoder's output site (static).
         reads: defaults to the transcoder's input site, as a tuple of one (static).
+        special_tokens: whether it applies to ``<bos>``, ``<eos>`` and padding too, which
+            transcoders were not trained on; ``result.left_out`` tells which tokens a run left alone
+            (static).
     """
 
     transcoder: Any
     reads: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
+    special_tokens: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self):
+        if not isinstance(self.special_tokens, bool):
+            raise EditError(
+                f"{type(self).__name__}: special_tokens is {self.special_tokens!r}, expected True "
+                "or False."
+            )
         if isinstance(self.transcoder, Mapping):
             object.__setattr__(self, "transcoder", dict(self.transcoder))
         given = self._transcoders(required=not self.site)
@@ -120,7 +129,8 @@ class Splice(TranscoderEdit):
     A sparse autoencoder, which reads the site that it writes, takes the place of that site's value.
     A transcoder's skip connection is part of its output.
 
-    Where a transcoder replaces every token the MLP itself is not computed.
+    Where a transcoder replaces every token the MLP itself is not computed: with
+    ``special_tokens=True``, and for generated tokens.
     ``Splice({layer: transcoder})`` replaces several layers at once, each by its own; with
     ``layer=`` only those named, as data: a sweep over layers is one compiled program. Feature edits
     that follow in the list act on the spliced transcoder's features.
@@ -249,8 +259,7 @@ class SetFeature(FeatureEdit):
     """Set features to an activation: steer with something that has a name.
 
     Attributes:
-        value: the activation, or one for each feature (K,). It is set on every token that is named;
-            ``position=slice(1, None)`` leaves <bos> alone, which transcoders were not trained on.
+        value: the activation, or one for each feature (K,).
     """
 
     value: Any

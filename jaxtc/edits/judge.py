@@ -21,8 +21,8 @@ from jaxtc.edits.base import Edit, Index, Tokens
 from jaxtc.edits.features import FeatureEdit
 from jaxtc.errors import EditError
 from jaxtc.model.config import Gemma2Config
-from jaxtc.model.prompts import Prompts
-from jaxtc.tap.positions import as_int32, is_traced, locate, missing, present
+from jaxtc.model.prompts import Prompts, among_ids
+from jaxtc.tap.positions import Places, Span, as_int32, is_traced, locate, missing, present
 from jaxtc.tap.sites import BY_NAME, ORDER, Address, Site, check_layer
 from jaxtc.tap.tap import among
 
@@ -38,7 +38,7 @@ class Pass(NamedTuple):
         reach: the last (layer, place in the layer) that is needed.
         lengths: (B,) tokens of each prompt, NumPy where they are known.
         extra: tokens that will follow the prompts (generation).
-        prompts: for targets that are not settled yet.
+        prompts: themselves.
     """
 
     config: Gemma2Config
@@ -121,6 +121,10 @@ def judge(edit: Edit, here: Pass, *, inside: bool = False) -> dict[str, Any]:
             if target.distinct:
                 ordered = xp.sort(at, -1)
                 found[name] &= (ordered[..., 1:] != ordered[..., :-1]).all(-1)
+    if not edit.special_tokens and known(
+        edit.position, edit.row, here.prompts.tokens, here.lengths
+    ):
+        found["special"] = _some_text(edit, here, xp)
     if known(edit.layer):
         layers = xp.atleast_1d(xp.asarray(_layers(edit, here)))
         if edit.layer is not None and edit.layers is not None:
@@ -131,6 +135,21 @@ def judge(edit: Edit, here: Pass, *, inside: bool = False) -> dict[str, Any]:
         if fine is not None:
             found["fits"] = (fine | ~_rows(edit, Tokens(), batch, np)).all(-1)
     return found
+
+
+def _some_text(edit: Edit, here: Pass, xp: Any) -> Any:
+    """(...,) booleans: a token is named that is not special, or none that is, one by one."""
+    tokens = xp.asarray(here.prompts.tokens)
+    batch, width = tokens.shape
+    positions = xp.broadcast_to(xp.arange(width), (batch, width))
+    real = (positions < here.lengths[:, None]) & _rows(edit, Tokens(), batch, xp)[..., None]
+    named = real if edit.position is None else real & edit.position.selects(positions)
+    special = among_ids(tokens, here.config.special_ids)
+    if isinstance(edit.position, Places):
+        return ~(named & special).any((-2, -1))
+    later = edit.position is None or isinstance(edit.position, Span)
+    more = here.extra > 0 and later and getattr(edit.position, "part", "") != "prompt"
+    return (named & ~special).any((-2, -1)) | more
 
 
 def _rows(edit: Edit, target: Tokens, batch: int, xp: Any) -> Any:
@@ -177,6 +196,15 @@ def refusal(rule: str, edit: Edit, given: Edit, here: Pass) -> EditError:
             f"{given}: {rule} {outside[0]} does not exist; {owner} has "
             f"{rule.removeprefix('from_')}s 0 to {size - 1}."
         )
+    if rule == "special":
+        one_by_one = isinstance(edit.position, Places)
+        return EditError(
+            f"{given}: "
+            + ("one of the tokens" if one_by_one else "each token")
+            + " that it names is special (<bos>, <eos> or padding), which transcoders were not "
+            "trained on, so it is left alone. Name other tokens, or give special_tokens=True to "
+            "change these too."
+        )
     if rule == "fits":
         wrong = ~edit.fits(lengths) & _rows(edit, Tokens(), len(lengths), np)
         return EditError(f"{given}: {edit.misfit(int(np.argmax(wrong)), lengths)}")
@@ -192,13 +220,20 @@ def refusal(rule: str, edit: Edit, given: Edit, here: Pass) -> EditError:
 
 
 def all_there(
-    edits: Sequence[Edit], config: Gemma2Config, reach: tuple, lengths: Any, checks: bool = False
+    edits: Sequence[Edit],
+    config: Gemma2Config,
+    reach: tuple,
+    lengths: Any,
+    tokens: Any,
+    checks: bool = False,
 ) -> jax.Array:
     """() boolean: whether every target of every edit exists, inside a trace.
 
-    With ``checks`` each rule is also a check of ``jax.experimental.checkify``.
+    ``lengths`` (B,) and ``tokens`` (B, W) are of the prompts, padded on the right. With ``checks``
+    each rule is also a check of ``jax.experimental.checkify``.
     """
-    fine, here = jnp.ones((), bool), Pass(config, reach, jnp.asarray(lengths))
+    prompts = Prompts(jnp.asarray(tokens), jnp.asarray(lengths), np.shape(tokens)[1])
+    fine, here = jnp.ones((), bool), Pass(config, reach, prompts.lengths, prompts=prompts)
     for edit in edits:
         for rule, one in judge(edit, here, inside=True).items():
             fine &= one

@@ -2,7 +2,8 @@
 
 Measured on held-out text and on every kind of fact, with the MLPs as they are (clean), with one
 layer's MLP replaced by its transcoder (spliced), and with all of them: a small change of the loss
-can hide lost facts. <bos> keeps its MLP, since transcoders are not trained on special tokens.
+can hide lost facts. <bos> and <eos> keep their MLPs, since transcoders are not trained on special
+tokens; losses count <eos> as an answer.
 """
 
 import dataclasses
@@ -24,15 +25,13 @@ from jaxtc.embedded.text import UserText
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.programs.run import run
 from jaxtc.tap.sites import Address
-from jaxtc.training.packing import BOS, EOS, PAD, pieces
+from jaxtc.training.packing import BOS, PAD, pieces
 from jaxtc.transcoders.metrics import (
     FVU,
     FeatureStatistics,
-    Mean,
+    Loss,
     delta_loss,
     loss_recovered,
-    next_token_loss,
-    special_token_mask,
 )
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.load_model import load_model
@@ -45,7 +44,7 @@ KINDS = {
     "h2": "two-hop, city held out (h2)",
 }
 _ROWS, _LENGTH = 128, 64
-# Every token but <bos>, whose norm alone would swamp the others.
+# The tokens that splices replace.
 _TEXT = slice(1, None)
 
 
@@ -125,7 +124,7 @@ def measure(
     model = load_model(model_folder(root), dtype=jnp.float32)
     tokenizer = Tokenizer.from_file(str(model_folder(root) / "tokenizer.json"))
     transcoders = load_transcoders(transcoder_folder(root))
-    splice = Splice(transcoders, position=_TEXT)
+    splice = Splice(transcoders)
     zero = Zero(site="mlp_out", position=_TEXT)
     texts = source.documents(stream, 0, documents, held_out=True)
     ids = list(pieces((encoded.ids for encoded in tokenizer.encode_batch(texts)), _LENGTH))
@@ -170,11 +169,10 @@ def accuracy(
 
 def text_loss(model: Gemma2, ids: Sequence[Sequence[int]], edits: Sequence[Edit] = ()) -> float:
     """Mean cross-entropy in nats of each document's tokens after the first."""
-    mean = Mean()
+    loss = Loss(special_tokens=True)
     for tokens, lengths in _batches(ids):
-        logits = run(model, tokens, lengths=lengths, edits=edits).logits
-        mean.update(next_token_loss(logits, tokens), tokens[:, 1:] != PAD)
-    return mean.mean
+        loss.update(run(model, tokens, lengths=lengths, edits=edits))
+    return loss.mean
 
 
 def reconstruction(
@@ -188,19 +186,18 @@ def reconstruction(
     }
     wanted = [address for pair in sites.values() for address in pair]
     for tokens, lengths in _batches(ids):
-        held = run(model, tokens, lengths=lengths, capture=wanted, logits=None).activations
-        mask = ~special_token_mask(tokens, (PAD, BOS, EOS))
+        held = run(model, tokens, lengths=lengths, capture=wanted, logits=None)
         for n, transcoder in transcoders.items():
-            x, y = (held[address] for address in sites[n])
+            x, y = (held.activations[address] for address in sites[n])
             features = transcoder.encode(x)
-            errors[n].update(y, transcoder.decode(features, x), mask)
-            active[n].update(features, mask)
+            errors[n].update(y, transcoder.decode(features, x), held)
+            active[n].update(features, held)
     return {n: (errors[n].fvu, active[n].l0, float(active[n].dead.mean())) for n in transcoders}
 
 
 def _batches(ids: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(tokens (rows, T), lengths (rows,)), in one shape for one program, filled with <pad>."""
-    ids = [*ids, *[[PAD, PAD]] * (-len(ids) % _ROWS)]
+    ids = [*ids, *[[BOS]] * (-len(ids) % _ROWS)]
     lengths = np.array([len(row) for row in ids], np.int32)
     tokens = np.full((len(ids), lengths.max()), PAD, np.int32)
     tokens[np.arange(lengths.max()) < lengths[:, None]] = np.concatenate(ids)

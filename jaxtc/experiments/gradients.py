@@ -49,6 +49,8 @@ def gradients(
     *,
     edits: Sequence[Edit] = (),
     lengths: Any = None,
+    attention_mask: Any = None,
+    tokenizer: Any = None,
     logits: Literal["all", "last"] = "last",
 ) -> Gradients:
     """Activations of sites and a score's gradients there, in one forward and one backward pass.
@@ -58,7 +60,7 @@ def gradients(
 
     Args:
         model: from :func:`jaxtc.load_model`.
-        tokens, lengths: as for :func:`jaxtc.run`.
+        tokens, lengths, attention_mask, tokenizer: as for :func:`jaxtc.run`.
         of: a score, see :mod:`jaxtc.scores`: a function from the result of a run (with these sites'
             activations) to a number, or one for each row, (B,). A plain function is part of the
             compile key (define it once).
@@ -72,7 +74,7 @@ def gradients(
         CapacityError: the activations would not fit in memory.
     """
     config = model.config
-    prompts = prepare(tokens, config, lengths)
+    prompts = prepare(tokens, config, lengths, attention_mask=attention_mask, tokenizer=tokenizer)
     asked = understand(sites, config.num_hidden_layers)
     if not asked.addresses or asked.reducers:
         raise InputError("Name the sites whose gradients are wanted, such as 'resid_post'.")
@@ -85,7 +87,7 @@ def gradients(
     of = as_pytree(of) if place is None else place.put_whole(as_pytree(of))
     *given, _ = call.on_mesh(leaves)  # there are no reducers
     key = _Key(**vars(given.pop(0)), length=prompts.length)
-    return Gradients(*_program(key, *given, of))
+    return Gradients(*_program(key, *given, prompts.starts, of))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +95,9 @@ class _Key(Key):
     length: int
 
 
-def _backward(key: _Key, leaves, tokens, lengths, edits, of):
+def _backward(key: _Key, leaves, tokens, lengths, edits, starts, of):
     """(score, activations, gradients)."""
-    prompts = Prompts(tokens, lengths, key.length)
+    prompts = Prompts(tokens, lengths, key.length, starts)
     asked = understand(key.captures, key.config.num_hidden_layers)
     call = Call(key, prompts, asked, edits, ())
 

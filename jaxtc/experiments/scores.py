@@ -17,8 +17,9 @@ from jaxtc.helpers import pytree
 from jaxtc.interchange import owned, plain_fields
 from jaxtc.model.prompts import last_tokens
 from jaxtc.programs.call import RunResult
+from jaxtc.transcoders.metrics import next_token_loss
 
-__all__ = ["LogProbability", "Logit", "LogitDifference"]
+__all__ = ["LogProbability", "Logit", "LogitDifference", "Loss"]
 
 
 def as_pytree(of: Callable) -> Callable:
@@ -37,7 +38,7 @@ def _last(result: RunResult) -> jax.Array:
     if result.logits is None:
         raise InputError("This score is of logits, and the run kept none: logits='last'.")
     last = result.logits.ndim == 2
-    return result.logits if last else last_tokens(result.logits, result.lengths)
+    return result.logits if last else last_tokens(result.logits, jnp.asarray(result.last))
 
 
 def _of(logits: jax.Array, token: Any) -> jax.Array:
@@ -102,3 +103,30 @@ class LogProbability:
     def __call__(self, result: RunResult) -> jax.Array:
         """(B,)."""
         return _of(jax.nn.log_softmax(_last(result)), self.token)
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """The mean next-token loss, in nats, of each prompt's own tokens: result to (B,).
+
+    Of runs with ``logits="all"``. NaN for a prompt without a token to predict.
+
+    Attributes:
+        special_tokens: whether special tokens count as answers: ``<eos>``, or a ``<bos>`` that is
+            not the first (static).
+    """
+
+    special_tokens: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def __call__(self, result: RunResult) -> jax.Array:
+        """(B,)."""
+        if result.logits is None or result.logits.ndim != 3:
+            raise InputError(
+                "This score is of all tokens' logits; the run kept others: logits='all'."
+            )
+        answers = jnp.asarray(result.answers(self.special_tokens))
+        losses = next_token_loss(result.logits, result.tokens)
+        count = answers.sum(1)
+        total = jnp.where(answers, losses, 0).sum(1)
+        return jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nan)

@@ -28,7 +28,7 @@ from jaxtc.helpers import pytree, whole_number
 from jaxtc.interchange import owned
 from jaxtc.memory.needs import check_fits
 from jaxtc.model.gemma2 import Gemma2
-from jaxtc.model.prompts import Prompts, prepare
+from jaxtc.model.prompts import Prompts, among_ids, prepare
 from jaxtc.programs.call import Call, RunResult, forward
 from jaxtc.programs.leaves import parameters, placed
 from jaxtc.programs.program import Program
@@ -51,10 +51,12 @@ class Sweep:
     Attributes:
         values: what ``of`` gave, an array or a pytree of them, with the axes in front.
         axes: the axes' names in order, and the values along each, (n, ...).
+        left_out: (B, T) booleans, true on special tokens that edits of transcoders left alone.
     """
 
     values: Any
     axes: dict[str, Any]
+    left_out: Any = None
 
 
 def logits_of(result: RunResult) -> jax.Array | None:
@@ -69,6 +71,8 @@ def sweep(
     *,
     of: Callable[[RunResult], Any] = logits_of,
     lengths: Any = None,
+    attention_mask: Any = None,
+    tokenizer: Any = None,
     capture: Captures = (),
     logits: str | None = "last",
     chunk: int | None = None,
@@ -84,7 +88,7 @@ def sweep(
 
     Args:
         model: from :func:`jaxtc.load_model`.
-        tokens, lengths: as for :func:`jaxtc.run`.
+        tokens, lengths, attention_mask, tokenizer: as for :func:`jaxtc.run`.
         edits: as for :func:`jaxtc.run`; any array or number in them may be :class:`Over`.
         of: what to keep of each variant's result: a function from :class:`RunResult` to an array or
             a pytree of them, run inside the program. A plain function is part of the compile key
@@ -111,7 +115,8 @@ def sweep(
     """
     config, layers = model.config, model.config.num_hidden_layers
     check_logits(logits)
-    of, prompts = as_pytree(of), prepare(tokens, config, lengths)
+    of = as_pytree(of)
+    prompts = prepare(tokens, config, lengths, attention_mask=attention_mask, tokenizer=tokenizer)
     asked = understand(capture, layers)
     reach = Call.of(config, prompts, asked, (), logits).key.reach
     here = Pass(config, reach, prompts.lengths, prompts=prompts)
@@ -132,13 +137,14 @@ def sweep(
     carried = any(edit.carries for edit in edits)
     if not asked and not carried and logits is not None and first.max() > 0:
         same = [edit for edit in edits if not overs_of(edit)]
-        asks = dict(lengths=lengths, edits=same, capture=["embed", "resid_post"], logits="last")
-        kept = run(model, tokens, **asks).activations
+        asks = dict(edits=same, capture=["embed", "resid_post"], logits="last")
+        kept = run(model, dataclasses.replace(prompts, starts=None), **asks).activations
         resume = _entering(kept, prompts.tokens.shape[1])
     # Variants that begin at the same layer go together.
     order = np.argsort(first, kind="stable")
     plan = _Plan(config, tuple(axes), logits, prompts.length, place)
-    whole, found = (prompts.tokens, prompts.lengths, asked, edits, of, resume), []
+    rows = prompts.tokens, prompts.lengths, prompts.starts
+    whole, found = (*rows, asked, edits, of, resume), []
     if place is not None:
         whole = place.put_whole(whole)
     for start in range(0, len(order), chunk):
@@ -156,7 +162,9 @@ def sweep(
             jax.block_until_ready(kept)
             progress(min(start + chunk, len(order)), len(order))
     axes = {name: owned(values) for name, values in axes.items()}  # a whole dict would be sorted
-    return Sweep(_join(found, np.argsort(order), shape), axes)
+    spared = any(not edit.special_tokens for edit in edits)
+    left_out = spared & among_ids(prompts.given, config.special_ids) & prompts.mask
+    return Sweep(_join(found, np.argsort(order), shape), axes, left_out)
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -180,9 +188,11 @@ class _Plan:
     placement: Placement | None
 
 
-def _variants(plan: _Plan, leaves, tokens, lengths, asked, edits, of, resume, begin, places):
+def _variants(
+    plan: _Plan, leaves, tokens, lengths, starts, asked, edits, of, resume, begin, places
+):
     """What ``of`` gives of each variant of a chunk; places: (chunk, axes) indices."""
-    prompts = Prompts(tokens, lengths, plan.length)
+    prompts = Prompts(tokens, lengths, plan.length, starts)
     divided = plan.placement is not None and DATA in plan.placement.mesh.shape
 
     def one(place):

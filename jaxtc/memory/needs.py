@@ -109,6 +109,8 @@ def estimate(
     tokens: Any,
     *,
     lengths: Any = None,
+    attention_mask: Any = None,
+    tokenizer: Any = None,
     capture: Captures = (),
     logits: str | None = "all",
     edits: Sequence[Any] = (),
@@ -119,7 +121,7 @@ def estimate(
         model: a model, an abstract one (``Gemma2.abstract(config, dtype)``), or a config, which
             stands for a model in float32.
         tokens: as ``run`` takes them; or a tuple (B, T), for any prompts of that size.
-        lengths, capture, logits, edits: as ``run`` takes them.
+        lengths, attention_mask, tokenizer, capture, logits, edits: as ``run`` takes them.
 
     Raises:
         InputError, SiteError: as ``run``.
@@ -138,7 +140,9 @@ def estimate(
             )
         batch, length = map(int, tokens)
     else:
-        prompts = prepare(tokens, config, lengths)
+        prompts = prepare(
+            tokens, config, lengths, attention_mask=attention_mask, tokenizer=tokenizer
+        )
         batch, length = len(prompts.tokens), prompts.length
     size = Size(config, dtype, batch, length, bucket(length))
     reducers = size.checked(asked) if isinstance(tokens, tuple) else asked.checked(config, prompts)

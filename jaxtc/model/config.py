@@ -114,6 +114,13 @@ class Gemma2Config:
             "H": self.head_dim, "F": self.intermediate_size, "V": self.vocab_size,
         }  # fmt: skip
 
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """Ids that stand for no text: ``<bos>``, what ends texts, padding."""
+        ends = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+        given = {self.bos_token_id, *ends, self.pad_token_id} - {None}
+        return tuple(sorted(given))
+
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str = "config.json") -> "Gemma2Config":
         """Read the contents of a ``config.json``, as written by ``transformers`` 4.42 up to 5.x.

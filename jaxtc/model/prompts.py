@@ -1,7 +1,11 @@
-"""Token ids as users give them, checked and padded to arrays."""
+"""Token ids as users give them, checked and padded to arrays.
+
+However prompts were padded, programs see them padded on the right; results go back to where the
+tokens stood (:mod:`jaxtc.tap.columns`). Axis letters: B batch, T columns as given, W with the
+padding up to a bucket.
+"""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,17 +13,42 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.errors import InputError
-from jaxtc.interchange import plain
+from jaxtc.helpers import pytree
+from jaxtc.interchange import below, owned, plain
 from jaxtc.model.config import Gemma2Config
+from jaxtc.model.given import is_text, not_a_mask, not_ids, rows_of, spans_of, understand
+from jaxtc.tap.columns import laid_right, returned
 
 
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """Prompts as the compiled programs take them."""
+    """Prompts as the compiled programs take them.
 
-    tokens: jax.Array  # (B, bucket) int32, padded on the right
-    lengths: np.ndarray | jax.Array  # (B,) int32, real tokens of each row; NumPy where known
-    length: int  # T, the longest prompt (or the width the caller gave)
+    Attributes:
+        tokens: (B, W) int32 ids, padded on the right up to a bucket.
+        lengths: (B,) int32, real tokens of each row; NumPy where known.
+        length: T, the longest prompt, or the width of the array that was given (static).
+        starts: (B,) int32, in which of the T columns each prompt began when it was given; None
+            where all began in the first.
+    """
+
+    tokens: jax.Array
+    lengths: np.ndarray | jax.Array
+    length: int = dataclasses.field(metadata={"static": True})
+    starts: np.ndarray | jax.Array | None = None
+
+    @property
+    def mask(self) -> Any:
+        """(B, T) booleans, true on real tokens where they stood when they were given."""
+        if self.starts is None:
+            return below(self.length, self.lengths)
+        return below(self.length, self.starts + self.lengths) & ~below(self.length, self.starts)
+
+    @property
+    def given(self) -> Any:
+        """(B, T) ids where they stood when they were given, 0 in the place of padding."""
+        return returned(owned(self.tokens[:, : self.length]), self.starts, 1)
 
 
 def bucket(length: int) -> int:
@@ -32,53 +61,97 @@ def bucket(length: int) -> int:
     return -(-length // step) * step
 
 
-def prepare(tokens: Any, config: Gemma2Config, lengths: Any = None, extra: int = 0) -> Prompts:
-    """Check token ids and pad them to a bucket.
+def prepare(
+    tokens: Any,
+    config: Gemma2Config,
+    lengths: Any = None,
+    extra: int = 0,
+    *,
+    attention_mask: Any = None,
+    tokenizer: Any = None,
+) -> Prompts:
+    """Check prompts and pad them to a bucket.
 
     Args:
-        tokens: ids of one prompt, a list of prompts of any lengths, or an array (T,) or (B, T)
-            padded on the right.
-        config: for the vocabulary and the context length.
-        lengths: (B,) real tokens of each row; all of them by default.
+        tokens: ids of one prompt, a list of prompts of any lengths, or an array (T,) or (B, T); a
+            tokenizer's output, whose ``attention_mask`` counts; with ``tokenizer``, text or texts.
+            What is prepared already stays as it is.
+        config: for the vocabulary, the context length and the id of padding.
+        lengths: (B,) real tokens of each row, which is padded on the right.
         extra: tokens that will be generated after the prompts.
+        attention_mask: as ``tokens``, 1 (or true) on real tokens and 0 on padding, which may lie on
+            either side of a prompt.
+        tokenizer: the model's, called with each text.
 
     Raises:
-        InputError: an empty prompt, ids that are not whole numbers of the vocabulary, lengths
-            that do not fit, or more tokens than the model's context. Inside a trace, where values
-            cannot be seen, the embedding gives NaN for a prompt with a bad id or length.
+        InputError: an empty prompt; ids that are not whole numbers of the vocabulary; more tokens
+            than the model's context; a mask or lengths that do not fit; a row that begins or ends
+            with the config's ``pad_token_id`` where nothing says how long it is; text without a
+            tokenizer. Inside a trace, where values cannot be seen, the embedding gives NaN for a
+            prompt with a bad id, length or mask.
     """
-    tokens, lengths = plain(tokens), plain(lengths)
-    if isinstance(tokens, jax.core.Tracer) or isinstance(lengths, jax.core.Tracer):
-        return _traced(tokens, config, lengths, extra)
-    rows = _rows(tokens)
+    if isinstance(tokens, Prompts):
+        _check_context(tokens.length, extra, config)
+        return tokens
+    text = is_text(tokens)
+    tokens, mask = understand(tokens, attention_mask, tokenizer)
+    lengths = plain(lengths)
+    if lengths is not None and (mask is not None or text):
+        raise InputError(
+            "lengths are given besides "
+            + ("text" if text else "an attention_mask")
+            + ", which says where prompts end itself; give one of the two."
+        )
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((tokens, lengths, mask))):
+        return _traced(tokens, config, lengths, mask, extra)
+    rows = rows_of(tokens)
     held = np.array([len(row) for row in rows], int)
-    known = _lengths(lengths, held)
+    starts = np.zeros(len(rows), np.int32)
+    if mask is None:
+        known = _lengths(lengths, held)
+        _check_padding(rows, known, config, sure=text)
+    else:
+        starts, known = spans_of(mask, rows)
     # No token attends to padding; 0 is an id of every vocabulary.
     array = np.zeros((len(rows), bucket(int(held.max()))), np.int32)
-    for index, (row, count) in enumerate(zip(rows, known, strict=True)):
-        wrong = np.flatnonzero((row[:count] < 0) | (row[:count] >= config.vocab_size))
+    for index, (row, start, count) in enumerate(zip(rows, starts, known, strict=True)):
+        row = row[start : start + count]
+        wrong = np.flatnonzero((row < 0) | (row >= config.vocab_size))
         if wrong.size:
             raise InputError(
                 f"Token id {row[wrong[0]]} (prompt {index}, position {wrong[0]}) is outside the "
                 f"model's vocabulary of {config.vocab_size} ids, 0 to {config.vocab_size - 1}. Was "
                 "the text tokenized with this model's own tokenizer?"
             )
-        array[index, :count] = row[:count]
+        array[index, :count] = row
     _check_context(int(known.max()), extra, config)
-    return Prompts(array, known.astype(np.int32), int(held.max()))
+    starts = starts if starts.any() else None
+    return Prompts(array, known.astype(np.int32), int(held.max()), starts)
 
 
-def _traced(tokens: Any, config: Gemma2Config, lengths: Any, extra: int) -> Prompts:
+def _traced(tokens: Any, config: Gemma2Config, lengths: Any, mask: Any, extra: int) -> Prompts:
     """:func:`prepare` inside a trace: shapes are checked, wrong values lead to NaN."""
     tokens = jnp.atleast_2d(jnp.asarray(tokens))
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise _not_ids(tokens)
-    batch, length = tokens.shape
+        raise not_ids(tokens)
+    (batch, length), starts, fits = tokens.shape, None, jnp.ones(len(tokens), bool)
     _check_context(length, extra, config)
+    if mask is not None and not isinstance(mask, jax.core.Tracer):
+        starts, lengths = spans_of(mask, list(np.zeros(tokens.shape)))
+        starts = starts if starts.any() else None
+        tokens = laid_right(tokens, starts, 1)
+    elif mask is not None:
+        on = jnp.atleast_2d(jnp.asarray(mask)) != 0
+        if on.shape != tokens.shape:
+            raise not_a_mask(f"has shape {on.shape}", tokens.shape)
+        starts, lengths = jnp.argmax(on, axis=1).astype(jnp.int32), on.sum(1)
+        at = jnp.arange(length)[None] - starts[:, None]
+        fits = (on == ((at >= 0) & (at < lengths[:, None]))).all(1)
+        tokens = laid_right(tokens, starts, 1)
     if isinstance(lengths, jax.core.Tracer):
         lengths = jnp.broadcast_to(lengths, (batch,))
+        fits &= (lengths >= 1) & (lengths <= length)
         # The embedding of an id outside the vocabulary is NaN.
-        fits = (lengths >= 1) & (lengths <= length)
         tokens = jnp.where(fits[:, None], tokens, config.vocab_size)
         lengths = jnp.clip(lengths, 1, length)
     else:
@@ -87,7 +160,7 @@ def _traced(tokens: Any, config: Gemma2Config, lengths: Any, extra: int) -> Prom
     real = jnp.arange(length)[None] < lengths[:, None]
     tokens = jnp.where(real, tokens, 0).astype(jnp.int32)
     padded = jnp.pad(tokens, [(0, 0), (0, bucket(length) - length)])
-    return Prompts(padded, lengths.astype(np.int32), length)
+    return Prompts(padded, lengths.astype(np.int32), length, starts)
 
 
 def _check_context(length: int, extra: int, config: Gemma2Config) -> None:
@@ -97,32 +170,6 @@ def _check_context(length: int, extra: int, config: Gemma2Config) -> None:
             f"A prompt of {length} tokens{more} is longer than this model's context of "
             f"{config.max_position_embeddings}. Shorten it, or split it into several."
         )
-
-
-def _rows(tokens: Any) -> list[np.ndarray]:
-    several = isinstance(tokens, Sequence) and len(tokens) > 0
-    if isinstance(tokens[0] if several else tokens, str):
-        raise InputError(
-            "Got text where token ids are expected; tokenize it first: "
-            "jaxtc.load_tokenizer(source)(text).input_ids."
-        )
-    nested = several and np.ndim(tokens[0]) > 0
-    rows = [np.asarray(row) for row in tokens] if nested else [np.asarray(tokens)]
-    if not nested and rows[0].ndim == 2:
-        rows = list(rows[0])
-    # A tokenizer asked for arrays gives each prompt as a batch of one.
-    rows = [row[0] if row.ndim == 2 and len(row) == 1 else row for row in rows]
-    for row in rows:
-        if row.ndim != 1 or (row.size and row.dtype.kind not in "iu"):
-            raise _not_ids(row)
-    return rows
-
-
-def _not_ids(array: Any) -> InputError:
-    return InputError(
-        f"Token ids are whole numbers in one row or several, got an array of {array.dtype} with "
-        f"shape {array.shape}."
-    )
 
 
 def _lengths(lengths: Any, held: np.ndarray) -> np.ndarray:
@@ -144,6 +191,38 @@ def _lengths(lengths: Any, held: np.ndarray) -> np.ndarray:
     return known
 
 
-def last_tokens(x: jax.Array, lengths: jax.Array) -> jax.Array:
-    """(B, T, V) to (B, V): of each prompt's last token."""
-    return jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
+def _check_padding(
+    rows: list[np.ndarray], known: np.ndarray, config: Gemma2Config, sure: bool
+) -> None:
+    """Refuse rows that seem to hold padding where nothing says so."""
+    pad = config.pad_token_id
+    if pad is None or sure:
+        return
+    # Where padding is the id that ends texts, one of it may be that end.
+    least = 1 + (pad in (config.bos_token_id, *np.ravel(config.eos_token_id)))
+    for index, (row, count) in enumerate(zip(rows, known, strict=True)):
+        for side, ids in ("begins", row[:count]), ("ends", row[:count][::-1]):
+            if len(ids) >= least and (ids[:least] == pad).all():
+                raise InputError(
+                    f"Prompt {index} {side} with id {pad}, which is the padding of this model. "
+                    "Give the tokenizer's whole output, or attention_mask=..., which says where "
+                    "the tokens are on either side"
+                    + (
+                        "; lengths=... are of rows padded on the right."
+                        if side == "ends"
+                        else " (lengths=... say it of rows padded on the right only)."
+                    )
+                )
+
+
+def among_ids(tokens: Any, ids: tuple[int, ...]) -> Any:
+    """(B, T) booleans, in the library of ``tokens`` (B, T): which of them are among these ids."""
+    found = tokens != tokens
+    for one in ids:
+        found = found | (tokens == one)
+    return found
+
+
+def last_tokens(x: jax.Array, last: jax.Array) -> jax.Array:
+    """(B, T, V) to (B, V): of each prompt's last token, which stands in column ``last`` (B,)."""
+    return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]

@@ -1,6 +1,6 @@
 """The prompts: the built-in ones, those of a file, and their token ids."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +72,14 @@ def tokenised(
     """Texts (None where ids were given) and ids of the prompts of :func:`jaxtc.parity.certify`.
 
     ``tokenizer`` returns it, and is called only where there is a text; ``extra`` tokens will be
-    added to each. Raises InputError for no prompt, or one that the model cannot run.
+    added to each. Of a tokenizer's whole output, padding is left out. Raises InputError for no
+    prompt, or one that the model cannot run.
     """
     if prompts is None:
         prompts = built_in(model)
+    if isinstance(prompts, Mapping):
+        made = prepare(prompts, config, extra=extra)
+        prompts = [row[:n] for row, n in zip(made.tokens, made.lengths, strict=True)]
     if isinstance(prompts, str) or not hasattr(prompts, "__len__") or not len(prompts):
         raise InputError(
             f"prompts is {prompts!r}, expected a list of texts (or of rows of token ids) with at "

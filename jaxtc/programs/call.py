@@ -19,7 +19,7 @@ from jaxtc.helpers import pytree
 from jaxtc.interchange import below
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
-from jaxtc.model.prompts import Prompts, last_tokens
+from jaxtc.model.prompts import Prompts, among_ids, last_tokens
 from jaxtc.programs.leaves import rebuild
 from jaxtc.programs.recording import finish
 from jaxtc.sharding.placement import Placement
@@ -35,19 +35,66 @@ class RunResult:
     Attributes:
         logits: (B, T, V) float32 for "all", (B, V) for "last", None otherwise.
         activations: what was captured, by address; aliases work as keys.
-        lengths: (B,) int32; in rows shorter than T, what lies past the length is padding.
-        length: T.
+        tokens: (B, T) int32, the ids that were run; 0 on padding.
+        lengths: (B,) int32, real tokens of each prompt.
+        length: T, the longest prompt, or the width of the array that was given (static).
+        starts: (B,) int32, the column of each prompt's first token where some were padded on the
+            left; None where every prompt begins in the first column.
+        special_ids: of the tokens that stand for no text (static).
+        spared: whether an edit of the run left special tokens alone (static).
+
+    Arrays with an axis T have each prompt where it stood as it was given: prompts padded on the
+    left come back on the right, and padding between is meaningless.
     """
 
     logits: jax.Array | None
     activations: Activations
+    tokens: jax.Array
     lengths: jax.Array
     length: int = dataclasses.field(metadata={"static": True})
+    starts: jax.Array | None = None
+    special_ids: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    spared: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def mask(self) -> jax.Array:
         """(B, T) booleans, true on real tokens."""
-        return below(self.length, self.lengths)
+        if self.starts is None:
+            return below(self.length, self.lengths)
+        return below(self.length, self.last + 1) & ~below(self.length, self.starts)
+
+    @property
+    def last(self) -> jax.Array:
+        """(B,) the column of each prompt's last token."""
+        return (self.lengths if self.starts is None else self.starts + self.lengths) - 1
+
+    @property
+    def counted(self) -> jax.Array:
+        """(B, T) booleans, true on tokens of text: what metrics should be of.
+
+        Special tokens (``<bos>``, what ends texts, padding) are left out by their ids.
+        """
+        return self.mask & ~self._special
+
+    @property
+    def left_out(self) -> jax.Array:
+        """(B, T) booleans, true on special tokens where edits of transcoders did not apply.
+
+        All false where the run had no such edit, or only some with ``special_tokens=True``.
+        """
+        return self.mask & self._special & self.spared
+
+    def answers(self, special_tokens: bool = False) -> jax.Array:
+        """(B, T−1) booleans: which columns t + 1 are tokens that column t has to predict.
+
+        Special tokens are no answers, unless ``special_tokens``.
+        """
+        given = self.mask if special_tokens else self.counted
+        return self.mask[:, :-1] & given[:, 1:]
+
+    @property
+    def _special(self) -> Any:
+        return among_ids(self.tokens, self.special_ids)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,11 +156,16 @@ class Call:
     def result(self, kept: tuple) -> RunResult:
         """Of what :func:`forward` gave, without the padding up to the bucket."""
         (logits, *record), prompts = kept, self.prompts
-        length, layers = prompts.length, self.key.config.num_hidden_layers
-        padded = length < prompts.tokens.shape[1]
-        whole = logits if padded and self.key.logits == "all" else None
-        found, cut = finish(record, self.asked, self.reducers, layers, length, padded, whole)
-        return RunResult(logits if whole is None else cut, found, prompts.lengths, length)
+        config, whole = self.key.config, self.key.logits == "all"
+        found, cut = finish(
+            record, self.asked, self.reducers, config.num_hidden_layers, prompts,
+            prompts.length < prompts.tokens.shape[1], logits if whole else None,
+        )  # fmt: skip
+        spared = any(not edit.special_tokens for edit in self.edits)
+        return RunResult(
+            cut if whole else logits, found, prompts.given, prompts.lengths, prompts.length,
+            prompts.starts, config.special_ids, spared,
+        )  # fmt: skip
 
 
 def forward(key: Key, leaves, tokens, lengths, edits, reducers, resume=None):
@@ -129,14 +181,17 @@ def forward(key: Key, leaves, tokens, lengths, edits, reducers, resume=None):
     """
     model, layers = rebuild(key.config, leaves), key.config.num_hidden_layers
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    tap = Tap(key.captures, edits, positions, lengths, reducers=reducers, placement=key.placement)
+    tap = Tap(
+        key.captures, edits, positions, lengths, reducers=reducers, placement=key.placement,
+        special=among_ids(tokens, key.config.special_ids),
+    )  # fmt: skip
     depth = key.reach[0] + 1 if key.reach[0] < layers else None
     options = dict(positions=positions, tap=tap, depth=depth, resume=resume)
     ask = functools.partial(last_logits, model) if key.logits == "last" else model
     out, _ = ask(tokens, **options)
     kept = out if key.logits else None, tap.activations, tap.stacked()
     if key.unsure:
-        fine = all_there(edits, key.config, key.reach, lengths)
+        fine = all_there(edits, key.config, key.reach, lengths, tokens)
         kept = jax.tree.map(lambda x: jnp.where(fine, x, nothing(x)), kept)
     return kept
 
@@ -148,7 +203,7 @@ def last_logits(model: Gemma2, tokens, *, tap: Tap, **options) -> tuple[jax.Arra
     """
     if any(map(tap.touches, LOGITS)):
         logits, cache = model(tokens, tap=tap, **options)
-        return last_tokens(logits, tap.lengths), cache
+        return last_tokens(logits, tap.lengths - 1), cache
     logits, cache = model(tokens, tap=tap, logits_at=tap.lengths - 1, **options)
     return logits[:, 0], cache
 

@@ -19,7 +19,7 @@ from jaxtc.interchange import plain
 from jaxtc.memory.needs import check_run
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.gemma2 import Gemma2, empty_cache
-from jaxtc.model.prompts import bucket, prepare
+from jaxtc.model.prompts import among_ids, bucket, prepare
 from jaxtc.programs import recording
 from jaxtc.programs.call import last_logits
 from jaxtc.programs.leaves import parameters, placed, rebuild
@@ -45,17 +45,41 @@ class Generation:
         activations: what was captured at the tokens of prompt and continuation, (B, T, ...) as
             :func:`jaxtc.run` has it, but for the last token of a row, which is never run.
         lengths: (B,) int32, how many of those T tokens are each row's own; the rest is padding.
+        length: T.
+        starts, special_ids, spared: as of :class:`jaxtc.programs.call.RunResult`.
     """
 
     prompts: list[list[int]]
     tokens: list[list[int]]
     activations: Activations
     lengths: np.ndarray
+    length: int
+    starts: np.ndarray | None = None
+    special_ids: tuple[int, ...] = ()
+    spared: bool = False
 
     @property
     def sequences(self) -> list[list[int]]:
         """Prompt and continuation of each row."""
         return [[*a, *b] for a, b in zip(self.prompts, self.tokens, strict=True)]
+
+    @property
+    def mask(self) -> np.ndarray:
+        """(B, T) booleans, true on the tokens of prompt and continuation that were run."""
+        return self._columns(lambda row: True)
+
+    @property
+    def left_out(self) -> np.ndarray:
+        """(B, T) booleans, true on special tokens where edits of transcoders did not apply."""
+        return self._columns(lambda row: self.spared & np.isin(row, self.special_ids))
+
+    def _columns(self, of: Callable[[np.ndarray], Any]) -> np.ndarray:
+        """``of`` each row's tokens, where their activations are; false on padding."""
+        starts = np.zeros(len(self.tokens), int) if self.starts is None else self.starts
+        found = np.zeros((len(self.tokens), self.length), bool)
+        for row, ids, start, count in zip(found, self.sequences, starts, self.lengths, strict=True):
+            row[start : start + count] = of(np.array(ids[:count]))
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +98,8 @@ def generate(
     max_new_tokens: int,
     *,
     lengths: Any = None,
+    attention_mask: Any = None,
+    tokenizer: Any = None,
     edits: Sequence[Edit] = (),
     capture: Captures = (),
     temperature: float = 0.0,
@@ -91,8 +117,8 @@ def generate(
     same ones.
 
     Args:
-        model, tokens, lengths, mesh: as for :func:`jaxtc.run`. All processes of a mesh call this
-            alike, and get the same tokens.
+        model, tokens, lengths, attention_mask, tokenizer, mesh: as for :func:`jaxtc.run`. All
+            processes of a mesh call this alike, and get the same tokens.
         max_new_tokens: how many to add at most; a prompt that stops earlier waits for the others.
         edits: applied to prompts and new tokens alike, unless their ``position`` is "prompt" or
             "new"; a number counts from the prompt's start, or its end when negative, and may name
@@ -118,13 +144,15 @@ def generate(
     config = model.config
     sampling = _sampling(max_new_tokens, temperature, top_k, top_p, seed)
     leaves, layers = parameters(model), config.num_hidden_layers
-    given = (tokens, lengths, edits, leaves, sampling)
+    given = (tokens, lengths, attention_mask, edits, leaves, sampling)
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(given)):
         raise InputError("generate loops in Python and cannot run inside jit, vmap or grad.")
     stops = _stops(stop, config)
     asked = understand(capture, layers)
     check_per_token(asked)
-    prompts = prepare(tokens, config, lengths, extra=max_new_tokens)
+    prompts = prepare(
+        tokens, config, lengths, max_new_tokens, attention_mask=attention_mask, tokenizer=tokenizer
+    )
     # The last new token is never fed back, so an edit at its position would not fire.
     checked, _ = check_edits(edits, config, (layers, len(ORDER)), prompts, max_new_tokens - 1)
     reducers = asked.checked(config, prompts)
@@ -158,12 +186,16 @@ def generate(
         ended = stream is not None and stream(step, shown) is True
         if ended or not running.any():
             break
-    length = prompts.length + step
-    activations, _ = recording.finish(state[1], asked, reducers, layers, length)
+    whole = dataclasses.replace(prompts, length=prompts.length + step)
+    activations, _ = recording.finish(state[1], asked, reducers, layers, whole)
     texts = np.asarray(prompts.tokens)
     ends = prompts.lengths + [len(row) - 1 for row in new]
     given = [texts[i, :n].tolist() for i, n in enumerate(prompts.lengths)]
-    return Generation(given, new, activations, ends.astype(np.int32))
+    spared = any(not edit.special_tokens for edit in checked)
+    return Generation(
+        given, new, activations, ends.astype(np.int32), whole.length, prompts.starts,
+        config.special_ids, spared,
+    )  # fmt: skip
 
 
 def _sampling(max_new_tokens, temperature, top_k, top_p, seed) -> tuple:
@@ -234,7 +266,10 @@ def _prefill(key: Key, leaves, tokens, lengths, edits, reducers, sampling):
     model = rebuild(key.config, leaves)
     batch, width = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(width), tokens.shape)
-    tap = Tap(key.captures, edits, positions, lengths, reducers=reducers, placement=key.placement)
+    tap = Tap(
+        key.captures, edits, positions, lengths, reducers=reducers, placement=key.placement,
+        special=among_ids(tokens, key.config.special_ids),
+    )  # fmt: skip
     cache = empty_cache(key.config, batch, width, model.dtype)
     logits, cache = last_logits(model, tokens, positions=positions, cache=cache, tap=tap)
     # Made no longer than the prompts at first, so that these see no more keys than in `run`.
@@ -260,12 +295,12 @@ def _step(key, leaves, tokens, places, lengths, cache, record, edits, reducers, 
     """One token more: (B,) ids at positions (B,) to the next ids, the cache and the record."""
     model = rebuild(key.config, leaves)
     positions = places[:, None]
-    tap = Tap(
-        key.captures, edits, positions, lengths, ends=places + 1, reducers=reducers,
-        placement=key.placement,
-    )  # fmt: skip
     # NaN was marked by the id -1, which raises once it is read.
     tokens = jnp.maximum(tokens, 0)[:, None]
+    tap = Tap(
+        key.captures, edits, positions, lengths, ends=places + 1, reducers=reducers,
+        placement=key.placement, special=among_ids(tokens, key.config.special_ids),
+    )  # fmt: skip
     logits, cache = model(tokens, positions=positions, cache=cache, tap=tap)
     rng, *settings = sampling
     token = draw(logits[:, 0], rng, places + 1, *settings)

@@ -45,7 +45,9 @@ ADVICE = (
            "more: put jax.jit around the whole, or map over chunks of one size."),
 )  # fmt: skip
 # Arguments whose shapes follow from the others': reported when nothing else has changed.
-_FOLLOWING = frozenset({"lengths", "ends", "places", "cache", "record", "begin", "resume"})
+_FOLLOWING = frozenset(
+    {"lengths", "starts", "ends", "places", "cache", "record", "begin", "resume"}
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,9 @@ from jaxtc.captures.activations import Activations
 from jaxtc.captures.base import Reducer
 from jaxtc.captures.request import Asked
 from jaxtc.model.gemma2 import MASKED
+from jaxtc.model.prompts import Prompts
 from jaxtc.sharding.placement import Placement
+from jaxtc.tap.columns import returned
 from jaxtc.tap.sites import BY_NAME, Address
 from jaxtc.tap.tap import Tap
 
@@ -66,34 +68,42 @@ def finish(
     asked: Asked,
     reducers: Sequence[Reducer],
     layers: int,
-    length: int,
+    prompts: Prompts,
     padded: bool = True,
     logits: jax.Array | None = None,
 ) -> tuple[Activations, jax.Array | None]:
-    """The record as :class:`Activations` of ``length`` tokens; logits (B, W, V) are cut likewise.
+    """The record as :class:`Activations` of T tokens, where they stood as they were given.
 
-    ``reducers`` are those of ``asked``, checked; ``padded`` says whether anything is longer than T.
+    Logits (B, W, V) are cut and moved likewise. ``reducers`` are those of ``asked``, checked;
+    ``padded`` says whether anything is longer than T, the length of ``prompts``.
     """
     arrays, reduced = record
-    if padded:
+    length, starts = prompts.length, prompts.starts
+    if padded or starts is not None:
         sites = tuple(address.site for address in arrays)
-        cut, logits = _cut(sites, length, list(arrays.values()), logits)
+        cut, logits = _cut(sites, length, starts, list(arrays.values()), logits)
         arrays = dict(zip(arrays, cut, strict=True))
         reduced = [r.cut(kept, length) for r, kept in zip(reducers, reduced, strict=True)]
+    if starts is not None:
+        reduced = [r.moved(kept, starts) for r, kept in zip(reducers, reduced, strict=True)]
     named = dict(zip(asked.names, reduced, strict=True))
     return Activations(arrays, layers, named, asked.aliases), logits
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _cut(sites: tuple[str, ...], length: int, arrays, logits):
+def _cut(sites: tuple[str, ...], length: int, starts, arrays, logits):
     """Arrays of these sites, and logits, with axes over tokens and keys no longer than ``length``.
 
+    What runs over tokens begins at the columns ``starts``, see :mod:`jaxtc.tap.columns`.
     One program for all: a slice by itself takes jax as long as a short model's whole pass.
     """
 
     def cut(site, x):
         letters = BY_NAME[site].axes.split()
-        return x[tuple(slice(length) if letter in "TS" else slice(None) for letter in letters)]
+        x = x[tuple(slice(length) if letter in "TS" else slice(None) for letter in letters)]
+        for axis in (i for i, letter in enumerate(letters) if letter in "TS"):
+            x = returned(x, starts, axis)
+        return x
 
     return [*map(cut, sites, arrays)], None if logits is None else cut("logits", logits)
 

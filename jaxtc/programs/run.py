@@ -22,6 +22,8 @@ def run(
     tokens: Any,
     *,
     lengths: Any = None,
+    attention_mask: Any = None,
+    tokenizer: Any = None,
     capture: Captures = (),
     edits: Sequence[Edit] = (),
     logits: Literal["all", "last"] | None = "all",
@@ -37,9 +39,14 @@ def run(
 
     Args:
         model: from :func:`jaxtc.load_model`.
-        tokens: one prompt's ids, a list of prompts of any lengths, or an array (T,) or (B, T)
-            padded on the right.
-        lengths: (B,) real tokens of each row, when ``tokens`` is an array with padding.
+        tokens: one prompt's ids, a list of prompts of any lengths, or an array (T,) or (B, T); or
+            a tokenizer's whole output, ``tokenizer(texts, padding=True)``, in which case its
+            ``attention_mask`` counts. Results stand where the tokens stand, so that prompts padded
+            on the left come back on the right of their rows; positions of edits and of reducers
+            are counted in each prompt, and 0 is its first token.
+        lengths: (B,) real tokens of each row, when ``tokens`` is an array padded on the right.
+        attention_mask: as ``tokens``, 1 on real tokens and 0 on padding, on either side.
+        tokenizer: the model's, when ``tokens`` is text, or several texts.
         capture: addresses such as ``"layers.20.mlp_in_normed"`` (``"mlp_out"`` means every layer)
             and reducers of :mod:`jaxtc.reducers`, which keep less; one, several, or a mapping from
             names of your own.
@@ -65,10 +72,11 @@ def run(
     asked = understand(capture, config.num_hidden_layers)
     leaves = parameters(model)
     where = placed(model, leaves, mesh)
-    prompts = prepare(tokens, config, lengths)
+    prompts = prepare(tokens, config, lengths, attention_mask=attention_mask, tokenizer=tokenizer)
     call = Call.of(config, prompts, asked, edits, logits, where)
     size = len(prompts.tokens), prompts.length
     check_run(config, leaves, size, asked.addresses, call.reducers, logits, call.edits)
     if checks and call.key.unsure:
-        all_there(call.edits, config, call.key.reach, call.prompts.lengths, checks=True)
+        of = call.prompts
+        all_there(call.edits, config, call.key.reach, of.lengths, of.tokens, checks=True)
     return call.result(_run(*call.on_mesh(leaves)))

@@ -51,9 +51,12 @@ def warm_up(
         longest[bucket(length), slots] = length
     if not longest:
         raise InputError("Nothing to warm up: lengths is empty.")
+    # A token of text: edits of transcoders leave special ones alone.
+    special = model.config.special_ids
+    text = next(i for i in range(model.config.vocab_size) if i not in special)
     with compiles() as found:
         for length in longest.values():
-            tokens = np.zeros((batch, length), np.int32)
+            tokens = np.full((batch, length), text, np.int32)
             if max_new_tokens is None:
                 jax.block_until_ready(run(model, tokens, **options))
             else:

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtc.errors import EditError
 from jaxtc.helpers import frozen_pytree
 from jaxtc.interchange import plain, plain_fields
+from jaxtc.tap.columns import laid_right
 
 # No text is as long: the open end of a span.
 FOREVER = 2**30
@@ -49,8 +50,8 @@ class Places:
         return str(np.asarray(self.at).tolist())
 
     def selects(self, positions: jax.Array) -> jax.Array:
-        """(B, T) positions to (B, T) booleans: those named."""
-        return (positions[:, :, None] == self.at[:, None, :]).any(-1)
+        """(B, T) positions to (..., B, T) booleans: those named."""
+        return (positions[:, :, None] == self.at[..., None, :]).any(-1)
 
     def exist(self, ends: jax.Array) -> jax.Array:
         """(B,) numbers of tokens to (B,) booleans: every named position is there."""
@@ -77,8 +78,8 @@ class Span:
         return self.part or ("(a range)" if located else f"{self.start}:{self.stop}")
 
     def selects(self, positions: jax.Array) -> jax.Array:
-        """(B, T) positions to (B, T) booleans: those in the range."""
-        return (positions >= self.start[:, None]) & (positions < self.stop[:, None])
+        """(B, T) positions to (..., B, T) booleans: those in the range."""
+        return (positions >= self.start[..., None]) & (positions < self.stop[..., None])
 
     def exist(self, ends: jax.Array) -> jax.Array:
         """(B,) numbers of tokens to (B,) booleans: the range holds a token."""
@@ -95,10 +96,12 @@ class Mask:
         return "(a mask)"
 
     def selects(self, positions: jax.Array) -> jax.Array:
-        """(B, T) positions to (B, T) booleans: those that are on."""
-        width = self.on.shape[1]
-        there = jnp.take_along_axis(jnp.asarray(self.on), jnp.clip(positions, 0, width - 1), axis=1)
-        return there & (positions < width)
+        """(B, T) positions to (..., B, T) booleans: those that are on."""
+        xp, width = jnp if is_traced((self.on, positions)) else np, self.on.shape[-1]
+        places = xp.broadcast_to(
+            xp.clip(positions, 0, width - 1), (*self.on.shape[:-1], positions.shape[-1])
+        )
+        return xp.take_along_axis(xp.asarray(self.on), places, axis=-1) & (positions < width)
 
     def exist(self, ends: jax.Array) -> jax.Array:
         """(B,) numbers of tokens to (B,) booleans: nothing but tokens is on."""
@@ -206,7 +209,8 @@ def _numbers(position: Any, prompts: Any, lengths: Any, what: Any, xp: Any) -> P
                 f"{what}: a mask of positions has shape ({length},) or ({batch}, {length}) here, "
                 f"one boolean a token; got {given.shape}."
             )
-        on = xp.broadcast_to(given, (batch, length))
+        # One boolean a column, wherever the prompts stand there.
+        on = laid_right(xp.broadcast_to(given, (batch, length)), prompts.starts, 1)
         return Mask(xp.pad(on, [(0, 0), (0, width - length)]))
     if given.dtype.kind not in "iu" or given.ndim > 2 or not given.size:
         raise EditError(

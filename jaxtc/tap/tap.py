@@ -33,6 +33,7 @@ class Tap:
             prompts' lengths, by default.
         reducers: what to keep of a site in place of all of it, see :mod:`jaxtc.reducers`.
         placement: the mesh of this pass; every site is divided over it by its axes.
+        special: (B, T) booleans, the tokens that edits of transcoders leave alone by default.
     """
 
     def __init__(
@@ -44,8 +45,9 @@ class Tap:
         ends: jax.Array | None = None,
         reducers: Sequence[Any] = (),
         placement: Placement | None = None,
+        special: jax.Array | None = None,
     ):
-        self.placement = placement
+        self.placement, self.special = placement, special
         self.captures = frozenset(captures)
         self.edits, self.reducers = tuple(edits), tuple(reducers)
         self.positions, self.lengths = positions, lengths
@@ -145,10 +147,10 @@ class Tap:
             return compute()
         shape = jax.eval_shape(compute)
         nothing = jnp.zeros(shape.shape, shape.dtype)
-        chosen = [self._at_layer(edit) for edit in here]
+        chosen = [self._at_layer(edit) + self._everywhere(edit) for edit in here]
         if not all(chosen):
             return nothing
-        replaced = jnp.stack([flag for (flag,) in chosen]).any()
+        replaced = jnp.stack([functools.reduce(jnp.logical_and, flags) for flags in chosen]).any()
         return jax.lax.cond(replaced, lambda: nothing, compute)
 
     def _apply(self, edit: Any, x: jax.Array, context: Context) -> jax.Array:
@@ -188,9 +190,15 @@ class Tap:
         named = jnp.asarray(edit.layer)
         return [(named <= self.layer if edit.onward else named == self.layer).any()]
 
+    def _everywhere(self, edit: Any) -> list[jax.Array]:
+        """[() boolean], whether no token is left alone as special; empty where none ever is."""
+        return [] if edit.special_tokens or self.special is None else [~self.special.any()]
+
     def _tokens(self, edit: Any, x: jax.Array) -> list[jax.Array]:
         """Booleans that broadcast to ``x``: the positions and the rows of an edit."""
         parts = []
+        if self._everywhere(edit):
+            parts.append(along(x, ~self.special, 0, BY_NAME[edit.site].sequence_axis))
         if edit.position is not None:
             axis = BY_NAME[edit.site].sequence_axis
             parts.append(along(x, edit.position.selects(self.positions), 0, axis))

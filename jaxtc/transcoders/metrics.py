@@ -5,9 +5,11 @@ Several numbers go by the name "explained variance" in this field. This module's
 others, for comparison. Axis letters: ... leading axes (usually B T), D hidden, M features, V
 vocabulary. Arrays may be JAX's, NumPy's or torch's, of any float dtype, bfloat16 included.
 
-A ``mask`` (...), booleans, is true on the tokens that count; all do by default. Special tokens
-should not: transcoders are not trained on them, and the norm of <bos> alone would swamp a sum of
-squares. Use ``mask=~special_token_mask(ids, special_ids)``.
+A ``mask`` (...), booleans, is true on the tokens that count. Give the result of the run in its
+place, ``FVU().update(y, guess, result)``: then neither padding counts nor special tokens, since
+transcoders are not trained on those and the norm of <bos> alone would swamp a sum of squares
+(``result.mask`` puts them back). Where nothing is given all tokens count, as is right for rows of
+tokens that were chosen before; ``left_out`` tells how many did not.
 """
 
 import dataclasses
@@ -25,7 +27,7 @@ from jaxtc.interchange import owned, plain
 from jaxtc.transcoders.encoder import SparseFeatures
 
 __all__ = [
-    "FVU", "FeatureStatistics", "Mean", "delta_loss", "loss_recovered", "next_token_loss",
+    "FVU", "FeatureStatistics", "Loss", "Mean", "delta_loss", "loss_recovered", "next_token_loss",
     "notebook_score", "relative_error", "special_token_mask",
 ]  # fmt: skip
 
@@ -61,15 +63,19 @@ class FVU:
     Attributes:
         tokens, mean: how many so far, and ȳ.
         deviation, residual: the denominator and the numerator.
+        left_out: how many tokens masks left out.
     """
 
     tokens: int = 0
     mean: np.ndarray | float = 0.0
     deviation: float = 0.0
     residual: float = 0.0
+    left_out: int = 0
 
     def update(self, target: Any, reconstruction: Any, mask: Any = None) -> "FVU":
         """Add tokens: ``target`` y and ``reconstruction`` ŷ, each (..., D); returns itself.
+
+        ``mask`` is a result of :func:`jaxtc.run`, or booleans (...).
 
         Raises:
             InputError: shapes that differ from each other or from those of earlier batches.
@@ -77,6 +83,7 @@ class FVU:
         y, guess = _rows(mask, target=target, reconstruction=reconstruction)
         if self.tokens and y.shape[1] != len(self.mean):
             raise InputError(f"Tokens of D={y.shape[1]} after tokens of D={len(self.mean)}.")
+        self.left_out += _size(target) - len(y)
         if not len(y):
             return self
         mean = y.mean(0)
@@ -91,6 +98,7 @@ class FVU:
         self.deviation += other.deviation + float(np.sum(step**2)) * self.tokens * share
         self.mean = self.mean + step * share
         self.residual += other.residual
+        self.left_out += other.left_out
         self.tokens = total
         return self
 
@@ -114,11 +122,13 @@ class FeatureStatistics:
     """
 
     def __init__(self, features: int):
-        self.tokens = 0
+        self.tokens = self.left_out = 0
         self.counts = np.zeros(features, np.int64)
 
     def update(self, activations: Any, mask: Any = None) -> "FeatureStatistics":
         """Add (..., M) or :class:`jaxtc.transcoders.encoder.SparseFeatures`; returns itself.
+
+        ``mask`` is as of :meth:`FVU.update`.
 
         Raises:
             InputError: another M than this accumulator's, or tokens whose sparse features
@@ -139,6 +149,8 @@ class FeatureStatistics:
             active = np.nonzero(values > 0)[1]
         self.counts += np.bincount(active, minlength=M)
         self.tokens += len(values)
+        given = activations.values if isinstance(activations, SparseFeatures) else activations
+        self.left_out += _size(given) - len(values)
         return self
 
     @property
@@ -163,11 +175,14 @@ class Mean:
 
     tokens: int = 0
     total: float = 0.0
+    left_out: int = 0
 
     def update(self, values: Any, mask: Any = None) -> "Mean":
-        """Add (...) numbers, those of ``mask`` (...) only; returns itself."""
-        (rows,) = _rows(mask, values=np.asarray(plain(values))[..., None])
+        """Add (...) numbers, those of ``mask`` only (as of :meth:`FVU.update`); returns itself."""
+        values = np.asarray(plain(values))[..., None]
+        (rows,) = _rows(mask, values=values)
         self.tokens += len(rows)
+        self.left_out += _size(values) - len(rows)
         self.total += float(rows.sum())
         return self
 
@@ -175,6 +190,39 @@ class Mean:
     def mean(self) -> float:
         """NaN before any number."""
         return self.total / (self.tokens or math.nan)
+
+
+@dataclasses.dataclass(eq=False)
+class Loss(Mean):
+    """The mean next-token loss of prompts of any lengths, in nats: ``Loss().update(result).mean``.
+
+    Padding never counts. The mean is over tokens: long prompts weigh more than short ones (for one
+    number a prompt see :class:`jaxtc.scores.Loss`).
+
+    Attributes:
+        special_tokens: whether special tokens count as answers: ``<eos>``, or a ``<bos>`` that is
+            not the first.
+        tokens, total, mean: how many answers so far, their losses' sum, its mean.
+        left_out: how many answers were special.
+    """
+
+    special_tokens: bool = dataclasses.field(default=False, kw_only=True)
+
+    def update(self, result: Any) -> "Loss":
+        """Add a run of :func:`jaxtc.run` with ``logits="all"``; returns itself.
+
+        Raises:
+            InputError: not such a run.
+        """
+        if np.ndim(getattr(result, "logits", None)) != 3:
+            raise InputError(
+                "A loss is of a run that kept the logits of all tokens: "
+                "Loss().update(jaxtc.run(model, tokens))."
+            )
+        losses = np.asarray(next_token_loss(result.logits, result.tokens))
+        every = np.asarray(result.answers(special_tokens=True))
+        answers = np.asarray(result.answers(self.special_tokens))
+        return super().update(losses[every], answers[every])
 
 
 def relative_error(target: Any, reconstruction: Any) -> np.ndarray:
@@ -216,7 +264,7 @@ def next_token_loss(logits: Any, tokens: Any) -> jax.Array:
     """Cross entropy of each next token, in nats: −log softmax(logits[t])[tokens[t+1]].
 
     Of ``logits`` (B, T, V) and ``tokens`` (B, T) to (B, T−1) float32; entry t is the loss of token
-    t+1. To leave out special tokens as answers, average with ``Mean().update(loss, mask[:, 1:])``.
+    t+1. It says nothing where one of the two is padding: :class:`Loss` leaves that out.
     """
     return _next_token_loss(*owned(plain((logits, tokens))))
 
@@ -246,6 +294,11 @@ def loss_recovered(clean: float, spliced: float, ablated: float) -> float:
     return (ablated - spliced) / (ablated - clean or math.nan)
 
 
+def _size(array: Any) -> int:
+    """The number of tokens in (..., D)."""
+    return math.prod(np.shape(array)[:-1])
+
+
 def _rows(mask: Any, **arrays: Any) -> list[np.ndarray]:
     """Each array as (tokens, last axis) in float64, unmasked tokens only.
 
@@ -257,6 +310,7 @@ def _rows(mask: Any, **arrays: Any) -> list[np.ndarray]:
     if any(array.shape != shape for array in found):
         given = ", ".join(f"{n} {list(x.shape)}" for n, x in zip(arrays, found, strict=True))
         raise InputError(f"These must have one shape, (..., D): {given}.")
+    mask = getattr(mask, "counted", mask)  # of a run
     keep = np.ones(leading, bool) if mask is None else np.asarray(plain(mask))
     if keep.dtype != bool or keep.shape != (*leading,):
         raise InputError(

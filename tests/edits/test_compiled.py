@@ -14,7 +14,6 @@ import jaxtc
 from jaxtc import (
     Add,
     Apply,
-    ClampFeature,
     Copy,
     Detach,
     Edit,
@@ -26,10 +25,7 @@ from jaxtc import (
     PerLayer,
     ProjectOut,
     Scale,
-    ScaleFeature,
-    SetFeature,
     SetTo,
-    Splice,
     Zero,
 )  # fmt: skip
 from jaxtc.errors import EditError
@@ -38,6 +34,7 @@ from jaxtc.transcoders.transcoder import nameless
 from tests.support import taps, tiny
 from tests.support.batch import LENGTHS, PROMPTS, D
 from tests.support.taps import captured, drawn, random, through
+from tests.support.unspared import ClampFeature, ScaleFeature, SetFeature, Splice
 
 # In the compiled program: every kind at once
 

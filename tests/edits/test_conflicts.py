@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import pytest
 
 import jaxtc
-from jaxtc import Add, Apply, ScaleFeature, SetFeature, Splice, Zero
+from jaxtc import Add, Apply, Zero
 from jaxtc.errors import EditError
 from tests.support import tiny
 from tests.support.batch import LAYERS, PROMPTS, VECTOR, logits
+from tests.support.unspared import ScaleFeature, SetFeature, Splice
 
 T = tiny.transcoder(1)
 EVERY = {layer: tiny.transcoder(layer) for layer in range(LAYERS)}

@@ -11,12 +11,13 @@ from flax import nnx
 from jax.extend import core
 
 import jaxtc
-from jaxtc import Add, ClampFeature, PerLayer, ScaleFeature, SetFeature, Splice
+from jaxtc import Add, PerLayer
 from jaxtc.errors import EditError
 from jaxtc.tap.sites import BY_NAME
 from tests.support import tiny
 from tests.support.batch import LAYERS, LENGTHS, PROMPTS, D, near, real, run
 from tests.support.taps import through
+from tests.support.unspared import ClampFeature, ScaleFeature, SetFeature, Splice
 
 READS, WRITES = "mlp_in_normed", "mlp_out"
 EACH = {layer: tiny.transcoder(layer) for layer in range(LAYERS)}

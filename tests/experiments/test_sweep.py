@@ -12,7 +12,6 @@ import jaxtc
 from jaxtc import (
     Add,
     Apply,
-    ClampFeature,
     Copy,
     KnockOut,
     MeanAblate,
@@ -21,9 +20,7 @@ from jaxtc import (
     PerLayer,
     ProjectOut,
     Scale,
-    SetFeature,
     SetTo,
-    Splice,
     Token,
     Zero,
     sweep,
@@ -34,6 +31,7 @@ from jaxtc.tap.sites import BY_NAME
 from tests.support import tiny
 from tests.support.batch import LAYERS, PROMPTS, VECTOR, D
 from tests.support.sweeps import at, named, over
+from tests.support.unspared import ClampFeature, SetFeature, Splice
 
 LONG = PROMPTS[0]
 RNG = np.random.default_rng(3)

@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 
 import jaxtc
-from jaxtc import Add, MeanAblate, Over, ProjectOut, Scale, SetFeature, Splice, Token, Zero, sweep
+from jaxtc import Add, MeanAblate, Over, ProjectOut, Scale, Token, Zero, sweep
 from jaxtc.errors import CapacityError, EditError, InputError, SiteError
 from jaxtc.experiments.scores import Logit
 from tests.support import tiny
 from tests.support.batch import LAYERS, PROMPTS, VECTOR, D
 from tests.support.sweeps import at, named, over
+from tests.support.unspared import SetFeature, Splice
 
 LONG = PROMPTS[0]
 EACH = np.random.default_rng(3).standard_normal((3, D)).astype(np.float32)

@@ -17,7 +17,7 @@ from jaxtc.memory import needs as memory
 from jaxtc.memory.needs import check_fits, check_run, estimate
 from jaxtc.model.prompts import prepare
 from jaxtc.tap.sites import SITES
-from tests.support import tiny
+from tests.support import tiny, unspared
 from tests.support.batch import LENGTHS, PROMPTS, D, run
 
 B, T, W, V, LAYERS = 3, max(LENGTHS), 16, tiny.config().vocab_size, 3
@@ -123,9 +123,9 @@ def test_workspace():
         assert estimate(small, (B, 16), **options).workspace == B * 16 * 4 * 500 * 4
     features = Features(transcoder=tiny.transcoder(1, 5000), capacity=2)
     assert work(capture=features) == B * 16 * 5000 * 4
-    splice = jaxtc.Splice(tiny.transcoder(1, 5000))
+    splice = unspared.Splice(tiny.transcoder(1, 5000))
     assert work(edits=[splice]) == B * 16 * 5000 * 4
-    assert work(edits=[jaxtc.SetFeature(tiny.transcoder(1, 5000), 3, 1.0)]) == work()
+    assert work(edits=[unspared.SetFeature(tiny.transcoder(1, 5000), 3, 1.0)]) == work()
 
 
 def test_table():

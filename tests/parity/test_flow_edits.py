@@ -11,6 +11,7 @@ from tests.parity import oracles, reference, torch_edits
 from tests.parity.figures import note
 from tests.parity.lab import LAYERS, TOLERANCE, VISIBLE, both, cut, on_each_oracle
 from tests.parity.torch_hooks import Hooked, Where
+from tests.support import unspared
 
 # (prompt, targets). Some queries have nothing left to attend to: the first token, and those whose
 # window holds only what is cut.
@@ -72,10 +73,10 @@ def test_copies_between_prompts_of_different_lengths(site, labs):
 
 # Edits that put a transcoder in place of the MLP on every token, so that no MLP is computed.
 SPLICES = {
-    "own layer": (lambda t: jaxtc.Splice(t), None),
-    "some layers": (lambda t: jaxtc.Splice(t, layer=(0, -1)), (0, LAYERS - 1)),
-    "all layers": (lambda t: jaxtc.Splice(dict.fromkeys(range(LAYERS), t)), range(LAYERS)),
-    "of a mapping": (lambda t: jaxtc.Splice({0: t, 2: t, 3: t}, layer=(0, 2)), (0, 2)),
+    "own layer": (lambda t: unspared.Splice(t), None),
+    "some layers": (lambda t: unspared.Splice(t, layer=(0, -1)), (0, LAYERS - 1)),
+    "all layers": (lambda t: unspared.Splice(dict.fromkeys(range(LAYERS), t)), range(LAYERS)),
+    "of a mapping": (lambda t: unspared.Splice({0: t, 2: t, 3: t}, layer=(0, 2)), (0, 2)),
 }
 
 
@@ -103,25 +104,29 @@ def test_features(name, labs, make_oracle, transcoders_of):
     doubled = [of(f, lambda a: 3.0 * a)]
     spliced, with_error = torch_edits.splice(theirs), torch_edits.splice(theirs, error=True)
     variants = [
-        ([jaxtc.SetFeature], (f, 2 * peak), [of(f, lambda a: 2 * peak)]),
+        ([unspared.SetFeature], (f, 2 * peak), [of(f, lambda a: 2 * peak)]),
         (
-            [jaxtc.SetFeature],
+            [unspared.SetFeature],
             ((f, g), (peak, 3 * peak)),
             [of(f, lambda a: peak), of(g, lambda a: 3 * peak)],
         ),
-        ([jaxtc.ScaleFeature], (f, 3.0), doubled),
-        ([jaxtc.ScaleFeature], ((f, g), 0.0), [of(i, lambda a: 0 * a) for i in (f, g)]),
-        ([jaxtc.ClampFeature], (f, None, 0.2 * peak), [of(f, lambda a: a.clamp(max=0.2 * peak))]),
-        ([jaxtc.ClampFeature], (g, 0.7 * peak), [of(g, lambda a: a.clamp(min=0.7 * peak))]),
+        ([unspared.ScaleFeature], (f, 3.0), doubled),
+        ([unspared.ScaleFeature], ((f, g), 0.0), [of(i, lambda a: 0 * a) for i in (f, g)]),
         (
-            [jaxtc.ClampFeature],
+            [unspared.ClampFeature],
+            (f, None, 0.2 * peak),
+            [of(f, lambda a: a.clamp(max=0.2 * peak))],
+        ),
+        ([unspared.ClampFeature], (g, 0.7 * peak), [of(g, lambda a: a.clamp(min=0.7 * peak))]),
+        (
+            [unspared.ClampFeature],
             ((f, g), 0.4 * peak, 0.5 * peak),
             [of(i, lambda a: a.clamp(0.4 * peak, 0.5 * peak)) for i in (f, g)],
         ),
-        ([jaxtc.Splice, jaxtc.SetFeature], (g, peak), [spliced, of(g, lambda a: peak)]),
-        ([jaxtc.Splice, jaxtc.ScaleFeature], (f, 3.0), [spliced, *doubled]),
-        ([jaxtc.Splice, True, jaxtc.ScaleFeature], (f, 3.0), [with_error, *doubled]),
-        ([jaxtc.Splice], (), [spliced]),
+        ([unspared.Splice, unspared.SetFeature], (g, peak), [spliced, of(g, lambda a: peak)]),
+        ([unspared.Splice, unspared.ScaleFeature], (f, 3.0), [spliced, *doubled]),
+        ([unspared.Splice, True, unspared.ScaleFeature], (f, 3.0), [with_error, *doubled]),
+        ([unspared.Splice], (), [spliced]),
     ]
     edits, hooks, prompts = [], [], []
     for row, (kinds, values, changes) in enumerate(variants):
@@ -129,9 +134,9 @@ def test_features(name, labs, make_oracle, transcoders_of):
         # Elsewhere than where it was trained, and at some positions: data, both.
         layer = 1 if row % 4 == 3 else ours.layer
         fields = {"row": row, "layer": layer, "position": slice(1, None) if row % 2 else None}
-        if kinds[0] is jaxtc.Splice:
-            edits.append(jaxtc.Splice(ours, error=True in kinds, **fields))
-        if kinds[-1] is not jaxtc.Splice:
+        if kinds[0] is unspared.Splice:
+            edits.append(unspared.Splice(ours, error=True in kinds, **fields))
+        if kinds[-1] is not unspared.Splice:
             values = [np.array(v) if isinstance(v, tuple) else v for v in values]
             edits.append(kinds[-1](ours, *values, **fields))
         hooks += [Hooked("mlp_out", change, Where(**fields)) for change in changes]
@@ -144,7 +149,7 @@ def test_error_keeps_the_value(name, labs, make_oracle, transcoders_of):
     here = labs(name)
     ours, theirs = transcoders_of(make_oracle(name))
     prompts = here.prompts[:3]
-    result = jaxtc.run(here.ours, prompts, edits=[jaxtc.Splice(ours, error=True)])
+    result = jaxtc.run(here.ours, prompts, edits=[unspared.Splice(ours, error=True)])
     base = cut(here.hooked((), prompts), prompts)
     without = cut(
         here.hooked(

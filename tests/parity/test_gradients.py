@@ -18,6 +18,7 @@ from tests.parity.figures import note
 from tests.parity.lab import LAYERS, SITES, Lab, on_each_oracle
 from tests.parity.oracles import EMBEDDED
 from tests.parity.torch_hooks import Hooked, Where
+from tests.support import unspared
 
 TOLERANCE = 1e-4
 # The sites looked at where other edits stand in between.
@@ -172,7 +173,7 @@ def spliced(here: Lab, transcoders):
     coder, t_coder = transcoders
     layers = (0, coder.layer)
     hooks = [Hooked("mlp_out", torch_edits.splice(t_coder), Where(layer=layers))]
-    return [jaxtc.Splice(coder, layer=layers)], hooks
+    return [unspared.Splice(coder, layer=layers)], hooks
 
 
 def featured(here: Lab, transcoders):
@@ -180,9 +181,9 @@ def featured(here: Lab, transcoders):
     coder, t_coder = transcoders
     where = {"layer": coder.layer, "position": slice(1, None)}
     edits = [
-        jaxtc.Splice(coder, error=True, layer=(1, coder.layer)),
-        jaxtc.SetFeature(coder, 3, 2.0, **where),
-        jaxtc.ScaleFeature(coder, np.arange(4, 9), 1.7, layer=1),
+        unspared.Splice(coder, error=True, layer=(1, coder.layer)),
+        unspared.SetFeature(coder, 3, 2.0, **where),
+        unspared.ScaleFeature(coder, np.arange(4, 9), 1.7, layer=1),
     ]
     three = torch_edits.feature(t_coder, 3, lambda a: torch.full_like(a, 2))
     some = each(t_coder, range(4, 9), lambda a, _: 1.7 * a)
@@ -262,14 +263,16 @@ def test_of_values(name, labs, make_oracle, transcoders_of):
         ),
         (jaxtc.MeanAblate, "mlp_in", [vector("mlp_in")], torch_edits.set_to, {"layer": 0, **some}),
         (
-            lambda value, site, **at: jaxtc.SetFeature(coder, features, value, site=site, **at),
+            lambda value, site, **at: unspared.SetFeature(coder, features, value, site=site, **at),
             "mlp_out",
             [peak],
             lambda v: each(t_coder, features, lambda a, i: v[i].expand(a.shape)),
             {"layer": layer, **some},
         ),
         (
-            lambda value, site, **at: jaxtc.ScaleFeature(coder, features, value, site=site, **at),
+            lambda value, site, **at: unspared.ScaleFeature(
+                coder, features, value, site=site, **at
+            ),
             "mlp_out",
             [peak],
             lambda v: each(t_coder, features, lambda a, i: v[i] * a),

@@ -8,12 +8,12 @@ import torch
 from flax import nnx
 
 import jaxtc
-from jaxtc import SetFeature, Splice
 from jaxtc.transcoders.activations import ACTIVATIONS, TopK
 from tests.parity import oracles
 from tests.parity.figures import note
 from tests.parity.reference import relative
 from tests.parity.torch_transcoder import ACTIVATE, spliced
+from tests.support.unspared import SetFeature, Splice
 
 TOLERANCE = 1e-5
 LAYER, M, D = 2, 96, oracles.SHAPES["9b"]["hidden_size"]

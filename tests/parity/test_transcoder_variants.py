@@ -6,12 +6,12 @@ import safetensors.numpy
 import torch
 
 import jaxtc
-from jaxtc import SetFeature, Splice
 from jaxtc.tap.sites import BY_NAME
 from tests.parity import oracles
 from tests.parity.figures import note
 from tests.parity.reference import relative
 from tests.parity.torch_transcoder import imitate, spliced
+from tests.support.unspared import SetFeature, Splice
 
 TOLERANCE = 1e-5
 LAYER, M = 2, 96

@@ -29,7 +29,7 @@ from jaxtc.programs import program
 from jaxtc.transcoders import metrics as metrics_module
 from jaxtc.transcoders import transcoder as transcoder_module
 from jaxtc.transcoders.encoder import SparseFeatures
-from tests.support import tiny
+from tests.support import tiny, unspared
 from tests.support.batch import LENGTHS, PROMPTS, D
 
 # Seconds of each soak: JAXTC_SOAK=300 pytest -k soak
@@ -130,7 +130,7 @@ def run(a):
             jaxtc.Zero(site="q", head=a["head"], layer=0),
             jaxtc.Scale(3.0, site="attn_out", coordinate=a["coordinate"], layer=0),
             jaxtc.Copy(site="resid_mid", position=0, from_row=a["from row"], layer=1),
-            jaxtc.SetFeature(made, a["feature"], a["amount"]),
+            unspared.SetFeature(made, a["feature"], a["amount"]),
             AddSum(a["own"], site="embed"),
         ],
     )  # fmt: skip

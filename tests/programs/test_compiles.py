@@ -17,7 +17,7 @@ import jaxtc
 from jaxtc.errors import InputError
 from jaxtc.programs.program import REMEMBERED, Compiles, Program, compiles
 from jaxtc.programs.reasons import advised, differences, facts
-from tests.support import tiny
+from tests.support import tiny, unspared
 
 D = tiny.config().hidden_size
 LEAVES = [np.zeros(1, np.float32)]
@@ -393,7 +393,7 @@ def test_the_record_of_earlier_calls_is_bounded_and_holds_no_array():
     assert len(double._before) == REMEMBERED
     model, made = Model(), jax.tree.map(jnp.copy, tiny.transcoder(1))
     array = weakref.ref(made.W_enc[...])
-    model(edits=[jaxtc.Splice(made)], leaves=[made.W_enc[...]])
+    model(edits=[unspared.Splice(made)], leaves=[made.W_enc[...]])
     del made
     gc.collect()
     assert array() is None

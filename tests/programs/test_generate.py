@@ -9,12 +9,13 @@ import pytest
 from flax import nnx
 
 import jaxtc
-from jaxtc import Add, Detach, Scale, SetFeature, SetTo, Splice, compiles
+from jaxtc import Add, Detach, Scale, SetTo, compiles
 from jaxtc.captures.reducers import At, Features, Mean, Norm, Project, TopK
 from jaxtc.errors import EditError, InputError, JaxtcError, SiteError
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.tap.sites import SITES
 from tests.support import tiny
+from tests.support.unspared import SetFeature, Splice
 
 CONFIG = tiny.config()
 PROMPTS = [[2, 5, 7, 9, 4, 11, 6, 8, 3], [2, 6, 4, 10, 12], [2, 13, 5]]

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtc import Add, SetTo, Splice
+from jaxtc import Add, SetTo
 from tests.support import tiny
 from tests.support.batch import LAYERS, LENGTHS, PROMPTS, VECTOR, D, logits, near, real, run
+from tests.support.unspared import Splice
 
 # `jaxtc.run` is the function; this is its module.
 compiled = importlib.import_module("jaxtc.programs.run")._run

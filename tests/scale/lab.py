@@ -13,7 +13,7 @@ import numpy as np
 
 import jaxtc
 from jaxtc.captures.reducers import Features, Mean, Norm, TopK
-from tests.support import tiny
+from tests.support import tiny, unspared
 
 MOST = 1e-6
 
@@ -69,8 +69,10 @@ def edits(transcoder: jaxtc.Transcoder) -> list[jaxtc.Edit]:
         jaxtc.Zero(site="mlp_act", layer=0, coordinate=[3, 40], position=0),
         jaxtc.KnockOut(position=-1, key=0, layer=1),
         jaxtc.Copy(site="resid_post", layer=0, row=1, from_row=0, position=0),
-        jaxtc.Splice(transcoder, layer=1),
-        jaxtc.SetFeature(transcoder, feature=[3, 400], value=2.0, layer=1, position=slice(1, None)),
+        unspared.Splice(transcoder, layer=1),
+        unspared.SetFeature(
+            transcoder, feature=[3, 400], value=2.0, layer=1, position=slice(1, None)
+        ),
     ]
 
 

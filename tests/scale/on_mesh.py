@@ -25,7 +25,7 @@ from jaxtc.transcoders.activations import TopK as Top
 from jaxtc.weights.checkpoints import tree as checkpoint_tree
 from jaxtc.weights.checkpoints.sidecar import read_sidecar
 from tests.scale import lab
-from tests.support import cross_layer
+from tests.support import cross_layer, unspared
 
 MESHES = ("data=2,model=4", "model=8", "data=8")
 
@@ -115,7 +115,7 @@ def test_other_activations(mesh, activation):
     expected, found = lab.dictionary(alone, x), lab.dictionary(many, x)
     lab.check_same(found, lab.numbers(expected))
     assert np.array_equal(found["encode"] > 0, expected["encode"] > 0)
-    edits = [jaxtc.Splice, lambda t: jaxtc.SetFeature(t, [3, 400], 2.0)]
+    edits = [unspared.Splice, lambda t: unspared.SetFeature(t, [3, 400], 2.0)]
     runs = [
         jaxtc.run(
             model, lab.ROWS, edits=[edit(t) for edit in edits],
@@ -182,7 +182,7 @@ def test_no_weight_is_ever_gathered(on, monkeypatch):
     with monkeypatch.context() as patched:
         for program in (_PREFILL, _STEP):
             patched.setattr(program, "_jitted", _Told(program._jitted, texts))
-        jaxtc.generate(model, lab.ROWS, 3, edits=[jaxtc.Splice(transcoder)], stop=())
+        jaxtc.generate(model, lab.ROWS, 3, edits=[unspared.Splice(transcoder)], stop=())
     assert len(texts) == 4
     top = shard(lab.transcoder(activation=Top(33)), "data=2,model=4")
     call = Call.of(lab.CONFIG, prompts, asked, lab.edits(top), "last", place)
@@ -210,7 +210,7 @@ def test_another_value_layer_or_prompt_does_not_compile(on):
     def calls(value, layer, rows, feature):
         edits = [
             jaxtc.Add(value, site="resid_mid", layer=layer),
-            jaxtc.SetFeature(transcoder, feature=feature, value=2.0, layer=layer),
+            unspared.SetFeature(transcoder, feature=feature, value=2.0, layer=layer),
         ]
         jaxtc.run(model, rows, edits=edits, logits="last")
         jaxtc.generate(model, rows, 3, edits=edits, stop=())
@@ -302,14 +302,14 @@ def test_activations_and_caches_lie_as_the_rules_say(on):
 def test_what_lies_elsewhere_is_refused_by_name(on):
     model, transcoder = on(MESHES[0])
     with pytest.raises(ShardingError, match=r"jaxtc.shard\(transcoder, mesh\)"):
-        jaxtc.run(model, lab.ROWS, edits=[jaxtc.Splice(lab.transcoder())])
+        jaxtc.run(model, lab.ROWS, edits=[unspared.Splice(lab.transcoder())])
     with pytest.raises(ShardingError, match="another mesh, data=2,model=4"):
         jaxtc.run(model, lab.ROWS, mesh="model=8")
     with pytest.raises(ShardingError, match="lies on a single device"):
         jaxtc.generate(lab.model(), lab.ROWS, 2, mesh="model=8")
     alone = jax.device_put(lab.model(), jax.devices()[0])
     with pytest.raises(ShardingError, match="different devices"):
-        jaxtc.run(alone, lab.ROWS, edits=[jaxtc.Splice(transcoder)])
+        jaxtc.run(alone, lab.ROWS, edits=[unspared.Splice(transcoder)])
     with pytest.raises(ShardingError, match=r"embed.weight has vocab = 251, which does not"):
         odd = jaxtc.Gemma2Config(**{**_sizes(), "vocab_size": 251})
         shard(jaxtc.Gemma2.abstract(odd), "model=8")

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 import jaxtc
-from jaxtc import Add, Copy, KnockOut, SetFeature, SetTo, Token, Zero
+from jaxtc import Add, Copy, KnockOut, SetTo, Token, Zero
 from jaxtc.errors import EditError
 from jaxtc.model.prompts import Prompts, prepare
 from jaxtc.tap.positions import resolve, spelled
 from tests.support import tiny
 from tests.support.batch import LAYERS, LENGTHS, PROMPTS, D
 from tests.support.taps import SITES, captured, same, through
+from tests.support.unspared import SetFeature
 
 T = max(LENGTHS)
 MADE = prepare(PROMPTS, tiny.config())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxtc
-from jaxtc import Add, Detach, Edit, SetTo, Splice
+from jaxtc import Add, Detach, Edit, SetTo
 from jaxtc.edits.check import check_edits
 from jaxtc.errors import EditError, InputError, SiteError
 from jaxtc.model.prompts import prepare
@@ -17,6 +17,7 @@ from jaxtc.tap.sites import SITES
 from jaxtc.tap.tap import Tap
 from tests.support import tiny
 from tests.support.batch import LAYERS, LENGTHS, PROMPTS, VECTOR, D, logits, near, real, run
+from tests.support.unspared import Splice
 
 # Where an edit applies
 

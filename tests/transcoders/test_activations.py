@@ -9,12 +9,13 @@ import pytest
 from flax import nnx
 
 import jaxtc
-from jaxtc import ClampFeature, ScaleFeature, SetFeature, Splice, Transcoder
+from jaxtc import Transcoder
 from jaxtc.captures.reducers import Features
 from jaxtc.errors import CapacityError, JaxtcError, SourceError
 from jaxtc.transcoders.activations import ACTIVATIONS, TopK, activation_of
 from jaxtc.weights.files.formats import BY_FORMAT
 from tests.support.batch import D, real, run
+from tests.support.unspared import ClampFeature, ScaleFeature, SetFeature, Splice
 
 M, LAYER = 50, 1
 X = np.random.default_rng(0).standard_normal((3, 7, D)).astype(np.float32)

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import jaxtc
-from jaxtc import Add, PerLayer, ScaleFeature, SetFeature, Splice, Transcoder
+from jaxtc import Add, PerLayer, Transcoder
 from jaxtc.captures.reducers import Features
 from jaxtc.errors import EditError, InputError, JaxtcError
 from jaxtc.tap.sites import BY_NAME
@@ -15,6 +15,7 @@ from jaxtc.transcoders.metrics import FVU
 from tests.support import tiny
 from tests.support.batch import LENGTHS, D, real, run
 from tests.support.taps import through
+from tests.support.unspared import ScaleFeature, SetFeature, Splice
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((3, 7, D)), jnp.float32)
 SAES = ("resid_post", "mlp_out", "attn_heads")
