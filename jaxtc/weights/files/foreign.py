@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from jaxtc.errors import WeightsError
+from jaxtc.errors import SourceError, WeightsError
 from jaxtc.weights.files import local
 
 _PICKLE = (
@@ -22,8 +22,6 @@ _BY_SUFFIX = {
     ".onnx": f"an ONNX file: {_OTHER}", ".msgpack": f"a Flax msgpack file: {_OTHER}",
     ".npy": f"a single NumPy array, not the arrays of a transcoder: {_OTHER}",
 }  # fmt: skip
-# Endings that an error about a folder looks for.
-FOREIGN = tuple(_BY_SUFFIX)
 
 
 def refuse_foreign(path: Path) -> None:
@@ -42,3 +40,13 @@ def refuse_foreign(path: Path) -> None:
         what = _GGUF
     if what:
         raise WeightsError(f"{path} is {what}.")
+
+
+def refuse_foreign_folder(folder: Path) -> None:
+    """Raise SourceError for a folder that has no transcoders but files that jaxtc never reads."""
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _BY_SUFFIX)
+    if found:
+        raise SourceError(
+            f"{folder} holds no transcoders that jaxtc reads; {found[0].relative_to(folder)} is "
+            f"{_BY_SUFFIX[found[0].suffix.lower()]}."
+        )

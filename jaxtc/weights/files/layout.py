@@ -269,13 +269,14 @@ def _canonical(tiers: list[Tier], query: Mapping[str, int | str], usual: bool) -
     """Those of one layer that a release names so: a folder of that name, the usual ones of
     transcoders; of autoencoders the one of each width whose average L0 is closest to 100.
     """
-    named = [tier for tier in tiers if tier.l0 == CANONICAL]
+    width = query.get("width")
+    named = [t for t in tiers if t.l0 == CANONICAL and width in (None, t.width)]
     if named or usual:
         return named or [tier for tier in tiers if tier.is_default] or tiers
-    width = query.get("width")
     wide = [tier for tier in tiers if tier.width == (width or DEFAULT_WIDTH)]
     numbered = [tier for tier in wide if tier.l0.isdecimal()]
-    return sorted(numbered, key=lambda tier: abs(int(tier.l0) - 100))[:1] or tiers
+    # Of two as close the sparser: so are all but one of the 426 that SAELens lists.
+    return sorted(numbered, key=lambda tier: (abs(int(tier.l0) - 100), int(tier.l0)))[:1] or tiers
 
 
 def check_layer(layer: int, layers: Iterable[int], source: str) -> None:

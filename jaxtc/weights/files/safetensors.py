@@ -34,6 +34,7 @@ FLOATS = {
     "F64": np.dtype("<f8"),
 }
 _NAMES = {dtype: name for name, dtype in FLOATS.items()} | {np.dtype("<i8"): "I64"}
+_QUANTISED = " (is it quantised? give the weights that it was made from)"
 # Of single numbers that are settings.
 _NUMBERS = FLOATS | {"I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "I16": np.dtype("<i2"),
                      "U8": np.dtype("u1")}  # fmt: skip
@@ -145,6 +146,7 @@ class SafetensorsFile(local.PlainFile):
             )
         dtype, shape = FLOATS.get(claim["dtype"]), tuple(claim["shape"])
         fault = "" if dtype else f"has dtype {claim['dtype']}, not one of {', '.join(FLOATS)}"
+        fault += _QUANTISED if str(claim["dtype"]).startswith(("I", "U", "F8", "F4", "F6")) else ""
         return Entry(claim["dtype"], dtype, shape, fault, *claim["data_offsets"])
 
 

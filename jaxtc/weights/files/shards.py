@@ -107,7 +107,11 @@ def read(
     """
     if not raw.shape:
         array, problem = read(dataclasses.replace(raw, shape=(1,)), dtype)
-        return array.reshape(()), problem
+        array = array.reshape(())
+        if sharding is None:
+            return array, problem
+        each = [jax.device_put(array, device) for device in sharding.addressable_devices]
+        return jax.make_array_from_single_device_arrays((), sharding, each), problem
     if sharding is None:
         parts = read_parts(raw, dtype, [raw.whole])
         array = parts.arrays[raw.whole]

@@ -58,8 +58,9 @@ class TranscoderFile:
 
     @property
     def dtype(self) -> np.dtype:
-        """The narrowest dtype that holds all its arrays as they are."""
-        stored = (self._file.entries[self.format.keys[name][0]].dtype for name in self.shapes)
+        """The narrowest dtype that holds all its arrays, but for single numbers, as they are."""
+        wide = [name for name, shape in self.shapes.items() if shape]
+        stored = (self._file.entries[self.format.keys[name][0]].dtype for name in wide)
         return functools.reduce(jnp.promote_types, stored)
 
     @property

@@ -19,6 +19,7 @@ from jaxtc.weights.files import circuit_tracer, layout, local
 from jaxtc.weights.files.beside import describe, of_set
 from jaxtc.weights.files.circuit_tracer import SetConfig, read_config
 from jaxtc.weights.files.description import Description
+from jaxtc.weights.files.foreign import refuse_foreign_folder
 from jaxtc.weights.sources import hub
 
 EMBEDDED = "embedded"
@@ -116,6 +117,8 @@ class Source:
         usual &= query.get("l0", layout.CANONICAL) == layout.CANONICAL and not self.inside
         if usual and self.repo == layout.GEMMA_SCOPE_2B:
             return layout.DEFAULTS
+        if not self._listed and self.path:
+            refuse_foreign_folder(self.path)
         return layout.below(self._listed, layout.place_of(self.inside), self.repo or self.name)
 
     def layers(self, asked: str | Iterable[int] = "all") -> list[int]:
