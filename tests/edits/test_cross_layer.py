@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 import jaxtc
-from jaxtc import Add, Over, PerLayer, ScaleFeature, SetFeature, SetTo, Splice, Zero
+from jaxtc import Add, Over, PerLayer, SetTo, Zero
 from jaxtc.errors import JaxtcError
 from tests.support import cross_layer, tiny
 from tests.support.batch import LAYERS, LENGTHS, PROMPTS, VECTOR, D, near, real, run
+from tests.support.unspared import ScaleFeature, SetFeature, Splice
 
 M = 50
 WHOLE = cross_layer.in_memory(LAYERS, D, M, skip=True)
@@ -83,6 +84,17 @@ def test_where_else_than_named_nothing_is_written():
     _, spliced = held(Splice(WHOLE, position=slice(1, None)))
     np.testing.assert_allclose(spliced[0][:, 0], clean[0][:, 0], atol=1e-6)
     assert np.abs(spliced[0][:, 1] - clean[0][:, 1]).max() > 0.1
+
+
+def test_special_tokens_are_left_alone_by_default():
+    _, clean = held()
+    for edits in ([jaxtc.Splice(WHOLE)], [jaxtc.SetFeature(WHOLE, 8, 5.0, layer=0)]):
+        _, written = held(*edits)
+        # What follows <bos> sees its own stream, which nothing was written to.
+        np.testing.assert_allclose(written[:, :, 0], clean[:, :, 0], atol=1e-6)
+        assert (np.abs(written[:, 0, 1:9] - clean[:, 0, 1:9]).max((0, 2)) > 1e-3).all()
+    result = run(edits=[jaxtc.Splice(WHOLE)])
+    assert result.left_out[:, 0].all() and not result.left_out[:, 1:].any()
 
 
 def test_values_for_each_layer_and_scaling():

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import jaxtc
-from jaxtc import ClampFeature, ScaleFeature, SetFeature, Splice
 from tests.parity import oracles
 from tests.parity.figures import note
 from tests.parity.reference import relative
 from tests.parity.torch_cross_layer import CrossLayer, hooked
 from tests.support import cross_layer
+from tests.support.unspared import ClampFeature, ScaleFeature, SetFeature, Splice
 
 TOLERANCE = 1e-5
 L, M = oracles.COMMON["num_hidden_layers"], 80

@@ -395,7 +395,7 @@ def test_a_cross_layer_transcoder(mesh, on, tmp_path):
     lab.check_same({"y": many(x)}, {"y": np.asarray(alone(x))})
 
     def run(model, whole):
-        edits = [jaxtc.Splice(whole), jaxtc.SetFeature(whole, [3, 400], 2.0, layer=0)]
+        edits = [unspared.Splice(whole), unspared.SetFeature(whole, [3, 400], 2.0, layer=0)]
         capture = ["mlp_out", Features(transcoder=whole.layers[1], capacity=lab.FEATURES)]
         made = jaxtc.run(model, lab.ROWS, lengths=lab.LENGTHS, capture=capture, edits=edits)
         return {"logits": made.logits} | {n: made.activations[n] for n in lab.capture_of(made)}
