@@ -158,7 +158,7 @@ def variants():
     for name, edit in whole().items():
         for field in (f.name for f in dataclasses.fields(edit)):
             value = getattr(edit, field)
-            if isinstance(value, int):
+            if isinstance(value, int) and not isinstance(value, bool):
                 spellings = NUMBERS if value >= 0 else {k: NUMBERS[k] for k in ("NumPy's", "JAX's")}
                 yield from ((f"{field}: {s}", name, {field: NUMBERS[s](value)}) for s in spellings)
             elif isinstance(value, float):

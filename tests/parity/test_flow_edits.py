@@ -144,6 +144,30 @@ def test_features(name, labs, make_oracle, transcoders_of):
 
 
 @on_each_oracle
+def test_special_tokens_are_left_alone(name, labs, make_oracle, transcoders_of):
+    """<bos> in front, <eos> inside: both keep their MLP, whatever the prompt is."""
+    here = labs(name)
+    ours, theirs = transcoders_of(make_oracle(name))
+    config = here.ours.config
+    (f,), n = here.lively(theirs, ours.layer, 1)[0][:1], 7
+    text = [i for i in range(config.vocab_size) if i not in config.special_ids][5 : 5 + n]
+    prompts = [[config.bos_token_id, *text[:3], *np.ravel(config.eos_token_id)[:1], *text[3:]]] * 4
+    where = dict(layer=ours.layer, position=np.array([1, 2, 3, *range(5, len(prompts[0]))]))
+    edits = [
+        jaxtc.Splice(ours, row=0), jaxtc.SetFeature(ours, f, 4.0, row=1),
+        jaxtc.ScaleFeature(ours, f, 3.0, row=2), jaxtc.ClampFeature(ours, f, 2.0, 3.0, row=3),
+    ]  # fmt: skip
+    changes = [
+        torch_edits.splice(theirs),
+        torch_edits.feature(theirs, f, lambda a: 0 * a + 4.0),
+        torch_edits.feature(theirs, f, lambda a: 3.0 * a),
+        torch_edits.feature(theirs, f, lambda a: a.clamp(2.0, 3.0)),
+    ]
+    hooks = [Hooked("mlp_out", c, Where(row=row, **where)) for row, c in enumerate(changes)]
+    here.check_rows("edits that spare special tokens", prompts, edits, hooks)
+
+
+@on_each_oracle
 def test_error_keeps_the_value(name, labs, make_oracle, transcoders_of):
     """A splice with its error leaves the logits as they were, though the transcoder misses much."""
     here = labs(name)
