@@ -163,7 +163,7 @@ def test_during_generation():
     for prompt, new in zip(PROMPTS, found.tokens, strict=True):
         text = list(prompt)
         for token in new:
-            given = dict(lengths=[len(text)], logits="last")
+            given = dict(attention_mask=[[1] * len(text)], logits="last")
             logits = run([text], edits=edits, **given).logits[0]
             assert int(np.argmax(logits)) == token
             text.append(int(token))
