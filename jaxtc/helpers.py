@@ -2,17 +2,21 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import math
 import numbers
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 from jaxtc.errors import InputError, SourceError
+
+P, R = ParamSpec("P"), TypeVar("R")
 
 try:
     JAXTC_VERSION = importlib.metadata.version("jaxtc")
@@ -108,6 +112,33 @@ def frozen_pytree(*static: str) -> Callable[[type], type]:
         return pytree(dataclasses.dataclass(frozen=True, eq=False)(cls), static)
 
     return register
+
+
+def ranked(values: jax.Array, x: jax.Array) -> jax.Array:
+    """``values`` of the last axes of ``x``, with as many axes: for ``jax_numpy_rank_promotion``."""
+    return jnp.expand_dims(values, range(x.ndim - values.ndim))
+
+
+def explicit_transfers(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorator: what the function moves to and from devices, it moves by intent.
+
+    ``jax.transfer_guard("disallow")`` finds arrays that move unnoticed. A public function moves
+    what it was given and what it gives back, so inside it the guard is off: ``jax.device_put`` of
+    every token id and every number of an edit would take longer than all else in a call.
+    """
+    guards = (
+        jax.transfer_guard_host_to_device,
+        jax.transfer_guard_device_to_host,
+        jax.transfer_guard_device_to_device,
+    )
+
+    @functools.wraps(function)
+    def moving(*args: P.args, **kwargs: P.kwargs) -> R:
+        into, out, across = guards
+        with into("allow"), out("allow"), across("allow"):
+            return function(*args, **kwargs)
+
+    return moving
 
 
 def gigabytes(count: int) -> str:

@@ -14,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.errors import InputError, first_line
+from jaxtc.helpers import explicit_transfers
 from jaxtc.sharding.processes import whole
 
 # What :func:`plain` mostly sees, and passes.
 _COMMON = frozenset({int, float, bool, str, type(None), np.ndarray, np.int32, np.int64})
 
 
+@explicit_transfers
 def to_torch(tree: Any) -> Any:
     """The same structure with torch tensors in place of JAX and NumPy arrays.
 
@@ -60,6 +62,7 @@ def to_torch(tree: Any) -> Any:
     return jax.tree.map(convert, tree)
 
 
+@explicit_transfers
 def to_numpy(tree: Any) -> Any:
     """The same structure with NumPy arrays in place of JAX arrays and torch tensors.
 
@@ -83,6 +86,7 @@ def to_numpy(tree: Any) -> Any:
     return jax.tree.map(convert, tree)
 
 
+@explicit_transfers
 def from_foreign(tree: Any) -> Any:
     """The same structure with JAX arrays in place of torch tensors, NumPy and other DLPack arrays.
 

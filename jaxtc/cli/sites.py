@@ -35,6 +35,9 @@ def _row(site: Site, config: Gemma2Config) -> dict:
         "meaning": site.meaning,
         "hf": aliases.get("hf"),
         "transformer_lens": aliases.get("tl"),
+        # Ends of other modules and hooks that hold it; some are read by a single reader there.
+        "also": site.also.split(),
+        "also_to_read": site.read.split(),
         "refused": {library: refused[name] for library, name in names.items() if name in refused},
     }
 
@@ -66,7 +69,7 @@ def _draw(console: Console, config: Gemma2Config, model: str) -> None:
             f"Shapes of {model}: {config.num_hidden_layers} layers; B prompts, T (query) and S "
             "(key) positions are the prompt's. Address a site as layers.20.mlp_out, or mlp_out for "
             f"every layer; {', '.join(once)} and {last} exist once. Names of other libraries are "
-            "accepted too, but those marked refused, which hold another number.",
+            "accepted too, but those marked refused, which hold another number; --json has more.",
             "dim",
         )
     )

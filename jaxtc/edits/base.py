@@ -114,6 +114,8 @@ class Edit:
     values = ()
     # Fields that hold real numbers of another shape.
     amounts = ()
+    # At `attn_scores`: whether a key that is masked for a query is seen once it has a score here.
+    unmasks: ClassVar[bool] = False
     # Whether `new` applies `key` itself.
     handles_key = False
     # Worth skipping by a branch at the layers where it does not apply.
@@ -140,7 +142,7 @@ class Edit:
                 "`jaxtc sites` lists them."
             )
         plain_fields(self)
-        name, layer = parse(self.site)
+        name, layer = parse(self.site, editing=True)
         object.__setattr__(self, "site", name)
         for field, target in self.targets.items():
             form = spelled if isinstance(target, Tokens) else one_array

@@ -44,13 +44,20 @@ class SetTo(Edit):
     """Replace the activation by ``value``: patching in what another run had there, or ablating.
 
     Attributes:
-        value: anything that broadcasts to the site; an array captured at the same site fits. A
-            score set at ``attn_scores`` is attended to even where it was masked (but for padding):
-            to cut edges use :class:`jaxtc.KnockOut`.
+        value: anything that broadcasts to the site; an array captured at the same site fits.
+
+    At ``attn_scores`` what a query may not see (later tokens, those outside the window) stays
+    masked, whatever is set, unless ``key=`` names it: ``SetTo(5.0, site="attn_scores", position=2,
+    key=4)`` lets token 2 see token 4. Padding is never seen. To cut edges use
+    :class:`jaxtc.KnockOut`.
     """
 
     value: Any
     values = ("value",)
+
+    @property
+    def unmasks(self) -> bool:
+        return self.key is not None
 
     def new(self, x: jax.Array, context: Context) -> jax.Array:
         return context.fit(self.value, x)
@@ -189,7 +196,9 @@ class ProjectOut(Edit):
         wide = x.astype(jnp.float32)
         dots = jnp.einsum("...d,kd->...k", wide, span, precision="highest")
         gram = jnp.einsum("kd,jd->kj", span, span, precision="highest")
-        parts = jnp.linalg.solve(gram, dots[..., None])[..., 0]
+        # The right sides as one matrix: (K, tokens).
+        flat = dots.reshape(-1, len(span)).T
+        parts = jnp.linalg.solve(gram, flat).T.reshape(dots.shape)
         inside = jnp.einsum("...k,kd->...d", parts, span, precision="highest")
         return (wide - inside).astype(x.dtype)
 

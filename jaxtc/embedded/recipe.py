@@ -22,7 +22,7 @@ from jaxtc.embedded.text import UserText
 from jaxtc.embedded.tokenizer import entity_id, for_transformers, train_bpe, world_tokenizer
 from jaxtc.embedded.train_model import ModelRecipe, small_config, train_model
 from jaxtc.errors import SourceError
-from jaxtc.helpers import write_whole
+from jaxtc.helpers import explicit_transfers, write_whole
 from jaxtc.training.harvest import Harvest
 from jaxtc.training.loop import Log
 from jaxtc.training.packing import Batches
@@ -47,6 +47,7 @@ class Recipe:
     sizes: tuple[tuple[str, int], ...] = ()  # fields of Gemma2Config other than the embedded one's
 
 
+@explicit_transfers
 def train(out: Path, recipe: Recipe, source: Corpus | UserText, *, log: Log = print) -> Report:
     """Make ``out/model``, ``out/transcoders`` and ``out/report.json``, and return what that says.
 

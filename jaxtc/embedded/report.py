@@ -22,6 +22,7 @@ from jaxtc.edits.values import Zero
 from jaxtc.embedded import DATA, model_folder, transcoder_folder
 from jaxtc.embedded.corpus import Corpus, Item, default_corpus
 from jaxtc.embedded.text import UserText
+from jaxtc.helpers import explicit_transfers
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.programs.run import run
 from jaxtc.tap.sites import Address
@@ -100,6 +101,7 @@ class Report:
         return Group(*([facts] if self.kinds else []), layers, loss)
 
 
+@explicit_transfers
 def measure(
     root: Path = DATA,
     source: Corpus | UserText | None = None,

@@ -16,7 +16,7 @@ from jaxtc.edits.base import Edit
 from jaxtc.edits.values import Add
 from jaxtc.errors import InputError
 from jaxtc.experiments.scores import as_pytree
-from jaxtc.helpers import pytree
+from jaxtc.helpers import explicit_transfers, pytree
 from jaxtc.memory.needs import check_fits, estimate
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import Prompts, prepare
@@ -41,6 +41,7 @@ class Gradients:
     gradients: Activations
 
 
+@explicit_transfers
 def gradients(
     model: Gemma2,
     tokens: Any,

@@ -19,9 +19,10 @@ from jaxtc.edits.values import SetTo
 from jaxtc.errors import InputError, SiteError
 from jaxtc.experiments.axes import Over
 from jaxtc.experiments.gradients import gradients
+from jaxtc.experiments.pairs import Pairs, pairs
 from jaxtc.experiments.sweep import sweep
+from jaxtc.helpers import explicit_transfers, ranked, whole_number
 from jaxtc.model.gemma2 import Gemma2
-from jaxtc.model.prompts import prepare
 from jaxtc.programs.call import RunResult
 from jaxtc.programs.run import run
 from jaxtc.tap.context import PerLayer
@@ -35,11 +36,16 @@ class Patching:
     """Scores of a corrupted run in which one place at a time is as in the clean run.
 
     Attributes:
-        values: (L, T) or (L, T, N), and B behind where ``of`` gives one score a row.
-        axes: names and values of the axes in front: "layer", "position", perhaps "head".
+        values: (L, T) or (L, T, N), and B behind where ``of`` gives one score a row. The scores
+            themselves, in the unit of ``of``; :attr:`recovered` is their share. NaN where a pair
+            has no such token: T is the longest pair's. Where ``of`` gives one number for all rows,
+            the rows without the token stay corrupted in it.
+        axes: names and values of the axes in front: "layer" (the first of a window), "position"
+            (counted from each prompt's own first token, or as given), perhaps "head".
         clean: score of the clean run.
         corrupted: score of the corrupted run.
         site: the site that was patched.
+        window: how many layers were patched at once.
     """
 
     values: jax.Array
@@ -47,13 +53,18 @@ class Patching:
     clean: jax.Array
     corrupted: jax.Array
     site: str
+    window: int = 1
 
     @property
+    @explicit_transfers
     def recovered(self) -> jax.Array:
         """The share of the difference that each place brings back: 0 none, 1 all of it."""
-        return (self.values - self.corrupted) / (self.clean - self.corrupted)
+        with jax.debug_nans(False):  # NaN says that a token is missing
+            before = ranked(jnp.asarray(self.corrupted), self.values)
+            return (self.values - before) / ranked(self.clean - self.corrupted, self.values)
 
 
+@explicit_transfers
 def activation_patching(
     model: Gemma2,
     clean: Any,
@@ -62,6 +73,8 @@ def activation_patching(
     site: str = "resid_pre",
     *,
     edits: Sequence[Edit] = (),
+    positions: Sequence[Any] | None = None,
+    window: int = 1,
     heads: bool = False,
     chunk: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -69,32 +82,54 @@ def activation_patching(
     """Put the clean run's activations into the corrupted run, at each layer and position in turn.
 
     The causal tracing of Meng et al. (2022, arXiv 2202.05262, §2): give the clean prompt twice and
-    ``edits=[Noise(0, scale, site="embed", position=...)]`` to corrupt it. With two prompts it is
-    the interchange of Vig et al. (2020, arXiv 2004.12265).
+    ``edits=[Noise(0, scale, site="embed", position=...)]`` to corrupt it; ``window=10`` at
+    ``mlp_out`` or ``attn_out`` restores as many layers at once, as it does there. With two prompts
+    it is the interchange of Vig et al. (2020, arXiv 2004.12265).
 
     Args:
         model: from :func:`jaxtc.load_model`.
-        clean: prompt or prompts, as for :func:`jaxtc.run`.
-        corrupted: prompts of the same lengths.
+        clean: prompt or prompts, as for :func:`jaxtc.run`. Pairs may differ in length: each gives
+            what it gives alone, and NaN past its end.
+        corrupted: as many prompts, each as long as its clean one unless ``positions`` are given.
         of: the score, see :mod:`jaxtc.scores`.
         site: a site that every layer has, with an axis T.
         edits: of the corrupted runs only.
+        positions: which places to patch, all by default: whole numbers (negative ones from each
+            prompt's own end) and :class:`jaxtc.Token`, found in the clean and in the corrupted
+            prompt by themselves.
+        window: how many layers to patch together: row l restores layers l to l + window - 1, as far
+            as there are layers. (Meng et al. centre their windows: theirs at layer l is row
+            l - window // 2.)
         heads: patch each head by itself, at a site with an axis N or K.
         chunk, progress: as for :func:`jaxtc.sweep`.
 
     Raises:
-        InputError: prompts of different lengths, and as for :func:`jaxtc.run`.
+        InputError: a pair of two lengths without ``positions``, a place that no pair has, a window
+            wider than the model, and as for :func:`jaxtc.run`.
         SiteError: a site that not every layer has, or heads where there are none.
     """
-    kept, axes = _clean_run(model, clean, corrupted, [site], heads)
+    kept, places, axes = _clean_run(model, clean, corrupted, [site], heads, positions)
     ((site, along),) = axes.items()
-    swept = {name: Over(values) for name, values in along.items()}
-    patch = SetTo(PerLayer(kept.activations[site]), site=site, **swept)
+    layers, value = along["layer"], kept.activations[site]
+    if whole_number("window", window, 1) > len(layers):
+        raise InputError(f"window is {window}, and this model has {len(layers)} layers.")
+    if positions is not None:
+        # Each place's own value, whatever its position is: (P, L, B, 1, ...).
+        own = _at(value, places.clean)
+        value = Over(jnp.moveaxis(own, 2, 0)[:, :, :, None], "position")
+    swept = {name: Over(values) for name, values in along.items()} | {
+        "layer": Over(np.minimum(layers[:, None] + np.arange(window), layers[-1])),
+        "position": Over(places.masks),
+    }
+    patch = SetTo(PerLayer(value), site=site, **swept)
     found = sweep(model, corrupted, [*edits, patch], of=of, chunk=chunk, progress=progress)
     bad = run(model, corrupted, edits=edits, logits="last")
-    return Patching(found.values, found.axes, of(kept), of(bad), site)
+    before = of(bad)
+    values = _only_there(found.values, places, jnp.ndim(before) > 0)
+    return Patching(values, along, of(kept), before, site, window)
 
 
+@explicit_transfers
 def attribution_patching(
     model: Gemma2,
     clean: Any,
@@ -103,6 +138,7 @@ def attribution_patching(
     sites: str | Sequence[str] = "resid_pre",
     *,
     edits: Sequence[Edit] = (),
+    positions: Sequence[Any] | None = None,
     heads: bool = False,
 ) -> dict[str, Patching]:
     """Estimate what :func:`activation_patching` measures, for all sites in one pass there and back.
@@ -113,7 +149,7 @@ def attribution_patching(
     places that matter.
 
     Args:
-        model, clean, corrupted, of, edits: as for :func:`activation_patching`.
+        model, clean, corrupted, of, edits, positions: as for :func:`activation_patching`.
         sites: one or several that every layer has, with an axis T.
         heads: keep heads apart, at sites with an axis N or K.
 
@@ -124,40 +160,66 @@ def attribution_patching(
         InputError, SiteError: as :func:`activation_patching`.
     """
     names = [sites] if isinstance(sites, str) else sites
-    kept, axes = _clean_run(model, clean, corrupted, names, heads)
+    kept, places, axes = _clean_run(model, clean, corrupted, names, heads, positions)
     slopes = gradients(model, corrupted, of, list(axes), edits=edits)
     found = {}
     for name, along in axes.items():
         there, here, slope = (
-            group[name].astype(jnp.float32)
-            for group in (kept.activations, slopes.activations, slopes.gradients)
+            _at(group[name].astype(jnp.float32), at)
+            for group, at in (
+                (kept.activations, places.clean),
+                (slopes.activations, places.corrupted),
+                (slopes.gradients, places.corrupted),
+            )
         )
-        # One term for each number; then summed to (L, T, ...), with B last.
+        # One term for each number; then summed to (L, P, ...), with B last.
         terms = slope * (there - here)
         change = jnp.moveaxis(terms.sum(tuple(range(len(along) + 1, terms.ndim))), 1, -1)
-        change = change if jnp.ndim(slopes.score) else change.sum(-1)
-        found[name] = Patching(slopes.score + change, along, of(kept), slopes.score, name)
+        if not jnp.ndim(slopes.score):
+            change = jnp.where(_rows(places, change), change, 0).sum(-1)
+        values = ranked(slopes.score, change) + change
+        values = _only_there(values, places, jnp.ndim(slopes.score) > 0)
+        found[name] = Patching(values, along, of(kept), slopes.score, name)
     return found
 
 
+def _at(x: jax.Array, at: np.ndarray) -> jax.Array:
+    """(L, B, T, ...) to (L, B, P, ...): at the places (B, P) of each row, missing ones anywhere."""
+    at = np.clip(at, 0, x.shape[2] - 1)
+    return jnp.take_along_axis(x, at.reshape(1, *at.shape, *[1] * (x.ndim - 3)), axis=2)
+
+
+def _rows(places: Pairs, values: jax.Array) -> np.ndarray:
+    """Where a pair has the place, with the axes of ``values`` (L, P, ..., B)."""
+    count, batch = places.there.T.shape
+    return places.there.T.reshape(1, count, *[1] * (values.ndim - 3), batch)
+
+
+def _only_there(values: jax.Array, places: Pairs, each_row: bool) -> jax.Array:
+    """Values (L, P, ..., B), NaN where a pair lacks the place; one score for all rows stays."""
+    if not each_row or places.there.all():
+        return values
+    with jax.debug_nans(False):
+        return jnp.where(_rows(places, values), values, jnp.nan)
+
+
 def _clean_run(
-    model: Gemma2, clean: Any, corrupted: Any, sites: Sequence[str], heads: bool
-) -> tuple[RunResult, dict[str, dict[str, np.ndarray]]]:
-    """The clean run, and by site the axes along which it is patched."""
-    config = model.config
-    # Positions of one prompt mean nothing in a prompt of another length.
-    sizes = [prepare(tokens, config).lengths.tolist() for tokens in (clean, corrupted)]
-    if sizes[0] != sizes[1] or len(set(sizes[0])) > 1:
-        raise InputError(
-            f"The clean prompts have {sizes[0]} tokens and the corrupted ones {sizes[1]}; patching "
-            "token by token wants all of one length. Choose words that are one token each."
-        )
-    axes = {}
+    model: Gemma2,
+    clean: Any,
+    corrupted: Any,
+    sites: Sequence[str],
+    heads: bool,
+    positions: Sequence[Any] | None,
+) -> tuple[RunResult, Pairs, dict[str, dict[str, np.ndarray]]]:
+    """The clean run, the places along the prompts, and by site the axes that are patched."""
+    config, axes = model.config, {}
+    places = pairs(config, clean, corrupted, positions)
     for site in (_site(name, heads) for name in sites):
-        counts = {"layer": config.num_hidden_layers, "position": sizes[0][0]}
-        counts |= {"head": site.shape(config.sizes)[2]} if heads else {}
-        axes[site.name] = {name: np.arange(count) for name, count in counts.items()}
-    return run(model, clean, capture=list(axes), logits="last"), axes
+        axes[site.name] = {
+            "layer": np.arange(config.num_hidden_layers),
+            "position": places.labels,
+        } | ({"head": np.arange(site.shape(config.sizes)[2])} if heads else {})
+    return run(model, clean, capture=list(axes), logits="last"), places, axes
 
 
 def _site(name: str, heads: bool) -> Site:

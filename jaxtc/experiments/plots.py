@@ -11,6 +11,7 @@ import numpy as np
 from jaxtc.errors import InputError, JaxtcError
 from jaxtc.experiments.patching import Patching
 from jaxtc.experiments.sweep import Sweep
+from jaxtc.helpers import explicit_transfers
 from jaxtc.interchange import to_numpy
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ MOST_ROWS, MOST_COLUMNS = 40, 64
 RECOVERED = "share of the score recovered\n0 as corrupted, 1 as clean"
 
 
+@explicit_transfers
 def heat_map(
     found: Patching | Sweep | Any,
     tokens: Sequence[str] | None = None,
@@ -43,7 +45,8 @@ def heat_map(
         found: a :class:`jaxtc.experiments.patching.Patching`, of which the recovered share is
             drawn (one row of cells for each layer and head, where heads were patched one by one);
             the result of a sweep over two axes; or an array (L, T). A batch axis behind it is
-            averaged.
+            averaged; of a patching over the pairs that have the token, and a cell is empty (gray)
+            where none has it.
         tokens: the prompt's pieces, from ``tokenizer.convert_ids_to_tokens``; written below the
             cells with their positions.
         ax: where to draw; a new figure by default.
@@ -80,7 +83,8 @@ def heat_map(
     image = ax.imshow(values, cmap=colors, vmin=low, vmax=high, origin="lower", aspect="auto")
     _label(ax.set_yticks, ticks[0], MOST_ROWS)
     ax.set_ylabel(rows)
-    if tokens is None or columns not in ALONG:
+    named = isinstance(ticks[1][0], str)  # places of a patching that were found from tokens
+    if tokens is None or columns not in ALONG or named:
         _label(ax.set_xticks, ticks[1], MOST_COLUMNS)
     else:
         words = _words(tokens, ticks[1])
@@ -114,7 +118,9 @@ def _grid(found: Any) -> tuple[np.ndarray, list[str], list[list]]:
         heads = [f"{layer}.{head}" for layer in axes["layer"] for head in axes["head"]]
         axes = {"layer.head": heads, other: axes[other]}
     if values.ndim == 3 and len(axes) == 2:
-        values = values.mean(-1)
+        missing = np.isnan(values) if isinstance(found, Patching) else np.zeros(values.shape, bool)
+        some = ~missing.all(-1)
+        values = np.where(missing, 0, values).sum(-1) / np.where(some, (~missing).sum(-1), np.nan)
     if values.ndim != 2 or len(axes) != 2:
         named = ", ".join(axes) or "none"
         raise InputError(

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtc.errors import InputError
-from jaxtc.helpers import pytree
+from jaxtc.helpers import explicit_transfers, pytree
 from jaxtc.interchange import owned, plain_fields
 from jaxtc.model.prompts import last_tokens
 from jaxtc.programs.call import RunResult
@@ -61,6 +61,7 @@ class Logit:
 
     __post_init__ = plain_fields
 
+    @explicit_transfers
     def __call__(self, result: RunResult) -> jax.Array:
         """(B,)."""
         return _of(_last(result), self.token)
@@ -81,6 +82,7 @@ class LogitDifference:
 
     __post_init__ = plain_fields
 
+    @explicit_transfers
     def __call__(self, result: RunResult) -> jax.Array:
         """(B,)."""
         logits = _last(result)
@@ -100,6 +102,7 @@ class LogProbability:
 
     __post_init__ = plain_fields
 
+    @explicit_transfers
     def __call__(self, result: RunResult) -> jax.Array:
         """(B,)."""
         return _of(jax.nn.log_softmax(_last(result)), self.token)

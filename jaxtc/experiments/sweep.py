@@ -24,7 +24,7 @@ from jaxtc.edits.judge import Pass
 from jaxtc.errors import InputError
 from jaxtc.experiments.axes import Over, at_place, axes_of, check_axes, named, overs_of, prepared
 from jaxtc.experiments.scores import as_pytree
-from jaxtc.helpers import pytree, whole_number
+from jaxtc.helpers import explicit_transfers, pytree, whole_number
 from jaxtc.interchange import owned
 from jaxtc.memory.needs import check_fits
 from jaxtc.model.gemma2 import Gemma2
@@ -64,6 +64,7 @@ def logits_of(result: RunResult) -> jax.Array | None:
     return result.logits
 
 
+@explicit_transfers
 def sweep(
     model: Gemma2,
     tokens: Any,

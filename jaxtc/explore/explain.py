@@ -20,7 +20,7 @@ from jaxtc.explore.explanation import (
     TokenReport,
     feature_url,
 )
-from jaxtc.helpers import check_unicode, whole_number
+from jaxtc.helpers import check_unicode, explicit_transfers, whole_number
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import bucket, prepare
 from jaxtc.programs.generate import generate
@@ -39,6 +39,7 @@ NOTEBOOK_SITE = "mlp_in"
 _CHUNK = 1024  # tokens encoded at once: bounds the dense (tokens, M) array
 
 
+@explicit_transfers
 def explain(
     model: Gemma2,
     tokenizer: Any,

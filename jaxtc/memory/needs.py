@@ -15,7 +15,7 @@ from jaxtc.captures.request import Captures, check_logits, understand
 from jaxtc.edits.base import Edit
 from jaxtc.edits.features import Splice
 from jaxtc.errors import CapacityError, InputError
-from jaxtc.helpers import columns, gigabytes, is_whole
+from jaxtc.helpers import columns, explicit_transfers, gigabytes, is_whole
 from jaxtc.memory.account import Size, bytes_of
 from jaxtc.memory.available import available
 from jaxtc.memory.parts import count_parameters
@@ -104,6 +104,7 @@ class Estimate:
         return columns([(name, shape, gigabytes(size)) for name, shape, size in rows], "<<>")
 
 
+@explicit_transfers
 def estimate(
     model: Gemma2 | Gemma2Config,
     tokens: Any,

@@ -13,14 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxtc.helpers import ranked
 from jaxtc.interchange import owned, plain
 from jaxtc.model.config import FULL, SLIDING, Gemma2Config
 from jaxtc.model.parameters import declare, normal, zeros
-from jaxtc.tap.tap import Tap
-
-# A mask value that survives an edit multiplying it by 0, as -inf would not.
-MASKED = float(np.finfo(np.float32).min)
-
+from jaxtc.tap.tap import MASKED, Tap
 
 # Keys and values of the tokens so far, each (B, S, K, H), a pair a layer; slot number = position.
 Cache: TypeAlias = list[tuple[jax.Array, jax.Array]]
@@ -63,7 +60,7 @@ def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     # NumPy's float32 power is off in the last bit where the reference's is not, which put queries
     # at position 4096 off by 6e-5 (H = 256); float64's, rounded, has the reference's bits.
     power = (np.float64(theta) ** exponents).astype(np.float32)
-    frequencies = np.float32(1) / power
+    frequencies = (np.float32(1) / power).reshape(1, 1, 1, half)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies  # (B, T, 1, H/2)
     # Rounded to the activations' dtype, as the reference does.
     cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
@@ -86,7 +83,8 @@ class Norm(nnx.Module):
             wide = wide * tap(scale, jax.lax.rsqrt(mean + self.eps))  # (B, T, D) * (B, T, 1)
             if normed is not None:
                 wide = tap(normed, wide)
-            return (wide * (1 + self.weight[...].astype(jnp.float32))).astype(x.dtype)
+            gain = ranked(1 + self.weight[...].astype(jnp.float32), wide)
+            return (wide * gain).astype(x.dtype)
 
 
 class Attention(nnx.Module):

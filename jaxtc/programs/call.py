@@ -15,7 +15,7 @@ from jaxtc.edits.base import Edit
 from jaxtc.edits.check import check_edits
 from jaxtc.edits.judge import all_there
 from jaxtc.errors import InputError
-from jaxtc.helpers import pytree
+from jaxtc.helpers import explicit_transfers, pytree
 from jaxtc.interchange import below
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
@@ -57,6 +57,7 @@ class RunResult:
     spared: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
+    @explicit_transfers
     def mask(self) -> jax.Array:
         """(B, T) booleans, true on real tokens."""
         if self.starts is None:

@@ -14,7 +14,7 @@ from jaxtc.captures.request import Captures, check_per_token, understand
 from jaxtc.edits.base import Edit
 from jaxtc.edits.check import check_edits, of_phase
 from jaxtc.errors import InputError, JaxtcError
-from jaxtc.helpers import is_whole, whole_number
+from jaxtc.helpers import explicit_transfers, is_whole, whole_number
 from jaxtc.interchange import plain
 from jaxtc.memory.needs import check_run
 from jaxtc.model.config import Gemma2Config
@@ -92,6 +92,7 @@ class Key:
     placement: Placement | None
 
 
+@explicit_transfers
 def generate(
     model: Gemma2,
     tokens: Any,

@@ -14,12 +14,11 @@ import jax.numpy as jnp
 from jaxtc.captures.activations import Activations
 from jaxtc.captures.base import Reducer
 from jaxtc.captures.request import Asked
-from jaxtc.model.gemma2 import MASKED
 from jaxtc.model.prompts import Prompts
 from jaxtc.sharding.placement import Placement
 from jaxtc.tap.columns import returned
 from jaxtc.tap.sites import BY_NAME, Address
-from jaxtc.tap.tap import Tap
+from jaxtc.tap.tap import MASKED, Tap
 
 # Whole captures by address, and what each reducer kept.
 Record = tuple[dict[Address, jax.Array], list[Any]]

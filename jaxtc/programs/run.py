@@ -6,6 +6,7 @@ from typing import Any, Literal
 from jaxtc.captures.request import Captures, check_logits, understand
 from jaxtc.edits.base import Edit
 from jaxtc.edits.judge import all_there
+from jaxtc.helpers import explicit_transfers
 from jaxtc.memory.needs import check_run
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import prepare
@@ -17,6 +18,7 @@ from jaxtc.sharding.mesh import MeshLike
 _run = Program("run", forward, static_argnums=0)
 
 
+@explicit_transfers
 def run(
     model: Gemma2,
     tokens: Any,

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jaxtc.errors import InputError
-from jaxtc.helpers import whole_number
+from jaxtc.helpers import explicit_transfers, whole_number
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import bucket
 from jaxtc.programs.generate import generate
@@ -15,6 +15,7 @@ from jaxtc.programs.program import Compiles, compiles
 from jaxtc.programs.run import run
 
 
+@explicit_transfers
 def warm_up(
     model: Gemma2,
     lengths: Iterable[int],

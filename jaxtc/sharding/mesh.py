@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jaxtc.errors import did_you_mean
-from jaxtc.helpers import is_whole
+from jaxtc.helpers import explicit_transfers, is_whole
 from jaxtc.sharding.rules import DATA, MODEL, RULES, Rules, ShardingError, shardings
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -94,6 +94,7 @@ def show(mesh: Mesh | Mapping[str, int]) -> str:
     return ",".join(f"{axis}={size}" for axis, size in sizes.items())
 
 
+@explicit_transfers
 def shard(module: Module, mesh: MeshLike, rules: Rules = RULES) -> Module:
     """A copy on a mesh of a model or transcoder that is in memory.
 

@@ -105,7 +105,7 @@ class Mask:
 
     def exist(self, ends: jax.Array) -> jax.Array:
         """(B,) numbers of tokens to (B,) booleans: nothing but tokens is on."""
-        return ~(self.on & (np.arange(self.on.shape[1]) >= ends[:, None])).any(-1)
+        return ~(self.on & (np.arange(self.on.shape[-1]) >= ends[:, None])).any(-1)
 
 
 def spelled(position: Any) -> Any:

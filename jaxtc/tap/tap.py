@@ -13,11 +13,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxtc.errors import EditError
 from jaxtc.sharding.placement import Placement
 from jaxtc.tap.context import Context
 from jaxtc.tap.sites import BY_NAME, ORDER, SITES, Address, parse
+
+# The score of a key that a query may not see; finite, as -inf times 0 would be NaN.
+MASKED = float(np.finfo(np.float32).min)
 
 
 class Tap:
@@ -167,7 +171,10 @@ class Tap:
         where = self._where(edit, x)
         if context.site.kind == "pairs":
             # Keys that are padding, or not written yet, stay masked.
-            where.insert(0, along(x, jnp.arange(x.shape[-1]) < self.ends[:, None], 0, -1))
+            where.insert(0, along(x, jnp.arange(x.shape[-1])[None] < self.ends[:, None], 0, -1))
+        if context.site.name == "attn_scores" and not edit.unmasks:
+            # Scaled by -1 they would be the largest.
+            where.append(~(x <= MASKED))
         for part in where + chosen:
             new = jnp.where(part, new, x)
         return new

@@ -63,7 +63,7 @@ def jumprelu(z: jax.Array, threshold: jax.Array, bandwidth: float) -> tuple[jax.
     The gradient with respect to ``z`` is the exact one; with respect to the threshold it is the
     straight-through estimate of Rajamanoharan et al. 2024 (arXiv 2407.14435, §4).
     """
-    gate = ((z > threshold) & (z > 0)).astype(z.dtype)
+    gate = ((z > threshold[None]) & (z > 0)).astype(z.dtype)
     return z * gate, gate
 
 
@@ -75,8 +75,8 @@ def _jumprelu_fwd(z, threshold, bandwidth):
 def _jumprelu_bwd(kept, cotangents):
     z, threshold, bandwidth, gate = kept
     to_activations, to_gate = cotangents
-    near = (jnp.abs(z - threshold) < bandwidth / 2).astype(z.dtype) / bandwidth
-    to_threshold = -jnp.sum(near * (threshold * to_activations + to_gate), axis=0)
+    near = (jnp.abs(z - threshold[None]) < bandwidth / 2).astype(z.dtype) / bandwidth
+    to_threshold = -jnp.sum(near * (threshold[None] * to_activations + to_gate), axis=0)
     return to_activations * gate, to_threshold, None
 
 
@@ -105,13 +105,13 @@ def loss(weights: Weights, x: jax.Array, y: jax.Array, ramp: jax.Array, recipe: 
     Returns:
         (loss, (metrics, density (M,) in this batch, residual (n, D))).
     """
-    z = x @ weights.W_enc + weights.b_enc
+    z = x @ weights.W_enc + weights.b_enc[None]
     activations, gate = jumprelu(z, weights.threshold, recipe.bandwidth)
-    left = y - (activations @ weights.W_dec + weights.b_dec)
+    left = y - (activations @ weights.W_dec + weights.b_dec[None])
     error = jnp.sum(left**2, axis=1).mean()
     l0 = gate.sum(axis=1).mean()
     excess = (2 / recipe.target_l0) * (l0 - recipe.target_l0) ** 2
-    fvu = error / jnp.sum((y - y.mean(axis=0)) ** 2, axis=1).mean()
+    fvu = error / jnp.sum((y - y.mean(axis=0, keepdims=True)) ** 2, axis=1).mean()
     total = error + ramp * recipe.l0_weight * excess
     return total, ({"fvu": fvu, "l0": l0}, gate.mean(axis=0), left)
 
@@ -126,11 +126,11 @@ def revive(key: jax.Array, weights: Weights, dead: jax.Array, x: jax.Array, left
     squared = jnp.sum(left**2, axis=1)
     drawn = jax.random.categorical(key, jnp.log(squared + 1e-12), shape=dead.shape)
     size = jnp.sqrt(squared[drawn])
-    inward = x[drawn] - x.mean(axis=0)
+    inward = x[drawn] - x.mean(axis=0, keepdims=True)
     # On the drawn token the pre-activation is the size of the error.
     W_enc = (inward * (size / jnp.sum(inward**2, axis=1))[:, None]).T
     return Weights(
-        W_enc=jnp.where(dead, W_enc, weights.W_enc),
+        W_enc=jnp.where(dead[None], W_enc, weights.W_enc),
         b_enc=jnp.where(dead, -x.mean(axis=0) @ W_enc, weights.b_enc),
         W_dec=jnp.where(dead[:, None], _unit_rows(left[drawn]), weights.W_dec),
         b_dec=weights.b_dec,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtc.errors import JaxtcError
+from jaxtc.helpers import explicit_transfers, ranked
 from jaxtc.interchange import owned, plain
 from jaxtc.model.parameters import declare, he_uniform, zeros
 from jaxtc.tap.sites import parse
@@ -75,6 +76,7 @@ class LayerFeatures(Encoder):
         """The layers at which they write."""
         return range(self.layer, self.layer + self.W_dec.shape[1])
 
+    @explicit_transfers
     def decoder_rows(self, ids: jax.Array, layer: int | None = None) -> jax.Array:
         """``W_dec[ids]``: (K,) to (K, W, D), or to (K, D) at one of :attr:`writes`.
 
@@ -87,6 +89,7 @@ class LayerFeatures(Encoder):
             return self._pick(self.W_dec[...], ids, 0)
         return self._pick(self._rows(layer), ids, 0)
 
+    @explicit_transfers
     def write(self, a: jax.Array, layer: int) -> jax.Array:
         """``a W_dec[:, layer − self.layer]``, their part at a layer: (..., M) to (..., D).
 
@@ -95,6 +98,7 @@ class LayerFeatures(Encoder):
         """
         return jnp.matmul(owned(plain(a)), self._rows(layer), precision="highest")
 
+    @explicit_transfers
     def write_all(self, a: jax.Array) -> jax.Array:
         """Their part at each layer of :attr:`writes`: (..., M) to (W, ..., D)."""
         a = owned(plain(a))
@@ -110,6 +114,7 @@ class LayerFeatures(Encoder):
             )
         return self.W_dec[:, layer - self.layer]
 
+    @explicit_transfers
     def finish(self, y: jax.Array, x: jax.Array | None = None) -> jax.Array:
         """The reconstruction at this layer, of the sum ``y`` (..., D) that all features write here.
 
@@ -119,7 +124,7 @@ class LayerFeatures(Encoder):
         Raises:
             JaxtcError: there is a skip connection and ``x`` is missing.
         """
-        y = y + self.b_dec[...]
+        y = y + ranked(self.b_dec[...], y)
         if self.W_skip is None:
             return y
         if x is None:
@@ -190,6 +195,7 @@ class CrossLayerTranscoder(nnx.Module):
         """Where it was loaded from, for messages."""
         return self.layers[0].source
 
+    @explicit_transfers
     def encode(self, x: Sequence[jax.Array] | jax.Array) -> jax.Array:
         """Activations of each layer's features: (L, ..., D), what each reads, to (L, ..., M).
 
@@ -199,6 +205,7 @@ class CrossLayerTranscoder(nnx.Module):
         self._check_layers(x, "reads")
         return jnp.stack([one.encode(part) for one, part in zip(self.layers, x, strict=True)])
 
+    @explicit_transfers
     def decode_at(
         self, layer: int, a: Sequence[jax.Array] | jax.Array, x: jax.Array | None = None
     ) -> jax.Array:
@@ -221,6 +228,7 @@ class CrossLayerTranscoder(nnx.Module):
         parts = [self.layers[n].write(a[n], layer) for n in range(layer + 1)]
         return self.layers[layer].finish(sum(parts[1:], parts[0]), x)
 
+    @explicit_transfers
     def decode(
         self, a: Sequence[jax.Array] | jax.Array, x: Sequence[jax.Array] | jax.Array | None = None
     ) -> jax.Array:
@@ -229,6 +237,7 @@ class CrossLayerTranscoder(nnx.Module):
         read = [None] * len(self.layers) if x is None else x
         return jnp.stack([self.decode_at(n, a, read[n]) for n in range(len(self.layers))])
 
+    @explicit_transfers
     def __call__(self, x: Sequence[jax.Array] | jax.Array) -> jax.Array:
         """(L, ..., D), what each layer reads, to (L, ..., D), the imitation of each MLP's output.
 

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtc.errors import CapacityError, JaxtcError
-from jaxtc.helpers import is_whole, pytree
+from jaxtc.helpers import explicit_transfers, is_whole, pytree, ranked
 from jaxtc.interchange import owned, plain
 from jaxtc.model.parameters import zeros
 from jaxtc.sharding.mesh import mesh_of, put
@@ -87,10 +87,13 @@ class Encoder(nnx.Module):
         """M, how many features it has."""
         return self.W_enc.shape[1]
 
+    @explicit_transfers
     def pre_activations(self, x: jax.Array) -> jax.Array:
         """``x W_enc + b_enc``: (..., D) to (..., M), in the transcoder's dtype."""
-        return jnp.matmul(self._encoded(x), self.W_enc[...], precision="highest") + self.b_enc[...]
+        z = jnp.matmul(self._encoded(x), self.W_enc[...], precision="highest")
+        return z + ranked(self.b_enc[...], z)
 
+    @explicit_transfers
     def encode(self, x: jax.Array, *, placement: Placement | None = None) -> jax.Array:
         """Feature activations: (..., D) to (..., M), 0 where a feature is not active.
 
@@ -100,11 +103,13 @@ class Encoder(nnx.Module):
             JaxtcError: the last axis of ``x`` is not D.
         """
         z = self.pre_activations(x)
-        return self.activation(z, self._thresholds(), self._placement() or placement)
+        own = {name: ranked(one, z) for name, one in self._thresholds().items()}
+        return self.activation(z, own, self._placement() or placement)
 
     def _thresholds(self) -> dict[str, jax.Array]:
         return {name: getattr(self, name)[...] for name in self.activation.parameters}
 
+    @explicit_transfers
     def encode_features(
         self, x: jax.Array, ids: jax.Array, *, placement: Placement | None = None
     ) -> jax.Array:
@@ -116,13 +121,15 @@ class Encoder(nnx.Module):
             return self._pick(self.encode(x, placement=placement), ids, -1)
         z = jnp.matmul(self._encoded(x), self._pick(self.W_enc[...], ids, 1), precision="highest")
         own = self._thresholds().items()
-        own = {name: self._pick(one, ids, 0) if one.ndim else one for name, one in own}
-        return self.activation(z + self._pick(self.b_enc[...], ids, 0), own, placement)
+        own = {name: ranked(self._pick(one, ids, 0) if one.ndim else one, z) for name, one in own}
+        bias = ranked(self._pick(self.b_enc[...], ids, 0), z)
+        return self.activation(z + bias, own, placement)
 
     def _pick(self, array: jax.Array, ids: jax.Array, axis: int) -> jax.Array:
         ids = jnp.where(ids < 0, self.features, ids)
         return jnp.take(array, ids, axis=axis, mode="fill", fill_value=jnp.nan)
 
+    @explicit_transfers
     def encode_sparse(
         self, x: jax.Array, capacity: int, *, placement: Placement | None = None
     ) -> SparseFeatures:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.errors import InputError
+from jaxtc.helpers import explicit_transfers
 from jaxtc.interchange import owned, plain
 from jaxtc.transcoders.encoder import SparseFeatures
 
@@ -32,6 +33,7 @@ __all__ = [
 ]  # fmt: skip
 
 
+@explicit_transfers
 def special_token_mask(ids: Any, special_ids: Iterable[int]) -> np.ndarray:
     """(...) booleans: which of ``ids`` (...) are special (BOS, EOS, padding), wherever they stand.
 
@@ -260,6 +262,7 @@ def notebook_score(target: Any, reconstruction: Any) -> float:
     return float(1 - np.square(guess - y).mean() / variance)
 
 
+@explicit_transfers
 def next_token_loss(logits: Any, tokens: Any) -> jax.Array:
     """Cross entropy of each next token, in nats: −log softmax(logits[t])[tokens[t+1]].
 
@@ -299,6 +302,7 @@ def _size(array: Any) -> int:
     return math.prod(np.shape(array)[:-1])
 
 
+@explicit_transfers
 def _rows(mask: Any, **arrays: Any) -> list[np.ndarray]:
     """Each array as (tokens, last axis) in float64, unmasked tokens only.
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.errors import InputError, JaxtcError
+from jaxtc.helpers import explicit_transfers, ranked
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import bucket
 from jaxtc.transcoders.cross_layer import LayerFeatures
@@ -33,13 +34,15 @@ def pieces_of(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
 
 @functools.partial(jax.jit, static_argnames="count")
 def _promoted(rows: jax.Array, gain: jax.Array, embedding: jax.Array, count: int) -> jax.Array:
-    rows = (rows.astype(jnp.float32) * (1 + gain.astype(jnp.float32))).astype(embedding.dtype)
+    wide = rows.astype(jnp.float32)
+    rows = (wide * ranked(1 + gain.astype(jnp.float32), wide)).astype(embedding.dtype)
     logits = jnp.einsum(
         "md,vd->mv", rows, embedding, precision="highest", preferred_element_type=jnp.float32
     )
     return jax.lax.top_k(logits, count)[1]
 
 
+@explicit_transfers
 def promoted_tokens(
     model: Gemma2,
     transcoder: Transcoder | LayerFeatures,

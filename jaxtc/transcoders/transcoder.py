@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtc.errors import JaxtcError
-from jaxtc.helpers import is_whole
+from jaxtc.helpers import explicit_transfers, is_whole, ranked
 from jaxtc.interchange import owned, plain
 from jaxtc.model.parameters import declare, he_uniform, zeros
 from jaxtc.sharding.placement import Placement, mix_rows
@@ -130,10 +130,12 @@ class Transcoder(Encoder):
             raise JaxtcError(f"These are not the facts of a transcoder: {given}.")
         return cls.abstract(**facts, **options)
 
+    @explicit_transfers
     def decoder_rows(self, ids: jax.Array) -> jax.Array:
         """``W_dec[ids]``: (K,) to (K, D), NaN for a feature that does not exist."""
         return self._pick(self.W_dec[...], ids, 0)
 
+    @explicit_transfers
     def decode(self, a: jax.Array, x: jax.Array | None = None) -> jax.Array:
         """``a W_dec + b_dec``, and the skip connection's part: (..., M) to (..., D).
 
@@ -142,13 +144,15 @@ class Transcoder(Encoder):
         Raises:
             JaxtcError: this transcoder has a skip connection and ``x`` is missing.
         """
-        y = jnp.matmul(owned(plain(a)), self.W_dec[...], precision="highest") + self.b_dec[...]
-        return self._skipped(y, x)
+        y = jnp.matmul(owned(plain(a)), self.W_dec[...], precision="highest")
+        return self._skipped(y + ranked(self.b_dec[...], y), x)
 
+    @explicit_transfers
     def __call__(self, x: jax.Array, *, placement: Placement | None = None) -> jax.Array:
         """(..., D) to (..., D): the imitation of the MLP's output, skip connection included."""
         return self.decode(self.encode(x, placement=placement), x)
 
+    @explicit_transfers
     def decode_sparse(self, features: SparseFeatures, x: jax.Array | None = None) -> jax.Array:
         """``decode`` from (values, ids): gathers the C decoder rows a token needs. To (..., D).
 
@@ -157,11 +161,11 @@ class Transcoder(Encoder):
         """
         features, here = owned(jax.tree.map(plain, features)), self._placement()
         mixed = _mix_rows(features.values, features.ids, self.W_dec[...], here, "features")
-        return self._skipped(mixed + self.b_dec[...], x)
+        return self._skipped(mixed + ranked(self.b_dec[...], mixed), x)
 
     def _encoded(self, x: jax.Array) -> jax.Array:
         x = self._input(x)
-        return x - self.b_dec[...] if self.subtract_b_dec else x
+        return x - ranked(self.b_dec[...], x) if self.subtract_b_dec else x
 
     def _skipped(self, y: jax.Array, x: jax.Array | None) -> jax.Array:
         if self.W_skip is None:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtc.errors import SourceError
+from jaxtc.helpers import explicit_transfers
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.sharding.mesh import MeshLike, make_mesh
@@ -44,6 +45,7 @@ RELEASED: dict[str, Gemma2Config] = {
 Progress: TypeAlias = Callable[[int, int], None]
 
 
+@explicit_transfers
 def load_model(
     source: str | Path = EMBEDDED,
     *,

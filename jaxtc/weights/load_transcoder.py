@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.errors import SiteError, SourceError
+from jaxtc.helpers import explicit_transfers
 from jaxtc.sharding.mesh import MeshLike, make_mesh
 from jaxtc.sharding.processes import agreed
 from jaxtc.sharding.rules import RULES, Rules, shardings
@@ -26,6 +27,7 @@ from jaxtc.weights.sources.cross_layer import CrossLayerSource, cross_layer
 from jaxtc.weights.sources.resolve import CONVERTED, EMBEDDED, TRANSCODERS, Source, resolve
 
 
+@explicit_transfers
 def load_transcoder(
     source: str | Path = EMBEDDED,
     layer: int | None = None,
@@ -152,6 +154,7 @@ def _loader(
         _check_site(site)
     dtype = check_dtype(dtype)
 
+    @explicit_transfers
     def load(found: Source | CrossLayerSource, layer: int | None = None) -> Any:
         if isinstance(found, CrossLayerSource):
             return load_cross_layer(found, layer, dtype, sites, places)

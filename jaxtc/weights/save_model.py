@@ -12,6 +12,7 @@ import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from jaxtc.errors import SourceError
+from jaxtc.helpers import explicit_transfers
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.sharding.processes import check_here
@@ -28,6 +29,7 @@ _CHECKPOINT_FILES = (
 )  # fmt: skip
 
 
+@explicit_transfers
 def save_model(
     model: Gemma2, folder: str | Path, tokenizer: Any = None, *, max_shard_size: int = 5 * 10**9
 ) -> Path:

@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 
 from jaxtc.errors import SourceError
+from jaxtc.helpers import explicit_transfers
 from jaxtc.sharding.processes import check_here
 from jaxtc.transcoders.cross_layer import CrossLayerTranscoder
 from jaxtc.transcoders.transcoder import Transcoder
@@ -15,6 +16,7 @@ from jaxtc.weights.files.transcoder import write_transcoder
 from jaxtc.weights.save_cross_layer import save_cross_layer
 
 
+@explicit_transfers
 def save_transcoder(
     transcoder: Transcoder | CrossLayerTranscoder,
     path: str | Path,

@@ -176,8 +176,7 @@ def test_other_prompts_and_answers_compile_nothing():
 
 WRONG = {
     "lengths": (InputError, r"have \[7\] tokens and the corrupted ones \[6\]", CLEAN, BAD[1:], {}),
-    "mixed": (InputError, "one length", [CLEAN, BAD[1:]], [CLEAN, BAD[1:]], {}),
-    "rows": (InputError, "corrupted ones", [CLEAN, CLEAN], BAD, {}),
+    "rows": (InputError, "1 corrupted ones", [CLEAN, CLEAN], BAD, {}),
     "once": (SiteError, "these sites can: resid_pre", CLEAN, BAD, dict(site="embed")),
     "layer": (SiteError, "layer by layer", CLEAN, BAD, dict(site="layers.1.mlp_out")),
     "pairs": (SiteError, "token by token", CLEAN, BAD, dict(site="attn_pattern")),

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtc.errors import SourceError
+from jaxtc.helpers import explicit_transfers
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.sharding.processes import agreed, whole
 from jaxtc.sharding.rules import variables
@@ -22,6 +23,7 @@ from jaxtc.weights.checkpoints.job import Job
 from jaxtc.weights.checkpoints.sidecar import SIDECAR, Array, describe, sha256
 
 
+@explicit_transfers
 def save_checkpoint(
     model: Gemma2 | Mapping[int, Transcoder], folder: str | Path, tokenizer: Any = None
 ) -> Path:

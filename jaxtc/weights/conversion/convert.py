@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.errors import SourceError, WeightsError, did_you_mean
-from jaxtc.helpers import JAXTC_VERSION
+from jaxtc.helpers import JAXTC_VERSION, explicit_transfers
 from jaxtc.weights.checkpoints import tree
 from jaxtc.weights.checkpoints.job import FILE_BYTES, Job
 from jaxtc.weights.checkpoints.read import Converted
@@ -34,6 +34,7 @@ TARGETS = {
 }
 
 
+@explicit_transfers
 def convert(
     source: str | Path,
     out: str | Path,
