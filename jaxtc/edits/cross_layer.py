@@ -6,11 +6,13 @@ layer (:meth:`jaxtc.Edit.carry`) and write it, here and further on, by these fun
 Axis letters: B batch, T tokens, D hidden, M features, K features edited.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from jaxtc.edits.base import Edit
 from jaxtc.errors import EditError
@@ -39,6 +41,20 @@ def check_splice(edit: Edit) -> None:
             "Splice(jaxtc.load_transcoders(folder)) replaces every MLP, with layer=... those that "
             "are named."
         )
+
+
+def check_apart(given: Iterable[Any]) -> None:
+    """Refuse layers of a cross-layer transcoder that were put in a mapping or a list."""
+    if any(is_cross_layer(part) for one in given for part in (one if is_row(one) else [one])):
+        raise EditError(
+            "The layers of a cross-layer transcoder belong together: give the whole, "
+            "Splice(transcoder), and layer=... to replace the MLPs of some layers."
+        )
+
+
+def is_row(given: Any) -> bool:
+    """Whether it is a list of things."""
+    return isinstance(given, list | tuple | nnx.List)
 
 
 def check_features(edit: Edit) -> None:

@@ -78,6 +78,7 @@ class TranscoderEdit(Edit):
         if held and all(isinstance(one, Transcoder) for one in held.values()):
             return held
         if required:
+            cross_layer.check_apart(held.values())
             what = "an empty mapping" if given == {} else type(given).__name__
             raise EditError(
                 f"{type(self).__name__} was given {what}, expected a jaxtc.Transcoder (or, for "

@@ -193,7 +193,10 @@ def test_gradients_with_respect_to_a_feature_and_the_decoders():
         (lambda: [SetFeature(WHOLE.layers[1], 3, 1.0, layer=2)], "layer=2 and features of layer 1"),
         (lambda: [SetFeature(WHOLE, 50, 1.0, layer=1)], "feature 50 does not exist"),
         (lambda: [SetFeature(WHOLE, 3, 1.0, layer=3)], "layer 3, but this model has 3 layers"),
-        (lambda: [Splice({1: WHOLE})], "expected a jaxtc.Transcoder"),
+        (lambda: [Splice({1: WHOLE})], "belong together: give the whole, Splice"),
+        (lambda: [Splice(dict(enumerate(WHOLE.layers)))], "belong together: give the whole"),
+        (lambda: [Splice(list(WHOLE.layers))], "belong together: give the whole"),
+        (lambda: [Splice(WHOLE.layers)], "belong together: give the whole"),
         (lambda: [Splice(cross_layer.in_memory(2))], "has 2 layers, and this model has 3"),
         (lambda: [Splice(cross_layer.in_memory(4).layers[1])], "features of layer 1"),
         (lambda: [SetFeature(cross_layer.in_memory(4).layers[1], 1, 1.0)], "has 4 layers"),
@@ -214,6 +217,31 @@ def test_gradients_with_respect_to_a_feature_and_the_decoders():
 def test_refused(make, message):
     with pytest.raises(JaxtcError, match=message):
         run(edits=make())
+
+
+GUARDS = {
+    "rank promotion": lambda: jax.numpy_rank_promotion("raise"),
+    "NaN": lambda: jax.debug_nans(True),
+    "transfers": lambda: jax.transfer_guard("disallow"),
+    "x64": lambda: jax.enable_x64(True),
+}
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_under_the_guards_of_jax(guard):
+    def computed():
+        edits = [Splice(WHOLE), ScaleFeature(WHOLE, [3, 4], 2.0, layer=1)]
+        x = np.random.default_rng(0).normal(size=(LAYERS, 5, D)).astype(np.float32)
+        a = WHOLE.encode(x)
+        rows = WHOLE.layers[1].decoder_rows(np.asarray([3, 4]))
+        return run(edits=edits).logits, WHOLE(x), a, WHOLE.decode(a, x), rows
+
+    expected = jax.device_get(computed())
+    with GUARDS[guard]():
+        found = computed()
+    for a, b in zip(jax.device_get(found), expected, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_what_still_has_an_effect_is_let_through():
