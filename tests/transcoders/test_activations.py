@@ -13,7 +13,7 @@ from jaxtc import Transcoder
 from jaxtc.captures.reducers import Features
 from jaxtc.errors import CapacityError, JaxtcError, SourceError
 from jaxtc.transcoders.activations import ACTIVATIONS, TopK, activation_of
-from jaxtc.weights.files.formats import BY_FORMAT
+from jaxtc.weights.files.formats import FORMATS
 from tests.support.batch import D, real, run
 from tests.support.unspared import ClampFeature, ScaleFeature, SetFeature, Splice
 
@@ -214,11 +214,12 @@ def test_checkpoints_give_it_back(name, tmp_path):
 
 
 @each
-@pytest.mark.parametrize("format", BY_FORMAT)
+@pytest.mark.parametrize("format", [one.name for one in FORMATS if one.written])
 def test_files_compute_the_same_or_are_refused(name, format, tmp_path):
     t = made(name)
-    if format not in t.activation.files and t.activation.as_threshold is None:
-        with pytest.raises(SourceError, match=f"no activation '{name}'.*save_checkpoint"):
+    unknown = format not in t.activation.files and t.activation.as_threshold is None
+    if unknown or (format, name) == ("saelens", "topk"):  # which it has of autoencoders only
+        with pytest.raises(SourceError, match=f"has no .*{name}'.*save_checkpoint"):
             jaxtc.save_transcoder(t, tmp_path, format=format)
         assert not [*tmp_path.iterdir()]
         return

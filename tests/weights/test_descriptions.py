@@ -50,7 +50,8 @@ CODER = {
     "b_dec": draw(D),
 }
 CFG = {"activation": "topk", "expansion_factor": 32, "normalize_decoder": True, "num_latents": M,
-       "k": K, "multi_topk": False, "skip_connection": False, "transcode": False, "d_in": D}  # fmt: skip
+       "k": K, "multi_topk": False, "skip_connection": False, "transcode": False,
+       "d_in": D}  # fmt: skip
 
 
 def sparsify(folder, drop=(), arrays=None, **changes):

@@ -114,5 +114,5 @@ def _query(uri: str) -> str:
 def _stays(path: str) -> bool:
     """Whether a path leads below where it starts, for sure."""
     parts = PurePosixPath(path).parts
-    odd = os.path.isabs(path) or ".." in parts or "\\" in path or ":" in path or "\0" in path
-    return bool(parts) and not odd
+    odd = os.path.isabs(path) or ".." in parts or "\\" in path or ":" in path
+    return bool(parts) and not odd and path.isprintable()

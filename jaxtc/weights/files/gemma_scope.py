@@ -26,7 +26,7 @@ def describe(path: Path) -> Description:
         hooks["output_site"] = hooks["input_site"]
     affine = config.get("affine_connection", "switch")
     config.finish(_HARMLESS)
-    given = {ours: hook and (keys[ours], hook) for ours, hook in hooks.items()}
+    given = {ours: (keys[ours], hook) for ours, hook in hooks.items() if hook is not None}
     found = Description(**described(config, given, format=BY_FORMAT["gemma-scope-2"], skip=affine))
     if kind == "sae" and len(set(found.sites.values())) > 1:
         raise config.wrong("it is an autoencoder ('sae'), but reads and writes different places")

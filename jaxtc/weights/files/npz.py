@@ -149,7 +149,7 @@ class NpzFile(local.PlainFile):
         return Member(shape, dtype, fortran, fault, info)
 
 
-def write_params(path: Path, arrays: Iterable[tuple[str, np.ndarray]], comment: str) -> None:
+def write_params(path: Path, arrays: Iterable[tuple[str, np.ndarray]], comment: str = "") -> None:
     """Write ``params.npz``; whole or not at all. Each array is written when its turn comes.
 
     The comment, a JSON object of texts, is the zip's; other readers leave it alone.

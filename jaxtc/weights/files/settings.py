@@ -16,6 +16,8 @@ from jaxtc.weights.files import local
 
 # More than any such file has; a runner's whole configuration is a few kB.
 _MOST_BYTES = 400_000
+# Of YAML, whose reader takes time quadratic in how deep brackets nest.
+_MOST_BRACKETS = 200
 
 # Names of places that others use and the table of sites, where each has one name, does not know.
 _HOOKS = {"mlp.hook_in": "mlp_in", "mlp.hook_out": "mlp_proj"}
@@ -158,7 +160,12 @@ def read_yaml(path: Path) -> Settings:
                 _unique(pairs, path)
             return super().construct_mapping(node, deep)
 
-    return _read(path, lambda text: yaml.load(text, Loader), "YAML")
+    def load(text: str) -> Any:
+        if text.count("[") + text.count("{") > _MOST_BRACKETS:
+            raise yaml.YAMLError("it has more brackets than any such file")
+        return yaml.load(text, Loader)
+
+    return _read(path, load, "YAML")
 
 
 def _read(path: Path, load: Callable[[str], Any], language: str) -> Settings:

@@ -27,6 +27,8 @@ FORMATS = {
     "safetensors": "tensors", "transcoder": "tensors", "npz": "npz", "index": "folders",
     "config": "folders", "converted": "converted", "converted-transcoders": "converted",
     "cross-layer": "cross_layer",
+    "saelens": "described", "sparsify": "described", "config.yaml": "described",
+    "gemma-scope-2": "described",
 }  # fmt: skip
 SECONDS = 10
 # Python's objects for a byte of JSON, and what any reading takes.

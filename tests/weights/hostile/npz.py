@@ -12,7 +12,7 @@ import numpy as np
 import jaxtc
 from jaxtc.weights.files.transcoder import open_transcoder
 from tests.weights.hostile.mutate import mutate_bytes, pick, whole
-from tests.weights.hostile.tensors import MESHES, OneFile, put, read_all, same
+from tests.weights.hostile.tensors import MESHES, SITES, OneFile, put, read_all, same
 
 SHAPES = {"W_enc": (5, 7), "W_dec": (7, 3), "b_enc": (7,), "b_dec": (3,), "threshold": (7,)}
 CENTRAL, LOCAL = b"PK\x01\x02", b"PK\x03\x04"
@@ -240,7 +240,7 @@ class Npz(OneFile):
     def load(self, deep: int) -> dict[str, np.ndarray]:
         """The five parameters."""
         if deep:
-            made = jaxtc.load_transcoder(self.path, mesh=MESHES[deep])
+            made = jaxtc.load_transcoder(self.path, mesh=MESHES[deep], **SITES)
             return {key: np.asarray(getattr(made, key)[...]) for key in SHAPES}
         with open_transcoder(self.path) as opened:
             return read_all(opened)
