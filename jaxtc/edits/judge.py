@@ -139,17 +139,22 @@ def judge(edit: Edit, here: Pass, *, inside: bool = False) -> dict[str, Any]:
 
 def _some_text(edit: Edit, here: Pass, xp: Any) -> Any:
     """(...,) booleans: a token is named that is not special, or none that is, one by one."""
-    tokens = xp.asarray(here.prompts.tokens)
-    batch, width = tokens.shape
-    positions = xp.broadcast_to(xp.arange(width), (batch, width))
-    real = (positions < here.lengths[:, None]) & _rows(edit, Tokens(), batch, xp)[..., None]
-    named = real if edit.position is None else real & edit.position.selects(positions)
-    special = among_ids(tokens, here.config.special_ids)
+    named, special = _named(edit, here, xp)
     if isinstance(edit.position, Places):
         return ~(named & special).any((-2, -1))
     later = edit.position is None or isinstance(edit.position, Span)
     more = here.extra > 0 and later and getattr(edit.position, "part", "") != "prompt"
     return (named & ~special).any((-2, -1)) | more
+
+
+def _named(edit: Edit, here: Pass, xp: Any) -> tuple[Any, Any]:
+    """(..., B, W) booleans: the prompts' tokens that an edit names; (B, W): the special ones."""
+    tokens = xp.asarray(here.prompts.tokens)
+    batch, width = tokens.shape
+    positions = xp.broadcast_to(xp.arange(width), (batch, width))
+    real = (positions < here.lengths[:, None]) & _rows(edit, Tokens(), batch, xp)[..., None]
+    named = real if edit.position is None else real & edit.position.selects(positions)
+    return named, among_ids(tokens, here.config.special_ids)
 
 
 def _rows(edit: Edit, target: Tokens, batch: int, xp: Any) -> Any:
@@ -197,13 +202,15 @@ def refusal(rule: str, edit: Edit, given: Edit, here: Pass) -> EditError:
             f"{rule.removeprefix('from_')}s 0 to {size - 1}."
         )
     if rule == "special":
-        one_by_one = isinstance(edit.position, Places)
+        named, special = _named(edit, here, np)
+        row, at = np.argwhere(named & special)[0]
+        what = "every token that it names is special, such as"
+        if isinstance(edit.position, Places):
+            what = "it names a special token,"
         return EditError(
-            f"{given}: "
-            + ("one of the tokens" if one_by_one else "each token")
-            + " that it names is special (<bos>, <eos> or padding), which transcoders were not "
-            "trained on, so it is left alone. Name other tokens, or give special_tokens=True to "
-            "change these too."
+            f"{given}: {what} id {here.prompts.tokens[row, at]} at position {at} of prompt {row}. "
+            "Transcoders were not trained on <bos>, <eos> and padding, so these are left alone: "
+            "name other tokens, or give special_tokens=True."
         )
     if rule == "fits":
         wrong = ~edit.fits(lengths) & _rows(edit, Tokens(), len(lengths), np)
