@@ -18,7 +18,7 @@ ROOMS = {
     "errors": "",
     "helpers": "",
     "sharding": "",
-    "interchange": "helpers",
+    "interchange": "",
     "tap": "",
     "model": "",
     "transcoders": "",
