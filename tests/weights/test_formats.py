@@ -166,7 +166,7 @@ def transposed(arrays, key):
          ["affine_skip_connection has shape (16, 24), not (24, 16)"]),
         ({**circuit_tracer(), "activation_function.threshold": draw(1)},
          ["activation_function.threshold has shape (1,), not (60,)"]),
-        ({**gemma_scope_2(), "w_dec": draw(M, 3, D)}, ["does not read cross-layer transcoders"]),
+        ({**gemma_scope_2(), "w_dec": draw(M, 3, D)}, ["it is of a cross-layer transcoder", "W_dec_N files"]),
         ({**circuit_tracer(), "b_enc": np.ones(M, np.int32)}, ["b_enc has dtype I32"]),
         ({k: v for k, v in circuit_tracer().items() if k != "b_dec"}, ["b_dec is missing"]),
         ({**circuit_tracer(), "W_dec": draw(M, 0), "b_dec": draw(0), "W_skip": draw(0, D)},
