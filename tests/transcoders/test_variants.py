@@ -187,6 +187,64 @@ def test_a_splice_at_a_position_settles_only_that_token(clean):
         np.testing.assert_allclose(found[LAYER, row, :n], should, rtol=1e-4, atol=1e-4)
 
 
+def test_b_dec_taken_off_the_input(clean):
+    """In the model: splices, edits of features, features, gradients; the error of a splice."""
+    x = clean["resid_post"][LAYER]
+    t = Transcoder(D, 50, layer=LAYER, subtract_b_dec=True, input_site="resid_post",
+                   output_site="resid_post", rngs=nnx.Rngs(5))  # fmt: skip
+    t.threshold[...] = jnp.full((50,), 0.2)
+    t.b_dec[...] = jnp.asarray(np.random.default_rng(2).standard_normal(D), jnp.float32)
+    W_enc, W_dec, b_dec = (np.asarray(p[...], np.float64) for p in (t.W_enc, t.W_dec, t.b_dec))
+    z = (x - b_dec) @ W_enc
+    a = np.where(z > 0.2, z, 0)
+    np.testing.assert_allclose(real(t.encode(x)), real(a), rtol=1e-4, atol=1e-4)
+    b = a.copy()
+    b[..., 7] = 2.5
+    for edits, should in [
+        ([Splice(t)], a @ W_dec + b_dec),
+        ([Splice(t), SetFeature(t, 7, 2.5)], b @ W_dec + b_dec),
+        ([SetFeature(t, 7, 2.5)], x + (b - a) @ W_dec),
+        ([Splice(t, error=True)], x),
+    ]:
+        np.testing.assert_allclose(
+            real(at("resid_post", *edits)), real(should), rtol=1e-4, atol=1e-4
+        )
+    [kept] = run(capture=[Features(transcoder=t, capacity=50)], logits=None).activations.values()
+    np.testing.assert_array_equal(real(kept.count), real((a > 0).sum(-1)))
+    slope = jax.grad(lambda x: t(x).sum())(jnp.asarray(x))
+    should = (np.where(z > 0.2, 1, 0) * W_dec.sum(-1)) @ W_enc.T
+    np.testing.assert_allclose(real(slope), real(should), rtol=1e-4, atol=1e-4)
+    tree = jax.tree.structure(t)
+    t.subtract_b_dec = False
+    assert jax.tree.structure(t) != tree  # so that no compiled program serves both
+
+
+def test_an_autoencoder_of_the_embedding():
+    t = Transcoder(D, 50, input_site="embed", output_site="embed", rngs=nnx.Rngs(5))
+    t.threshold[...] = jnp.full((50,), 0.2)
+    kept = run(capture=["embed", Features(transcoder=t, capacity=50)], logits=None).activations
+    x = np.asarray(kept["embed"])
+    a = np.array(t.encode(x))
+    np.testing.assert_array_equal(kept["Features(embed)"].count, (a > 0).sum(-1))
+    b = a.copy()
+    b[..., 7] = 2.5
+    for edits, should in [
+        ([Splice(t)], t(x)),
+        ([Splice(t), SetFeature(t, 7, 2.5)], t.decode(b)),
+        ([Splice(t, error=True)], x),
+        ([SetFeature(t, 7, 2.5)], x + (b - a) @ np.asarray(t.W_dec[...])),
+    ]:
+        result = run(edits=edits, capture="embed")
+        np.testing.assert_allclose(
+            real(result.activations["embed"]), real(should), rtol=1e-4, atol=1e-4
+        )
+    assert np.abs(real(run(edits=[Splice(t)]).logits) - real(run().logits)).max() > 1e-2
+    with pytest.raises(EditError, match="embed"):
+        run(edits=[Splice(t, layer=1)])
+    with pytest.raises(JaxtcError, match="is of 'embed', which the model has once"):
+        jaxtc.explain(tiny.model(), tiny.tokenizer(), "the city", t)
+
+
 @pytest.mark.parametrize("site", SAES)
 def test_an_autoencoder_in_a_run(clean, site):
     """The value itself is computed (nothing is skipped), and what follows sees the splice."""

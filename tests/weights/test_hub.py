@@ -7,19 +7,23 @@ import json
 import shutil
 import threading
 from collections import Counter
+from pathlib import Path
 from urllib.parse import unquote
 
 import huggingface_hub
 import pytest
+import safetensors.numpy
+from flax import nnx
 
 import jaxtc
 from jaxtc.errors import ConfigError, SiteError, SourceError, WeightsError
+from jaxtc.transcoders.activations import TopK
 from jaxtc.weights.checkpoints.sidecar import read_sidecar
 from jaxtc.weights.conversion.convert import convert
 from jaxtc.weights.files.layout import GEMMA_SCOPE_2B
 from jaxtc.weights.sources import hub
 from tests.support import tiny
-from tests.support.weights_files import random_model, same, write_tier
+from tests.support.weights_files import params, random_model, same, write_tier
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -296,6 +300,84 @@ def test_autoencoders_from_the_hub(server, kind, site):
         embedding = jaxtc.load_transcoder(f"{repo}/embedding/width_4k/average_l0_6")
         assert (embedding.input_site, embedding.layer) == ("embed", None)
     assert jaxtc.load_transcoder(repo, 9, width="131k", l0="canonical").layer == 9
+
+
+def test_what_is_cached_needs_no_hub(server, scope):
+    places = [(scope, 20, {}), (f"{scope}/layer_20/width_16k/average_l0_31", None, {})]
+    repo = server.root / "google/gemma-scope-2-1b-pt"
+    name = "resid_post/layer_3_width_16k_l0_big"
+    arrays = params()
+    made = {"w_enc": arrays["W_enc"], "w_dec": arrays["W_dec"], "threshold": arrays["threshold"]}
+    made |= {"b_enc": arrays["b_enc"], "b_dec": arrays["b_dec"]}
+    (repo / name).mkdir(parents=True)
+    safetensors.numpy.save_file(made, repo / name / "params.safetensors")
+    places.append((f"google/gemma-scope-2-1b-pt/{name}", None, {}))
+    first = [jaxtc.load_transcoder(source, layer, **more) for source, layer, more in places]
+    server.close()
+    again = [jaxtc.load_transcoder(source, layer, **more) for source, layer, more in places]
+    assert all(map(same, first, again)) and again[2].input_site == "resid_post"
+
+
+def test_folders_of_saelens_from_the_hub(server):
+    made = Path(__file__).parent / "saelens"
+    for repo, name in [
+        ("me/one", ""),
+        ("me/several", "blocks.1.hook_resid_post"),
+        ("me/odd", "a/b"),
+    ]:
+        shutil.copytree(made / "topk_rescaled", server.root / repo / name)
+    local = jaxtc.load_transcoder(made / "topk_rescaled")
+    for load in (
+        lambda: jaxtc.load_transcoder("me/one"),
+        lambda: jaxtc.load_transcoders("me/one")[1],
+        lambda: jaxtc.load_transcoder("me/several", 1),
+        lambda: jaxtc.load_transcoders("me/several")[1],
+        lambda: jaxtc.load_transcoder("me/odd/a/b"),
+        lambda: jaxtc.load_transcoder("me/odd", path="a/b"),
+    ):
+        loaded = load()
+        loaded.source = local.source
+        assert same(loaded, local)
+    with pytest.raises(SourceError, match="me/odd holds no transcoders"):
+        jaxtc.load_transcoder("me/odd")
+
+
+def test_sets_of_circuit_tracer_from_the_hub(server, scope):
+    head = "model_kind: transcoder_set\nfeature_output_hook: hook_mlp_out\nfeature_input_hook: "
+    listed = server.root / "me/listed"
+    listed.mkdir(parents=True)
+    places = [
+        f"{scope}/layer_{n}/width_16k/average_l0_{m}/params.npz" for n, m in ((20, 31), (3, 54))
+    ]
+    lines = "".join(f"- hf://{place}?revision={COMMIT}\n" for place in places)
+    (listed / "config.yaml").write_text(f"{head}ln2.hook_normalized\ntranscoders:\n{lines}")
+    with pytest.raises(
+        SourceError, match="in the place of layer 0, and by its name it is of layer 20"
+    ):
+        jaxtc.load_transcoder("me/listed", 0)
+    (listed / "config.yaml").write_text(
+        f"{head}ln2.hook_normalized\ntranscoders:\n{lines}".replace("layer_20", "layer_0")
+    )
+    (server.root / scope / "layer_20").rename(server.root / scope / "layer_0")
+    (server.root / scope / "layer_3").rename(server.root / scope / "layer_1")
+    (listed / "config.yaml").write_text(
+        (listed / "config.yaml").read_text().replace("layer_3", "layer_1")
+    )
+    shutil.rmtree(huggingface_hub.constants.HF_HUB_CACHE)
+    loaded = jaxtc.load_transcoders("me/listed")
+    assert {n: (t.layer, t.input_site) for n, t in loaded.items()} == {
+        0: (0, "mlp_in_normed"), 1: (1, "mlp_in_normed")
+    }  # fmt: skip
+    assert loaded[1].source == f"{scope}/layer_1/width_16k/average_l0_54"
+    # And files that lie beside their config.
+    own = server.root / "me/own/some"
+    made = jaxtc.Transcoder(8, 24, layer=0, activation=TopK(3), rngs=nnx.Rngs(0))
+    jaxtc.save_transcoder(made, own, format="circuit-tracer")
+    (own / "config.yaml").write_text(f"{head}ln2.hook_normalized\nactivation: topk\nk: 3\n")
+    for source in ("me/own", "me/own/some"):
+        found = jaxtc.load_transcoder(source, 0)
+        found.source = made.source
+        assert same(found, made)
 
 
 def test_transcoders_that_the_hub_does_not_have(server, scope):

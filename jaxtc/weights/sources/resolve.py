@@ -5,6 +5,7 @@ or file; a checkpoint that ``jaxtc convert`` made, there or in a bucket (``gs://
 ``"embedded"``.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -88,10 +89,15 @@ class Source:
         return self.path
 
     @functools.cached_property
+    def _names(self) -> list[str]:
+        """The paths of all files of a repository, asked for once."""
+        return hub.list_files(self.repo, self.revision)
+
+    @functools.cached_property
     def _listed(self) -> list[layout.Tier]:
         """All transcoders of a folder or a repository, listed once."""
         if self.format == HUB:
-            return layout.tiers_of(hub.list_files(self.repo, self.revision))
+            return layout.tiers_of(self._names)
         return layout.tiers_in(self.path)
 
     @functools.cached_property
@@ -102,11 +108,10 @@ class Source:
         """
         if self.format == FOLDER:
             return read_config(self.path / self.inside)
-        if self.format != HUB or self.repo == layout.GEMMA_SCOPE_2B:
+        place = _join(self.inside, circuit_tracer.CONFIG)
+        if self.format != HUB or self.repo == layout.GEMMA_SCOPE_2B or place not in self._names:
             return None
-        place = "/".join(filter(None, (self.inside, circuit_tracer.CONFIG)))
-        found = hub.download_if_there(self.repo, place, self.revision)
-        return found and read_config(found.parent)
+        return read_config(hub.download(self.repo, place, self.revision).parent)
 
     def _tiers(self, **query: int | str) -> list[layout.Tier]:
         """Those that may be meant; the defaults of Gemma Scope are known without the hub.
@@ -132,9 +137,9 @@ class Source:
             raise SourceError(f"layers is {asked!r}, expected 'all' or several, such as [20].")
         if self.format == CONVERTED:
             return sorted(Converted(self.path, TRANSCODERS).sidecar.transcoders)
-        if self.format != FILE and self._lists():
+        single = self.path if self.format == FILE else (self._direct() or [None])[0]
+        if not single and self._lists():
             return list(range(len(self.set_config.transcoders)))
-        single = self.path if self.format == FILE else self._at_once()
         if single:
             said = describe(single)
             named = layout.layer_of(single.absolute().as_posix()) if said is None else said.layer
@@ -163,15 +168,14 @@ class Source:
                     "layer only, not path, width or l0."
                 )
             return dataclasses.replace(self, layer=layer)
-        told = None
-        if self.format == FILE:
-            file, name = self.path, self.name
-            named = layout.layer_of(file.absolute().as_posix())
-        elif self._lists():
+        told, direct = None, None if self.format == FILE else self._direct()
+        if self.format != FILE and not direct and self._lists():
             file, name, named = self._listed_one(query)
             told = of_set(self.set_config, file)
         else:
-            file, name = self._find(query)
+            file, name = direct or ((self.path, self.name) if self.path else (None, ""))
+            if self.format != FILE and not direct:
+                file, name = self._find(query)
             named = layout.layer_of(file.absolute().as_posix())
         if None not in (named, layer) and named != layer:
             raise SourceError(f"layer={layer} was asked for, but {name} is of layer {named}.")
@@ -199,12 +203,22 @@ class Source:
         config = self.set_config
         return config is not None and config.transcoders is not None
 
-    def _at_once(self) -> Path | None:
-        """The file of a folder that is one transcoder's own."""
-        if self.format != FOLDER:
-            return None
-        places = layout.files_of(self.inside)
-        return next((self.path / one for one in places if local.has(self.path, one)), None)
+    def _direct(self) -> tuple[Path, str] | None:
+        """File and name of the transcoder that the source, with ``inside``, is the folder of."""
+        for place in layout.files_of(self.inside):
+            if self.path:
+                file = self.path / place if local.has(self.path, place) else None
+            elif self.inside:
+                # No repository has a transcoder that follows no layout, but for SAELens' and
+                # sparsify's, and the autoencoders of the embedding.
+                there = layout.tiers_of([place]) or layout.may_lie_anywhere(place)
+                file = there and hub.download_if_there(self.repo, place, self.revision)
+            else:
+                there = self.repo != layout.GEMMA_SCOPE_2B and place in self._names
+                file = hub.download(self.repo, place, self.revision) if there else None
+            if file:
+                return self._beside(file, place)
+        return None
 
     def _listed_one(self, query: Mapping[str, int | str]) -> tuple[Path, str, int]:
         """File, name and layer of a transcoder that the ``config.yaml`` lists."""
@@ -222,47 +236,43 @@ class Source:
         layer = layer or 0
         layout.check_layer(layer, range(len(listed)), self.name)
         entry = listed[layer]
+        named = layout.layer_of(entry.path)
+        if named not in (None, layer):
+            raise SourceError(
+                f"{self.set_config.settings.where} lists {entry.path} in the place of layer "
+                f"{layer}, and by its name it is of layer {named}."
+            )
         repo, inside = entry.repo or self.repo, entry.path
         if entry.repo is None:
-            inside = "/".join(filter(None, (self.inside, inside)))
+            inside = _join(self.inside, inside)
             if self.path:
-                return self.path / inside, f"{self.name.rstrip('/')}/{inside}", layer
+                return self.path / inside, _join(self.name.rstrip("/"), inside), layer
         revision = entry.revision if entry.repo else self.revision
         file = hub.download(repo, inside, revision)
         return file, f"{repo}/{layout.place_of(inside)}", layer
 
     def _find(self, query: Mapping[str, int | str]) -> tuple[Path, str]:
         """The local file of the one transcoder that matches, and the name it goes by."""
-        root = self.repo or self.name
-        for place in layout.files_of(self.inside):
-            if file := self._get_if_there(place):
-                break
-        else:
-            folders = (self.repo or self.path.absolute().as_posix()).split("/")
-            usual = layout.sae_site(folders) is None
-            place = layout.choose(self._tiers(**query), query, root, usual).path
-            file = self.path / place if self.path else hub.download(self.repo, place, self.revision)
-        if self.repo:
-            self._fetch_config(file, place)
-        return file, "/".join(filter(None, (root.rstrip("/"), layout.place_of(place))))
+        folders = (self.repo or self.path.absolute().as_posix()).split("/")
+        usual = layout.sae_site(folders) is None
+        place = layout.choose(self._tiers(**query), query, self.repo or self.name, usual).path
+        file = self.path / place if self.path else hub.download(self.repo, place, self.revision)
+        return self._beside(file, place)
 
-    def _get_if_there(self, place: str) -> Path | None:
-        """The local copy of a file below the source."""
-        if self.path:
-            return self.path / place if local.has(self.path, place) else None
-        # No repository has a transcoder that follows no layout, but for those of SAELens, and the
-        # autoencoders of the embedding.
-        there = layout.tiers_of([place]) or layout.may_lie_anywhere(place)
-        return hub.download_if_there(self.repo, place, self.revision) if there else None
-
-    def _fetch_config(self, file: Path, place: str) -> None:
-        """Have the file that describes one of the hub in the cache beside it, if there is one."""
-        name = layout.config_of(place)
-        if name:
-            # All files are of one commit, whatever is pushed meanwhile.
+    def _beside(self, file: Path, place: str) -> tuple[Path, str]:
+        """A file and its name, with what describes it in the hub's cache beside it, if anything."""
+        config = layout.config_of(place) if self.repo else ""
+        if config:
+            # All files are of one commit, whatever is pushed meanwhile. Weights that are in the
+            # cache are used without the hub; what no config says is then asked for.
             commit = file.parents[place.count("/")].name
-            folder = place.rpartition("/")[0]
-            hub.download_if_there(self.repo, "/".join(filter(None, (folder, name))), commit)
+            with contextlib.suppress(SourceError):
+                hub.download_if_there(self.repo, _join(place.rpartition("/")[0], config), commit)
+        return file, _join((self.repo or self.name).rstrip("/"), layout.place_of(place))
+
+
+def _join(*parts: str) -> str:
+    return "/".join(filter(None, parts))
 
 
 def resolve(
@@ -375,5 +385,5 @@ def _on_hub(
             f"{name!r} is neither a local folder nor a hub id: a model's id has two parts, such "
             f"as {repo!r}."
         )
-    inside = "/".join(filter(None, (inside, path.strip("/"))))
+    inside = _join(inside, path.strip("/"))
     return Source(name, kind, HUB, inside=inside, repo=repo, revision=revision)
