@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import math
 import numbers
+import operator
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,16 @@ try:
     JAXTC_VERSION = importlib.metadata.version("jaxtc")
 except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
     JAXTC_VERSION = "0+unknown"
+
+
+def plain_number(value: Any) -> Any:
+    """An array of one whole number and no axes (also torch's) as an int; others as is."""
+    if getattr(value, "ndim", None) != 0 or isinstance(value, numbers.Number):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:  # floats, traced numbers
+        return value
 
 
 def is_whole(value: Any, least: int = 0) -> bool:

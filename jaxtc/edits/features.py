@@ -4,6 +4,7 @@ Axis letters: B batch, T tokens, D hidden, M features, K features edited.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +14,8 @@ import numpy as np
 
 from jaxtc.edits import cross_layer
 from jaxtc.edits.base import TARGETS, Edit, Index, own_shape, register_edit
-from jaxtc.errors import EditError
-from jaxtc.helpers import is_whole
+from jaxtc.errors import EditError, some
+from jaxtc.helpers import is_whole, plain_number
 from jaxtc.tap.context import Context, own
 from jaxtc.tap.positions import is_traced
 from jaxtc.tap.sites import BY_NAME, parse
@@ -49,7 +50,14 @@ class TranscoderEdit(Edit):
                 "or False."
             )
         if isinstance(self.transcoder, Mapping):
-            object.__setattr__(self, "transcoder", dict(self.transcoder))
+            by_layer = {plain_number(layer): one for layer, one in self.transcoder.items()}
+            wrong = [layer for layer in by_layer if not is_whole(layer, -math.inf)]
+            if wrong:
+                raise EditError(
+                    f"{type(self).__name__} was given a mapping with the key {wrong[0]!r}; keys "
+                    "are layers, whole numbers from 0: {20: transcoder}."
+                )
+            object.__setattr__(self, "transcoder", {int(k): one for k, one in by_layer.items()})
         given = self._transcoders(required=not self.site)
         if given:
             first = next(iter(given.values()))
@@ -79,7 +87,10 @@ class TranscoderEdit(Edit):
             return held
         if required:
             cross_layer.check_apart(held.values())
-            what = "an empty mapping" if given == {} else type(given).__name__
+            what = type(given).__name__
+            if isinstance(given, dict):
+                kinds = {type(one).__name__ for one in given.values()} - {"Transcoder"}
+                what = f"a mapping to {some(sorted(kinds))}" if given else "an empty mapping"
             raise EditError(
                 f"{type(self).__name__} was given {what}, expected a jaxtc.Transcoder (or, for "
                 "Splice, a mapping of layers to them)."

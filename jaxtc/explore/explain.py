@@ -20,7 +20,7 @@ from jaxtc.explore.explanation import (
     TokenReport,
     feature_url,
 )
-from jaxtc.helpers import check_unicode, explicit_transfers, whole_number
+from jaxtc.helpers import check_unicode, explicit_transfers, is_whole, whole_number
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import bucket, prepare
 from jaxtc.programs.generate import generate
@@ -180,6 +180,11 @@ def _by_layer(given: Any, layers: int) -> Mapping[int, Encoder]:
     if not given:
         raise JaxtcError("No transcoder was given; explain needs at least one.")
     for layer in given:
+        if not is_whole(layer):
+            raise JaxtcError(
+                f"A transcoder is under the key {layer!r}; keys are layers, whole numbers from 0: "
+                "{20: transcoder}."
+            )
         if check_layer(layer, layers, "A transcoder") != layer:
             raise SiteError(f"A transcoder is for layer {layer}; count layers from 0 here.")
     return given

@@ -6,12 +6,15 @@ same modules with the same attributes, and reads the arrays where they are now.
 """
 
 import functools
+import re
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
@@ -40,10 +43,7 @@ def parameters(model: Gemma2) -> list[jax.Array]:
         return leaves
     leaves, structure = jax.tree.flatten(model)
     if structure != _structure(model.config):
-        raise SiteError(
-            "The modules of this model were changed after it was built; compiled programs would "
-            "ignore that. Use edits (jaxtc.edits) to change what a model computes."
-        )
+        raise SiteError(_what_changed(model))
     read = _reader(model)
     found = read(model)
     if found is not None and len(found) == len(leaves) and all(map(is_, found, leaves)):
@@ -78,13 +78,78 @@ def placed(
 
 
 def rebuild(config: Gemma2Config, leaves: Sequence[jax.Array]) -> Gemma2:
-    """The model around the arrays of :func:`parameters`, inside a trace."""
-    return jax.tree.unflatten(_structure(config), leaves)
+    """The model around the arrays of :func:`parameters`, inside a trace.
+
+    Raises:
+        SiteError: an array of another shape than the model was built with, or not of floats.
+    """
+    # Another shape or dtype is traced anew, so it is enough to look here.
+    shapes, structure = _built(config)
+    for index, (leaf, shape) in enumerate(zip(leaves, shapes, strict=True)):
+        if leaf.shape != shape or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            paths, _ = jax.tree_util.tree_flatten_with_path(Gemma2.abstract(config))
+            raise SiteError(
+                f"The model's {_spelled(paths[index][0])} is {leaf.dtype}{list(leaf.shape)}, "
+                f"expected floats of shape {list(shape)}. Write new numbers into a parameter, "
+                "weight[...] = new, which refuses other shapes."
+            )
+    return jax.tree.unflatten(structure, leaves)
 
 
 @functools.lru_cache(maxsize=64)
+def _built(config: Gemma2Config) -> tuple[list[tuple[int, ...]], jax.tree_util.PyTreeDef]:
+    """The shapes of a model's arrays, and its structure."""
+    leaves, structure = jax.tree.flatten(Gemma2.abstract(config))
+    return [leaf.shape for leaf in leaves], structure
+
+
 def _structure(config: Gemma2Config) -> jax.tree_util.PyTreeDef:
-    return jax.tree.structure(Gemma2.abstract(config))
+    return _built(config)[1]
+
+
+def _spelled(path: Sequence) -> str:
+    """A path of jax as Python writes it: ``layers[0].attn.q``."""
+    names = [str(getattr(key, "name", getattr(key, "idx", ""))) for key in path]
+    names = [name for name in names if name not in ("value", "_raw_value", "")]
+    return re.sub(r"\.(\d+)", r"[\1]", ".".join(names))
+
+
+def _what_changed(model: Gemma2) -> str:
+    """The first thing in which a model is not as it was built, and what to do in its place."""
+    for path, found, built in _changes(model, Gemma2.abstract(model.config), ()):
+        name = "model." + re.sub(r"\.(\d+)", r"[\1]", ".".join(path))
+        if isinstance(built, nnx.Variable):
+            what = "gone" if found is None else f"of the type {type(found).__name__}"
+            what = "an array" if hasattr(found, "shape") else what
+            what = "another nnx.Param" if isinstance(found, nnx.Variable) else what
+            return (
+                f"This model was changed after it was built: {name} was a parameter and is {what} "
+                f"now. Write into the parameter, which stays where it is: {name}[...] = new."
+            )
+        break
+    else:
+        name = "Something in the model"
+    return (
+        f"{name} was changed after it was built, and compiled programs would ignore that. Use "
+        "edits (jaxtc.edits) to change what a model computes; write new weights into parameters: "
+        "weight[...] = new."
+    )
+
+
+def _changes(found: Any, built: Any, path: tuple[str, ...]) -> Iterator[tuple]:
+    """(path, what is there, what was built) of each attribute that is not as it was built."""
+    if isinstance(built, nnx.Module) and type(found) is type(built):
+        names = dict.fromkeys((*vars(built), *vars(found)))
+        for name in names:
+            if not name.startswith("_"):
+                pair = (vars(one).get(name) for one in (found, built))
+                yield from _changes(*pair, (*path, name))
+    elif isinstance(built, nnx.Variable):
+        alike = type(found) is type(built) and _metadata(found) == _metadata(built)
+        if not alike:
+            yield path, found, built
+    elif type(found) is not type(built) or found is not built and found != built:
+        yield path, found, built
 
 
 def _reader(model: Gemma2) -> Callable[[Gemma2], list[jax.Array] | None]:

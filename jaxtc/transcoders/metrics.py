@@ -93,7 +93,18 @@ class FVU:
         return self.merge(FVU(len(y), mean, deviation, residual))
 
     def merge(self, other: "FVU") -> "FVU":
-        """Add what another accumulator saw (another process, say); returns itself."""
+        """Add what another accumulator saw (another process, say); returns itself.
+
+        Raises:
+            InputError: not such an accumulator, or one of another D.
+        """
+        if not isinstance(other, FVU):
+            raise InputError(f"merge takes another FVU, got {type(other).__name__}.")
+        if self.tokens and other.tokens and np.shape(self.mean) != np.shape(other.mean):
+            raise InputError(
+                f"An FVU of tokens of D={len(other.mean)} cannot be merged into one of "
+                f"D={len(self.mean)}."
+            )
         total = self.tokens + other.tokens
         share = other.tokens / max(total, 1)
         step = other.mean - self.mean

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtc.errors import JaxtcError
-from jaxtc.helpers import explicit_transfers, is_whole, ranked
+from jaxtc.helpers import explicit_transfers, is_whole, plain_number, ranked
 from jaxtc.interchange import owned, plain
 from jaxtc.model.parameters import declare, he_uniform, zeros
 from jaxtc.sharding.placement import Placement, mix_rows
@@ -92,8 +92,20 @@ class Transcoder(Encoder):
         self._declare_activation(activation, features, param)
         self.W_skip = param((d_out, d_in), ("embed", "embed"), zeros) if skip else None
         self.subtract_b_dec = bool(subtract_b_dec)
-        self.layer, self.source = layer, source
+        layer = plain_number(layer)
+        if layer is not None and not is_whole(layer):
+            raise JaxtcError(f"layer is {layer!r}, expected a whole number from 0, or None.")
+        self.layer, self.source = None if layer is None else int(layer), source
         self.input_site, self.output_site = parse(input_site)[0], parse(output_site)[0]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        parameter = isinstance(vars(self).get(name), nnx.Variable)
+        if parameter and value is not None and not isinstance(value, nnx.Variable):
+            raise JaxtcError(
+                f"{name} is a parameter: write into it, transcoder.{name}[...] = new, in place of "
+                f"replacing it by {type(value).__name__}."
+            )
+        super().__setattr__(name, value)
 
     @property
     def d_out(self) -> int:

@@ -312,3 +312,24 @@ def test_features_in_bfloat16_are_rounded_once():
     assert found.dtype == jnp.bfloat16
     same = np.asarray(found, np.float32) == np.asarray(should, np.float32)
     assert same.mean() > 0.99
+
+
+NOT_TRANSCODERS = {
+    "an array": (lambda t: Splice(np.ones((3, 4))), "ndarray"),
+    "an array, placed": (lambda t: Splice(jnp.ones(3), site="mlp_out", layer=1), "ArrayImpl"),
+    "of features": (lambda t: SetFeature(np.ones(3), 3, 1.0, site="mlp_out", layer=0), "ndarray"),
+    "a list": (lambda t: Splice([t]), "list"),
+    "nothing": (lambda t: Splice(None), "NoneType"),
+    "an empty mapping": (lambda t: Splice({}), "an empty mapping"),
+    "a mapping to nothing": (lambda t: Splice({1: t, 2: None}), "a mapping to NoneType"),
+    "no layer": (lambda t: Splice({None: t}), "the key None"),
+    "a name": (lambda t: Splice({1: t, "a": t}), "the key 'a'"),
+    "from the end": (lambda t: Splice({-1: t}), "layer -1; this model has"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_TRANSCODERS)
+def test_what_is_no_transcoder_is_named(name):
+    make, words = NOT_TRANSCODERS[name]
+    with pytest.raises(EditError, match=words):
+        jaxtc.run(tiny.model(), [2, 5, 7], edits=[make(tiny.transcoder(1))])

@@ -9,14 +9,19 @@ from flax import nnx
 
 import jaxtc
 from jaxtc import Over, reducers
+from jaxtc.embedded.train_model import ModelRecipe, train_model
+from jaxtc.training.harvest import Harvest
+from jaxtc.training.transcoders import TranscoderRecipe, train_transcoders
 from jaxtc.transcoders.activations import BatchTopK, TopK
 from tests.edits.test_compiled import in_order, whole
+from tests.embedded.test_embedded import tiny_batches, tiny_config
 from tests.support import tiny
 from tests.support.batch import PROMPTS, D
 
 SITES = [site.name for site in jaxtc.SITES]
 OF = jaxtc.scores.LogitDifference(7, 8)
 PAIR = [2, 5, 9, 7, 11, 4], [2, 5, 10, 7, 11, 4]
+PAIRS = [PAIR[0], [2, 9, 4]], [PAIR[1], [2, 10, 4]]
 
 
 GUARDS = {
@@ -74,12 +79,12 @@ def swept():
 
 def patched():
     return vars(
-        jaxtc.activation_patching(tiny.model(), *PAIR, of=OF, site="attn_heads", heads=True)
+        jaxtc.activation_patching(tiny.model(), *PAIRS, of=OF, site="attn_heads", heads=True)
     )
 
 
 def attributed():
-    found = jaxtc.attribution_patching(tiny.model(), *PAIR, of=OF, sites=["resid_pre", "mlp_out"])
+    found = jaxtc.attribution_patching(tiny.model(), *PAIRS, of=OF, sites=["resid_pre", "mlp_out"])
     return {name: one.recovered for name, one in found.items()}
 
 
@@ -229,3 +234,23 @@ def test_files(guard, tmp_path):
     with GUARDS[guard]():
         found = stored(tmp_path / "b")
     same(arrays(found), expected)
+
+
+def trained():
+    """A few steps of training, of the model and of transcoders, as `jaxtc embedded train` does."""
+    model = train_model(tiny_config(), tiny_batches(), ModelRecipe(steps=3), log=quiet)
+    recipe = TranscoderRecipe(features=16, target_l0=4, steps=3, batch=32, revive_every=2)
+    harvest = Harvest(model, tiny_batches(stream=1), (0, 1), tokens=128)
+    return jax.tree.leaves((model, train_transcoders(harvest, recipe, log=quiet)))
+
+
+def quiet(line):
+    pass
+
+
+@pytest.mark.parametrize("guard", [name for name in GUARDS if name != "transfers"])
+def test_training(guard):
+    """Its programs are jax's own, started once; what they move is not guarded."""
+    with GUARDS[guard]():
+        found = trained()
+    assert all(x.dtype == np.float32 and np.isfinite(x).all() for x in found)

@@ -198,3 +198,14 @@ def test_special_tokens_are_found_by_id_wherever_they_stand():
 def test_shapes_that_do_not_fit_are_named(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+@pytest.mark.parametrize("width", [1, 3, 5])
+def test_accumulators_of_two_widths_do_not_merge(width):
+    ours = FVU().update(np.ones((3, 4)), np.zeros((3, 4)))
+    other = FVU().update(np.ones((2, width)), np.zeros((2, width)))
+    with pytest.raises(InputError, match=f"D={width} cannot be merged into one of D=4"):
+        ours.merge(other)
+    with pytest.raises(InputError, match="got float"):
+        ours.merge(3.0)
+    assert ours.tokens == 3 and ours.merge(FVU()).tokens == 3 and FVU().merge(ours).tokens == 3

@@ -3,6 +3,7 @@
 import io
 import pickle
 import zipfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -508,3 +509,13 @@ def test_default_tiers_are_the_published_ones():
     assert layout.DEFAULTS[20].path == "layer_20/width_16k/average_l0_11/params.npz"
     assert [layout.DEFAULTS[layer].l0 for layer in (0, 10, 11, 25)] == ["76", "88", "5", "41"]
     assert layout.tiers_of(tier.path for tier in layout.DEFAULTS) == layout.DEFAULTS
+
+
+def test_a_path_may_be_a_path():
+    place = "layer_1/width_1k/average_l0_16"
+    one, two = (jaxtc.load_transcoder("embedded", path=kind(place)) for kind in (str, Path))
+    assert same(one, two) and two.layer == 1
+    with pytest.raises(SourceError, match="path is 3, expected a path below embedded"):
+        jaxtc.load_transcoder("embedded", path=3)
+    with pytest.raises(SourceError, match="leaves"):
+        jaxtc.load_transcoder("embedded", path=Path("../elsewhere"))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxtc.errors import SourceError, did_you_mean, some
-from jaxtc.helpers import is_whole
+from jaxtc.helpers import is_whole, plain_number
 
 PARAMS = "params.npz"
 
@@ -199,6 +199,7 @@ def for_each(l0: Any, layers: Sequence[int]) -> dict[int, int | str | None]:
 
 def asked(layer: int | None, width: str | None, l0: int | str | None) -> dict[str, int | str]:
     """What of a :class:`Tier` is asked for. Raises SourceError for a layer that is no index."""
+    layer, l0 = plain_number(layer), plain_number(l0)
     if layer is not None and not is_whole(layer):
         hint = isinstance(layer, str) * f" A place below the source is given as path={layer!r}."
         raise SourceError(f"layer is {layer!r}, expected a whole number from 0.{hint}")

@@ -297,6 +297,10 @@ def resolve(
     Raises:
         SourceError: nothing there, no access to it, or not of this kind.
     """
+    if path is not None:
+        if not isinstance(path, str | os.PathLike):
+            raise SourceError(f"path is {path!r}, expected a path below {source}, as a string.")
+        path = "" if str(path) in ("", ".") else PurePosixPath(path).as_posix()
     if path is not None and (os.path.isabs(path) or ".." in PurePosixPath(path).parts):
         raise SourceError(f"path={path!r} leaves {source}; give a path below it.")
     if source == EMBEDDED:
