@@ -47,6 +47,7 @@ from jaxtc.sharding.mesh import shard as shard
 from jaxtc.tap.context import PerLayer as PerLayer
 from jaxtc.tap.positions import Token as Token
 from jaxtc.tap.sites import SITES as SITES
+from jaxtc.transcoders.cross_layer import CrossLayerTranscoder as CrossLayerTranscoder
 from jaxtc.transcoders.transcoder import Transcoder as Transcoder
 from jaxtc.weights.checkpoints.save import save_checkpoint as save_checkpoint
 from jaxtc.weights.conversion.convert import convert as convert

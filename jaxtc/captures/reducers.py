@@ -24,7 +24,9 @@ from jaxtc.tap.context import Context
 from jaxtc.tap.positions import Mask, Places, is_traced
 from jaxtc.tap.sites import BY_NAME, Address
 from jaxtc.tap.tap import along
-from jaxtc.transcoders.transcoder import SparseFeatures, Transcoder, nameless
+from jaxtc.transcoders.cross_layer import CrossLayerTranscoder
+from jaxtc.transcoders.encoder import Encoder, SparseFeatures
+from jaxtc.transcoders.transcoder import nameless
 
 __all__ = [
     "At", "Features", "Mean", "Norm", "Project", "Reducer", "Top", "TopK", "register_reducer",
@@ -247,10 +249,11 @@ class Features(Reducer):
 
     Attributes:
         address: by default where the transcoder was trained to read.
-        transcoder: a :class:`jaxtc.Transcoder`; its arrays are data.
+        transcoder: a :class:`jaxtc.Transcoder`, or one of the layers of a
+            :class:`jaxtc.CrossLayerTranscoder`; its arrays are data.
         capacity: C, room for active features of one token (static). <bos> often has the most.
 
-    Keeps a :class:`jaxtc.transcoders.transcoder.SparseFeatures`: values and ids (B, T, C), count
+    Keeps a :class:`jaxtc.transcoders.encoder.SparseFeatures`: values and ids (B, T, C), count
     (B, T). A token with more than C active features has NaN values, and ``count`` says how many.
     Padding has none: values and count are 0, as of a token without an active feature.
 
@@ -260,14 +263,14 @@ class Features(Reducer):
     """
 
     address: str = ""
-    transcoder: Transcoder = dataclasses.field(kw_only=True)
+    transcoder: Encoder = dataclasses.field(kw_only=True)
     capacity: int = dataclasses.field(kw_only=True)
 
     per_token = True
 
     def __post_init__(self):
         given = self.transcoder
-        if not self.address and isinstance(given, Transcoder):
+        if not self.address and isinstance(given, Encoder):
             once = not BY_NAME[given.input_site].per_layer
             if given.layer is None and not once:
                 raise InputError(
@@ -280,7 +283,12 @@ class Features(Reducer):
 
     def checked(self, config, prompts):
         given, size = self.transcoder, self.site.width(config.sizes)
-        if not isinstance(given, Transcoder):
+        if isinstance(given, CrossLayerTranscoder):
+            raise InputError(
+                f"{self}: a cross-layer transcoder has features at each layer; give those of one, "
+                "transcoder.layers[20], and one of these for each layer."
+            )
+        if not isinstance(given, Encoder):
             raise InputError(f"{self}: transcoder is a {type(given).__name__}, not a Transcoder.")
         if given.d_in != size:
             raise InputError(

@@ -1,8 +1,9 @@
 """``jaxtc explain``: what features explain a prompt, as a table from 80 columns on or as JSON."""
 
+import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console, Group
 from rich.table import Table
@@ -13,10 +14,12 @@ from jaxtc.cli.runtime import Progress, note, plain_table, working
 from jaxtc.errors import JaxtcError
 from jaxtc.explore.explain import explain
 from jaxtc.explore.explanation import Explanation, LayerReport, TokenReport, feature_url
+from jaxtc.transcoders.cross_layer import LayerFeatures
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.files.layout import GEMMA_SCOPE_2B
 from jaxtc.weights.load_model import load_model, load_tokenizer
 from jaxtc.weights.load_transcoder import load_transcoder
+from jaxtc.weights.sources.cross_layer import cross_layer
 from jaxtc.weights.sources.resolve import EMBEDDED, TRANSCODERS, resolve
 
 FEATURE, PIECE, FAINT = "cyan", "green", "dim"
@@ -78,6 +81,11 @@ def command(
     told = {"input_site": read.strip(), "output_site": written.strip()} if sites else {}
     with working("Starting JAX") as progress:
         transcoders = find_transcoders(transcoder, model, layer, progress, told)
+        asked = None
+        if isinstance(transcoders, LayerFeatures):
+            # What is written at a layer comes from all layers up to it.
+            asked = transcoders.layer
+            transcoders = _OnDemand(transcoder, range(asked + 1), told)
         progress(f"Loading {model}")
         loaded = load_model(model, dtype=dtype, progress=progress.part)
         progress("Loading the tokenizer")
@@ -88,6 +96,8 @@ def command(
             loaded, tokenizer, prompt, transcoders, input_site=input_site, top_features=shown,
             max_new_tokens=max_new_tokens, progress=progress,
         )  # fmt: skip
+        if asked is not None:
+            found = dataclasses.replace(found, layers=found.layers[asked:])
     if as_json:
         write_json(STDOUT, found.to_dict())
     else:
@@ -100,10 +110,10 @@ def find_transcoders(
     layer: str | int | None,
     progress: Progress,
     sites: Mapping[str, str] | None = None,
-) -> Transcoder | Mapping[int, Transcoder]:
+) -> Transcoder | LayerFeatures | Mapping[int, Transcoder | LayerFeatures]:
     """The transcoder of a layer (by default, the source's usual one), or those of "all".
 
-    Without a ``source``, the model's own.
+    Of a cross-layer one, the features of a layer. Without a ``source``, the model's own.
     """
     source = source or OWN.get(model)
     if source is None:
@@ -112,7 +122,10 @@ def find_transcoders(
             f"params.npz that was trained on this model. (Known by themselves: {', '.join(OWN)}.)"
         )
     if layer == "all":
-        return _OnDemand(source, resolve(source, TRANSCODERS).layers(), sites or {})
+        found = resolve(source, TRANSCODERS)
+        whole = cross_layer(found)
+        layers = range(whole.layers) if whole else found.layers()
+        return _OnDemand(source, layers, sites or {})
     progress(f"Loading the transcoder from {source}")
     layer = USUAL_LAYER.get(source) if layer is None else int(layer)
     return load_transcoder(source, layer, **(sites or {}))
@@ -121,10 +134,10 @@ def find_transcoders(
 class _OnDemand(Mapping):
     """A source's transcoders by layer, loaded when asked for and not kept (300 MB each)."""
 
-    def __init__(self, source: str, layers: list[int], sites: Mapping[str, str]):
+    def __init__(self, source: str, layers: Sequence[int], sites: Mapping[str, str]):
         self.source, self.layers, self.sites = source, layers, sites
 
-    def __getitem__(self, layer: int) -> Transcoder:
+    def __getitem__(self, layer: int) -> Transcoder | LayerFeatures:
         return load_transcoder(self.source, layer, **self.sites)
 
     def __iter__(self) -> Iterator[int]:

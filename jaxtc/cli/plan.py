@@ -60,6 +60,9 @@ def command(
     dtype: option(str, "Of the weights.") = "bfloat16",
     transcoder_dtype: option(str, "Of the transcoders.") = "float32",
     skip: option(bool, "The transcoders have a skip connection.", "--skip") = False,
+    cross_layer: option(
+        bool, "They are one cross-layer transcoder of all layers.", "--cross-layer"
+    ) = False,
     replicate: option(
         list[str] | None,
         "Hold this logical axis whole on every device, such as vocab. Several: give it again.",
@@ -81,7 +84,7 @@ def command(
             model, mesh, rules=RULES | dict.fromkeys(map(_axis, replicate or [])), dtype=dtype,
             batch=batch, length=length, new_tokens=new_tokens,
             capture=[_capture(text) for text in capture or []], transcoders=chosen, width=width,
-            transcoder_dtype=transcoder_dtype, skip=skip,
+            transcoder_dtype=transcoder_dtype, skip=skip, cross_layer=cross_layer,
             logits={None: "unset", "none": None}.get(logits, logits),
         )  # fmt: skip
     except ShardingError as error:

@@ -128,6 +128,10 @@ class Edit:
     special_tokens = True
     # The only layers where this edit can ever apply, when that is static.
     layers: ClassVar[tuple[int, ...] | None] = None
+    # Whether it keeps something of each layer for later ones, see `carry`.
+    carries = False
+    # Whether it applies from the layers that it names on, to the last.
+    onward = False
     # Sizes of axes of its own that targets range over, by letter.
     sizes: ClassVar[dict[str, int]] = {}
 
@@ -160,6 +164,13 @@ class Edit:
                 padded: a mean over tokens leaves padding out with ``context.real`` (B, T).
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what it changes")
+
+    def carry(self, context: Context) -> Any:
+        """What an edit that ``carries`` keeps of this layer, whether it applies here or not.
+
+        :meth:`new` finds it in ``context.carried``, beside that of earlier layers.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what it carries")
 
     def check(self, sizes: dict[str, int]) -> None:
         """Raise EditError for what is wrong with this edit's own fields, before anything runs.

@@ -12,12 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtc.edits import cross_layer
 from jaxtc.edits.base import TARGETS, Edit, Index, own_shape, register_edit
 from jaxtc.errors import EditError, some
 from jaxtc.helpers import is_whole, plain_number
 from jaxtc.tap.context import Context, own
 from jaxtc.tap.positions import is_traced
 from jaxtc.tap.sites import BY_NAME, parse
+from jaxtc.transcoders.cross_layer import CrossLayerTranscoder
+from jaxtc.transcoders.encoder import Encoder
 from jaxtc.transcoders.transcoder import Transcoder
 
 
@@ -26,7 +29,8 @@ class TranscoderEdit(Edit):
     """What edits with a transcoder share: they read its input site and write its output site.
 
     Attributes:
-        transcoder: a :class:`jaxtc.Transcoder`; its arrays are leaves of this edit.
+        transcoder: a :class:`jaxtc.Transcoder`; its arrays are leaves of this edit. Or a
+            cross-layer one, see each edit.
         layer: defaults to the layer the transcoder was trained on.
         site: defaults to the transcoder's output site (static).
         reads: defaults to the transcoder's input site, as a tuple of one (static).
@@ -64,6 +68,8 @@ class TranscoderEdit(Edit):
         super().__post_init__()
         single = given.get(None)
         if single is not None and self.layer is None and BY_NAME[self.site].per_layer:
+            if isinstance(single, CrossLayerTranscoder):
+                return
             if single.layer is None:
                 raise EditError(
                     f"{type(self).__name__} needs a layer: this transcoder was loaded from a path "
@@ -75,9 +81,12 @@ class TranscoderEdit(Edit):
         """By layer; a single one, for any layer, under None; none inside a flattened pytree."""
         given = self.transcoder
         held = given if isinstance(given, dict) else {None: given}
+        if cross_layer.is_cross_layer(given):
+            return held
         if held and all(isinstance(one, Transcoder) for one in held.values()):
             return held
         if required:
+            cross_layer.check_apart(held.values())
             what = type(given).__name__
             if isinstance(given, dict):
                 kinds = {type(one).__name__ for one in given.values()} - {"Transcoder"}
@@ -92,7 +101,13 @@ class TranscoderEdit(Edit):
     def layers(self) -> tuple[int, ...] | None:
         return tuple(self.transcoder) if isinstance(self.transcoder, dict) else None
 
+    @property
+    def carries(self) -> bool:
+        return cross_layer.is_cross_layer(self.transcoder)
+
     def check(self, sizes):
+        if self.carries:
+            cross_layer.check_model(self, sizes["L"])
         for layer, transcoder in self._transcoders().items():
             if layer is not None and not (is_whole(layer) and layer < sizes["L"]):
                 raise EditError(
@@ -132,9 +147,14 @@ class Splice(TranscoderEdit):
     ``layer=`` only those named, as data: a sweep over layers is one compiled program. Feature edits
     that follow in the list act on the spliced transcoder's features.
 
+    A :class:`jaxtc.CrossLayerTranscoder` takes the place of every MLP: at each layer the sum of
+    what the features of that and all earlier layers write, each layer read in this same, spliced
+    pass. With ``layer=`` the MLPs of those layers only.
+
     Attributes:
-        transcoder: one, or a mapping of layers to them (the layers of a mapping are static).
-        layer: defaults to the transcoder's own; to all layers of a mapping.
+        transcoder: one, a mapping of layers to them (the layers of a mapping are static), or a
+            cross-layer one.
+        layer: defaults to the transcoder's own; to all layers of a mapping or a cross-layer one.
         error: add back what the transcoder misses, detached: the value stays the MLP's, but
             gradients flow through the features only (Marks et al. 2024, arXiv 2403.19647, §3).
     """
@@ -142,14 +162,26 @@ class Splice(TranscoderEdit):
     error: bool = dataclasses.field(default=False, kw_only=True)
     costly = True
 
+    def __post_init__(self):
+        super().__post_init__()
+        cross_layer.check_splice(self)
+
     @property
     def replaces(self) -> bool:
         if self.error or self.site in self.reads:
             return False
         return all(getattr(self, name) is None for name in TARGETS.keys() - {"layer"})
 
+    def carry(self, context: Context) -> jax.Array:
+        features = self.transcoder.layers[context.layer]
+        return features.encode(self._read(context), placement=context.placement)
+
     def new(self, x: jax.Array, context: Context) -> jax.Array:
-        made = self._here(context)(self._read(context), placement=context.placement)
+        read = self._read(context)
+        if self.carries:
+            made = cross_layer.reconstruction(self, read, context)
+        else:
+            made = self._here(context)(read, placement=context.placement)
         made = made.reshape(x.shape).astype(x.dtype)
         if self.error:
             # Zero is added, so that the value is the MLP's to the last bit.
@@ -166,12 +198,19 @@ class FeatureEdit(TranscoderEdit):
     Alone it moves the MLP's own output; after ``Splice(transcoder)`` in the list of edits the sum
     is exactly the decoding of the changed features.
 
+    Of a :class:`jaxtc.CrossLayerTranscoder` the features of ``layer`` change (data, as ever), and
+    with them all that they write: at that layer and at every later one, at the same tokens.
+
     Attributes:
         feature: a feature's id or several, (K,).
     """
 
     feature: Any
     targets = TARGETS | {"feature": Index("M", back=False, distinct=True)}
+
+    @property
+    def onward(self) -> bool:
+        return self.carries
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -182,6 +221,8 @@ class FeatureEdit(TranscoderEdit):
 
     def check(self, sizes):
         super().check(sizes)
+        if self.carries:
+            cross_layer.check_features(self)
         for name in self.amounts:
             value = getattr(self, name)
             shape = () if value is None else own_shape(self, value, sizes["L"])
@@ -195,19 +236,33 @@ class FeatureEdit(TranscoderEdit):
         """(B, T, K) activations to new ones; the edit's :attr:`amounts` are spread likewise."""
         raise NotImplementedError
 
-    def new(self, x: jax.Array, context: Context) -> jax.Array:
+    def _change(self, made: Encoder, context: Context) -> jax.Array:
+        """(B, T, K) by how much the features' activations change; NaN for one that is not there."""
+
         def spread(amount):
             amount = jnp.asarray(own(amount, context.layer)).astype(a.dtype)
             return jnp.broadcast_to(amount, a.shape)
 
-        made = self._here(context)
-        ids = jnp.atleast_1d(jnp.asarray(self.feature))
-        # A traced id that does not exist gives NaN.
-        a = made.encode_features(self._read(context), ids, placement=context.placement)
+        a = made.encode_features(self._read(context), self._ids, placement=context.placement)
         given = (getattr(self, name) for name in self.amounts)
         amounts = (None if amount is None else spread(amount) for amount in given)
-        change = self.changed(a, *amounts) - a
-        delta = jnp.matmul(change, made.decoder_rows(ids), precision="highest")
+        return self.changed(a, *amounts) - a
+
+    @property
+    def _ids(self) -> jax.Array:
+        """(K,)."""
+        return jnp.atleast_1d(jnp.asarray(self.feature))
+
+    def carry(self, context: Context) -> jax.Array | None:
+        return cross_layer.change_here(self, self._change, context)
+
+    def new(self, x: jax.Array, context: Context) -> jax.Array:
+        if self.carries:
+            delta = cross_layer.written(self, self._ids, x, context)
+        else:
+            made = self._here(context)
+            rows = made.decoder_rows(self._ids)
+            delta = jnp.matmul(self._change(made, context), rows, precision="highest")
         return (x.astype(jnp.float32) + delta.reshape(x.shape)).astype(x.dtype)
 
 

@@ -276,7 +276,7 @@ def check_conflicts(edits: Sequence[Edit], layers: int, width: int) -> None:
 def _check_features(a: FeatureEdit, b: FeatureEdit, width: int) -> None:
     """Each adds its difference from the transcoder's own activation, so two would add up wrong."""
     targets = [(target, getattr(a, name), getattr(b, name)) for name, target in a.targets.items()]
-    if a.transcoder.W_enc[...] is not b.transcoder.W_enc[...] or is_traced(targets):
+    if not _encoders(a) & _encoders(b) or is_traced(targets):
         return
     for target, mine, others in targets:
         if mine is None or others is None:
@@ -297,6 +297,14 @@ def _check_features(a: FeatureEdit, b: FeatureEdit, width: int) -> None:
     )
 
 
+def _encoders(edit: FeatureEdit) -> set[int]:
+    """Which arrays encode its features; of a cross-layer transcoder, those of each layer."""
+    given = edit.transcoder
+    return {id(one.W_enc[...]) for one in getattr(given, "layers", [given])}
+
+
 def _layers_of(edit: Edit, layers: int) -> set[int]:
     every = range(layers) if edit.layers is None else edit.layers
+    if edit.onward and edit.layer is not None:
+        return set(range(int(np.min(edit.layer)), layers))
     return set(np.atleast_1d(every if edit.layer is None else edit.layer).tolist())

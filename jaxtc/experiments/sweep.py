@@ -134,7 +134,9 @@ def sweep(
     place = None if own is None else own.but(batch=None)
     chunk = _chunk(chunk, prompts, len(places), leaves[0], 1 if place is None else place.rows)
     first, resume = _first_layers(edits, axes, places, layers), None
-    if not asked and logits is not None and first.max() > 0:
+    # What is carried from layer to layer begins at the first.
+    carried = any(edit.carries for edit in edits)
+    if not asked and not carried and logits is not None and first.max() > 0:
         same = [edit for edit in edits if not overs_of(edit)]
         asks = dict(edits=same, capture=["embed", "resid_post"], logits="last")
         kept = run(model, dataclasses.replace(prompts, starts=None), **asks).activations

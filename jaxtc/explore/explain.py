@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxtc.errors import InputError, JaxtcError, SiteError
@@ -26,6 +27,8 @@ from jaxtc.model.text import tokenized
 from jaxtc.programs.generate import generate
 from jaxtc.programs.run import run
 from jaxtc.tap.sites import BY_NAME, Address, check_layer, parse
+from jaxtc.transcoders.cross_layer import CrossLayerTranscoder, LayerFeatures
+from jaxtc.transcoders.encoder import Encoder
 from jaxtc.transcoders.metrics import FVU, Mean, notebook_score, relative_error, special_token_mask
 from jaxtc.transcoders.promoted import pieces_of, promoted_pieces
 from jaxtc.transcoders.transcoder import Transcoder, nameless
@@ -42,7 +45,11 @@ def explain(
     model: Gemma2,
     tokenizer: Any,
     prompt: str,
-    transcoders: Transcoder | Sequence[Transcoder] | Mapping[int, Transcoder],
+    transcoders: Transcoder
+    | Sequence[Transcoder]
+    | Mapping[int, Transcoder]
+    | CrossLayerTranscoder
+    | Mapping[int, LayerFeatures],
     *,
     input_site: str | None = None,
     top_features: int = 5,
@@ -57,7 +64,9 @@ def explain(
         tokenizer: the model's, from :func:`jaxtc.load_tokenizer`.
         prompt: text; the tokenizer puts <bos> in front.
         transcoders: one, several, or a mapping by layer. A mapping is read one layer at a time, so
-            it may load them lazily.
+            it may load them lazily. Or a cross-layer one: a layer's figures are those of the sum
+            that its own and all earlier layers' features write there. Of that, too, a mapping of
+            layers to their features, from 0 on, is read one layer at a time.
         input_site: what to feed instead of each transcoder's own input site; ``"mlp_in"`` is what
             the Gemma Scope tutorial feeds.
         top_features: how many features to report for each token, at most M.
@@ -98,7 +107,7 @@ def explain(
         _check_finite(activations[address], f"What the model has at {address}", model.dtype)
     special = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     pieces, masked = pieces_of(tokenizer, ids), special_token_mask(ids, special)
-    reports = []
+    reports, written = [], _Written()
     for layer in layers:
         progress(f"Explaining layer {layer}")
         transcoder = first if layer == layers[0] else transcoders[layer]
@@ -116,7 +125,7 @@ def explain(
                 f"{transcoder.features} features."
             )
         read = {name: BY_NAME[name].join(activations[Address(name, layer)][0]) for name in sites}
-        figures, got = _measure(transcoder, layer, site, read, ~masked, top_features)
+        figures, got = _measure(transcoder, layer, site, read, ~masked, top_features, written)
         names = promoted_pieces(model, tokenizer, transcoder, got, promoted)
         features = [
             tuple(
@@ -146,10 +155,12 @@ def explain(
     )
 
 
-def _by_layer(given: Any, layers: int) -> Mapping[int, Transcoder]:
+def _by_layer(given: Any, layers: int) -> Mapping[int, Encoder]:
     """Transcoders by layer; those of a mapping are not loaded yet."""
+    if isinstance(given, CrossLayerTranscoder):
+        given = given.layers
     if not isinstance(given, Mapping):
-        several = [given] if isinstance(given, Transcoder) else list(given)
+        several = [given] if isinstance(given, Encoder) else list(given)
         for one in several:
             if isinstance(one, Transcoder) and not BY_NAME[one.input_site].per_layer:
                 raise JaxtcError(
@@ -205,7 +216,7 @@ def _input_site(name: str) -> str:
     return site
 
 
-def _check_fit(transcoder: Transcoder, layer: int, site: str, model: Gemma2) -> None:
+def _check_fit(transcoder: Encoder, layer: int, site: str, model: Gemma2) -> None:
     """Refuse a transcoder whose widths are not those of the sites it reads and writes."""
     ends = {site: transcoder.d_in, transcoder.output_site: transcoder.d_out}
     for name, width in ends.items():
@@ -230,18 +241,45 @@ def continuation(tokenizer: Any, ids: list[int], new: list[int]) -> str:
 
 
 @functools.partial(jax.jit, static_argnames=("top", "chunk"))
-def _encode(transcoder: Transcoder, x: jax.Array, top: int, chunk: int) -> dict[str, jax.Array]:
+def _encode(transcoder: Encoder, x: jax.Array, top: int, chunk: int) -> dict[str, jax.Array]:
     def one(x):
         a = transcoder.encode(x)
         values, ids = jax.lax.top_k(a, top)
         counts = {"l0": (a > 0).sum(), "above_one": (a > 1).sum()}
-        return {"values": values, "ids": ids, "y": transcoder.decode(a, x), **counts}
+        cross = isinstance(transcoder, LayerFeatures)
+        y = jnp.moveaxis(transcoder.write_all(a), 0, -2) if cross else transcoder.decode(a, x)
+        return {"values": values, "ids": ids, "y": y, **counts}
 
     return jax.lax.map(one, x, batch_size=chunk)
 
 
-def _encoded(transcoder: Transcoder, x: jax.Array, top: int) -> dict[str, np.ndarray]:
+class _Written:
+    """What a cross-layer transcoder's features write at each layer, added up layer by layer."""
+
+    def __init__(self):
+        self.layers, self.sums = 0, {}
+
+    def add(self, features: LayerFeatures, layer: int, parts: np.ndarray, x: Any) -> np.ndarray:
+        """(T, D) the reconstruction at this layer, once this one's ``parts`` (T, W, D) are added.
+
+        ``x`` (T, D) is what it reads. Raises JaxtcError when earlier layers were left out.
+        """
+        if not layer == features.layer == self.layers:
+            raise JaxtcError(
+                f"The reconstruction at layer {layer} is made of the features of layers 0 to "
+                f"{layer} of a cross-layer transcoder, and layer {self.layers} was not given. Give "
+                "the whole: jaxtc.load_transcoders(folder)."
+            )
+        self.layers += 1
+        for part, at in zip(np.moveaxis(parts, 1, 0), features.writes, strict=True):
+            self.sums[at] = self.sums.get(at, 0) + part
+        return np.asarray(features.finish(self.sums.pop(layer), x))
+
+
+def _encoded(transcoder: Encoder, x: jax.Array, top: int) -> dict[str, np.ndarray]:
     """Strongest features, counts and reconstruction of (T, D) inputs, as (T, ...) on the host.
+
+    In the place of the reconstruction, what one layer of a cross-layer transcoder writes at each.
 
     Padded, and without layer and source: few compiled programs serve all prompts and all layers.
     """
@@ -252,15 +290,18 @@ def _encoded(transcoder: Transcoder, x: jax.Array, top: int) -> dict[str, np.nda
 
 
 def _measure(
-    transcoder: Transcoder,
+    transcoder: Encoder,
     layer: int,
     site: str,
     read: Mapping[str, Any],
     keep: np.ndarray,
     top: int,
+    written: _Written,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Fields of a :class:`LayerReport`, from activations by site, and those of its tokens."""
-    got = _encoded(transcoder, read[site], top)
+    got, cross = _encoded(transcoder, read[site], top), isinstance(transcoder, LayerFeatures)
+    if cross:
+        got["y"] = written.add(transcoder, layer, got["y"], read[site])
     _check_finite(
         got["y"], f"What the transcoder of layer {layer} computes", transcoder.W_dec.dtype
     )
@@ -269,7 +310,7 @@ def _measure(
     fvu = FVU().update(target, got["y"], keep)
     score = math.nan
     imitates = transcoder.output_site == "mlp_out" and transcoder.input_site != "mlp_out"
-    if imitates and transcoder.d_in == read[NOTEBOOK_SITE].shape[-1]:
+    if imitates and not cross and transcoder.d_in == read[NOTEBOOK_SITE].shape[-1]:
         score = notebook_score(target, _encoded(transcoder, read[NOTEBOOK_SITE], top)["y"])
     figures = {
         "layer": layer,

@@ -13,6 +13,9 @@ from jaxtc.weights.files.layout import GEMMA_SCOPE_2B, PARAMS, tiers_of
 CONVENTIONS = {
     "explained_variance": "1 - FVU, FVU = sum|y - yhat|^2 / sum|y - mean(y)|^2 with the mean "
     "vector over the prompt's unmasked tokens (dataset-mean convention)",
+    "cross_layer": "of a cross-layer transcoder yhat at a layer is the sum that the features of "
+    "that and all earlier layers write there, each reading the model's own run; notebook_score is "
+    "not defined",
     "relative_error": "|y - yhat| / |y| of one token; of a layer, the mean over unmasked tokens",
     "l0": "number of active features; of a layer, the mean over unmasked tokens",
     "notebook_score": "1 - mean((yhat - y)^2) / var(y) over [0, :, 1:], the scalar variance of all "
@@ -20,7 +23,8 @@ CONVENTIONS = {
     "Gemma Scope tutorial computes it",
     "above_one": "number of features whose activation is above 1, as the tutorial counts them",
     "promotes": "tokens with the largest (W_dec[f] * (1 + w)) @ E^T, w the final norm's gain and E "
-    "the embedding: direct logit attribution, its scale left out",
+    "the embedding: direct logit attribution, its scale left out; of a cross-layer transcoder "
+    "W_dec[f] is the sum of the feature's rows for all layers",
     "masked": "BOS, EOS and padding, by id, are left out of the layer's figures",
 }
 
@@ -65,7 +69,7 @@ class LayerReport:
     l0: float  #: mean over unmasked tokens
     relative_error: float  #: mean over unmasked tokens
     #: :func:`jaxtc.metrics.notebook_score` with the transcoder reading ``mlp_in``, whatever
-    #: ``input_site`` is; NaN for one that does not imitate an MLP.
+    #: ``input_site`` is; NaN for one that does not imitate an MLP, and for a cross-layer one.
     notebook_score: float
     tokens: tuple[TokenReport, ...]  #: by position
 

@@ -174,6 +174,7 @@ def _kinds(asked: Request) -> Iterator[list[_Change]]:
         yield [_Change("dtype", "bfloat16", "weights as they were released")]
     # One by one in every released model.
     counts = range(len(layers) - 1, 0, -len(layers) // _MOST_STEPS or -1)
+    counts = () if asked.cross_layer else counts  # none of its layers works alone
     yield [
         _Change("transcoders", layers[:n], f"{n} transcoders at a time", _spelled(layers[:n]))
         for n in counts

@@ -23,6 +23,7 @@ from jaxtc.model.config import Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import bucket, prepare
 from jaxtc.tap.sites import LOGITS, ORDER, Address
+from jaxtc.transcoders.cross_layer import CrossLayerTranscoder
 
 # Below this, the machine is not asked.
 _SMALL = 64 * 2**20
@@ -211,7 +212,12 @@ def _beyond(
     # Edits of single features compute only those.
     held = [part.transcoder for part in both if isinstance(part, Features | Splice)]
     each = [item for one in held for item in (one.values() if isinstance(one, Mapping) else [one])]
-    return sites, max((item.features for item in each), default=0)
+    # Those of all layers of a cross-layer one are there at the last.
+    counts = (
+        item.features * (len(item.layers) if isinstance(item, CrossLayerTranscoder) else 1)
+        for item in each
+    )
+    return sites, max(counts, default=0)
 
 
 def _grouped(shapes: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:

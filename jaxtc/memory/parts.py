@@ -19,6 +19,7 @@ from jaxtc.model.config import FULL, Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import bucket
 from jaxtc.sharding.rules import variables
+from jaxtc.transcoders.cross_layer import CrossLayerTranscoder
 from jaxtc.transcoders.transcoder import Transcoder
 
 # How many arrays of a kind exist at once, as XLA's memory_analysis() counts them: scores, their
@@ -52,7 +53,8 @@ class Part:
 class Request:
     """What is planned: the arguments of :func:`jaxtc.plan`, with every default filled in.
 
-    ``transcoders`` are the layers that have one, ``features`` is M of each.
+    ``transcoders`` are the layers that have one, ``features`` is M of each; or of all layers of one
+    that is ``cross_layer``.
     """
 
     config: Gemma2Config
@@ -68,6 +70,7 @@ class Request:
     features: int
     transcoder_dtype: str
     skip: bool
+    cross_layer: bool = False
 
     @property
     def devices(self) -> int:
@@ -90,8 +93,8 @@ class Request:
         )
         details = {
             "weights": f"{count_parameters(self.config):,} parameters in {self.dtype}",
-            "transcoders":
-                f"{count} {layers} of {self.features:,} features in {self.transcoder_dtype}",
+            "transcoders": f"{count} {layers} of {self.features:,} features in "
+                f"{self.transcoder_dtype}" + ", cross-layer" * self.cross_layer,
             "kv cache": f"{self.batch} × {self.slots:,} tokens in {self.dtype}",
             "activations": "; ".join(dict.fromkeys(kept)),
             "logits": f"{rows} in float32",
@@ -124,10 +127,15 @@ class Request:
     def _held(self) -> dict[str, list[Arrays]]:
         """All but the workspace."""
         size, layers = self.config.hidden_size, len(self.transcoders)
-        one = _transcoder(size, self.features, self.transcoder_dtype, self.skip) if layers else []
+        given = size, self.features, self.transcoder_dtype, self.skip
+        if self.cross_layer:
+            transcoders = _cross_layer(layers, *given)
+        else:
+            one = _transcoder(*given) if layers else []
+            transcoders = [array._replace(count=layers) for array in one]
         return {
             "weights": _parameters(self.config, self.dtype),
-            "transcoders": [array._replace(count=layers) for array in one],
+            "transcoders": transcoders,
             "kv cache": self._cache(self.slots),
             "activations": self._activations(cut=True),
             "logits": [self._size.logits(self.logits, self.length)],
@@ -148,7 +156,9 @@ class Request:
         size, width = self._size, bucket(self.length)
         run = dataclasses.replace(size, width=width, dtype=np.dtype(np.float32))
         reduced = {reducer.site.name for reducer in self.capture.reducers}
-        widest = run.widest(self.features * bool(self.transcoders), reduced)
+        # Those of all layers of a cross-layer one are there at the last.
+        at_once = len(self.transcoders) if self.cross_layer else bool(self.transcoders)
+        widest = run.widest(self.features * at_once, reduced)
         if self.new_tokens:
             widest.append(run.arrays("drawing a token", "B V", 1))
         held = {one.name: self._share([one._replace(count=_AT_ONCE[one.name])]) for one in widest}
@@ -184,6 +194,13 @@ def _parameters(config: Gemma2Config, dtype: str) -> list[Arrays]:
 @functools.lru_cache(maxsize=16)
 def _transcoder(d: int, features: int, dtype: str, skip: bool) -> list[Arrays]:
     return _arrays(Transcoder.abstract(d, features, dtype=np.dtype(dtype), skip=skip))
+
+
+@functools.lru_cache(maxsize=16)
+def _cross_layer(layers: int, d: int, features: int, dtype: str, skip: bool) -> list[Arrays]:
+    return _arrays(
+        CrossLayerTranscoder.abstract(layers, d, features, dtype=np.dtype(dtype), skip=skip)
+    )
 
 
 def _arrays(module: nnx.Module) -> list[Arrays]:

@@ -98,6 +98,7 @@ def plan(
     width: str | int = DEFAULT_WIDTH,
     transcoder_dtype: Any = "float32",
     skip: bool = False,
+    cross_layer: bool = False,
 ) -> Plan:
     """What each device of a mesh will hold, whether that fits, and what would make it fit.
 
@@ -119,6 +120,8 @@ def plan(
         width: M, features of each, or Gemma Scope's name of it, such as "16k".
         transcoder_dtype: of their parameters.
         skip: whether they have a skip connection.
+        cross_layer: whether they are one cross-layer transcoder of all layers, ``width`` features
+            each; ``transcoders`` is left out or "all".
 
     Raises:
         ShardingError: a malformed mesh, or one that does not divide an axis of the model.
@@ -145,11 +148,16 @@ def plan(
     understood = understand(capture, config.num_hidden_layers)
     if new_tokens:
         check_per_token(understood)
+    if cross_layer and transcoders not in ((), "all"):
+        raise InputError(
+            f"transcoders is {transcoders!r}, but a cross-layer transcoder is of all layers: leave "
+            "it out."
+        )
     asked = Request(
         config, tuple(sizes.items()), tuple(rules.items()), check_dtype(dtype).name, batch, length,
         new_tokens, understood, logits,
-        _layers(transcoders, config.num_hidden_layers), features_of(width),
-        check_dtype(transcoder_dtype).name, skip,
+        _layers("all" if cross_layer else transcoders, config.num_hidden_layers),
+        features_of(width), check_dtype(transcoder_dtype).name, skip, cross_layer,
     )  # fmt: skip
     name = model if isinstance(model, str) else "this model"
     return Plan(name, asked, _checked(asked), judge(asked), tuple(_notes(asked)))

@@ -23,13 +23,13 @@ DATA, MODEL = "data", "model"
 RULES: Rules = MappingProxyType({
     "batch": DATA,
     "vocab": MODEL, "heads": MODEL, "kv_heads": MODEL, "mlp": MODEL, "features": MODEL,
-    "embed": None, "head_dim": None, "tokens": None, "slots": None,
+    "embed": None, "head_dim": None, "tokens": None, "slots": None, "layers": None,
 })  # fmt: skip
 
 # What the axis letters of sites and docstrings are in the rules.
 LETTERS: Mapping[str, str] = MappingProxyType({
     "B": "batch", "T": "tokens", "S": "slots", "D": "embed", "N": "heads", "K": "kv_heads",
-    "H": "head_dim", "F": "mlp", "V": "vocab", "M": "features",
+    "H": "head_dim", "F": "mlp", "V": "vocab", "M": "features", "L": "layers",
 })  # fmt: skip
 
 

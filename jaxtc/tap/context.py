@@ -1,7 +1,7 @@
 """What an edit or a reducer can know about its pass; values that differ by layer."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -54,6 +54,7 @@ class Context:
             the value before the first edit that reads it, at each token where that one applies.
         placement: the mesh of the pass, None on a single device.
         ends: (B,) int32, tokens of each text by the end of this pass; the lengths when None.
+        carried: by layer, what an edit kept of this layer and of earlier ones (``Edit.carry``).
     """
 
     site: Site
@@ -63,6 +64,7 @@ class Context:
     read: Callable[[str], jax.Array]
     placement: Placement | None = None
     ends: jax.Array | None = None
+    carried: Mapping[int, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def real(self) -> jax.Array:

@@ -6,6 +6,7 @@ program), so other values, layers, positions, rows or heads run the same program
 """
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -64,6 +65,7 @@ class Tap:
         readers = (*self.edits, *self.reducers)
         self._read_sites = frozenset(site for reader in readers for site in reader.reads)
         self._live: dict[str, jax.Array] = {}
+        self._carried: dict[int, dict[int, Any]] = {}
         self.layer: int | None = None
 
     def at(self, layer: int) -> "Tap":
@@ -163,6 +165,11 @@ class Tap:
 
     def _apply(self, edit: Any, x: jax.Array, context: Context) -> jax.Array:
         chosen = self._at_layer(edit)
+        if edit.carries:
+            # Outside of any branch, as later layers use it.
+            kept = self._carried.setdefault(id(edit), {})
+            kept[self.layer] = edit.carry(context)
+            context = dataclasses.replace(context, carried=kept)
         if edit.costly and chosen:
             new = jax.lax.cond(chosen.pop(), lambda: self._new(edit, x, context), lambda: x)
         else:
@@ -190,10 +197,11 @@ class Tap:
         return new
 
     def _at_layer(self, edit: Any) -> list[jax.Array]:
-        """[() boolean], whether the edit names this layer; empty where it applies to each."""
+        """[() boolean], whether the edit applies at this layer; empty where it does at each."""
         if self.layer is None or edit.layer is None:
             return []
-        return [(jnp.asarray(edit.layer) == self.layer).any()]
+        named = jnp.asarray(edit.layer)
+        return [(named <= self.layer if edit.onward else named == self.layer).any()]
 
     def _everywhere(self, edit: Any) -> list[jax.Array]:
         """[() boolean], whether no token is left alone as special; empty where none ever is."""

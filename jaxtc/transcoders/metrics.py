@@ -25,7 +25,7 @@ import numpy as np
 from jaxtc.errors import InputError
 from jaxtc.helpers import explicit_transfers
 from jaxtc.interchange import owned, plain
-from jaxtc.transcoders.transcoder import SparseFeatures
+from jaxtc.transcoders.encoder import SparseFeatures
 
 __all__ = [
     "FVU", "FeatureStatistics", "Loss", "Mean", "delta_loss", "loss_recovered", "next_token_loss",
@@ -139,7 +139,7 @@ class FeatureStatistics:
         self.counts = np.zeros(features, np.int64)
 
     def update(self, activations: Any, mask: Any = None) -> "FeatureStatistics":
-        """Add (..., M) or :class:`jaxtc.transcoders.transcoder.SparseFeatures`; returns itself.
+        """Add (..., M) or :class:`jaxtc.transcoders.encoder.SparseFeatures`; returns itself.
 
         ``mask`` is as of :meth:`FVU.update`.
 

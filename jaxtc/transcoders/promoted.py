@@ -16,6 +16,8 @@ from jaxtc.helpers import explicit_transfers, is_whole, ranked
 from jaxtc.interchange import plain, to_numpy
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import bucket
+from jaxtc.transcoders.cross_layer import LayerFeatures
+from jaxtc.transcoders.encoder import Encoder
 from jaxtc.transcoders.transcoder import Transcoder
 
 # What is written to the residual stream reaches the logits through the final norm alone.
@@ -43,7 +45,10 @@ def _promoted(rows: jax.Array, gain: jax.Array, matrix: jax.Array, count: int) -
 
 @explicit_transfers
 def promoted_tokens(
-    model: Gemma2, transcoder: Transcoder, features: Sequence[int], count: int = 5
+    model: Gemma2,
+    transcoder: Transcoder | LayerFeatures,
+    features: Sequence[int],
+    count: int = 5,
 ) -> np.ndarray:
     """The tokens that features promote: direct logit attribution of their decoder rows.
 
@@ -53,7 +58,9 @@ def promoted_tokens(
 
     Args:
         model: whose unembedding to use.
-        transcoder: one that writes to the residual stream (``mlp_out``, say).
+        transcoder: one that writes to the residual stream (``mlp_out``, say). Of a cross-layer one,
+            one of its ``layers``; the stream adds up what a feature writes at each layer, so the
+            sum of its decoder rows counts.
         features: ids of n features.
         count: how many tokens, at most V.
 
@@ -84,6 +91,7 @@ def promoted_tokens(
     for start in range(0, len(wanted), block):
         some_ids = wanted[start : start + block]
         rows = transcoder.W_dec[...][np.pad(some_ids, (0, block - len(some_ids)))]
+        rows = rows.sum(1) if rows.ndim == 3 else rows
         gain, matrix = model.final_norm.weight[...], model.unembed.weight[...]
         best = np.asarray(_promoted(rows, gain, matrix, count))
         found[start : start + block] = best[: len(some_ids)]
@@ -104,7 +112,7 @@ def _ids(features: Any) -> np.ndarray:
 
 
 def promoted_pieces(
-    model: Gemma2, tokenizer: Any, transcoder: Transcoder, tops: dict[str, np.ndarray], count: int
+    model: Gemma2, tokenizer: Any, transcoder: Encoder, tops: dict[str, np.ndarray], count: int
 ) -> dict[int, tuple[str, ...]]:
     """Pieces of the vocabulary by feature, for every active feature of ``tops``."""
     shown = np.unique(tops["ids"][tops["values"] > 0])

@@ -6,54 +6,22 @@ letters: ... leading axes (usually B T), D hidden (of what is read or of what is
 features, K of them asked for, C capacity of the sparse path.
 """
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxtc.errors import CapacityError, JaxtcError
-from jaxtc.helpers import explicit_transfers, is_whole, plain_number, pytree, ranked
+from jaxtc.errors import JaxtcError
+from jaxtc.helpers import explicit_transfers, is_whole, plain_number, ranked
 from jaxtc.interchange import owned, plain
 from jaxtc.model.parameters import declare, he_uniform, zeros
-from jaxtc.sharding.mesh import mesh_of, put
-from jaxtc.sharding.placement import Placement, mix_rows, placement_of, top_k
-from jaxtc.sharding.processes import whole
+from jaxtc.sharding.placement import Placement, mix_rows
 from jaxtc.tap.sites import parse
-from jaxtc.transcoders.activations import Activation, activation_of, feature_axes, parameter_names
-
-
-@pytree
-@dataclasses.dataclass(frozen=True)
-class SparseFeatures:
-    """The active features of each token.
-
-    Attributes:
-        values: (..., C) float, largest first; 0 where a token has fewer than C active features.
-        ids: (..., C) int32, the feature of each value.
-        count: (...) int32, how many features are active. Where it exceeds C (possible only under
-            ``jit``: outside, that raises), ``values`` are NaN for that token.
-    """
-
-    values: jax.Array
-    ids: jax.Array
-    count: jax.Array
-
-
-# Compiled, as sharded arrays outside a trace need a program.
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _sparse(a: jax.Array, capacity: int, placement: Placement | None) -> SparseFeatures:
-    """Of dense activations (..., M)."""
-    values, ids = top_k(a, capacity, placement, feature_axes(a.ndim))
-    count = (a != 0).sum(-1, dtype=jnp.int32)
-    values = jnp.where((count > capacity)[..., None], jnp.nan, values)
-    return SparseFeatures(values, ids, count)
-
+from jaxtc.transcoders.activations import Activation
+from jaxtc.transcoders.encoder import Encoder, SparseFeatures
 
 _mix_rows = jax.jit(mix_rows, static_argnums=(3, 4))
 
@@ -67,7 +35,7 @@ _FACTS = {
 }
 
 
-class Transcoder(nnx.Module):
+class Transcoder(Encoder):
     """``a = activation(x W_enc + b_enc)``, ``y = a W_dec + b_dec`` (arXiv 2408.05147, §2-3).
 
     With ``subtract_b_dec`` the encoder reads ``x - b_dec``, as most sparse autoencoders have been
@@ -121,12 +89,7 @@ class Transcoder(nnx.Module):
         self.b_enc = param((features,), ("features",), zeros)
         self.W_dec = param((features, d_out), ("features", "embed"), he_uniform)
         self.b_dec = param((d_out,), ("embed",), zeros)
-        self.activation = activation_of(activation)
-        self.activation.check(features)
-        for name in parameter_names():
-            axes = self.activation.parameters.get(name)
-            made = None if axes is None else param((features,) * len(axes), axes, zeros)
-            setattr(self, name, made)
+        self._declare_activation(activation, features, param)
         self.W_skip = param((d_out, d_in), ("embed", "embed"), zeros) if skip else None
         self.subtract_b_dec = bool(subtract_b_dec)
         layer = plain_number(layer)
@@ -145,19 +108,9 @@ class Transcoder(nnx.Module):
         super().__setattr__(name, value)
 
     @property
-    def d_in(self) -> int:
-        """Width of what it reads."""
-        return self.W_enc.shape[0]
-
-    @property
     def d_out(self) -> int:
         """Width of what it writes."""
         return self.W_dec.shape[1]
-
-    @property
-    def features(self) -> int:
-        """M, how many features it has."""
-        return self.W_enc.shape[1]
 
     @property
     def variant(self) -> str:
@@ -190,54 +143,9 @@ class Transcoder(nnx.Module):
         return cls.abstract(**facts, **options)
 
     @explicit_transfers
-    def pre_activations(self, x: jax.Array) -> jax.Array:
-        """``x W_enc + b_enc``: (..., D) to (..., M), in the transcoder's dtype.
-
-        Of ``x - b_dec`` where that is taken off (:attr:`subtract_b_dec`).
-        """
-        z = jnp.matmul(self._encoded(x), self.W_enc[...], precision="highest")
-        return z + ranked(self.b_enc[...], z)
-
-    @explicit_transfers
-    def encode(self, x: jax.Array, *, placement: Placement | None = None) -> jax.Array:
-        """Feature activations: (..., D) to (..., M), 0 where a feature is not active.
-
-        Only activations that compare features use ``placement``, see :meth:`encode_sparse`.
-
-        Raises:
-            JaxtcError: the last axis of ``x`` is not D.
-        """
-        z = self.pre_activations(x)
-        own = {name: ranked(one, z) for name, one in self._thresholds().items()}
-        return self.activation(z, own, self._placement() or placement)
-
-    def _thresholds(self) -> dict[str, jax.Array]:
-        return {name: getattr(self, name)[...] for name in self.activation.parameters}
-
-    @explicit_transfers
-    def encode_features(
-        self, x: jax.Array, ids: jax.Array, *, placement: Placement | None = None
-    ) -> jax.Array:
-        """``encode(x)[..., ids]``: (..., D) to (..., K), NaN for a feature that does not exist.
-
-        Where the activation allows it, only their pre-activations are computed.
-        """
-        if not self.activation.per_feature:
-            return self._pick(self.encode(x, placement=placement), ids, -1)
-        z = jnp.matmul(self._encoded(x), self._pick(self.W_enc[...], ids, 1), precision="highest")
-        own = self._thresholds().items()
-        own = {name: ranked(self._pick(one, ids, 0) if one.ndim else one, z) for name, one in own}
-        bias = ranked(self._pick(self.b_enc[...], ids, 0), z)
-        return self.activation(z + bias, own, placement)
-
-    @explicit_transfers
     def decoder_rows(self, ids: jax.Array) -> jax.Array:
         """``W_dec[ids]``: (K,) to (K, D), NaN for a feature that does not exist."""
         return self._pick(self.W_dec[...], ids, 0)
-
-    def _pick(self, array: jax.Array, ids: jax.Array, axis: int) -> jax.Array:
-        ids = jnp.where(ids < 0, self.features, ids)
-        return jnp.take(array, ids, axis=axis, mode="fill", fill_value=jnp.nan)
 
     @explicit_transfers
     def decode(self, a: jax.Array, x: jax.Array | None = None) -> jax.Array:
@@ -257,39 +165,6 @@ class Transcoder(nnx.Module):
         return self.decode(self.encode(x, placement=placement), x)
 
     @explicit_transfers
-    def encode_sparse(
-        self, x: jax.Array, capacity: int, *, placement: Placement | None = None
-    ) -> SparseFeatures:
-        """The active features of ``x`` (..., D), largest first; the dense (..., M) is not kept.
-
-        Args:
-            capacity: C, room for active features of one token, at most M.
-            placement: of the features (``placement_of(transcoder)``), for use under ``jit``, where
-                arrays do not show it; each device then searches its own features first.
-
-        Raises:
-            CapacityError: a token has more than C active features. Under ``jit`` nothing can be
-                raised: that token's values are NaN, and ``count`` exceeds C.
-        """
-        if not is_whole(capacity, 1) or capacity > self.features:
-            raise CapacityError(
-                f"capacity is {capacity!r}, expected 1 to {self.features} (this transcoder's M)."
-            )
-        a = self.encode(x, placement=placement)
-        found = _sparse(a, capacity, self._placement() or placement)
-        if not isinstance(found.count, jax.core.Tracer):
-            counts = whole(found.count)
-            most = int(np.max(counts, initial=0))
-            if most > capacity:
-                at = ", ".join(map(str, np.argwhere(counts == most)[0]))
-                raise CapacityError(
-                    f"A token (at [{at}] of those given) has {most} active features, but capacity "
-                    f"is {capacity}: dropping any would give a wrong reconstruction. Ask for "
-                    f"capacity={most} or more; or, if that is padding, give tokens only, x[mask]."
-                )
-        return found
-
-    @explicit_transfers
     def decode_sparse(self, features: SparseFeatures, x: jax.Array | None = None) -> jax.Array:
         """``decode`` from (values, ids): gathers the C decoder rows a token needs. To (..., D).
 
@@ -300,31 +175,9 @@ class Transcoder(nnx.Module):
         mixed = _mix_rows(features.values, features.ids, self.W_dec[...], here, "features")
         return self._skipped(mixed + ranked(self.b_dec[...], mixed), x)
 
-    def _input(self, x: jax.Array) -> jax.Array:
-        """``x`` in the transcoder's dtype, its width checked."""
-        x = owned(plain(x))
-        if x.shape[-1:] != (self.d_in,):
-            remedy = "it belongs to another model or another site"
-            if x.ndim > 1 and x.shape[-2] * x.shape[-1] == self.d_in:
-                remedy = "join the heads first: x.reshape(*x.shape[:-2], -1)"
-            raise JaxtcError(
-                f"This transcoder reads arrays whose last axis is D={self.d_in}, got "
-                f"{tuple(x.shape)}; {remedy}."
-            )
-        weight = self.W_enc[...]
-        mesh = mesh_of(weight)
-        if mesh is not None and not isinstance(x, jax.core.Tracer) and mesh_of(x) is None:
-            x = put(x, NamedSharding(mesh, PartitionSpec()))
-        return jnp.asarray(x).astype(weight.dtype)
-
     def _encoded(self, x: jax.Array) -> jax.Array:
-        """What the encoder reads of ``x``."""
         x = self._input(x)
         return x - ranked(self.b_dec[...], x) if self.subtract_b_dec else x
-
-    def _placement(self) -> Placement | None:
-        """:func:`placement_of`, quick on a single device."""
-        return None if mesh_of(self.W_enc[...]) is None else placement_of(self)
 
     def _skipped(self, y: jax.Array, x: jax.Array | None) -> jax.Array:
         if self.W_skip is None:
@@ -337,19 +190,19 @@ class Transcoder(nnx.Module):
         skip = jnp.einsum("...i,oi->...o", self._input(x), self.W_skip[...], precision="highest")
         return y + skip
 
-    @classmethod
-    def abstract(cls, *args, **kwargs) -> "Transcoder":
-        """The same transcoder with shapes in place of arrays; nothing is allocated."""
-        return nnx.eval_shape(lambda: cls(*args, rngs=nnx.Rngs(0), **kwargs))
-
 
 def nameless(tree: Any) -> Any:
-    """A pytree without its transcoders' layers and sources, which are part of compile keys."""
+    """A pytree without its transcoders' layers and sources, which are part of compile keys.
+
+    A layer of a cross-layer transcoder stays what it is: its shapes tell anyway.
+    """
 
     def one(node: Any) -> Any:
-        if isinstance(node, Transcoder):
+        if isinstance(node, Encoder):
             node = jax.tree.map(lambda leaf: leaf, node)
-            node.layer, node.source = None, ""
+            node.source = ""
+            if isinstance(node, Transcoder):
+                node.layer = None
         return node
 
-    return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, Transcoder))
+    return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, Encoder))

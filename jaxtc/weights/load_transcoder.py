@@ -4,6 +4,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,12 +15,15 @@ from jaxtc.sharding.mesh import MeshLike, make_mesh
 from jaxtc.sharding.processes import agreed
 from jaxtc.sharding.rules import RULES, Rules, shardings
 from jaxtc.tap.sites import BY_NAME, LOGITS, parse
+from jaxtc.transcoders.cross_layer import CrossLayerTranscoder, LayerFeatures
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.checkpoints.read import Converted
 from jaxtc.weights.files.arrays import check_dtype
 from jaxtc.weights.files.formats import SITES
 from jaxtc.weights.files.shards import fill
 from jaxtc.weights.files.transcoder import TranscoderFile, open_transcoder
+from jaxtc.weights.load_cross_layer import load_cross_layer
+from jaxtc.weights.sources.cross_layer import CrossLayerSource, cross_layer
 from jaxtc.weights.sources.resolve import CONVERTED, EMBEDDED, TRANSCODERS, Source, resolve
 
 
@@ -38,8 +42,11 @@ def load_transcoder(
     revision: str | None = None,
     mesh: MeshLike | None = None,
     rules: Rules = RULES,
-) -> Transcoder:
+) -> Transcoder | LayerFeatures:
     """One transcoder, or one sparse autoencoder, on one device or spread over a mesh of them.
+
+    Of a cross-layer transcoder, the features of one layer: they can be read and edited, but no
+    layer is reconstructed of them alone; :func:`load_transcoders` loads the whole.
 
     What it reads and writes is said by, in this order: the two arguments; the file itself (those
     that jaxtc writes); the file beside it (SAELens' and sparsify's ``cfg.json``, circuit-tracer's
@@ -60,7 +67,8 @@ def load_transcoder(
             (``google/gemma-scope-2b-pt-transcoders/layer_20/width_16k/average_l0_11``); a
             ``params.npz`` or a ``.safetensors`` file; a folder in the layout of Gemma Scope
             (``layer_N/width_W/average_l0_L/params.npz``), of circuit-tracer
-            (``layer_N.safetensors``, or a ``config.yaml`` that lists them), of SAELens
+            (``layer_N.safetensors``, or a ``config.yaml`` that lists them; of a cross-layer one
+            ``W_enc_N.safetensors`` and ``W_dec_N.safetensors``), of SAELens
             (``sae_weights.safetensors``) or sparsify (``layers.N.mlp/sae.safetensors``), or one
             that ``jaxtc convert`` made; or ``"embedded"``.
         layer: which layer's; the default tier is taken (of Gemma Scope's, the usual L0).
@@ -87,6 +95,9 @@ def load_transcoder(
     sites = {"input_site": input_site, "output_site": output_site}
     with _loader(dtype, mesh, rules, format, sites) as load:
         found = resolve(source, TRANSCODERS, revision=revision, path=path)
+        if whole := cross_layer(found):
+            whole.check_tier(width, l0, format)
+            return load(whole, whole.check_layer(layer))
         return load(found.one(layer, width, l0))
 
 
@@ -103,8 +114,10 @@ def load_transcoders(
     revision: str | None = None,
     mesh: MeshLike | None = None,
     rules: Rules = RULES,
-) -> dict[int, Transcoder]:
+) -> dict[int, Transcoder] | CrossLayerTranscoder:
     """A transcoder for each of several layers, by layer, as :func:`load_transcoder` picks them.
+
+    Of a cross-layer transcoder, the whole of it: one :class:`jaxtc.CrossLayerTranscoder`.
 
     Args:
         layers: which, or ``"all"`` that the source has; the other arguments are as there.
@@ -116,6 +129,10 @@ def load_transcoders(
     sites = {"input_site": input_site, "output_site": output_site}
     with _loader(dtype, mesh, rules, format, sites) as load:
         found = resolve(source, TRANSCODERS, revision=revision)
+        if whole := cross_layer(found):
+            whole.check_tier(width, l0, format)
+            whole.check_all(layers)
+            return load(whole)
         return {n: load(one) for n, one in found.each(layers, width, l0)}
 
 
@@ -126,8 +143,11 @@ def _loader(
     rules: Rules,
     format: str | None,
     sites: Mapping[str, str | None],
-) -> Iterator[Callable[[Source], Transcoder]]:
-    """What loads one transcoder, once the arguments are checked; processes fail together."""
+) -> Iterator[Callable[..., Any]]:
+    """What loads one transcoder, or a cross-layer one (all of it, or one layer's features).
+
+    The arguments are checked by then; processes fail together.
+    """
     mesh = None if mesh is None else make_mesh(mesh)
     places = mesh and functools.partial(shardings, mesh=mesh, rules=rules)
     for site in filter(None, sites.values()):
@@ -135,7 +155,9 @@ def _loader(
     dtype = check_dtype(dtype)
 
     @explicit_transfers
-    def load(found: Source) -> Transcoder:
+    def load(found: Source | CrossLayerSource, layer: int | None = None) -> Any:
+        if isinstance(found, CrossLayerSource):
+            return load_cross_layer(found, layer, dtype, sites, places)
         if found.format == CONVERTED:
             checkpoint = Converted(found.path, TRANSCODERS)
             return checkpoint.load(checkpoint.transcoder(found.layer, dtype, sites), places)

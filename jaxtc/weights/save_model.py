@@ -3,9 +3,6 @@
 import functools
 import json
 import math
-import os
-import secrets
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ import jax
 import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from jaxtc.errors import SourceError, some
+from jaxtc.errors import SourceError
 from jaxtc.helpers import explicit_transfers
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
@@ -59,47 +56,12 @@ def save_model(
     folder = local.expand(folder).resolve()
     if not 1 <= max_shard_size < math.inf:
         raise SourceError(f"max_shard_size is {max_shard_size} bytes, expected at least 1.")
-    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     try:
-        _check_replaceable(folder)
-        partial.mkdir(parents=True)
-        _write(model, partial, tokenizer, max_shard_size)
-        _replace(folder, partial)
+        with local.replacing_folder(folder, _CHECKPOINT_FILES, "a checkpoint") as partial:
+            _write(model, partial, tokenizer, max_shard_size)
     except OSError as error:
         raise SourceError(f"{folder} cannot be written: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
-
-
-def _check_replaceable(folder: Path) -> None:
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise SourceError(f"{folder} is a file; give a folder to save the model in.")
-    others = sorted(
-        path.name
-        for path in folder.iterdir()
-        if path.is_dir() or not any(path.match(pattern) for pattern in _CHECKPOINT_FILES)
-    )
-    if others:
-        raise SourceError(
-            f"{folder} holds other things than a checkpoint ({some(others)}). Saving replaces the "
-            "whole folder, so give a new one."
-        )
-
-
-def _replace(folder: Path, partial: Path) -> None:
-    old = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.old")
-    if folder.exists():
-        os.rename(folder, old)
-    try:
-        os.rename(partial, folder)
-    except OSError:
-        if old.exists():
-            os.rename(old, folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write(model: Gemma2, folder: Path, tokenizer: Any, max_shard_size: int) -> None:

@@ -7,16 +7,18 @@ import jax
 from jaxtc.errors import SourceError
 from jaxtc.helpers import explicit_transfers
 from jaxtc.sharding.processes import check_here
+from jaxtc.transcoders.cross_layer import CrossLayerTranscoder
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.files import local
 from jaxtc.weights.files.formats import Format, by_name
 from jaxtc.weights.files.saelens import config_of
 from jaxtc.weights.files.transcoder import write_transcoder
+from jaxtc.weights.save_cross_layer import save_cross_layer
 
 
 @explicit_transfers
 def save_transcoder(
-    transcoder: Transcoder,
+    transcoder: Transcoder | CrossLayerTranscoder,
     path: str | Path,
     *,
     format: str | None = None,
@@ -31,12 +33,16 @@ def save_transcoder(
     (``params.npz``, Gemma Scope 2's), ``subtract_b_dec`` (all but SAELens').
 
     Args:
-        transcoder: to be saved. In ``params.npz`` its parameters are float32, and a ReLU has
-            thresholds of 0; in safetensors they keep their dtype. circuit-tracer's
+        transcoder: to be saved. A cross-layer one is written as circuit-tracer keeps it: a folder
+            with two files a layer and a config.yaml, in the dtype it has.
+            In ``params.npz`` parameters are float32, and a ReLU has thresholds of 0; in
+            safetensors they keep their dtype. circuit-tracer's
             ``z·(z > threshold)`` lets negative values pass a negative threshold: it is written as
             0 there, which computes the same.
         path: the file, or the folder to write ``params.npz`` (or circuit-tracer's
-            ``layer_N.safetensors``, or SAELens' two files) in; folders are made.
+            ``layer_N.safetensors``, or SAELens' two files) in; folders are made. Of a
+            cross-layer one, a folder that is new, empty, or holds an earlier one, which is
+            replaced.
         format: ``"gemma-scope"``, ``"circuit-tracer"``, ``"gemma-scope-2"`` or ``"saelens"``; by
             default the one that the file's name ends like, or the first.
 
@@ -46,6 +52,17 @@ def save_transcoder(
     Raises:
         SourceError: it cannot be written there, or not in this format.
     """
+    if isinstance(transcoder, CrossLayerTranscoder):
+        if format not in (None, "circuit-tracer"):
+            raise SourceError(
+                f"A cross-layer transcoder is written as 'circuit-tracer' keeps it, not {format!r}."
+            )
+        return save_cross_layer(transcoder, path)
+    if not isinstance(transcoder, Transcoder):
+        raise SourceError(
+            f"A {type(transcoder).__name__} cannot be saved; expected a jaxtc.Transcoder or a "
+            "jaxtc.CrossLayerTranscoder, whose layers are saved together."
+        )
     check_here(transcoder, "transcoder")
     file = local.expand(path)
     made = by_name(format, file)

@@ -23,7 +23,7 @@ from jaxtc.cli.explain import draw
 from jaxtc.cli.options import STDOUT, write_json
 from jaxtc.cli.runtime import make_private
 from jaxtc.tap.sites import SITES
-from tests.support import tiny
+from tests.support import cross_layer, tiny
 
 PROMPT = "the [bold] capital of texas is"
 
@@ -350,3 +350,29 @@ def test_json_is_valid_whatever_the_numbers_and_the_terminal(encoding, monkeypat
     text = out.buffer.getvalue().decode(encoding)
     assert json.loads(text) == {"loss": None, "l0": [None, 1.5], "token": "▁Zürich"}
     assert ("▁Zürich" in text) == (encoding == "utf-8")
+
+
+def test_a_cross_layer_transcoder(cli_run, folders, tmp_path):
+    clt = cross_layer.write(tmp_path / "clt", cross_layer.arrays(3, 24, 50))
+    given = ["--model", folders / "model", "--transcoder", clt]
+    whole = jaxtc.load_transcoders(clt)
+    found = jaxtc.explain(tiny.model(), tiny.tokenizer(), PROMPT, whole)
+    code, out, _ = cli_run("explain", PROMPT, *given, "--layer", "all")
+    assert code == 0
+    for report in found.layers:
+        (row,) = [line for line in out.splitlines() if line.split()[:1] == [str(report.layer)]]
+        assert f"{report.explained_variance:.3f}" in row and f"{report.l0:.1f}" in row
+    code, out, _ = cli_run("explain", PROMPT, *given, "--layer", 2, "--json")
+    (layer,) = json.loads(out)["layers"]
+    assert (layer["layer"], layer["width"], layer["notebook_score"]) == (2, 50, None)
+    assert layer["fvu"] == pytest.approx(found.layers[2].fvu, rel=1e-4)
+    code, _, err = cli_run("explain", PROMPT, *given)
+    assert code == 2 and "is a cross-layer transcoder" in err.replace("\n", " ")
+    code, _, err = cli_run("parity", folders / "model", "--transcoder", clt)
+    assert code == 2 and "takes transcoders of single layers" in " ".join(err.split())
+    steered = ["--steer", "4=30", "--layer", 0, "--max-new-tokens", 3, "--json"]
+    code, out, _ = cli_run("generate", PROMPT, *given, *steered)
+    edit = jaxtc.SetFeature(whole, 4, 30.0, layer=0, position=slice(1, None))
+    ids = tiny.tokenizer()(PROMPT).input_ids
+    new = jaxtc.generate(tiny.model(), ids, 3, edits=[edit]).tokens[0]
+    assert json.loads(out)["new_ids"] == new

@@ -20,7 +20,7 @@ from jaxtc.explore.explain import explain
 from jaxtc.explore.explanation import feature_url
 from jaxtc.model.text import tokenized
 from jaxtc.transcoders.promoted import promoted_tokens
-from tests.support import tiny
+from tests.support import cross_layer, tiny
 
 PROMPT = "the capital of texas is"
 IDS = [2, 4, 5, 6, 7, 8]
@@ -305,3 +305,48 @@ def test_ids_that_the_tokenizer_does_not_have_are_shown_as_ids():
 )
 def test_neuronpedia_has_pages_for_the_default_tier_only(source, url):
     assert feature_url(source, 123) == url
+
+
+# Cross-layer transcoders
+
+
+def test_a_cross_layer_transcoder_layer_by_layer():
+    whole = cross_layer.in_memory(3, 24, 50, skip=True)
+    kept = jaxtc.run(tiny.model(), IDS, capture=["resid_mid", "mlp_out"], logits=None).activations
+    read, y = (np.asarray(kept[site])[:, 0] for site in ("resid_mid", "mlp_out"))
+    a, guess = np.asarray(whole.encode(read)), np.asarray(whole(read), np.float64)
+    found = explained(whole, max_new_tokens=0)
+    assert [report.layer for report in found.layers] == [0, 1, 2]
+    for layer, report in enumerate(found.layers):
+        missed, kept = (guess[layer] - y[layer])[1:], y[layer][1:]
+        fvu = (missed**2).sum() / ((kept - kept.mean(0)) ** 2).sum()
+        assert report.fvu == pytest.approx(fvu, rel=1e-4)
+        assert report.l0 == pytest.approx((a[layer, 1:] > 0).sum(1).mean())
+        assert (report.input_site, report.output_site) == ("resid_mid", "mlp_out")
+        assert math.isnan(report.notebook_score)
+        for token, row in zip(report.tokens, a[layer], strict=True):
+            best = np.argsort(-row)[: len(token.features)]
+            assert [feature.feature for feature in token.features] == best.tolist()
+    # What earlier layers write counts: alone, the last layer's features would be far off.
+    alone = np.asarray(whole.layers[2].finish(whole.layers[2].write(a[2], 2), read[2]), np.float64)
+    far = ((alone - y[2])[1:] ** 2).sum() / ((y[2][1:] - y[2][1:].mean(0)) ** 2).sum()
+    assert abs(far - found.layers[2].fvu) > 0.05 * far
+
+
+def test_features_of_layers_from_0_on_may_be_given_lazily():
+    whole = cross_layer.in_memory(3, 24, 50)
+    loaded = []
+
+    class Lazy(dict):
+        def __getitem__(self, layer):
+            loaded.append(layer)
+            return whole.layers[layer]
+
+    some = explained(Lazy.fromkeys(range(2)), max_new_tokens=0)
+    assert some.layers == explained(whole, max_new_tokens=0).layers[:2]
+    assert loaded == [0, 1]
+    for given in (whole.layers[1], {1: whole.layers[1]}, {0: whole.layers[0], 2: whole.layers[2]}):
+        with pytest.raises(JaxtcError, match="layers 0 to .* was not given. Give the whole"):
+            explained(given)
+    with pytest.raises(JaxtcError, match="layer 0 was not given|was not given"):
+        explained({0: whole.layers[1]})

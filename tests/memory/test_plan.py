@@ -21,6 +21,7 @@ from jaxtc import cli
 from jaxtc.captures.reducers import At, Features, Norm, TopK
 from jaxtc.errors import InputError, SiteError, SourceError, WeightsError
 from jaxtc.helpers import gigabytes
+from jaxtc.memory.account import bytes_of
 from jaxtc.memory.advice import ACCELERATORS
 from jaxtc.memory.needs import estimate
 from jaxtc.memory.plan import WIDTHS, features_of, plan
@@ -97,6 +98,25 @@ def test_transcoders():
     three = plan("2b", transcoders=[0, -1, 5, 5], transcoder_dtype="bfloat16", skip=True)
     assert three.request.transcoders == (0, 5, 25)
     assert three["transcoders"].total == 3 * 2 * (big + features + d + d * d)
+
+
+def test_a_cross_layer_transcoder():
+    sizes = dict(width=64, transcoder_dtype="bfloat16", skip=True, length=16)
+    config = tiny.config()
+    found = plan(config, "model=4", rules=RULES | {"vocab": None}, cross_layer=True, **sizes)
+    made = jaxtc.CrossLayerTranscoder.abstract(3, 24, 64, skip=True, dtype=jnp.bfloat16)
+    assert found["transcoders"].total == bytes_of(made)
+    (enc, dec), whole = (24 + 2, 24 * (3 + 2 + 1)), 3 * 24 * (24 + 1)
+    divided = 64 * (3 * enc + dec) * 2
+    assert found["transcoders"].total == divided + 2 * whole
+    assert found["transcoders"].per_device == divided // 4 + 2 * whole
+    assert "3 layers of 64 features in bfloat16, cross-layer" in str(found)
+    # The features of all layers are there at the last.
+    wide = dict(width=2**16, length=16)
+    each = plan(config, transcoders="all", **wide)["workspace"].total
+    assert 2.8 * each < plan(config, cross_layer=True, **wide)["workspace"].total < 3.2 * each
+    big = plan("2b", cross_layer=True)
+    assert not any("--transcoders" in str(one) for v in big.verdicts for one in v.suggestions)
 
 
 def test_widths_have_gemma_scopes_names():
@@ -270,6 +290,7 @@ def test_nothing_helps_is_said_so():
         ({"transcoders": 5}, InputError, "transcoders is 5"),
         ({"transcoders": [1.5]}, InputError, "1.5"),
         ({"transcoders": [26]}, SiteError, "26 layers"),
+        ({"transcoders": [1], "cross_layer": True}, InputError, "is of all layers: leave it out"),
         ({"mesh": None}, ShardingError, "A mesh is None"),
         ({"dtype": "int8"}, WeightsError, "int8"),
         ({"capture": "resid_pst"}, SiteError, "resid_post"),

@@ -28,7 +28,7 @@ from jaxtc.experiments import scores as scores_module
 from jaxtc.programs import program
 from jaxtc.transcoders import metrics as metrics_module
 from jaxtc.transcoders import transcoder as transcoder_module
-from jaxtc.transcoders.transcoder import SparseFeatures
+from jaxtc.transcoders.encoder import SparseFeatures
 from tests.support import tiny, unspared
 from tests.support.batch import LENGTHS, PROMPTS, D
 

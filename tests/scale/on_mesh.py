@@ -26,7 +26,7 @@ from jaxtc.transcoders.activations import TopK as Top
 from jaxtc.weights.checkpoints import tree as checkpoint_tree
 from jaxtc.weights.checkpoints.sidecar import read_sidecar
 from tests.scale import lab
-from tests.support import unspared
+from tests.support import cross_layer, unspared
 from tests.weights.adapters.cases import DATA
 from tests.weights.adapters.test_merged import doubled, write_base
 
@@ -420,3 +420,33 @@ def test_an_adapter_is_merged_shard_by_shard(name, sizes, tmp_path):
         assert np.allclose(a[...], b[...], rtol=1e-6, atol=1e-7), path
         if path.endswith(("attn.o", "mlp.down", "mlp.up")):
             assert not b[...].sharding.is_fully_replicated, path
+
+
+@pytest.mark.parametrize("mesh", MESHES[:2])
+def test_a_cross_layer_transcoder(mesh, on, tmp_path):
+    arrays = cross_layer.arrays(len(lab.LAYERS), 24, lab.FEATURES, skip=True)
+    folder = cross_layer.write(tmp_path / "clt", arrays, "mlp_in")
+    alone, many = jaxtc.load_transcoders(folder), jaxtc.load_transcoders(folder, mesh=mesh)
+    part = jaxtc.load_transcoder(folder, 1, mesh=mesh)
+    sizes = make_mesh(mesh).shape
+    for module, wanted in ((many, alone), (part, alone.layers[1])):
+        for (name, found), (_, one) in zip(variables(module), variables(wanted), strict=True):
+            spec = partition(one.logical_axes, one.shape, sizes)
+            shards = {shard.data.nbytes for shard in found[...].addressable_shards}
+            divided = np.prod([sizes[axis] for axis in spec if axis], dtype=int)
+            assert shards == {one[...].nbytes // divided}, name
+            assert np.array_equal(found[...], one[...]), name
+        assert placement_of(module) is not None
+    x = np.random.default_rng(2).normal(size=(len(lab.LAYERS), 4, 6, 24)).astype(np.float32)
+    lab.check_same({"y": many(x)}, {"y": np.asarray(alone(x))})
+
+    def run(model, whole):
+        edits = [unspared.Splice(whole), unspared.SetFeature(whole, [3, 400], 2.0, layer=0)]
+        capture = ["mlp_out", Features(transcoder=whole.layers[1], capacity=lab.FEATURES)]
+        made = jaxtc.run(model, lab.ROWS, lengths=lab.LENGTHS, capture=capture, edits=edits)
+        return {"logits": made.logits} | {n: made.activations[n] for n in lab.capture_of(made)}
+
+    lab.check_same(run(on(mesh)[0], many), lab.numbers(run(lab.model(), alone)))
+    saved = jaxtc.save_transcoder(many, tmp_path / "saved")
+    for a, b in zip(*map(jax.tree.leaves, (jaxtc.load_transcoders(saved), alone)), strict=True):
+        assert np.array_equal(a, b)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from jaxtc.errors import InputError
+from jaxtc.transcoders.encoder import SparseFeatures
 from jaxtc.transcoders.metrics import (
     FVU,
     FeatureStatistics,
@@ -16,7 +17,6 @@ from jaxtc.transcoders.metrics import (
     relative_error,
     special_token_mask,
 )
-from jaxtc.transcoders.transcoder import SparseFeatures
 
 rng = np.random.default_rng(0)
 Y = rng.normal(3, 2, (5, 7, 6))

@@ -525,8 +525,8 @@ def test_canonical_and_l0_by_layer(tmp_path):
         ("layer_1.safetensors", None, "PyTorch.*pickle|pickle of PyTorch"),
         ("old.safetensors", b"\x80\x02}q\x00(X", "PyTorch.*pickle|pickle of PyTorch"),
         ("model.gguf", b"GGUF\x03", "GGUF"),
-        ("layer_1.safetensors", b"GGUF\x03\0\0\0", "is a GGUF file"),
-        ("x.msgpack", b"..", "Flax"), ("x.npy", b"\x93NUMPY", "a single NumPy array"),
+        ("layer_1.safetensors", b"GGUF\x03\0\0\0", "is quantised weights of llama"),
+        ("x.msgpack", b"..", "Flax"), ("x.npy", b"\x93NUMPY", "a single array of NumPy"),
     ],
 )  # fmt: skip
 def test_other_files_are_named(tmp_path, name, content, match):
@@ -543,7 +543,7 @@ def test_other_files_are_named(tmp_path, name, content, match):
 def test_a_folder_of_pickles_is_named(tmp_path):
     for layer in range(3):
         torch.save({}, tmp_path / f"layer_{layer}.pt")
-    with pytest.raises(SourceError, match=r"layer_0\.pt.*PyTorch pickle"):
+    with pytest.raises(SourceError, match=r"layer_0\.pt.*pickle of PyTorch"):
         jaxtc.load_transcoders(tmp_path)
 
 

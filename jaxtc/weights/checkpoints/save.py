@@ -15,6 +15,7 @@ from jaxtc.helpers import explicit_transfers
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.sharding.processes import agreed, whole
 from jaxtc.sharding.rules import variables
+from jaxtc.transcoders.cross_layer import CrossLayerTranscoder
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.checkpoints import tree
 from jaxtc.weights.checkpoints.job import Job
@@ -109,6 +110,11 @@ def _values(model: Gemma2 | Mapping[int, Transcoder]) -> dict[str, jax.Array | n
         modules = {"": model}
     elif isinstance(model, Mapping) and all(isinstance(t, Transcoder) for t in model.values()):
         modules = {f"layers.{layer}.": transcoder for layer, transcoder in model.items()}
+    elif isinstance(model, CrossLayerTranscoder):
+        raise SourceError(
+            "A cross-layer transcoder is not kept in checkpoints: jaxtc.save_transcoder writes its "
+            "own folder, which jaxtc.load_transcoders reads onto any mesh."
+        )
     else:
         raise SourceError(
             f"A {type(model).__name__} cannot be saved; expected a Gemma2, or transcoders by "

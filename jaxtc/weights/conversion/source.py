@@ -23,6 +23,7 @@ from jaxtc.weights.load_transcoder import declared
 from jaxtc.weights.names import parameter_names
 from jaxtc.weights.opening import open_weights
 from jaxtc.weights.sources import hub
+from jaxtc.weights.sources.cross_layer import one_a_layer
 from jaxtc.weights.sources.resolve import CONVERTED, MODEL, TRANSCODERS, Source
 
 # What is written beside the weights of a model.
@@ -132,6 +133,7 @@ def open_transcoders(
         checkpoint = Converted(source.path, TRANSCODERS, verify)
     files: dict[int, Source] = {}
     found: dict[int, Transcoder] = {}
+    one_a_layer(source)
     for layer, one in source.each(layers, *tier):
         layer = int(layer)  # JSON knows no integers of NumPy
         if checkpoint:

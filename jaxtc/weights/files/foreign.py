@@ -1,8 +1,12 @@
 """What people have that is not a Gemma-2 in safetensors: named, with what to give instead."""
 
+import os
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
+
+from jaxtc.errors import SourceError, WeightsError
+from jaxtc.weights.files import local
 
 # By the suffix of a file: what it is, and what to give.
 _TO_SAFETENSORS = (
@@ -16,6 +20,8 @@ _GGUF = "quantised weights of llama.cpp (GGUF); give the checkpoint that they we
 _KINDS = {
     ".gguf": _GGUF, ".ggml": _GGUF,
     ".bin": _PICKLE, ".pt": _PICKLE, ".pth": _PICKLE, ".ckpt": _PICKLE, ".pkl": _PICKLE,
+    ".pickle": _PICKLE,
+    ".npy": "a single array of NumPy; give all arrays, as safetensors or npz",
     ".distcp": "a part of a distributed checkpoint of PyTorch; give the checkpoint in safetensors",
     ".h5": "weights of Keras or TensorFlow; give the checkpoint in safetensors",
     ".keras": "a model of Keras; give the checkpoint in safetensors",
@@ -101,3 +107,36 @@ def prefix_of(tensors: Iterable[str]) -> str:
     """What stands before the names of a Gemma-2's tensors in a checkpoint, ``"teacher.model."``."""
     end = "layers.0.pre_feedforward_layernorm.weight"
     return next((t.removesuffix(end) for t in tensors if t.endswith(end)), "")
+
+
+def refuse(path: Path) -> None:
+    """Raise WeightsError for a file that jaxtc never reads, by its content or its name."""
+    with local.open_plain(path) as file:
+        try:
+            start = os.pread(file.fileno(), 256, 0)
+        except OSError as error:
+            raise WeightsError(f"{path} cannot be read: {error.strerror}.") from error
+    what = _no_transcoder(path)
+    # Of safetensors, the first 8 bytes are a length, so of zeros from the third on.
+    bare = start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05" and start[2:8].strip(b"\0")
+    if bare or (start[:2] == b"PK" and b"data.pkl" in start):
+        what = _PICKLE
+    elif start[:4] == b"GGUF":
+        what = _GGUF
+    if what:
+        raise WeightsError(f"{path} is {what}.")
+
+
+def refuse_below(folder: Path) -> None:
+    """Raise SourceError for a folder that has no transcoders but files that jaxtc never reads."""
+    found = sorted(path for path in folder.rglob("*") if _no_transcoder(path))
+    if found:
+        raise SourceError(
+            f"{folder} holds no transcoders that jaxtc reads; {found[0].relative_to(folder)} is "
+            f"{_no_transcoder(found[0])}."
+        )
+
+
+def _no_transcoder(path: Path) -> str:
+    """What a file that never holds transcoders is by its name, or ""."""
+    return "" if path.suffix.lower() in (".npz", ".safetensors") else file_kind(path)

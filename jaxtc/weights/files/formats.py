@@ -164,8 +164,9 @@ def _misshapen(format: Format, given: Mapping[str, tuple[int, ...]]) -> list[str
     if len(decoder) == 3:
         name, order = format.keys["W_dec"]
         return [
-            f"{name} has shape {decoder}, not {_letters(order)}: jaxtc does not read cross-layer "
-            "transcoders"
+            f"{name} has shape {decoder}, not {_letters(order)}: it is of a cross-layer "
+            "transcoder, which jaxtc reads as circuit-tracer keeps it, a folder of W_enc_N and "
+            "W_dec_N files"
         ]
     sizes = dict(zip(axes.split(), encoder, strict=True))
     # A transcoder between two widths: both arrays that say so agree.

@@ -3,12 +3,13 @@
 import contextlib
 import os
 import secrets
+import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO, ClassVar, Self
 
-from jaxtc.errors import SourceError, WeightsError
+from jaxtc.errors import SourceError, WeightsError, some
 
 
 def expand(source: str | Path) -> Path:
@@ -100,6 +101,48 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: Path, files: Collection[str], what: str) -> Iterator[Path]:
+    """A folder beside ``folder`` to write to, which takes its place when nothing was raised.
+
+    ``files`` are patterns of what may be in one that is replaced, ``what`` they are for messages.
+    Raises SourceError for a folder that holds other things.
+    """
+    if folder.exists():
+        if not folder.is_dir():
+            raise SourceError(f"{folder} is a file; give a folder to save {what} in.")
+        others = sorted(
+            path.name
+            for path in folder.iterdir()
+            if path.is_dir() or not any(path.match(pattern) for pattern in files)
+        )
+        if others:
+            raise SourceError(
+                f"{folder} holds other things than {what} ({some(others)}). Saving replaces the "
+                "whole folder, so give a new one."
+            )
+    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        _replace(folder, partial)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace(folder: Path, partial: Path) -> None:
+    old = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.old")
+    if folder.exists():
+        os.rename(folder, old)
+    try:
+        os.rename(partial, folder)
+    except OSError:
+        if old.exists():
+            os.rename(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -19,14 +19,14 @@ from jaxtc.errors import JaxtcError, SourceError, WeightsError, did_you_mean, so
 from jaxtc.tap.sites import BY_NAME
 from jaxtc.transcoders.activations import Activation, activation_in, parameter_names
 from jaxtc.transcoders.transcoder import Transcoder
-from jaxtc.weights.files import layout, local, saelens
+from jaxtc.weights.files import foreign, layout, local, saelens
 from jaxtc.weights.files.beside import describe
+from jaxtc.weights.files.cross_layer import is_part
 from jaxtc.weights.files.description import Description
 from jaxtc.weights.files.folding import Fold, multiplied, norms_of
 from jaxtc.weights.files.formats import BY_FORMAT, SITES, Format, account, format_of
 from jaxtc.weights.files.npz import NpzFile, write_params
 from jaxtc.weights.files.safetensors import SafetensorsFile, write_tensors
-from jaxtc.weights.files.unread import refuse_foreign
 
 _GAIN = "scaling_factor"  # SAELens' key
 # Keys that only one library gives its arrays, and what jaxtc's own files say in their header.
@@ -157,10 +157,16 @@ def open_transcoder(
             f"There is no format {format!r}; give one of {', '.join(map(repr, BY_FORMAT))}."
             f"{did_you_mean(str(format), BY_FORMAT)}"
         )
-    refuse_foreign(path)
-    said = said or describe(path)
+    foreign.refuse(path)
     kind = SafetensorsFile if path.suffix == ".safetensors" else NpzFile
     with kind(path) as file:
+        if is_part(file.entries):
+            raise WeightsError(
+                f"{path} is one file of a cross-layer transcoder, whose layers belong together: "
+                f"give its folder, jaxtc.load_transcoders({str(path.parent)!r}), or with layer=... "
+                "to load_transcoder for the features of one layer."
+            )
+        said = said or describe(path)
         found = said.format if said else _told(path, file, format)
         if format not in (None, found.name):
             raise SourceError(f"{path} is of the format {found.name!r}, not {format!r}.")

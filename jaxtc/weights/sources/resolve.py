@@ -23,7 +23,6 @@ from jaxtc.weights.files.beside import describe, of_set
 from jaxtc.weights.files.circuit_tracer import SetConfig, read_config
 from jaxtc.weights.files.description import Description
 from jaxtc.weights.files.model import INDEX, SINGLE
-from jaxtc.weights.files.unread import refuse_foreign_folder
 from jaxtc.weights.sources import hub
 
 EMBEDDED = "embedded"
@@ -140,7 +139,7 @@ class Source:
         if usual and self.repo == layout.GEMMA_SCOPE_2B:
             return layout.DEFAULTS
         if not self._listed and self.path:
-            refuse_foreign_folder(self.path)
+            foreign.refuse_below(self.path)
         what = "" if self._listed or self.path is None else _folder_kind(self.path)
         if what and what != foreign.TRANSCODERS:
             raise SourceError(f"{self.name} holds no transcoders: {what}.")

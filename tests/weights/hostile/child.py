@@ -27,6 +27,7 @@ FORMATS = {
     "safetensors": "tensors", "transcoder": "tensors", "npz": "npz", "index": "folders",
     "config": "folders", "generation": "folders", "metadata": "folders",
     "converted": "converted", "converted-transcoders": "converted",
+    "cross-layer": "cross_layer",
     "saelens": "described", "sparsify": "described", "config.yaml": "described",
     "gemma-scope-2": "described",
     "adapter": "adapters", "google": "google",
