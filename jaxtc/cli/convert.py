@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from jaxtc.cli.options import argument, option, parse_layers
+from jaxtc.cli.options import Format, argument, option, parse_layers
 from jaxtc.cli.runtime import working
 from jaxtc.helpers import gigabytes
 from jaxtc.weights.checkpoints.sidecar import read_sidecar
@@ -36,11 +36,7 @@ def command(
     layers: option(str, "Which layers' transcoders.", metavar="all|0,5,10-12") = "all",
     width: option(str | None, "Which of a layer's transcoders, such as 65k.") = None,
     l0: option(str | None, "Which, by its average L0.", "--l0") = None,
-    format: option(
-        str | None,
-        "Whose transcoders' arrays they are, where nothing else says it.",
-        metavar="circuit-tracer|gemma-scope-2",
-    ) = None,
+    format: Format = None,
     input_site: option(
         str | None, "What the transcoders read, where their source does not say.", metavar="SITE"
     ) = None,

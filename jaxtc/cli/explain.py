@@ -9,7 +9,18 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from jaxtc.cli.options import STDOUT, Dtype, Model, OnlyJson, argument, option, write_json
+from jaxtc.cli.options import (
+    STDOUT,
+    Dtype,
+    Format,
+    Model,
+    OnlyJson,
+    Sites,
+    argument,
+    option,
+    told,
+    write_json,
+)
 from jaxtc.cli.runtime import Progress, note, plain_table, working
 from jaxtc.errors import JaxtcError
 from jaxtc.explore.explain import explain
@@ -59,12 +70,8 @@ def command(
         "the Gemma Scope tutorial feeds.",
         metavar="SITE",
     ) = None,
-    sites: option(
-        str | None,
-        "What the transcoder was trained to read and to write, where its source does not say: "
-        "mlp_in_normed,mlp_out for Gemma Scope's transcoders.",
-        metavar="READ,WRITTEN",
-    ) = None,
+    sites: Sites = None,
+    format: Format = None,
     top_features: option(int, "Strongest features shown per token.") = 3,
     max_new_tokens: option(int, "Length of the continuation.") = 2,
     dtype: Dtype = None,
@@ -75,17 +82,14 @@ def command(
         raise JaxtcError(
             f"--layer is {layer!r}, expected the number of a layer, counted from 0, or 'all'."
         )
-    read, _, written = (sites or "").partition(",")
-    if sites is not None and not (read.strip() and written.strip()):
-        raise JaxtcError(f"--sites is {sites!r}, expected two, such as mlp_in_normed,mlp_out.")
-    told = {"input_site": read.strip(), "output_site": written.strip()} if sites else {}
+    said = told(sites, format)
     with working("Starting JAX") as progress:
-        transcoders = find_transcoders(transcoder, model, layer, progress, told)
+        transcoders = find_transcoders(transcoder, model, layer, progress, said)
         asked = None
         if isinstance(transcoders, LayerFeatures):
             # What is written at a layer comes from all layers up to it.
             asked = transcoders.layer
-            transcoders = _OnDemand(transcoder, range(asked + 1), told)
+            transcoders = _OnDemand(transcoder, range(asked + 1), said)
         progress(f"Loading {model}")
         loaded = load_model(model, dtype=dtype, progress=progress.part)
         progress("Loading the tokenizer")
@@ -109,11 +113,12 @@ def find_transcoders(
     model: str,
     layer: str | int | None,
     progress: Progress,
-    sites: Mapping[str, str] | None = None,
+    said: Mapping[str, str] | None = None,
 ) -> Transcoder | LayerFeatures | Mapping[int, Transcoder | LayerFeatures]:
     """The transcoder of a layer (by default, the source's usual one), or those of "all".
 
-    Of a cross-layer one, the features of a layer. Without a ``source``, the model's own.
+    Of a cross-layer one, the features of a layer. Without a ``source``, the model's own. ``said``
+    is what :func:`jaxtc.cli.options.told` gives.
     """
     source = source or OWN.get(model)
     if source is None:
@@ -125,20 +130,20 @@ def find_transcoders(
         found = resolve(source, TRANSCODERS)
         whole = cross_layer(found)
         layers = range(whole.layers) if whole else found.layers()
-        return _OnDemand(source, layers, sites or {})
+        return _OnDemand(source, layers, said or {})
     progress(f"Loading the transcoder from {source}")
     layer = USUAL_LAYER.get(source) if layer is None else int(layer)
-    return load_transcoder(source, layer, **(sites or {}))
+    return load_transcoder(source, layer, **(said or {}))
 
 
 class _OnDemand(Mapping):
     """A source's transcoders by layer, loaded when asked for and not kept (300 MB each)."""
 
-    def __init__(self, source: str, layers: Sequence[int], sites: Mapping[str, str]):
-        self.source, self.layers, self.sites = source, layers, sites
+    def __init__(self, source: str, layers: Sequence[int], said: Mapping[str, str]):
+        self.source, self.layers, self.said = source, layers, said
 
     def __getitem__(self, layer: int) -> Transcoder | LayerFeatures:
-        return load_transcoder(self.source, layer, **self.sites)
+        return load_transcoder(self.source, layer, **self.said)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.layers)

@@ -3,13 +3,23 @@
 import contextlib
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from jaxtc.cli.explain import find_transcoders
-from jaxtc.cli.options import STDOUT, Dtype, Model, OnlyJson, argument, option, write_json
+from jaxtc.cli.options import (
+    STDOUT,
+    Dtype,
+    Format,
+    Model,
+    OnlyJson,
+    Sites,
+    argument,
+    option,
+    told,
+    write_json,
+)
 from jaxtc.cli.runtime import note, working
 from jaxtc.edits.features import SetFeature
 from jaxtc.errors import JaxtcError
@@ -17,8 +27,9 @@ from jaxtc.explore.explain import continuation
 from jaxtc.helpers import check_unicode
 from jaxtc.model.text import tokenized
 from jaxtc.programs.generate import generate
-from jaxtc.weights.files.generation import GENERATION, choices
+from jaxtc.weights.files.generation import GENERATION
 from jaxtc.weights.load_model import load_model, load_tokenizer
+from jaxtc.weights.opening import choices_of
 from jaxtc.weights.sources.resolve import CONFIG, resolve
 
 # Of sampling, named as in generation_config.json.
@@ -54,6 +65,8 @@ def command(
         min=0,
     ) = None,
     transcoder: option(str | None, "Where --steer's features are, as for `jaxtc explain`.") = None,
+    sites: Sites = None,
+    format: Format = None,
     dtype: Dtype = None,
     as_json: OnlyJson = False,
 ) -> None:
@@ -64,10 +77,11 @@ def command(
         raise JaxtcError("--stop is empty; every text contains that. Leave it out for no stop.")
     if len(features) < len(steer or ()):
         raise JaxtcError("--steer names a feature twice; give each of them one value.")
-    if not features and (layer is not None or transcoder is not None):
+    said = told(sites, format)
+    if not features and (said or layer is not None or transcoder is not None):
         raise JaxtcError(
-            "--layer and --transcoder say whose features are steered, but no feature is: add "
-            "--steer FEATURE=VALUE, or leave them out."
+            "--layer, --transcoder, --sites and --format say whose features are steered, but no "
+            "feature is: add --steer FEATURE=VALUE, or leave them out."
         )
     if temperature == 0 and (top_k is not None or top_p is not None):
         raise JaxtcError(
@@ -92,7 +106,7 @@ def command(
         progress = loading.enter_context(working("Starting JAX"))
         edits = []
         if features:
-            steered = find_transcoders(transcoder, model, layer, progress)
+            steered = find_transcoders(transcoder, model, layer, progress, said)
             values = list(features.values())
             edits = [SetFeature(steered, list(features), values, layer=layer)]
         progress(f"Loading {model}")
@@ -122,8 +136,7 @@ def command(
 
 def _not_taken(model: str, temperature: float) -> list[str]:
     """A sentence on what ``generation_config.json`` asks for and this command does not do."""
-    folder = resolve(model, CONFIG).fetch()
-    asked = choices(folder) if isinstance(folder, Path) else {}
+    asked = choices_of(resolve(model, CONFIG))
     if temperature:
         asked = {k: v for k, v in asked.items() if k not in ("do_sample", *OPTIONS)}
     if not asked:

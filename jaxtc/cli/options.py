@@ -29,6 +29,17 @@ Dtype = option(
     "Of the model's weights: float32, bfloat16 or float16. float32 on a CPU and "
     "bfloat16 on accelerators by default.",
 )
+Sites = option(
+    str | None,
+    "What the transcoder was trained to read and to write, where its source does not say: "
+    "mlp_in_normed,mlp_out for Gemma Scope's transcoders.",
+    metavar="READ,WRITTEN",
+)
+Format = option(
+    str | None,
+    "Whose transcoders' arrays they are, where nothing else says it.",
+    metavar="circuit-tracer",
+)
 OnlyJson = option(bool, "Only JSON on stdout.", "--json")
 JsonFile = option(Path | None, "Write every figure; - for stdout.", "--json", metavar="FILE")
 STDOUT = Path("-")
@@ -48,6 +59,15 @@ def parse_layers(text: str, option: str = "--layers") -> list[int]:
             )
         found += range(first, last + 1)
     return found
+
+
+def told(sites: str | None, format: str | None) -> dict[str, str]:
+    """What ``--sites`` and ``--format`` say of a transcoder, as load_transcoder takes it."""
+    read, _, written = (part.strip() for part in (sites or "").partition(","))
+    if sites is not None and not (read and written):
+        raise InputError(f"--sites is {sites!r}, expected two, such as mlp_in_normed,mlp_out.")
+    found = {"input_site": read, "output_site": written} if sites else {}
+    return found | ({"format": format} if format is not None else {})
 
 
 def check_place(option: str, path: Path) -> None:

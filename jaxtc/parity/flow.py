@@ -38,7 +38,7 @@ from jaxtc.weights.files.transcoder import open_transcoder
 from jaxtc.weights.load_model import load_model, load_tokenizer
 from jaxtc.weights.load_transcoder import load_transcoder
 from jaxtc.weights.names import HEAD
-from jaxtc.weights.sources.cross_layer import one_a_layer
+from jaxtc.weights.sources.cross_layer import refuse_cross_layer
 from jaxtc.weights.sources.resolve import (
     ADAPTER,
     CONVERTED,
@@ -245,7 +245,8 @@ def _transcoder(
         if layer is not None:
             raise InputError("A transcoder's layer was given, but no transcoder; name one too.")
         return None, None
-    found = one_a_layer(resolve(source, TRANSCODERS))
+    found = resolve(source, TRANSCODERS)
+    refuse_cross_layer(found)
     if layer is None:
         there = found.layers()
         if len(there) > 1:

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxtc.errors import InputError, WeightsError, some
+from jaxtc.helpers import explicit_transfers
 from jaxtc.interchange import from_foreign, plain
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
@@ -28,6 +29,7 @@ from jaxtc.weights.names import BUFFERS, EMBEDDING, HEAD, Name, parameter_names,
 _ADAPTER = ("lora_", "base_layer.", "modules_to_save.", "token_adapter.", "prompt_encoder.")
 
 
+@explicit_transfers
 def from_torch(
     model: Any,
     *,
@@ -178,13 +180,9 @@ def _read(
     """A parameter, and what is wrong with its values or an empty string."""
     if share and sharding is None and _dtype(tensor) == dtype:
         taken = from_foreign(tensor.detach().reshape(name.shape))
-        finite = bool(jnp.isfinite(taken).all())
-        return taken, "" if finite else f"{name.hf} holds NaN or infinity"
-    stored = plain(tensor).reshape(name.shape)
-    made = arrays.empty(name.shape, dtype)
-    arrays.cast(stored, made)
-    if not arrays.all_finite(made):
-        large = f"values too large for {dtype.name}"
-        wrong = large if arrays.all_finite(stored) else "NaN or infinity"
-        return made, f"{name.hf} holds {wrong}"
+        finite = bool(jax.device_get(jnp.isfinite(taken).all()))
+        return taken, "" if finite else f"{name.hf} {arrays.NOT_FINITE}"
+    made, problem = arrays.converted(plain(tensor).reshape(name.shape), dtype)
+    if problem:
+        return made, f"{name.hf} {problem}"
     return (made if sharding is None else shards.spread(made, sharding)), ""

@@ -1,5 +1,6 @@
 """Models, configs and tokenizers from a source: a hub id, a local folder, or the embedded ones."""
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from jaxtc.weights.checkpoints.read import Converted
 from jaxtc.weights.files import local
 from jaxtc.weights.files.arrays import check_dtype
 from jaxtc.weights.files.shards import fill
-from jaxtc.weights.opening import base_of, config_of, open_weights
+from jaxtc.weights.opening import base_of, config_of, open_weights, refuse_unfit
 from jaxtc.weights.sources.hub import TOKENIZER_FILES
 from jaxtc.weights.sources.resolve import (
     ADAPTER,
@@ -29,6 +30,7 @@ from jaxtc.weights.sources.resolve import (
     CONVERTED,
     EMBEDDED,
     GOOGLE,
+    HUB,
     MODEL,
     TOKENIZER,
     resolve,
@@ -36,6 +38,10 @@ from jaxtc.weights.sources.resolve import (
 
 # Called with (bytes loaded, bytes in all) after each tensor.
 Progress: TypeAlias = Callable[[int, int], None]
+
+# Where the instruction-tuned releases stop, by their generation_config.json: <eos> and
+# <end_of_turn>.
+_IT_STOPS = (1, 107)
 
 
 @explicit_transfers
@@ -73,7 +79,9 @@ def load_model(
 
     Of Google's own Flax checkpoint (Kaggle's ``gemma-2/flax``: an orbax tree with
     ``transformer/layer_0/attn/q_einsum``, nested or flat), sizes are read from shapes and the rest
-    is the release's of these sizes. Each process reads every array whole, one at a time.
+    is the release's of these sizes. Such a tree does not say whether it is instruction-tuned: its
+    config stops at ``<eos>`` only, so give ``generate`` ``stop=[1, 107]`` (``<end_of_turn>``), or
+    ``config=``. Each process reads every array whole, one at a time.
 
     Args:
         source: a hub id (``google/gemma-2-2b``), a local folder with ``config.json`` and
@@ -89,7 +97,8 @@ def load_model(
             a converted checkpoint the parts that are read are always compared with its own, with
             ``verify`` all of it.
         ignore: names of tensors to leave out, ``*`` for any characters: a head of another kind,
-            such as ``"score.*"`` of a reward model.
+            such as ``"score.*"`` of a reward model. Refused where there is nothing else to leave
+            out: of a converted checkpoint and of Google's.
         base: of an adapter, the model that it is merged into, as ``source``; by default the
             ``base_model_name_or_path`` of its config: a hub id, or a folder, seen from the working
             directory or beside the adapter's.
@@ -112,7 +121,8 @@ def load_model(
     places = mesh and functools.partial(shardings, mesh=mesh, rules=rules)
     with agreed(mesh, "load the model"):
         found = resolve(source, MODEL, revision=revision)
-        if found.format == CONVERTED and base is config is None:
+        if found.format == CONVERTED:
+            refuse_unfit(found.name, found.format, base=base, config=config, ignore=ignore)
             checkpoint = Converted(found.path, MODEL, verify)
             return checkpoint.load(checkpoint.model(dtype), places, progress)
         with open_weights(found, base=base, config=config, ignore=ignore, verify=verify) as opened:
@@ -142,9 +152,11 @@ def load_config(
         ConfigError: not a Gemma-2.
         WeightsError: an adapter that is not merged, or another tree than Google's.
     """
-    size = re.fullmatch(r"(?:(?:google/)?gemma-2-)?(\w+)(?:-it)?", str(source).lower())
+    size = re.fullmatch(r"(?:(?:google/)?gemma-2-)?(\w+?)(-it)?", str(source).lower())
     if size and size[1] in RELEASED and revision is None and local.find(source) is None:
-        return RELEASED[size[1]]
+        refuse_unfit(str(source), HUB, base=base)
+        released = RELEASED[size[1]]
+        return dataclasses.replace(released, eos_token_id=_IT_STOPS) if size[2] else released
     return config_of(resolve(source, CONFIG, revision=revision), base)
 
 

@@ -76,8 +76,10 @@ def load_transcoder(
         width: which of several widths, such as ``"65k"``.
         l0: which of several average L0s, such as 11; or ``"canonical"``: of Gemma Scope's
             transcoders the usual one, of its autoencoders the one closest to 100.
-        format: whose arrays they are, where nothing else says it: bare ``W_enc``, ``W_dec``,
-            ``b_enc``, ``b_dec`` are several libraries'.
+        format: whose arrays they are, where nothing else says it: ``"circuit-tracer"`` for bare
+            ``W_enc``, ``W_dec``, ``b_enc``, ``b_dec``, which several libraries write. The others
+            (``"gemma-scope"``, ``"gemma-scope-2"``, ``"saelens"``, ``"sparsify"``) are told by
+            their keys or the config beside them; one that is given must be the same.
         dtype: of its parameters.
         input_site: the site it reads.
         output_site: the site it imitates.
@@ -202,7 +204,8 @@ def declared(
             f"alike. Give {' and '.join(missing)}: transcoders of Gemma Scope have "
             "input_site='mlp_in_normed' (before the norm's gain) and output_site='mlp_out', many "
             "others input_site='mlp_in'; its autoencoders read what they write, -res 'resid_post', "
-            "-mlp 'mlp_out', -att 'attn_heads'. (`jaxtc explain` has --sites.)"
+            "-mlp 'mlp_out', -att 'attn_heads'. (`jaxtc explain` and `jaxtc generate` have "
+            "--sites.)"
         )
     for site in sites.values():
         _check_site(site)
@@ -221,6 +224,14 @@ def declared(
                 f"is called, layer {layer}."
             )
         layer = said.layer
+    own = opened.own.get("layer")
+    if layer is None:
+        layer = own
+    elif own not in (None, layer):
+        raise SourceError(
+            f"{name} says that it is of layer {own}, and was asked for, or is called, layer "
+            f"{layer}. Leave layer out, or move the file to where its name says layer {own}."
+        )
     shapes = opened.shapes
     return Transcoder.abstract(
         *shapes["W_enc"], shapes["W_dec"][1], dtype=dtype, layer=layer if all(each) else None,

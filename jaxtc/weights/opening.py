@@ -15,15 +15,14 @@ from jax.sharding import NamedSharding
 
 from jaxtc.errors import ConfigError, JaxtcError, SourceError
 from jaxtc.model.config import Gemma2Config
-from jaxtc.model.released import RELEASED
 from jaxtc.weights.adapters import adapter as adapters
-from jaxtc.weights.adapters.settings import SETTINGS, Settings
+from jaxtc.weights.adapters.settings import SETTINGS, LoraSettings
 from jaxtc.weights.checkpoints.google import METADATA, GoogleTree
 from jaxtc.weights.checkpoints.read import Converted
 from jaxtc.weights.checkpoints.sidecar import SIDECAR
 from jaxtc.weights.files import local, shards
-from jaxtc.weights.files.generation import read_config
-from jaxtc.weights.files.model import files_of, open_checkpoint
+from jaxtc.weights.files.generation import GENERATION, choices, read_config
+from jaxtc.weights.files.model import files_of, open_checkpoint, patterns
 from jaxtc.weights.names import parameter_names
 from jaxtc.weights.sources import hub
 from jaxtc.weights.sources.resolve import (
@@ -35,6 +34,15 @@ from jaxtc.weights.sources.resolve import (
     in_bucket,
     resolve,
 )
+
+# Formats that hold the parameters and nothing beside them, so that there is nothing to ignore.
+_WHOLE = {
+    CONVERTED: "a checkpoint of jaxtc's own, which holds the parameters of the model only",
+    GOOGLE: "Google's Flax tree, which is read whole or not at all",
+}
+
+# `ignore` where nothing of an adapter but its base is wanted: whatever head it has.
+_ANY_HEAD = ("*",)
 
 # (name of a parameter, dtype, sharding) -> (the array, what is wrong with it or an empty string).
 Reader = Callable[[str, np.dtype, NamedSharding | None], tuple[np.ndarray | jax.Array, str]]
@@ -63,6 +71,35 @@ class Opened:
     settings: Mapping[str, Any]
 
 
+def refuse_unfit(
+    name: str,
+    format: str,
+    *,
+    base: str | Path | None = None,
+    config: Gemma2Config | str | Path | None = None,
+    ignore: str | Sequence[str] = (),
+) -> None:
+    """Raise SourceError for an argument that means nothing for a model that is kept like this.
+
+    ``name`` and ``format`` are a source's; the others are as in :func:`jaxtc.load_model`.
+    """
+    if base is not None and format != ADAPTER:
+        raise SourceError(
+            f"base={str(base)!r} is for an adapter's folder ({SETTINGS}), and {name} is a model "
+            "of its own."
+        )
+    if config is not None and format != GOOGLE:
+        raise SourceError(
+            "config= is for a checkpoint that has none of its own (Google's Flax tree), and "
+            f"{name} has one."
+        )
+    if patterns(ignore) and format in _WHOLE:
+        raise SourceError(
+            f"ignore={ignore!r} leaves tensors out of a folder in Hugging Face's layout or of an "
+            f"adapter's, and {name} is {_WHOLE[format]}. Leave ignore out."
+        )
+
+
 @contextlib.contextmanager
 def open_weights(
     source: Source,
@@ -84,16 +121,8 @@ def open_weights(
         SourceError, ConfigError, WeightsError: as :func:`jaxtc.load_model`.
     """
     source = source.fetched()
-    if base is not None and source.format != ADAPTER:
-        raise SourceError(
-            f"base={str(base)!r} is for an adapter's folder ({SETTINGS}), and {source.name} is a "
-            "model of its own."
-        )
-    if config is not None and source.format != GOOGLE:
-        raise SourceError(
-            "config= is for a checkpoint that has none of its own (Google's Flax tree), and "
-            f"{source.name} has one."
-        )
+    ignore = patterns(ignore)
+    refuse_unfit(source.name, source.format, base=base, config=config, ignore=ignore)
     for name in beside if source.repo else ():
         hub.download_if_there(source.repo, name, source.path.name)
     with contextlib.ExitStack() as stack:
@@ -140,7 +169,7 @@ def google_tree(source: Source, config: Gemma2Config | str | Path | None = None)
         config = read_config(here[0]) if here else None
     elif not isinstance(config, Gemma2Config):
         raise ConfigError(f"config is {config!r}, expected a Gemma2Config or a config.json.")
-    return GoogleTree(tree, config, RELEASED)
+    return GoogleTree(tree, config)
 
 
 def _google(source: Source, config: Gemma2Config | str | Path | None, verify: bool) -> Opened:
@@ -155,7 +184,7 @@ def _google(source: Source, config: Gemma2Config | str | Path | None, verify: bo
 
 
 def base_of(
-    source: Source, base: str | Path | None = None, ignore: Sequence[str] = ("*",)
+    source: Source, base: str | Path | None = None, ignore: Sequence[str] = _ANY_HEAD
 ) -> Source:
     """The base model of an adapter: the one that is given, or that its settings name: a hub id, or
     a folder, seen from here or beside the adapter's.
@@ -163,7 +192,7 @@ def base_of(
     Raises:
         SourceError: none is named, or it is not found, or leads to something else than a model.
     """
-    settings = Settings.read(source.path, ignore)
+    settings = LoraSettings.read(source.path, ignore)
     named = settings.base if base is None else base
     advice = (
         f"{source.name} is a LoRA adapter; give the model that it was trained on: "
@@ -212,20 +241,21 @@ def _beside(source: Source, named: str | Path) -> Path | None:
 def _adapted(
     source: Source,
     base: str | Path | None,
-    ignore: str | Sequence[str],
+    ignore: Sequence[str],
     verify: bool,
     beside: Sequence[str],
     stack: contextlib.ExitStack,
 ) -> Opened:
-    ignore = [ignore] if isinstance(ignore, str) else list(ignore)
-    settings = Settings.read(source.path, ignore)
+    settings = LoraSettings.read(source.path, ignore)
     below = base_of(source, base, ignore)
     files = adapters.files_of(source.path)
     if verify:
         hub.verify_files(files)
     try:
+        below = below.fetched()
+        of_base = () if below.format in _WHOLE else ignore  # then they are the adapter's alone
         opened = stack.enter_context(
-            open_weights(below, ignore=ignore, verify=verify, beside=beside)
+            open_weights(below, ignore=of_base, verify=verify, beside=beside)
         )
     except JaxtcError as error:
         raise type(error)(
@@ -254,13 +284,28 @@ def _adapted(
     return Opened(source.path, made.config, dtypes, read, weights, folders, settings)
 
 
+def choices_of(source: Source) -> dict[str, Any]:
+    """What the ``generation_config.json`` of a model asks for and jaxtc does not take from it, see
+    :func:`jaxtc.weights.files.generation.choices`; of an adapter, its own one's, else its base's.
+
+    Raises:
+        SourceError, ConfigError, WeightsError: as :func:`~jaxtc.weights.load_model.load_config`.
+    """
+    source = source.fetched()
+    if source.format == ADAPTER and not local.has(source.path, GENERATION):
+        return choices_of(dataclasses.replace(base_of(source), kind=source.kind))
+    # Nothing but checkpoints of jaxtc's own is in buckets, and paths there are not of this machine.
+    return choices(source.path) if isinstance(source.path, Path) else {}
+
+
 def config_of(source: Source, base: str | Path | None = None) -> Gemma2Config:
     """The config of a source, of which nothing else is fetched.
 
     Raises:
-        SourceError, ConfigError, WeightsError: as :func:`jaxtc.load_config`.
+        SourceError, ConfigError, WeightsError: as :func:`~jaxtc.weights.load_model.load_config`.
     """
     source = source.fetched()
+    refuse_unfit(source.name, source.format, base=base)
     if source.format == GOOGLE:
         return google_tree(source).config
     if source.format != ADAPTER:
@@ -269,5 +314,5 @@ def config_of(source: Source, base: str | Path | None = None) -> Gemma2Config:
     config = config_of(dataclasses.replace(below, kind=source.kind))
     if not local.has(source.path, adapters.TENSORS):
         return config
-    with adapters.open_adapter(source.path, Settings.read(source.path), config) as made:
+    with adapters.open_adapter(source.path, LoraSettings.read(source.path), config) as made:
         return made.config

@@ -9,7 +9,7 @@ from jaxtc.errors import SourceError
 from jaxtc.sharding.processes import check_here
 from jaxtc.transcoders.cross_layer import CrossLayerTranscoder, LayerFeatures
 from jaxtc.weights.files import local
-from jaxtc.weights.files.circuit_tracer import CONFIG, CROSS_LAYER
+from jaxtc.weights.files.circuit_tracer import CONFIG, CROSS_LAYER, write_config
 from jaxtc.weights.files.cross_layer import DECODER, ENCODER, write_layer
 from jaxtc.weights.files.settings import HOOKS
 
@@ -31,12 +31,14 @@ def save_cross_layer(transcoder: CrossLayerTranscoder, folder: str | Path) -> Pa
             f"Files of a cross-layer transcoder have no activation {activation.name!r}, only "
             "JumpReLU and ReLU; other programs would compute something else from them."
         )
+    sites = transcoder.input_site, transcoder.output_site
+    hooks = [HOOKS.get(site, site) for site in sites]
     folder = local.expand(folder).resolve()
     try:
         with local.replacing_folder(folder, (*_FILES, CONFIG), "a cross-layer transcoder") as made:
             for one in transcoder.layers:
                 write_layer(made, one, lambda name, one=one: _value(one, name))
-            (made / CONFIG).write_text(_config(transcoder), encoding="utf-8")
+            (made / CONFIG).write_bytes(write_config(CROSS_LAYER, *hooks))
     except OSError as error:
         raise SourceError(f"{folder} cannot be written: {error.strerror or error}.") from error
     return folder
@@ -46,9 +48,3 @@ def _value(one: LayerFeatures, name: str) -> np.ndarray:
     value = jax.device_get(getattr(one, name)[...])
     # One threshold for all features is written as one for each.
     return np.broadcast_to(value, one.features) if name == "threshold" else value
-
-
-def _config(transcoder: CrossLayerTranscoder) -> str:
-    ends = {"input": transcoder.input_site, "output": transcoder.output_site}
-    hooks = [f"feature_{end}_hook: {HOOKS.get(site, site)}" for end, site in ends.items()]
-    return "\n".join([f"model_kind: {CROSS_LAYER}", *hooks, ""])

@@ -25,20 +25,21 @@ def save_transcoder(
 ) -> Path:
     """Write a transcoder in one of the formats of :data:`jaxtc.weights.files.formats.FORMATS`.
 
-    The file is written whole or not at all, and says which sites the transcoder reads and writes:
+    The file is written whole or not at all, and says which sites the transcoder reads and writes,
+    and its layer:
     in the header of safetensors, in SAELens' ``cfg.json``, in the comment of the zip that
     ``params.npz`` is (which NumPy and others leave alone).
 
     What a format cannot hold is refused: a skip connection (``params.npz``), TopK
     (``params.npz``, Gemma Scope 2's), ``subtract_b_dec`` (all but SAELens').
 
+    In ``params.npz`` parameters are float32, and a ReLU has thresholds of 0; in safetensors they
+    keep their dtype. circuit-tracer's ``z·(z > threshold)`` lets negative values pass a negative
+    threshold: it is written as 0 there, which computes the same.
+
     Args:
         transcoder: to be saved. A cross-layer one is written as circuit-tracer keeps it: a folder
             with two files a layer and a config.yaml, in the dtype it has.
-            In ``params.npz`` parameters are float32, and a ReLU has thresholds of 0; in
-            safetensors they keep their dtype. circuit-tracer's
-            ``z·(z > threshold)`` lets negative values pass a negative threshold: it is written as
-            0 there, which computes the same.
         path: the file, or the folder to write ``params.npz`` (or circuit-tracer's
             ``layer_N.safetensors``, or SAELens' two files) in; folders are made. Of a
             cross-layer one, a folder that is new, empty, or holds an earlier one, which is
@@ -47,7 +48,7 @@ def save_transcoder(
             default the one that the file's name ends like, or the first.
 
     Returns:
-        The file.
+        The file; of a cross-layer one, the folder.
 
     Raises:
         SourceError: it cannot be written there, or not in this format.

@@ -191,7 +191,7 @@ def test_features_that_neuronpedia_has_are_linked(monkeypatch):
         ({"--input-site": "mlp_inn"}, "Did you mean 'mlp_in'"),
         ({"--sites": "mlp_in"}, "--sites is 'mlp_in', expected two"),
         ({"--sites": "mlp_in,mlp_outt"}, "Did you mean 'mlp_out'"),
-        ({"--transcoder": "BARE FILE"}, "(`jaxtc explain` has --sites.)"),
+        ({"--transcoder": "BARE FILE"}, "(`jaxtc explain` and `jaxtc generate` have --sites.)"),
         ({"--top-features": "51"}, "top_features is 51"),
         ({"--dtype": "int8"}, "int8"),
         ({"prompt": "caf\udce9 is"}, "not UTF-8"),

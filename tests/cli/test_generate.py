@@ -5,6 +5,7 @@ import json
 import sys
 
 import pytest
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
@@ -201,3 +202,41 @@ def test_a_stop_text_is_never_shown_in_part(byte_tokenizer):
     again = Increments(byte_tokenizer, [2], stop="ab\n")
     assert [again.add(token) for token in of_bytes("ab")] == ["", ""]
     assert again.rest() == "ab" == again.shown and not again.stopped
+
+
+def test_bare_arrays_are_read_as_told(generate, folders, cli_run, tmp_path):
+    """Files of which nothing says whose they are: --format, and --sites, as the error has it."""
+    made = tiny.transcoder(1)
+    file = jaxtc.save_transcoder(made, tmp_path / "mine.safetensors", format="circuit-tracer")
+    arrays = load_file(file)
+    del arrays["activation_function.threshold"]  # then the activation is ReLU
+    save_file(arrays, file)
+    told = ["--layer", 1, "--transcoder", file]
+    sites = ["--sites", f"{made.input_site},{made.output_site}"]
+    whose = ["--format", "circuit-tracer"]
+    doors = {
+        "generate": [PROMPT, "--max-new-tokens", 5, "--steer", "3=40", *told],
+        "explain": [PROMPT, "--model", folders / "model", *told],
+    }
+    for name, arguments in doors.items():
+        run = generate if name == "generate" else lambda *x: cli_run("explain", *x)
+        code, _, err = run(*arguments, *sites)
+        assert code == 2 and "--format circuit-tracer" in " ".join(err.split())
+        code, _, err = run(*arguments, *whose)
+        assert code == 2 and "--sites" in err
+        code, _, err = run(*arguments, *sites, "--format", "circuit_tracer")
+        assert code == 2 and "There is no format 'circuit_tracer'" in " ".join(err.split())
+        code, out, err = run(*arguments, *sites, *whose, "--json")
+        assert code == 0, err
+    code, out, _ = generate(*doors["generate"], *sites, *whose)
+    loaded = jaxtc.load_transcoder(
+        file, 1, format="circuit-tracer", input_site=made.input_site, output_site=made.output_site
+    )
+    edit = SetFeature(loaded, 3, 40.0, position=slice(1, None))
+    assert out == PROMPT + expected(5, edits=[edit])[1] + "\n"
+
+
+def test_whose_features_without_a_feature(generate):
+    for option in (["--sites", "mlp_in,mlp_out"], ["--format", "circuit-tracer"]):
+        code, out, err = generate(PROMPT, *option)
+        assert (code, out) == (2, "") and "--steer FEATURE=VALUE" in " ".join(err.split())

@@ -298,3 +298,27 @@ def test_saving_does_not_write_over(tree, tmp_path):
     jaxtc.save_checkpoint(random_model(), tmp_path / "new")
     assert same(load(tmp_path / "new"), random_model())
     assert not partial.exists()
+
+
+@pytest.mark.parametrize("door", ["load", "convert"])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"ignore": "score.*"}, "ignore=.*a checkpoint of jaxtc's own"),
+        ({"ignore": ["score.weight"]}, "ignore=.*a checkpoint of jaxtc's own"),
+        ({"ignore": 3}, "ignore is 3, expected names"),
+        ({"base": "nowhere"}, "base='nowhere' is for an adapter"),
+        ({"config": "config.json"}, "config= is for a checkpoint that has none"),
+    ],
+)
+def test_arguments_that_mean_nothing_for_it_are_refused(sound, tmp_path, door, given, message):
+    with pytest.raises(SourceError, match=message):
+        if door == "load":
+            jaxtc.load_model(sound, **given)
+        else:
+            jaxtc.convert(sound, tmp_path / "out", "safetensors", **given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_to_ignore_is_fine(sound):
+    assert same(load(sound), jaxtc.load_model(sound, dtype="float32", ignore=[], base=None))

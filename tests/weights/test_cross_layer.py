@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import yaml
 
 import jaxtc
 from jaxtc.errors import JaxtcError, SiteError, SourceError, WeightsError
@@ -293,8 +294,7 @@ def test_memory_is_one_parameter_at_a_time(tmp_path, monkeypatch):
 
 def test_its_config_is_circuit_tracer_s(tmp_path):
     saved = jaxtc.save_transcoder(jaxtc.load_transcoders(write(tmp_path / "a")), tmp_path / "b")
-    text = (saved / "config.yaml").read_text()
-    assert dict(line.split(": ") for line in text.splitlines()) == {
+    assert yaml.safe_load((saved / "config.yaml").read_text()) == {
         "model_kind": "cross_layer_transcoder", "feature_input_hook": "hook_resid_mid",
         "feature_output_hook": "hook_mlp_out",
     }  # fmt: skip

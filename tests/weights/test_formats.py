@@ -114,6 +114,33 @@ def test_what_is_written_keeps_dtype_sites_and_bits(tmp_path, dtype, format):
     assert (explicit.input_site, explicit.output_site) == ("mlp_in", "attn_out")
 
 
+@pytest.mark.parametrize("layer", [0, 3, 25, None])
+@pytest.mark.parametrize("name", ["mine.safetensors", "mine.npz"])
+def test_its_layer_comes_back_from_a_name_that_does_not_say_it(tmp_path, name, layer):
+    made = jaxtc.Transcoder(
+        D, M, O, layer=layer, input_site="resid_mid", output_site="attn_out", rngs=nnx.Rngs(2)
+    )
+    path = jaxtc.save_transcoder(made, tmp_path / name)
+    assert jaxtc.load_transcoder(path).layer == layer
+    assert jaxtc.load_transcoder(path, 3 if layer is None else layer).layer in (3, layer)
+    if layer is not None:
+        with pytest.raises(SourceError, match=rf"says that it is of layer {layer}.*layer 7"):
+            jaxtc.load_transcoder(path, 7)
+        moved = path.rename(tmp_path / f"layer_7{path.suffix}")
+        with pytest.raises(SourceError, match=rf"says that it is of layer {layer}.*layer 7"):
+            jaxtc.load_transcoder(moved)
+
+
+@pytest.mark.parametrize("layer", ["-1", "x", "3.0", "9" * 5000])
+def test_a_layer_in_a_header_that_is_none(tmp_path, layer):
+    path = jaxtc.save_transcoder(tiny.transcoder(1), tmp_path / "mine.safetensors")
+    with safetensors.safe_open(path, "np") as file:
+        said = file.metadata()
+    save_file(load_file(path), path, said | {"layer": layer})
+    with pytest.raises(WeightsError, match="its layer is .*expected a whole number"):
+        jaxtc.load_transcoder(path)
+
+
 def test_a_folder_of_circuit_tracers(tmp_path):
     for layer in (0, 3, 12):
         write(tmp_path / f"layer_{layer}.safetensors", circuit_tracer())

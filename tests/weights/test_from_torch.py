@@ -14,6 +14,7 @@ import transformers
 import jaxtc
 from jaxtc.errors import ConfigError, InputError, WeightsError
 from jaxtc.sharding.rules import variables
+from tests.programs.test_guards import GUARDS
 from tests.weights.test_google_tree import CONFIG, IDS, SIZES, same_logits, torch_model
 
 
@@ -164,3 +165,12 @@ def test_pefts_models(tmp_path):
 def test_jaxtc_does_not_import_torch():
     code = "import sys, jaxtc; jaxtc.from_torch; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+@pytest.mark.parametrize("share", [False, True])
+def test_under_the_guards_of_other_code(guard, share):
+    theirs = torch_model()
+    with GUARDS[guard]():
+        model = jaxtc.from_torch(theirs, share=share)
+    same_logits(model, theirs)

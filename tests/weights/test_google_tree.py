@@ -107,6 +107,25 @@ def test_a_config_where_no_release_has_these_sizes(theirs, folder, place, tmp_pa
     same_logits(jaxtc.load_model(copy, config=given, dtype="float32"), theirs)
 
 
+@pytest.mark.parametrize("door", ["load", "convert"])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"ignore": "score.*"}, "ignore='?.*Google's Flax tree"),
+        ({"ignore": ["a", "b"]}, "ignore=.*Google's Flax tree"),
+        ({"ignore": 3}, "ignore is 3"),
+        ({"base": "nowhere"}, "base='nowhere' is for an adapter"),
+    ],
+)
+def test_arguments_that_mean_nothing_for_it_are_refused(folder, tmp_path, door, given, message):
+    with pytest.raises(SourceError, match=message):
+        if door == "load":
+            jaxtc.load_model(folder, config=CONFIG, **given)
+        else:
+            jaxtc.convert(folder, tmp_path / "out", config=CONFIG, **given)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_folder_around_it_will_do(theirs, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "1/gemma2-tiny")
     (tmp_path / "1/tokenizer.model").write_bytes(b"")
@@ -124,7 +143,7 @@ def test_sizes_of_a_release_have_its_config(size, tmp_path, monkeypatch):
         })
         for name, one in RELEASED.items()
     }  # fmt: skip
-    monkeypatch.setattr("jaxtc.weights.opening.RELEASED", small)
+    monkeypatch.setattr("jaxtc.weights.checkpoints.google.RELEASED", small)
     sizes = {key: getattr(small[size], key) for key in SIZES}
     theirs = torch_model(**(sizes | {"vocab_size": 50}))  # rows to spare
     last = theirs.model.layers[-1].mlp

@@ -131,6 +131,17 @@ def test_refused(tmp_path, changes, tied, message):
         jaxtc.load_model(folder)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_only_a_config_that_unties_them_is_said_to(tmp_path, tied):
+    state = tensors()
+    state[HEAD] = state.pop(EMBEDDING)
+    del state["model.norm.weight"]
+    folder = write(tmp_path / "m", state, tie_word_embeddings=tied)
+    with pytest.raises(WeightsError, match="model.norm.weight is missing") as raised:
+        jaxtc.load_model(folder)
+    assert ("tie_word_embeddings = false" in str(raised.value)) == (not tied)
+
+
 @pytest.fixture(scope="module")
 def untied(tmp_path_factory):
     """The folder of a model with a matrix of its own, which its config does not know."""

@@ -62,9 +62,25 @@ def test_what_and_where(places, source, options, expected):
 
 @pytest.mark.parametrize("name", ["2B", "gemma-2-2b", "google/gemma-2-2b", "google/gemma-2-2b-it"])
 def test_configs_of_released_models_are_known(places, name):
-    assert load_config(name) is RELEASED["2b"]
+    # The instruction-tuned ones end a turn too, by their generation_config.json.
+    stops = (1, 107) if name.endswith("-it") else 1
+    assert load_config(name) == dataclasses.replace(RELEASED["2b"], eos_token_id=stops)
     jaxtc.save_model(random_model(), places / name)  # a folder comes first
     assert load_config(name) == random_model().config
+
+
+@pytest.mark.parametrize("size", RELEASED)
+def test_stops_of_every_release(size):
+    assert load_config(f"google/gemma-2-{size}").eos_token_id == 1
+    assert load_config(f"google/gemma-2-{size}-it").eos_token_id == (1, 107)
+
+
+@pytest.mark.parametrize("source", ["embedded", "2b", "google/gemma-2-2b-it", "folder"])
+def test_a_base_of_what_is_no_adapter_is_refused(tmp_path, source):
+    if source == "folder":
+        source = jaxtc.save_model(random_model(), tmp_path / "m")
+    with pytest.raises(SourceError, match="base='nowhere' is for an adapter's folder"):
+        load_config(source, base="nowhere")
 
 
 @pytest.mark.parametrize("name", ["google/gemma-2-gemma-2-2b", "gemma-2b", "google/2b"])

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jaxtc.errors import WeightsError, some
 from jaxtc.model.config import Gemma2Config
 from jaxtc.weights.adapters.merge import Change, LowRank, Rows
-from jaxtc.weights.adapters.settings import SETTINGS, Settings
+from jaxtc.weights.adapters.settings import SETTINGS, LoraSettings
 from jaxtc.weights.files import arrays, local, shards
 from jaxtc.weights.files.safetensors import SafetensorsFile
 from jaxtc.weights.names import EMBEDDING, HEAD, Name, parameter_names, published
@@ -30,7 +30,6 @@ _TENSOR = re.compile(
     r"(?P<part>lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector(?:\.weight)?|"
     r"token_adapter\.trainable_tokens_delta|(?:base_layer\.)?(?:weight|bias)|lora_[AB]\.bias)"
 )
-_MOST_RANK = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Adapter:
     def __init__(
         self,
         file: SafetensorsFile,
-        settings: Settings,
+        settings: LoraSettings,
         base: Gemma2Config,
         ignore: Sequence[str] = (),
     ):
@@ -305,7 +304,7 @@ def _each_shard(array: jax.Array, sharding: NamedSharding, merged) -> tuple[jax.
 
 @contextlib.contextmanager
 def open_adapter(
-    folder: Path, settings: Settings, base: Gemma2Config, ignore: Sequence[str] = ()
+    folder: Path, settings: LoraSettings, base: Gemma2Config, ignore: Sequence[str] = ()
 ) -> Iterator[Adapter]:
     """The adapter in a folder, for a base model of this config, but for tensors to ``ignore``.
 

@@ -36,7 +36,7 @@ class LowRank:
     Attributes:
         left: (out, r), B of a layer; of an embedding, A transposed.
         right: (r, in).
-        scale: see :meth:`jaxtc.weights.adapters.settings.Settings.scale`.
+        scale: see :meth:`jaxtc.weights.adapters.settings.LoraSettings.scale`.
         split: how many axes of the parameter are its output's.
         magnitude: of DoRA: (out,), or of an embedding (in,).
         of_input: whether the magnitude is (in,), and the norm over the output.

@@ -1,7 +1,6 @@
 """``adapter_config.json``: what PEFT does with an adapter's tensors, or why we do not."""
 
 import dataclasses
-import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +11,7 @@ import regex
 
 from jaxtc.errors import WeightsError, did_you_mean, some
 from jaxtc.helpers import is_whole
-from jaxtc.weights.files import local
+from jaxtc.weights.files.settings import read_json
 
 SETTINGS = "adapter_config.json"
 #: What PEFT takes for every linear layer but the output matrix.
@@ -44,7 +43,7 @@ _DEFAULT_TARGETS = ("q_proj", "v_proj")
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class LoraSettings:
     """A LoRA, as its ``adapter_config.json`` says. Modules are named as in the model that PEFT
     wrapped: ``model.layers.0.self_attn.q_proj``. Patterns match as PEFT has it.
 
@@ -68,7 +67,7 @@ class Settings:
     tokens: Mapping[str, tuple[int, ...]]  # trainable_token_indices, by module
 
     @classmethod
-    def read(cls, folder: Path, ignore: Sequence[str] = ()) -> "Settings":
+    def read(cls, folder: Path, ignore: Sequence[str] = ()) -> "LoraSettings":
         """Of an adapter's folder; with ``ignore``, tensors to leave out, its head may be one.
 
         Raises:
@@ -76,7 +75,7 @@ class Settings:
                 here, each named, with the lines that merge it in PEFT.
         """
         path = folder / SETTINGS
-        raw = _json(path)
+        raw = read_json(path).whole
         kind = raw.get("peft_type")
         if kind is None and ("lora_parameters" in raw or "fine_tune_type" in raw):
             raise WeightsError(
@@ -193,7 +192,7 @@ class _Fields:
 
     def __init__(self, path: Path, raw: dict[str, Any]):
         self.path, self.raw = path, raw
-        known = {field for field, _ in _KNOWN} | _INERT
+        known = _KNOWN | _INERT
         self.others = {key: value for key, value in raw.items() if value and key not in known}
 
     def _wrong(self, key: str, expected: str) -> WeightsError:
@@ -262,29 +261,12 @@ class _Fields:
         return {name: tuple(ids) for name, ids in found.items()}
 
 
-# The fields that are obeyed; the rest of the table is in Settings.read.
-_KNOWN = [
-    (key, None)
-    for key in (
-        "base_model_name_or_path", "revision", "r", "lora_alpha", "rank_pattern", "alpha_pattern",
-        "use_rslora", "use_dora", "target_modules", "exclude_modules", "modules_to_save",
-        "layers_to_transform", "layers_pattern", "trainable_token_indices", "init_lora_weights",
-    )
-]  # fmt: skip
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        with local.open_plain(path) as file:
-            raw = json.loads(file.read().decode())
-    # ValueError: not UTF-8, not JSON, integers too long; RecursionError: nested too deep.
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(
-            f"{path} cannot be read as JSON: {error}. Fetch the adapter again."
-        ) from error
-    if not isinstance(raw, dict):
-        raise WeightsError(f"{path} holds a JSON {type(raw).__name__}, expected an object.")
-    return raw
+# The fields that are obeyed; the rest of the table is in LoraSettings.read.
+_KNOWN = {
+    "base_model_name_or_path", "revision", "r", "lora_alpha", "rank_pattern", "alpha_pattern",
+    "use_rslora", "use_dora", "target_modules", "exclude_modules", "modules_to_save",
+    "layers_to_transform", "layers_pattern", "trainable_token_indices", "init_lora_weights",
+}  # fmt: skip
 
 
 def _known(path: Path, key: str, raw: Mapping[str, Any], kinds: tuple[type, ...]) -> Any:

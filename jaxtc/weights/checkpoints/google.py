@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding
 from jaxtc.errors import ConfigError, WeightsError, some
 from jaxtc.helpers import is_whole
 from jaxtc.model.config import Gemma2Config
+from jaxtc.model.released import RELEASED
 from jaxtc.weights.checkpoints.read import check_plain
 from jaxtc.weights.files import arrays, local, shards
 from jaxtc.weights.files.safetensors import FLOATS
@@ -97,7 +98,6 @@ class GoogleTree:
         self,
         folder: Path,
         config: Gemma2Config | None = None,
-        released: Mapping[str, Gemma2Config] | None = None,
     ):
         self.folder = folder
         check_plain(folder)
@@ -107,7 +107,7 @@ class GoogleTree:
         self._shapes = {name: tuple(one.shape) for name, one in self._said.items()}
         self._refuse_others()
         sizes, layers = self._sizes(), self._layers()
-        self.config = config or self._released(sizes, layers, released or {})
+        self.config = config or self._released(sizes, layers)
         self._compare(sizes, layers)
         self.places = self._account()
         self._readers = Counter(place.array for place in self.places.values())
@@ -180,11 +180,9 @@ class GoogleTree:
             sizes |= dict(zip(letters.split(), shape, strict=True))
         return sizes | {"K": sizes.get("K", sizes["N"])}
 
-    def _released(
-        self, sizes: Mapping[str, int], layers: int, released: Mapping[str, Gemma2Config]
-    ) -> Gemma2Config:
+    def _released(self, sizes: Mapping[str, int], layers: int) -> Gemma2Config:
         """The config of the release with these sizes; Google's embedding has rows to spare."""
-        for one in released.values():
+        for one in RELEASED.values():
             same = {key: size for key, size in one.sizes.items() if key != "V"}
             if layers == one.num_hidden_layers and same.items() <= sizes.items():
                 return dataclasses.replace(one, vocab_size=sizes["V"])
@@ -288,12 +286,9 @@ class GoogleTree:
         stored = stored if place.index is None else stored[place.index]
         before, after = place.order.split("->")
         turned = stored.transpose([before.index(letter) for letter in after])
-        made = arrays.empty(turned.shape, dtype)
-        arrays.cast(turned, made)
-        if not arrays.all_finite(made):
-            large = f"values too large for {dtype.name}"
-            wrong = large if arrays.all_finite(stored) else "NaN or infinity"
-            return made, f"{place.array} holds {wrong}"
+        made, problem = arrays.converted(turned, dtype)
+        if problem:
+            return made, f"{place.array} {problem}"
         return (made if sharding is None else shards.spread(made, sharding)), ""
 
 

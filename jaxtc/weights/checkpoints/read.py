@@ -72,14 +72,12 @@ class Converted:
 
     def read(self, name: str, dtype: np.dtype) -> tuple[np.ndarray, str]:
         """An array as :meth:`fetch`, cast; and what is wrong with its values or an empty string."""
-        array = stored = self.fetch([name])[name]
-        if stored.dtype != dtype:
-            array = arrays.empty(stored.shape, dtype)
-            arrays.cast(stored, array)
-        if arrays.all_finite(array):
-            return array, ""
-        large = f"values too large for {dtype.name}"
-        return array, f"{name} holds {large if arrays.all_finite(stored) else 'NaN or infinity'}"
+        stored = self.fetch([name])[name]
+        if stored.dtype == dtype:
+            array, problem = stored, arrays.problem_of(stored, stored)
+        else:
+            array, problem = arrays.converted(stored, dtype)
+        return array, problem and f"{name} {problem}"
 
     def _checked(self, name: str, found: Any, expected: str | None) -> Any:
         if sha256(found) != expected:

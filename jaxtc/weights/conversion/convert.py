@@ -122,7 +122,7 @@ def convert(
     ignore = patterns(ignore)
     if kind == TRANSCODERS and ignore:
         raise SourceError(f"ignore is for models, and {source} are transcoders.")
-    if kind == TRANSCODERS and not base is config is None:
+    if kind == TRANSCODERS and (base is not None or config is not None):
         raise SourceError(f"base and config are for models, and {source} are transcoders.")
     unfit = [key for key, value in options.items() if value is not None]
     if kind == MODEL and unfit:

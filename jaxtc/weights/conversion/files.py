@@ -11,6 +11,7 @@ from jaxtc.errors import SourceError
 from jaxtc.tap.sites import BY_NAME
 from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.conversion.source import Content
+from jaxtc.weights.files.circuit_tracer import CONFIG, TRANSCODER_SET, write_config
 from jaxtc.weights.files.formats import BY_FORMAT
 from jaxtc.weights.files.settings import HOOKS
 from jaxtc.weights.files.transcoder import write_transcoder
@@ -57,7 +58,7 @@ def transcoder_files(content: Content, fetch: Fetch, to: str, model_name: str | 
             write_transcoder, made, declared=one, fetch=own, described=to == "circuit-tracer"
         )
     if to == "circuit-tracer":
-        files["config.yaml"] = _config_yaml(content, model_name)
+        files[CONFIG] = _config_yaml(content, model_name)
     return files
 
 
@@ -88,9 +89,7 @@ def _config_yaml(content: Content, model_name: str | None) -> bytes:
     scope = re.search(r"gemma-scope-(2b|9b|27b)-", content.source)
     if model_name is None and scope:
         model_name = f"google/gemma-2-{scope[1]}"
-    fields = {"model_name": model_name, "model_kind": "transcoder_set"}
-    fields |= {"feature_input_hook": _HOOKS[pair[0]], "feature_output_hook": _HOOKS[pair[1]]}
-    lines = [f'{key}: "{value}"\n' for key, value in fields.items() if value is not None]
+    others: dict[str, object] = {}
     activations = {one.activation for one in content.transcoders.values()}
     if any(one.settings for one in activations):
         if len(activations) > 1:
@@ -98,6 +97,7 @@ def _config_yaml(content: Content, model_name: str | None) -> bytes:
                 "These transcoders have several activations or values of k, and a set of "
                 "circuit-tracer has one. Convert them apart, with layers=."
             )
-        facts = activations.pop().facts()
-        lines += [f"activation: {facts.pop('name')}\n", *(f"{k}: {v}\n" for k, v in facts.items())]
-    return "".join(lines).encode()
+        others = activations.pop().facts()
+        others["activation"] = others.pop("name")
+    hooks = [_HOOKS[site] for site in pair]
+    return write_config(TRANSCODER_SET, *hooks, model_name=model_name, **others)

@@ -21,9 +21,9 @@ from jaxtc.weights.files.generation import GENERATION
 from jaxtc.weights.files.transcoder import open_transcoder
 from jaxtc.weights.load_transcoder import declared
 from jaxtc.weights.names import parameter_names
-from jaxtc.weights.opening import open_weights
+from jaxtc.weights.opening import open_weights, refuse_unfit
 from jaxtc.weights.sources import hub
-from jaxtc.weights.sources.cross_layer import one_a_layer
+from jaxtc.weights.sources.cross_layer import refuse_cross_layer
 from jaxtc.weights.sources.resolve import CONVERTED, MODEL, TRANSCODERS, Source
 
 # What is written beside the weights of a model.
@@ -72,7 +72,8 @@ def open_model(
         SourceError, ConfigError, WeightsError: as :func:`jaxtc.load_model`.
     """
     with contextlib.ExitStack() as stack:
-        if source.format == CONVERTED and base is config is None:
+        if source.format == CONVERTED:
+            refuse_unfit(source.name, source.format, base=base, config=config, ignore=ignore)
             checkpoint = Converted(source.path, MODEL, verify)
             config, sidecar = checkpoint.model().config, checkpoint.sidecar
             files = {name: checkpoint.content(name) for name in _KEPT if name in sidecar.files}
@@ -133,7 +134,7 @@ def open_transcoders(
         checkpoint = Converted(source.path, TRANSCODERS, verify)
     files: dict[int, Source] = {}
     found: dict[int, Transcoder] = {}
-    one_a_layer(source)
+    refuse_cross_layer(source)
     for layer, one in source.each(layers, *tier):
         layer = int(layer)  # JSON knows no integers of NumPy
         if checkpoint:

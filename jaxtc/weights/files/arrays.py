@@ -12,6 +12,9 @@ _ALIGNMENT = 64
 # How much of an array is in memory besides it while it is read, cast or checked.
 CHUNK_BYTES = 8 << 20
 
+#: What is said, after its name, of an array with other values than numbers.
+NOT_FINITE = "holds NaN or infinity"
+
 _BF16 = np.dtype(jnp.bfloat16)
 
 
@@ -49,6 +52,21 @@ def cast(source: np.ndarray, out: np.ndarray) -> None:
         return
     with np.errstate(over="ignore", invalid="ignore"):  # both are reported by name later
         np.copyto(out, source, casting="unsafe")
+
+
+def converted(stored: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, str]:
+    """(``stored`` in ``dtype``, in memory of its own; what is wrong with its values, after the name
+    of what holds them, or an empty string)."""
+    made = empty(stored.shape, dtype)
+    cast(stored, made)
+    return made, problem_of(made, stored)
+
+
+def problem_of(made: np.ndarray, stored: np.ndarray) -> str:
+    """What is wrong with values that were cast from ``stored``, or an empty string."""
+    if all_finite(made):
+        return ""
+    return f"holds values too large for {made.dtype.name}" if all_finite(stored) else NOT_FINITE
 
 
 def all_finite(x: np.ndarray) -> bool:

@@ -1,6 +1,7 @@
 """circuit-tracer's ``config.yaml``: what the transcoders of a folder read, write and compute."""
 
 import dataclasses
+import json
 import os
 import re
 from pathlib import Path, PurePosixPath
@@ -88,6 +89,17 @@ def read_config(folder: Path) -> SetConfig | None:
     settings.finish(_HARMLESS)
     found = None if listed is None else tuple(_listed(settings, entry) for entry in listed)
     return SetConfig(settings, kind, activation and activation.replace("_", ""), k, found)
+
+
+def write_config(kind: str, input_hook: str, output_hook: str, **others: object) -> bytes:
+    """A ``config.yaml`` as circuit-tracer reads it; of ``others`` those that are not None.
+
+    Texts are quoted as YAML has it; callers check that no hook or name needs escapes.
+    """
+    fields = {"model_name": others.pop("model_name", None), "model_kind": kind}
+    fields |= {"feature_input_hook": input_hook, "feature_output_hook": output_hook, **others}
+    said = {key: value for key, value in fields.items() if value is not None}
+    return "".join(f"{key}: {json.dumps(value)}\n" for key, value in said.items()).encode()
 
 
 def _listed(settings: Settings, entry: str) -> Listed:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jaxtc.weights.files.arrays import all_finite, cast, empty
+from jaxtc.weights.files.arrays import all_finite, converted
 
 # Of a row of zeros, as SAELens has it.
 _SMALLEST_NORM = 1e-8
@@ -61,6 +61,5 @@ def multiplied(
         return made, "" if fine else f"holds values too large for {np.dtype(dtype).name}"
     with np.errstate(over="ignore", invalid="ignore"):
         product = array * factor
-    made = empty(product.shape, dtype)
-    cast(product, made)
-    return made, "" if all_finite(made) else f"holds values too large for {np.dtype(dtype).name}"
+    made, problem = converted(product, np.dtype(dtype))
+    return made, problem and f"holds values too large for {np.dtype(dtype).name}"

@@ -279,7 +279,7 @@ def _explained(checkpoint: Checkpoint, problems: Sequence[str]) -> str:
             f" config.json says tie_word_embeddings = false, so {HEAD} must be there; a backbone "
             "that was saved alone has none."
         )
-    if HEAD in stored and EMBEDDING not in stored:
+    if HEAD in stored and EMBEDDING not in stored and not checkpoint.config.tie_word_embeddings:
         text += (
             f" config.json says tie_word_embeddings = false, so {HEAD} is not the embedding; if it "
             "is, change that to true."

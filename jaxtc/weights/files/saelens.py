@@ -19,7 +19,7 @@ from jaxtc.weights.files.description import Description, described
 from jaxtc.weights.files.formats import BY_FORMAT
 from jaxtc.weights.files.settings import HOOKS, Settings, read_json
 
-CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+CONFIG = "cfg.json"
 _SCALER = "activation_scaler.json"
 _OURS = ("d_sae", "hook_name", "hook_point", "architecture", "metadata", "activation_fn_str")
 
@@ -104,7 +104,6 @@ def describe(path: Path) -> Description | None:
             "its apply_b_dec_to_input is true, but a transcoder's b_dec belongs to what it "
             "writes; SAELens refuses it too"
         )
-    config.refuse("hook_head_index", "an autoencoder of a single head is not read", (None,))
     config.refuse("hook_point_head_index", "an autoencoder of a single head is not read", (None,))
     facts = {
         "format": format, "activation": activation_of(settings), "subtract_b_dec": subtract,

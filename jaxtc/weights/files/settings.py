@@ -62,6 +62,11 @@ class Settings:
         """Whether it says anything of ``key``."""
         return self._raw.get(key) is not None
 
+    @property
+    def whole(self) -> dict[str, Any]:
+        """All of it, for a reader with rules of its own; no key counts as asked for by that."""
+        return dict(self._raw)
+
     def raw(self, key: str) -> Any:
         """The value of ``key``, of any type."""
         self._asked.add(key)

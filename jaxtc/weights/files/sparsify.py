@@ -13,7 +13,7 @@ from jaxtc.weights.files.description import Description
 from jaxtc.weights.files.formats import BY_FORMAT, SITES
 from jaxtc.weights.files.settings import read_json
 
-CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+CONFIG = "cfg.json"
 _OURS = ("num_latents", "expansion_factor", "transcode", "multi_topk", "normalize_decoder")
 
 # Modules of a layer of transformers' Gemma-2: what they read, what they give.

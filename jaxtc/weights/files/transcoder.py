@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from jaxtc.weights.files.npz import NpzFile, write_params
 from jaxtc.weights.files.safetensors import SafetensorsFile, write_tensors
 
 _GAIN = "scaling_factor"  # SAELens' key
-# Keys that only one library gives its arrays, and what jaxtc's own files say in their header.
+# Keys that only one library gives its arrays.
 _TELLING = ("activation_function.threshold", "k")
 
 
@@ -39,7 +40,7 @@ class TranscoderFile:
 
     Attributes:
         said: what a file beside it says, if there is one.
-        own: what the file itself says: ``input_site``, ``output_site``, ``layer``.
+        own: what jaxtc wrote into the file itself: ``input_site``, ``output_site``, ``layer``.
         activation: its activation.
     """
 
@@ -101,7 +102,8 @@ class TranscoderFile:
         if _GAIN in self._file.entries and self.format.name == "saelens":
             gains, problem = self._file.read(_GAIN, np.dtype(np.float32))
             if problem or not self.said.gain:
-                gains = self._check_gain(gains, problem)
+                self._check_gain(gains, problem)
+                gains = None
         return Fold(scale, norms, gains)
 
     def _check_gain(self, gains: np.ndarray, problem: str) -> None:
@@ -229,7 +231,7 @@ def _told(path: Path, file: NpzFile | SafetensorsFile, format: str | None) -> Fo
             "off the input. Put the config that belongs to it beside it (cfg.json of SAELens, with "
             "the file's name sae_weights.safetensors; config.yaml of circuit-tracer). If it is "
             "circuit-tracer's, W_enc (M, D), ReLU, b_dec not taken off the input, say "
-            "format='circuit-tracer'."
+            "format='circuit-tracer' (--format circuit-tracer)."
         )
     return found
 
@@ -292,7 +294,8 @@ def _unlike(
 
 
 def _own(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What jaxtc wrote into the file. Raises WeightsError for sites that there are not."""
+    """What jaxtc wrote into the file. Raises WeightsError for sites that there are not, and for
+    a layer that is no whole number from 0."""
     found: dict[str, Any] = {key: metadata[key] for key in SITES if key in metadata}
     for key, site in found.items():
         if site not in BY_NAME:
@@ -301,6 +304,15 @@ def _own(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
                 f"{did_you_mean(site, BY_NAME)} `jaxtc sites` lists them; the file was written "
                 "by another version of jaxtc or by hand."
             )
+    layer = metadata.get("layer")
+    if found and layer is not None:
+        # As write_transcoder has it; no model has a million layers.
+        if not re.fullmatch(r"\d{1,6}", layer, re.ASCII):
+            raise WeightsError(
+                f"{path} says that its layer is {layer!r:.100}, expected a whole number from 0; "
+                "the file was written by hand."
+            )
+        found["layer"] = int(layer)
     return found
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from jaxtc.errors import SourceError, some
 from jaxtc.helpers import is_whole
 from jaxtc.weights.files import layout, local
-from jaxtc.weights.files.circuit_tracer import CONFIG, CROSS_LAYER, SetConfig, read_config
+from jaxtc.weights.files.circuit_tracer import CROSS_LAYER, SetConfig
 from jaxtc.weights.files.cross_layer import DECODER, ENCODER, layers_of
 from jaxtc.weights.sources import hub
-from jaxtc.weights.sources.resolve import FOLDER, HUB, Source
+from jaxtc.weights.sources.resolve import FOLDER, HUB, Source, join
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class CrossLayerSource:
     def name(self) -> str:
         """The name that it goes by."""
         root = self.source.repo or self.source.name.rstrip("/")
-        return "/".join(filter(None, (root, self.source.inside)))
+        return join(root, self.source.inside)
 
     def files(self, layer: int) -> dict[str, Path]:
         """The two files of a layer; fetched when they are on the hub."""
@@ -40,16 +40,7 @@ class CrossLayerSource:
 
         Raises WeightsError, SiteError for one that is unsound or of another kind.
         """
-        folder, source = self.source.path, self.source
-        if folder is None:
-            place = "/".join(filter(None, (source.inside, CONFIG)))
-            found = hub.download_if_there(source.repo, place, source.revision)
-            if found is None:
-                return None
-            folder = found.parent
-        else:
-            folder = folder / source.inside
-        found = read_config(folder)
+        found = self.source.set_config
         if found is not None and found.kind != CROSS_LAYER:
             raise found.settings.wrong(
                 f"it says model_kind {found.kind!r}, but the files beside it ({ENCODER}, "
@@ -92,8 +83,7 @@ class CrossLayerSource:
         source = self.source
         if source.path is not None:
             return source.path / source.inside / name
-        place = "/".join(filter(None, (source.inside, name)))
-        return hub.download(source.repo, place, source.revision)
+        return hub.download(source.repo, join(source.inside, name), source.revision)
 
 
 def cross_layer(source: Source) -> CrossLayerSource | None:
@@ -119,15 +109,14 @@ def cross_layer(source: Source) -> CrossLayerSource | None:
     return CrossLayerSource(source, count)
 
 
-def one_a_layer(source: Source) -> Source:
-    """The same. Raises SourceError for a cross-layer transcoder, where single ones are needed."""
+def refuse_cross_layer(source: Source) -> None:
+    """Raise SourceError for a cross-layer transcoder, where single ones are needed."""
     if found := cross_layer(source):
         raise SourceError(
             f"{found.name} is a cross-layer transcoder, one dictionary for all layers, and this "
             "takes transcoders of single layers. jaxtc.load_transcoders reads its folder as it is, "
             "onto any mesh; jaxtc.save_transcoder writes it."
         )
-    return source
 
 
 def _names(source: Source) -> list[str]:
@@ -147,5 +136,4 @@ def _names(source: Source) -> list[str]:
     if source.format != HUB or known:
         return []
     below = source.inside + "/" if source.inside else ""
-    paths = hub.list_files(source.repo, source.revision)
-    return [path.removeprefix(below) for path in paths if path.startswith(below)]
+    return [path.removeprefix(below) for path in source.names if path.startswith(below)]

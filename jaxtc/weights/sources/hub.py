@@ -18,6 +18,7 @@ from huggingface_hub import (
 
 from jaxtc.errors import SourceError, WeightsError, did_you_mean, first_line, some
 from jaxtc.model.config import Gemma2Config
+from jaxtc.model.released import RELEASED
 from jaxtc.weights.adapters.adapter import TENSORS
 from jaxtc.weights.adapters.settings import SETTINGS
 from jaxtc.weights.files.foreign import folder_kind
@@ -29,8 +30,8 @@ TOKENIZER_FILES = (
     "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
 
-# The released models.
-RELEASED = [f"google/gemma-2-{size}{it}" for size in ("2b", "9b", "27b") for it in ("", "-it")]
+# Hub ids of the released models.
+RELEASED_IDS = [f"google/gemma-2-{size}{it}" for size in RELEASED for it in ("", "-it")]
 
 _ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?P<rest>(/[^/]+)*/?)")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -160,7 +161,7 @@ def _explain(error: Exception, repo: str, file: str, revision: str | None) -> st
     what = (f"{repo}/{file}" if file else repo) + (f" at revision {revision!r}" if revision else "")
     status = _status(error)
     odd = re.match(r"google/gemma-2-(?!(2|9|27)b(-|$))", repo.lower())
-    near = did_you_mean(repo, RELEASED) if odd else ""
+    near = did_you_mean(repo, RELEASED_IDS) if odd else ""
     if isinstance(error, errors.HFValidationError):
         return f"{repo!r} is not a hub id: {first_line(error)}."
     if isinstance(error, errors.RepositoryNotFoundError) and not isinstance(

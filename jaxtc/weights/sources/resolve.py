@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 
 from jaxtc.errors import SourceError, did_you_mean, first_line, some
+from jaxtc.model.released import RELEASED
 from jaxtc.weights.adapters.settings import SETTINGS
 from jaxtc.weights.checkpoints import google
 from jaxtc.weights.checkpoints.read import Converted
@@ -37,9 +38,6 @@ MODEL, TOKENIZER, CONFIG, TRANSCODERS = "model", "tokenizer", "config", "transco
 # elsewhere; as Google's own tree.
 HUB, FOLDER, FILE, CONVERTED = "hub", "folder", "file", "converted"
 ADAPTER, GOOGLE = "adapter", "google"
-
-# Of the released models, whose configs are known without a source.
-SIZES = ("2b", "9b", "27b")
 
 # Where orbax reads and writes by paths of etils.
 _BUCKETS = ("gs://", "s3://", "az://")
@@ -105,7 +103,7 @@ class Source:
         return self.path
 
     @functools.cached_property
-    def _names(self) -> list[str]:
+    def names(self) -> list[str]:
         """The paths of all files of a repository, asked for once."""
         return hub.list_files(self.repo, self.revision)
 
@@ -113,7 +111,7 @@ class Source:
     def _listed(self) -> list[layout.Tier]:
         """All transcoders of a folder or a repository, listed once."""
         if self.format == HUB:
-            return layout.tiers_of(self._names)
+            return layout.tiers_of(self.names)
         return layout.tiers_in(self.path)
 
     @functools.cached_property
@@ -124,8 +122,8 @@ class Source:
         """
         if self.format == FOLDER:
             return read_config(self.path / self.inside)
-        place = _join(self.inside, circuit_tracer.CONFIG)
-        if self.format != HUB or self.repo == layout.GEMMA_SCOPE_2B or place not in self._names:
+        place = join(self.inside, circuit_tracer.CONFIG)
+        if self.format != HUB or self.repo == layout.GEMMA_SCOPE_2B or place not in self.names:
             return None
         return read_config(hub.download(self.repo, place, self.revision).parent)
 
@@ -233,7 +231,7 @@ class Source:
                 there = layout.tiers_of([place]) or layout.may_lie_anywhere(place)
                 file = there and hub.download_if_there(self.repo, place, self.revision)
             else:
-                there = self.repo != layout.GEMMA_SCOPE_2B and place in self._names
+                there = self.repo != layout.GEMMA_SCOPE_2B and place in self.names
                 file = hub.download(self.repo, place, self.revision) if there else None
             if file:
                 return self._beside(file, place)
@@ -263,9 +261,9 @@ class Source:
             )
         repo, inside = entry.repo or self.repo, entry.path
         if entry.repo is None:
-            inside = _join(self.inside, inside)
+            inside = join(self.inside, inside)
             if self.path:
-                return self.path / inside, _join(self.name.rstrip("/"), inside), layer
+                return self.path / inside, join(self.name.rstrip("/"), inside), layer
         revision = entry.revision if entry.repo else self.revision
         file = hub.download(repo, inside, revision)
         return file, f"{repo}/{layout.place_of(inside)}", layer
@@ -286,11 +284,12 @@ class Source:
             # cache are used without the hub; what no config says is then asked for.
             commit = file.parents[place.count("/")].name
             with contextlib.suppress(SourceError):
-                hub.download_if_there(self.repo, _join(place.rpartition("/")[0], config), commit)
-        return file, _join((self.repo or self.name).rstrip("/"), layout.place_of(place))
+                hub.download_if_there(self.repo, join(place.rpartition("/")[0], config), commit)
+        return file, join((self.repo or self.name).rstrip("/"), layout.place_of(place))
 
 
-def _join(*parts: str) -> str:
+def join(*parts: str) -> str:
+    """A path in a repository of those parts that are not empty."""
     return "/".join(filter(None, parts))
 
 
@@ -440,8 +439,8 @@ def _on_hub(
     # Every hub id may look like a relative path; none of a repository's ends like a file of ours.
     if not repo or (kind == TRANSCODERS and layout.is_file(repo)):
         ours = kind == TRANSCODERS
-        near = did_you_mean(name.lower(), [*SIZES, *hub.RELEASED])
-        sizes = f", nor one of {', '.join(SIZES)}.{near}"
+        near = did_you_mean(name.lower(), [*RELEASED, *hub.RELEASED_IDS])
+        sizes = f", nor one of {', '.join(RELEASED)}.{near}"
         raise SourceError(
             f"There is no {'file or folder' if ours else 'folder'} {name}, and it is not a hub id "
             f"such as {layout.GEMMA_SCOPE_2B if ours else 'google/gemma-2-2b'}"
@@ -456,5 +455,5 @@ def _on_hub(
             f"{name!r} is neither a local folder nor a hub id: a model's id has two parts, such "
             f"as {repo!r}."
         )
-    inside = _join(inside, path.strip("/"))
+    inside = join(inside, path.strip("/"))
     return Source(name, kind, HUB, inside=inside, repo=repo, revision=revision)

@@ -97,6 +97,31 @@ def test_an_adapter_of_a_classifier_without_its_head(bases, tmp_path):
     refused(folder, "score is|score.weight is", base=bases(), ignore="other")
 
 
+def test_its_own_head_is_ignored_on_a_base_that_has_nothing_to_ignore(bases, tmp_path):
+    folder = copied("plain", tmp_path / "a", task_type="SEQ_CLS", modules_to_save=["score"])
+    head = {"base_model.model.score.weight": np.ones((2, 16), np.float32)}
+    rewrite(folder, lambda tensors: tensors.update(head))
+    base = jaxtc.convert(bases(), tmp_path / "base")
+    made = jaxtc.load_model(folder, base=base, ignore="score.*", dtype="float32")
+    same_logits(made, np.load(DATA / "plain/merged.npz")["logits"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"peft_type": "LORA", "r": 4, "r": 8}', "says 'r' twice"),
+        (b'{"peft_type": "LORA", "x": "' + b"x" * 500_000 + b'"}', "more than 400000 bytes"),
+        (b"[1]", "is not a JSON object"),
+        (b"{", "is not JSON that can be read"),
+        (b"\xff", "is not JSON that can be read"),
+    ],
+)
+def test_a_file_that_is_no_sound_json(content, message, bases, tmp_path):
+    folder = copied("plain", tmp_path / "a")
+    (folder / "adapter_config.json").write_bytes(content)
+    refused(folder, message, base=bases())
+
+
 def test_settings_and_tensors_agree(bases, tmp_path):
     def check(name, match, change=lambda tensors: None, case="plain", **settings):
         folder = rewrite(copied(case, tmp_path / name, **settings), change)
