@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 import jaxtc
 from jaxtc.errors import InputError, SiteError, SourceError, WeightsError
 from jaxtc.parity import flow
+from tests.support import tiny
 from tests.support.weights_files import CONFIG, available_layers, compose, parse, same, write_tier
 
 D, M, O = 24, 60, 16  # noqa: E741
@@ -126,7 +128,8 @@ def test_its_layer_comes_back_from_a_name_that_does_not_say_it(tmp_path, name, l
     if layer is not None:
         with pytest.raises(SourceError, match=rf"says that it is of layer {layer}.*layer 7"):
             jaxtc.load_transcoder(path, 7)
-        moved = path.rename(tmp_path / f"layer_7{path.suffix}")
+        (tmp_path / "layer_7").mkdir()
+        moved = path.rename(tmp_path / "layer_7" / path.name)
         with pytest.raises(SourceError, match=rf"says that it is of layer {layer}.*layer 7"):
             jaxtc.load_transcoder(moved)
 

@@ -1,5 +1,7 @@
 """What a source is and where it lies: every kind of source through the one place that looks."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from etils import epath
