@@ -21,7 +21,7 @@ from jaxtc.weights.checkpoints.google import METADATA, GoogleTree
 from jaxtc.weights.checkpoints.read import Converted
 from jaxtc.weights.checkpoints.sidecar import SIDECAR
 from jaxtc.weights.files import local, shards
-from jaxtc.weights.files.generation import GENERATION, choices, read_config
+from jaxtc.weights.files.generation import GENERATION, choices, read_config, read_generation
 from jaxtc.weights.files.model import files_of, open_checkpoint, patterns
 from jaxtc.weights.names import parameter_names
 from jaxtc.weights.sources import hub
@@ -294,8 +294,12 @@ def choices_of(source: Source) -> dict[str, Any]:
     source = source.fetched()
     if source.format == ADAPTER and not local.has(source.path, GENERATION):
         return choices_of(dataclasses.replace(base_of(source), kind=source.kind))
-    # Nothing but checkpoints of jaxtc's own is in buckets, and paths there are not of this machine.
-    return choices(source.path) if isinstance(source.path, Path) else {}
+    if source.format == CONVERTED:  # in a bucket, perhaps
+        found = Converted(source.path, MODEL)
+        content = found.content(GENERATION) if GENERATION in found.sidecar.files else None
+    else:
+        content = read_generation(source.path)
+    return choices(content, str(source.path / GENERATION))
 
 
 def config_of(source: Source, base: str | Path | None = None) -> Gemma2Config:

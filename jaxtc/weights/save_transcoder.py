@@ -12,7 +12,7 @@ from jaxtc.transcoders.transcoder import Transcoder
 from jaxtc.weights.files import local
 from jaxtc.weights.files.formats import Format, by_name
 from jaxtc.weights.files.saelens import config_of
-from jaxtc.weights.files.transcoder import write_transcoder
+from jaxtc.weights.files.write_transcoder import write_transcoder
 from jaxtc.weights.save_cross_layer import save_cross_layer
 
 

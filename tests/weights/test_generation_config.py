@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 import jaxtc
 from jaxtc.errors import ConfigError
 from jaxtc.weights.load_model import load_config
+from jaxtc.weights.opening import choices_of
+from jaxtc.weights.sources.resolve import CONFIG, resolve
 from tests.support import tiny
 from tests.support.checkpoints import tensors, theirs, write
 
@@ -160,7 +162,7 @@ def test_the_command_says_what_it_does_not_take(folder, monkeypatch):
             app, ["generate", "the capital", "--model", str(folder), "--max-new-tokens", "1", *more]
         )
         assert done.exit_code == 0, done.output
-        return done.stderr
+        return " ".join(done.stderr.split())  # its lines end where the terminal does
 
     text = run()
     for said in (
@@ -174,3 +176,18 @@ def test_the_command_says_what_it_does_not_take(folder, monkeypatch):
     assert "repetition_penalty = 1.2" in text and "do_sample" not in text
     say(folder, eos_token_id=1, temperature=0.6, cache_implementation="hybrid", max_length=8192)
     assert "generation_config" not in run()
+
+
+@pytest.mark.parametrize("kept", ["folder", "converted", "adapter", "adapter of a converted one"])
+def test_what_is_not_taken_however_the_model_is_kept(folder, tmp_path, kept):
+    say(folder, eos_token_id=1, do_sample=True, temperature=0.6)
+    source = jaxtc.convert(folder, tmp_path / "orbax") if "converted" in kept else folder
+    if "adapter" in kept:
+        settings = {"peft_type": "LORA", "r": 2, "base_model_name_or_path": str(source)}
+        source = tmp_path / "adapter"
+        source.mkdir()
+        (source / "adapter_config.json").write_text(json.dumps(settings))
+    assert choices_of(resolve(source, CONFIG)) == {"do_sample": True, "temperature": 0.6}
+    if "adapter" in kept:
+        say(source, do_sample=True, top_k=9)  # its own comes first
+        assert choices_of(resolve(source, CONFIG)) == {"do_sample": True, "top_k": 9}

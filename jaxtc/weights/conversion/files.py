@@ -14,7 +14,7 @@ from jaxtc.weights.conversion.source import Content
 from jaxtc.weights.files.circuit_tracer import CONFIG, TRANSCODER_SET, write_config
 from jaxtc.weights.files.formats import BY_FORMAT
 from jaxtc.weights.files.settings import HOOKS
-from jaxtc.weights.files.transcoder import write_transcoder
+from jaxtc.weights.files.write_transcoder import write_transcoder
 from jaxtc.weights.save_model import weight_files
 from jaxtc.weights.save_transcoder import check_savable
 

@@ -96,13 +96,13 @@ def generation_config(config: Gemma2Config) -> dict[str, Any]:
     }
 
 
-def choices(folder: Path) -> dict[str, Any]:
-    """What ``generation_config.json`` asks for that :func:`jaxtc.generate` does not take from it.
+def choices(content: bytes | None, where: str) -> dict[str, Any]:
+    """What a ``generation_config.json`` asks for that :func:`jaxtc.generate` does not take from it.
 
     Its arguments say how tokens are chosen, so that the same call gives the same text of any
     model: greedily by default.
     """
-    raw = _parse(read_generation(folder), str(folder / GENERATION))
+    raw = _parse(content, where)
     asked = _CHOICES | (_SAMPLED if raw.get("do_sample") is True else {})
     return {key: raw[key] for key, usual in asked.items() if raw.get(key) not in usual}
 
