@@ -97,7 +97,7 @@ def _config_yaml(content: Content, model_name: str | None) -> bytes:
                 "These transcoders have several activations or values of k, and a set of "
                 "circuit-tracer has one. Convert them apart, with layers=."
             )
-        others = activations.pop().facts()
-        others["activation"] = others.pop("name")
+        facts = activations.pop().facts()
+        others = {"activation": facts.pop("name"), **facts}
     hooks = [_HOOKS[site] for site in pair]
     return write_config(TRANSCODER_SET, *hooks, model_name=model_name, **others)
