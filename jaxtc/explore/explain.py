@@ -105,7 +105,9 @@ def explain(
     activations = run(model, ids, capture=capture, logits=None).activations
     for address in capture:
         _check_finite(activations[address], f"What the model has at {address}", model.dtype)
-    special = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    # The model's, as edits and metrics have them, and the tokenizer's where it has others.
+    of_tokenizer = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    special = {*config.special_ids, *of_tokenizer}
     pieces, masked = pieces_of(tokenizer, ids), special_token_mask(ids, special)
     reports, written = [], _Written()
     for layer in layers:

@@ -41,7 +41,7 @@ class RunResult:
         starts: (B,) int32, the column of each prompt's first token where some were padded on the
             left; None where every prompt begins in the first column.
         special_ids: of the tokens that stand for no text (static).
-        spared: whether an edit of the run left special tokens alone (static).
+        spared: whether an edit of the run spares special tokens (static).
 
     Arrays with an axis T have each prompt where it stood as it was given: prompts padded on the
     left come back on the right, and padding between is meaningless.
@@ -79,9 +79,10 @@ class RunResult:
 
     @property
     def left_out(self) -> jax.Array:
-        """(B, T) booleans, true on special tokens where edits of transcoders did not apply.
+        """(B, T) booleans: the run's special tokens, if any of its edits spares them.
 
-        All false where the run had no such edit, or only some with ``special_tokens=True``.
+        Edits of transcoders do, but with ``special_tokens=True``; all false where no edit does.
+        Which layers, rows and positions the edits name makes no difference here.
         """
         return self.mask & self._special & self.spared
 

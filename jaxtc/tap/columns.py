@@ -31,6 +31,6 @@ def returned(x: Any, starts: Any, axis: int, rows: int = 0) -> Any:
     return x if starts is None else _moved(x, starts, axis, rows)
 
 
-def laid_right(x: Any, starts: Any, axis: int, rows: int = 0) -> Any:
+def from_first_column(x: Any, starts: Any, axis: int, rows: int = 0) -> Any:
     """The inverse of :func:`returned`: each row's tokens first, then its padding."""
     return x if starts is None else _moved(x, -starts, axis, rows)

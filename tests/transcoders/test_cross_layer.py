@@ -77,7 +77,7 @@ def test_under_jit_and_in_bfloat16():
         (lambda: OURS.decode(np.zeros((4, 1, M))), "features of 3 layers, got arrays of 4"),
         (lambda: OURS.decode_at(2, np.zeros((2, M)), X[2]), "layers 0 to 2; got .* of 2 layers"),
         (lambda: OURS.decode_at(3, np.zeros((4, M)), X[2]), "layers 0 to 3; got"),
-        (lambda: OURS.decode(np.zeros((L, 1, M))), "skip connections.* decode\\(a, x\\)"),
+        (lambda: OURS.decode(np.zeros((L, 1, M))), "skip connection.* decode\\(a, x\\)"),
         (lambda: OURS.layers[1].write(np.zeros(M), 0), "layer 1 write at layers 1 to 2, not at"),
         (lambda: OURS.layers[1].decoder_rows(jnp.asarray([1]), 3), "not at layer 3"),
         (lambda: OURS.encode(X[..., :5]), "last axis is D=24"),
