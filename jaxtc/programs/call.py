@@ -82,7 +82,8 @@ class RunResult:
         """(B, T) booleans: the run's special tokens, if any of its edits spares them.
 
         Edits of transcoders do, but with ``special_tokens=True``; all false where no edit does.
-        Which layers, rows and positions the edits name makes no difference here.
+        Which layers, rows and positions the edits name makes no difference here. A metric's
+        ``left_out`` is a count of other tokens, see :mod:`jaxtc.transcoders.metrics`.
         """
         return self.mask & self._special & self.spared
 

@@ -88,6 +88,19 @@ def test_refused(call, message):
         call()
 
 
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "threshold", "W_dec", "b_dec", "W_skip"])
+def test_parameters_are_written_into_and_not_replaced(name):
+    one = cross_layer.in_memory(skip=True).layers[1]
+    held = getattr(one, name)
+    with pytest.raises(JaxtcError, match=rf"{name} is a parameter.*\.{name}\[...\] = new"):
+        setattr(one, name, np.zeros(held.shape, np.float32))
+    assert getattr(one, name) is held
+    held[...] = jnp.full(held.shape, 3.0)
+    assert (np.asarray(getattr(one, name)[...]) == 3).all()
+    one.W_skip = None
+    assert one.W_skip is None
+
+
 def test_promoted_tokens_are_of_all_that_a_feature_writes():
     model, one = tiny.model(), OURS.layers[0]
     rows = PARTS[0]["W_dec"].astype(np.float64).sum(1)[[3, 9]]
