@@ -183,7 +183,7 @@ def _by_layer(given: Any, layers: int) -> Mapping[int, Encoder]:
     if not given:
         raise JaxtcError("No transcoder was given; explain needs at least one.")
     for layer in given:
-        if not is_whole(layer):
+        if not is_whole(layer, -math.inf):
             raise JaxtcError(
                 f"A transcoder is under the key {layer!r}; keys are layers, whole numbers from 0: "
                 "{20: transcoder}."

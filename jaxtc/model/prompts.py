@@ -14,10 +14,10 @@ import numpy as np
 
 from jaxtc.errors import InputError
 from jaxtc.helpers import pytree
-from jaxtc.interchange import below, owned, plain
+from jaxtc.interchange import owned, plain
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.given import ids_and_mask, is_text, not_a_mask, not_ids, rows_of, spans_of
-from jaxtc.tap.columns import from_first_column, returned
+from jaxtc.tap.columns import from_first_column, returned, tokens_of
 
 
 @pytree
@@ -46,9 +46,7 @@ class Prompts:
     @property
     def mask(self) -> Any:
         """(B, T) booleans, true on real tokens where they stood when they were given."""
-        if self.starts is None:
-            return below(self.length, self.lengths)
-        return below(self.length, self.starts + self.lengths) & ~below(self.length, self.starts)
+        return tokens_of(self.length, self.lengths, self.starts)
 
     @property
     def given(self) -> Any:

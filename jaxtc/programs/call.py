@@ -16,13 +16,13 @@ from jaxtc.edits.check import check_edits
 from jaxtc.edits.judge import all_there
 from jaxtc.errors import InputError
 from jaxtc.helpers import explicit_transfers, pytree
-from jaxtc.interchange import below
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import Prompts, among_ids, last_tokens
 from jaxtc.programs.leaves import rebuild
 from jaxtc.programs.recording import finish
 from jaxtc.sharding.placement import Placement
+from jaxtc.tap.columns import tokens_of
 from jaxtc.tap.sites import LOGITS, ORDER, Address
 from jaxtc.tap.tap import Tap
 
@@ -60,9 +60,7 @@ class RunResult:
     @explicit_transfers
     def mask(self) -> jax.Array:
         """(B, T) booleans, true on real tokens."""
-        if self.starts is None:
-            return below(self.length, self.lengths)
-        return below(self.length, self.last + 1) & ~below(self.length, self.starts)
+        return tokens_of(self.length, self.lengths, self.starts)
 
     @property
     def last(self) -> jax.Array:

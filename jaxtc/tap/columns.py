@@ -9,6 +9,18 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtc.interchange import below
+
+
+def tokens_of(length: int, lengths: Any, starts: Any) -> Any:
+    """(B, T) booleans, T = ``length``: true on each row's tokens, where they stood as given.
+
+    ``lengths`` and ``starts``, (B,), are of :class:`jaxtc.model.prompts.Prompts`.
+    """
+    if starts is None:
+        return below(length, lengths)
+    return below(length, starts + lengths) & ~below(length, starts)
+
 
 def _moved(x: Any, by: Any, axis: int, rows: int) -> Any:
     """``x`` with each row's entries along ``axis`` rolled by its number (B,), as numpy.roll does.
