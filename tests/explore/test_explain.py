@@ -210,7 +210,7 @@ def test_json_holds_everything_and_no_nan():
 def test_padding_and_chunks_do_not_show(monkeypatch):
     prompt = " ".join(["the capital of texas is austin"] * 6)
     whole = explained(prompt=prompt)
-    monkeypatch.setattr(importlib.import_module("jaxtc.explore.explain"), "_CHUNK", 16)
+    monkeypatch.setattr(importlib.import_module("jaxtc.explore.measure"), "_CHUNK", 16)
     for one, other in zip(
         whole.layers[0].tokens, explained(prompt=prompt).layers[0].tokens, strict=True
     ):
