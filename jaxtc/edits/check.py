@@ -17,7 +17,7 @@ from jaxtc.edits.judge import Pass, check_conflicts, judge, refusal, settle
 from jaxtc.errors import EditError
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.prompts import Prompts
-from jaxtc.tap.columns import laid_right
+from jaxtc.tap.columns import from_first_column
 from jaxtc.tap.context import PerLayer, broadcasts
 from jaxtc.tap.positions import is_traced
 from jaxtc.tap.sites import BY_NAME, ORDER
@@ -175,7 +175,7 @@ def _value(edit: Edit, name: str, value: Any, sizes: dict[str, int], here: Pass)
             x = xp.broadcast_to(x, (*x.shape[:before], sizes["B"], *x.shape[before + 1 :]))
         over = [0] * (x.ndim - len(tokens)) + tokens
         for axis in np.flatnonzero(over):
-            x = laid_right(x, starts, int(axis), before)
+            x = from_first_column(x, starts, int(axis), before)
         return xp.pad(x, [(0, missing * each) for each in over])
 
     return jax.tree.map(lay, value)

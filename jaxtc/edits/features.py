@@ -35,7 +35,7 @@ class TranscoderEdit(Edit):
         site: defaults to the transcoder's output site (static).
         reads: defaults to the transcoder's input site, as a tuple of one (static).
         special_tokens: whether it applies to ``<bos>``, ``<eos>`` and padding too, which
-            transcoders were not trained on; ``result.left_out`` tells which tokens a run left alone
+            transcoders were not trained on; ``result.left_out`` tells which tokens those are
             (static).
     """
 
@@ -142,7 +142,7 @@ class Splice(TranscoderEdit):
     A transcoder's skip connection is part of its output.
 
     Where a transcoder replaces every token the MLP itself is not computed: with
-    ``special_tokens=True``, and for generated tokens.
+    ``special_tokens=True``, and in batches and generation steps without a special token.
     ``Splice({layer: transcoder})`` replaces several layers at once, each by its own; with
     ``layer=`` only those named, as data: a sweep over layers is one compiled program. Feature edits
     that follow in the list act on the spliced transcoder's features.

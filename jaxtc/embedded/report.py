@@ -16,7 +16,7 @@ from rich.console import Group
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from jaxtc.edits.base import Edit
+from jaxtc.edits.base import Edit, register_edit
 from jaxtc.edits.features import Splice
 from jaxtc.edits.values import Zero
 from jaxtc.embedded import DATA, model_folder, transcoder_folder
@@ -47,8 +47,13 @@ KINDS = {
     "h2": "two-hop, city held out (h2)",
 }
 _ROWS, _LENGTH = 128, 64
-# The tokens that splices replace.
-_TEXT = slice(1, None)
+
+
+@register_edit()
+class _Ablate(Zero):
+    """Zeros at the tokens that a splice replaces, as :func:`loss_recovered` asks."""
+
+    special_tokens = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +136,7 @@ def measure(
     check_text(root, tokenizer, source)
     transcoders = load_transcoders(transcoder_folder(root))
     splice = Splice(transcoders)
-    zero = Zero(site="mlp_out", position=_TEXT)
+    zero = _Ablate(site="mlp_out")
     texts = source.documents(stream, 0, documents, held_out=True)
     ids = list(pieces((encoded.ids for encoded in tokenizer.encode_batch(texts)), _LENGTH))
 

@@ -55,7 +55,7 @@ def pairs(
     both = [prepare(tokens, config, tokenizer=tokenizer) for tokens in (clean, corrupted)]
     if is_traced([prompts.lengths for prompts in both]):
         raise InputError("Patching compares lengths on the host: give prompts that are not traced.")
-    both = [prompts.laid_right() for prompts in both]
+    both = [prompts.without_left_padding() for prompts in both]
     sizes = [prompts.lengths.tolist() for prompts in both]
     if len(sizes[0]) != len(sizes[1]):
         raise InputError(

@@ -51,7 +51,7 @@ class Sweep:
     Attributes:
         values: what ``of`` gave, an array or a pytree of them, with the axes in front.
         axes: the axes' names in order, and the values along each, (n, ...).
-        left_out: (B, T) booleans, true on special tokens that edits of transcoders left alone.
+        left_out: (B, T) booleans: special tokens, if any edit spares them (``RunResult.left_out``).
     """
 
     values: Any

@@ -3,14 +3,9 @@
 Axis letters: T tokens of the prompt, D hidden, M features, V vocabulary.
 """
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-import jax
-import jax.numpy as jnp
-import numpy as np
 
 from jaxtc.errors import InputError, JaxtcError, SiteError
 from jaxtc.explore.explanation import (
@@ -20,24 +15,19 @@ from jaxtc.explore.explanation import (
     TokenReport,
     feature_url,
 )
+from jaxtc.explore.measure import NOTEBOOK_SITE, Written, check_finite, measure
 from jaxtc.helpers import check_unicode, explicit_transfers, is_whole, whole_number
 from jaxtc.model.gemma2 import Gemma2
-from jaxtc.model.prompts import bucket, prepare
+from jaxtc.model.prompts import prepare
 from jaxtc.model.text import tokenized
 from jaxtc.programs.generate import generate
 from jaxtc.programs.run import run
 from jaxtc.tap.sites import BY_NAME, Address, check_layer, parse
 from jaxtc.transcoders.cross_layer import CrossLayerTranscoder, LayerFeatures
 from jaxtc.transcoders.encoder import Encoder
-from jaxtc.transcoders.metrics import FVU, Mean, notebook_score, relative_error, special_token_mask
+from jaxtc.transcoders.metrics import special_token_mask
 from jaxtc.transcoders.promoted import pieces_of, promoted_pieces
-from jaxtc.transcoders.transcoder import Transcoder, nameless
-
-#: The site the Gemma Scope tutorial notebook feeds its transcoder: what the MLP reads, with the
-#: norm's gain. Gemma Scope's weights were trained on ``mlp_in_normed``.
-NOTEBOOK_SITE = "mlp_in"
-
-_CHUNK = 1024  # tokens encoded at once: bounds the dense (tokens, M) array
+from jaxtc.transcoders.transcoder import Transcoder
 
 
 @explicit_transfers
@@ -104,10 +94,12 @@ def explain(
     capture = [Address(site, layer) for layer in layers for site in sites]
     activations = run(model, ids, capture=capture, logits=None).activations
     for address in capture:
-        _check_finite(activations[address], f"What the model has at {address}", model.dtype)
-    special = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+        check_finite(activations[address], f"What the model has at {address}", model.dtype)
+    # The model's, as edits and metrics have them, and the tokenizer's where it has others.
+    of_tokenizer = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    special = {*config.special_ids, *of_tokenizer}
     pieces, masked = pieces_of(tokenizer, ids), special_token_mask(ids, special)
-    reports, written = [], _Written()
+    reports, written = [], Written()
     for layer in layers:
         progress(f"Explaining layer {layer}")
         transcoder = first if layer == layers[0] else transcoders[layer]
@@ -125,7 +117,7 @@ def explain(
                 f"{transcoder.features} features."
             )
         read = {name: BY_NAME[name].join(activations[Address(name, layer)][0]) for name in sites}
-        figures, got = _measure(transcoder, layer, site, read, ~masked, top_features, written)
+        figures, got = measure(transcoder, layer, site, read, ~masked, top_features, written)
         names = promoted_pieces(model, tokenizer, transcoder, got, promoted)
         features = [
             tuple(
@@ -181,7 +173,7 @@ def _by_layer(given: Any, layers: int) -> Mapping[int, Encoder]:
     if not given:
         raise JaxtcError("No transcoder was given; explain needs at least one.")
     for layer in given:
-        if not is_whole(layer):
+        if not is_whole(layer, -math.inf):
             raise JaxtcError(
                 f"A transcoder is under the key {layer!r}; keys are layers, whole numbers from 0: "
                 "{20: transcoder}."
@@ -189,22 +181,6 @@ def _by_layer(given: Any, layers: int) -> Mapping[int, Encoder]:
         if check_layer(layer, layers, "A transcoder") != layer:
             raise SiteError(f"A transcoder is for layer {layer}; count layers from 0 here.")
     return given
-
-
-def _check_finite(x: Any, what: str, dtype: Any) -> None:
-    """Refuse overflow: comparisons with NaN are false, so L0 would be 0."""
-    if np.isfinite(np.asarray(x)).all():
-        return
-    name = np.dtype(dtype).name
-    wider = {"float16": "'float32' or 'bfloat16'", "bfloat16": "'float32'"}.get(name)
-    remedy = wider and (
-        f"{name} may be too narrow for it: load it with dtype={wider} (--dtype, for the model, on "
-        "the command line)."
-    )
-    raise JaxtcError(
-        f"{what} is NaN or infinite somewhere on this prompt, so its figures would mean nothing. "
-        f"It was computed in {name}. {remedy or 'The weights are broken; load others.'}"
-    )
 
 
 def _input_site(name: str) -> str:
@@ -238,89 +214,3 @@ def continuation(tokenizer: Any, ids: list[int], new: list[int]) -> str:
     before = tokenizer.decode(ids, skip_special_tokens=True)
     after = tokenizer.decode([*ids, *new], skip_special_tokens=True)
     return after[len(before) :] if after.startswith(before) else tokenizer.decode(new)
-
-
-@functools.partial(jax.jit, static_argnames=("top", "chunk"))
-def _encode(transcoder: Encoder, x: jax.Array, top: int, chunk: int) -> dict[str, jax.Array]:
-    def one(x):
-        a = transcoder.encode(x)
-        values, ids = jax.lax.top_k(a, top)
-        counts = {"l0": (a > 0).sum(), "above_one": (a > 1).sum()}
-        cross = isinstance(transcoder, LayerFeatures)
-        y = jnp.moveaxis(transcoder.write_all(a), 0, -2) if cross else transcoder.decode(a, x)
-        return {"values": values, "ids": ids, "y": y, **counts}
-
-    return jax.lax.map(one, x, batch_size=chunk)
-
-
-class _Written:
-    """What a cross-layer transcoder's features write at each layer, added up layer by layer."""
-
-    def __init__(self):
-        self.layers, self.sums = 0, {}
-
-    def add(self, features: LayerFeatures, layer: int, parts: np.ndarray, x: Any) -> np.ndarray:
-        """(T, D) the reconstruction at this layer, once this one's ``parts`` (T, W, D) are added.
-
-        ``x`` (T, D) is what it reads. Raises JaxtcError when earlier layers were left out.
-        """
-        if not layer == features.layer == self.layers:
-            raise JaxtcError(
-                f"The reconstruction at layer {layer} is made of the features of layers 0 to "
-                f"{layer} of a cross-layer transcoder, and layer {self.layers} was not given. Give "
-                "the whole: jaxtc.load_transcoders(folder)."
-            )
-        self.layers += 1
-        for part, at in zip(np.moveaxis(parts, 1, 0), features.writes, strict=True):
-            self.sums[at] = self.sums.get(at, 0) + part
-        return np.asarray(features.finish(self.sums.pop(layer), x))
-
-
-def _encoded(transcoder: Encoder, x: jax.Array, top: int) -> dict[str, np.ndarray]:
-    """Strongest features, counts and reconstruction of (T, D) inputs, as (T, ...) on the host.
-
-    In the place of the reconstruction, what one layer of a cross-layer transcoder writes at each.
-
-    Padded, and without layer and source: few compiled programs serve all prompts and all layers.
-    """
-    T = len(x)
-    padded = np.pad(np.asarray(x, np.float32), ((0, bucket(T) - T), (0, 0)))
-    found = _encode(nameless(transcoder), padded, top, _CHUNK)
-    return {name: np.asarray(value)[:T] for name, value in found.items()}
-
-
-def _measure(
-    transcoder: Encoder,
-    layer: int,
-    site: str,
-    read: Mapping[str, Any],
-    keep: np.ndarray,
-    top: int,
-    written: _Written,
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Fields of a :class:`LayerReport`, from activations by site, and those of its tokens."""
-    got, cross = _encoded(transcoder, read[site], top), isinstance(transcoder, LayerFeatures)
-    if cross:
-        got["y"] = written.add(transcoder, layer, got["y"], read[site])
-    _check_finite(
-        got["y"], f"What the transcoder of layer {layer} computes", transcoder.W_dec.dtype
-    )
-    target = read[transcoder.output_site]
-    got["relative_error"] = relative_error(target, got["y"])
-    fvu = FVU().update(target, got["y"], keep)
-    score = math.nan
-    imitates = transcoder.output_site == "mlp_out" and transcoder.input_site != "mlp_out"
-    if imitates and not cross and transcoder.d_in == read[NOTEBOOK_SITE].shape[-1]:
-        score = notebook_score(target, _encoded(transcoder, read[NOTEBOOK_SITE], top)["y"])
-    figures = {
-        "layer": layer,
-        "transcoder": transcoder.source,
-        "width": transcoder.features,
-        "input_site": site,
-        "output_site": transcoder.output_site,
-        "fvu": fvu.fvu,
-        "explained_variance": fvu.explained_variance,
-        "notebook_score": score,
-        **{name: Mean().update(got[name], keep).mean for name in ("l0", "relative_error")},
-    }
-    return figures, got

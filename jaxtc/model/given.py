@@ -1,5 +1,6 @@
 """What people bring as prompts: ids, arrays, a tokenizer's batch, text; all become rows of ids."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from jaxtc.errors import InputError, some
 from jaxtc.interchange import plain
+from jaxtc.model.text import noted, tokenized
 
 
 class Given(NamedTuple):
@@ -22,7 +24,9 @@ class Given(NamedTuple):
     mask: Any = None
 
 
-def understand(tokens: Any, mask: Any = None, tokenizer: Any = None) -> Given:
+def ids_and_mask(
+    tokens: Any, mask: Any = None, tokenizer: Any = None, bos: int | None = None
+) -> Given:
     """Ids and mask of what was given as ``tokens``.
 
     Args:
@@ -30,14 +34,16 @@ def understand(tokens: Any, mask: Any = None, tokenizer: Any = None) -> Given:
             ``attention_mask``, as the ``BatchEncoding`` of ``transformers``; an encoding of the
             library ``tokenizers``; several of these; with ``tokenizer``, also text or texts.
         mask: given besides.
-        tokenizer: that of the model, to be called with the texts.
+        tokenizer: that of the model, to be called with the texts. What is odd about how it reads
+            them (:func:`jaxtc.model.text.tokenized`) is warned of, UserWarning.
+        bos: the model's ``bos_token_id``.
 
     Raises:
         InputError: a mapping without ids, two masks, or text without a tokenizer.
     """
     if is_text(tokens):
         texts = [tokens] if isinstance(tokens, str) else list(tokens)
-        return Given(_tokenized(texts, mask, tokenizer))
+        return Given(_tokenized(texts, mask, tokenizer, bos))
     found = _encoded(tokens)
     if found is None and isinstance(tokens, list | tuple) and len(tokens):
         several = [_encoded(one) for one in tokens]
@@ -64,7 +70,7 @@ def is_text(tokens: Any) -> bool:
     return isinstance(tokens, str) or several and isinstance(tokens[0], str)
 
 
-def _tokenized(texts: Sequence[Any], mask: Any, tokenizer: Any) -> list[list[int]]:
+def _tokenized(texts: Sequence[Any], mask: Any, tokenizer: Any, bos: int | None) -> list[list[int]]:
     if tokenizer is None:
         shown = some([repr(text) for text in texts])
         raise InputError(
@@ -80,7 +86,10 @@ def _tokenized(texts: Sequence[Any], mask: Any, tokenizer: Any) -> list[list[int
             f"tokenizer is a {type(tokenizer).__name__}, expected one of transformers', such as "
             "jaxtc.load_tokenizer(source)."
         )
-    return [list(tokenizer(text)["input_ids"]) for text in texts]
+    rows, notes = zip(*(tokenized(tokenizer, text, bos) for text in texts), strict=True)
+    for note in noted(dict(enumerate(notes))):
+        warnings.warn(note, UserWarning, stacklevel=2)
+    return list(rows)
 
 
 def _encoded(given: Any) -> Given | None:

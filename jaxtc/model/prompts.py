@@ -14,10 +14,10 @@ import numpy as np
 
 from jaxtc.errors import InputError
 from jaxtc.helpers import pytree
-from jaxtc.interchange import below, owned, plain
+from jaxtc.interchange import owned, plain
 from jaxtc.model.config import Gemma2Config
-from jaxtc.model.given import is_text, not_a_mask, not_ids, rows_of, spans_of, understand
-from jaxtc.tap.columns import laid_right, returned
+from jaxtc.model.given import ids_and_mask, is_text, not_a_mask, not_ids, rows_of, spans_of
+from jaxtc.tap.columns import from_first_column, returned, tokens_of
 
 
 @pytree
@@ -38,7 +38,7 @@ class Prompts:
     length: int = dataclasses.field(metadata={"static": True})
     starts: np.ndarray | jax.Array | None = None
 
-    def laid_right(self) -> "Prompts":
+    def without_left_padding(self) -> "Prompts":
         """The same prompts as if they had been given from the first column on."""
         longest = int(np.max(self.lengths))
         return dataclasses.replace(self, length=longest, starts=None)
@@ -46,9 +46,7 @@ class Prompts:
     @property
     def mask(self) -> Any:
         """(B, T) booleans, true on real tokens where they stood when they were given."""
-        if self.starts is None:
-            return below(self.length, self.lengths)
-        return below(self.length, self.starts + self.lengths) & ~below(self.length, self.starts)
+        return tokens_of(self.length, self.lengths, self.starts)
 
     @property
     def given(self) -> Any:
@@ -86,7 +84,8 @@ def prepare(
         extra: tokens that will be generated after the prompts.
         attention_mask: as ``tokens``, 1 (or true) on real tokens and 0 on padding, which may lie on
             either side of a prompt.
-        tokenizer: the model's, called with each text.
+        tokenizer: the model's, called with each text. A UserWarning says what is odd about how
+            it reads one: words that it does not know, ``<bos>`` missing or there twice.
 
     Raises:
         InputError: an empty prompt; ids that are not whole numbers of the vocabulary; more tokens
@@ -99,7 +98,7 @@ def prepare(
         _check_context(tokens.length, extra, config)
         return tokens
     text = is_text(tokens)
-    tokens, mask = understand(tokens, attention_mask, tokenizer)
+    tokens, mask = ids_and_mask(tokens, attention_mask, tokenizer, config.bos_token_id)
     lengths = plain(lengths)
     if lengths is not None and (mask is not None or text):
         raise InputError(
@@ -145,7 +144,7 @@ def _traced(tokens: Any, config: Gemma2Config, lengths: Any, mask: Any, extra: i
     if mask is not None and not isinstance(mask, jax.core.Tracer):
         starts, lengths = spans_of(mask, list(np.zeros(tokens.shape)))
         starts = starts if starts.any() else None
-        tokens = laid_right(tokens, starts, 1)
+        tokens = from_first_column(tokens, starts, 1)
     elif mask is not None:
         on = jnp.atleast_2d(jnp.asarray(mask)) != 0
         if on.shape != tokens.shape:
@@ -153,7 +152,7 @@ def _traced(tokens: Any, config: Gemma2Config, lengths: Any, mask: Any, extra: i
         starts, lengths = jnp.argmax(on, axis=1).astype(jnp.int32), on.sum(1)
         at = jnp.arange(length)[None] - starts[:, None]
         fits = (on == ((at >= 0) & (at < lengths[:, None]))).all(1)
-        tokens = laid_right(tokens, starts, 1)
+        tokens = from_first_column(tokens, starts, 1)
     if isinstance(lengths, jax.core.Tracer):
         lengths = jnp.broadcast_to(lengths, (batch,))
         fits &= (lengths >= 1) & (lengths <= length)
@@ -214,8 +213,8 @@ def _check_padding(
                 continue
             raise InputError(
                 f"Prompt {index} {side} with id {pad}, which is the padding of this model. Give "
-                "the tokenizer's whole output, or attention_mask=..., which says where the tokens "
-                "are on either side (lengths=... say it of rows padded on the right)."
+                "the tokenizer's whole output, or the ids with a mask of the tokens, "
+                '{"input_ids": ids, "attention_mask": mask}; or leave the padding out.'
             )
 
 

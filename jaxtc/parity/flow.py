@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxtc.errors import CapacityError, InputError, SourceError, WeightsError
 from jaxtc.helpers import JAXTC_VERSION, whole_number
@@ -27,7 +26,7 @@ from jaxtc.parity.certificate import Certificate, Prompt
 from jaxtc.parity.compare import Features
 from jaxtc.parity.job import Job
 from jaxtc.parity.ours import Comparison, captured
-from jaxtc.parity.texts import tokenised
+from jaxtc.parity.texts import prompts_of
 from jaxtc.parity.tolerances import tolerances
 from jaxtc.programs.generate import generate
 from jaxtc.tap.sites import check_layer
@@ -116,7 +115,7 @@ def certify(
     if of_layer is not None:
         chosen = sorted({*chosen, of_layer})
     tokenizer = functools.cache(functools.partial(load_tokenizer, model))
-    texts, ids, odd = tokenised(prompts, model, config, tokenizer, new_tokens)
+    texts, ids, odd = prompts_of(prompts, model, config, tokenizer, new_tokens)
     # mkdtemp makes it private (mode 0700).
     with tempfile.TemporaryDirectory(prefix="jaxtc-parity-") as root:
         _check_room(Path(root), config, ids, chosen, truth)
@@ -135,8 +134,8 @@ def certify(
         ours = load(folder, dtype=dtype)
         features = None
         if file:
-            special = [config.bos_token_id, config.pad_token_id, *np.ravel(config.eos_token_id)]
-            features = Features(load_transcoder(file, of_layer, **_SITES), limits, special)
+            reference = load_transcoder(file, of_layer, **_SITES)
+            features = Features(reference, limits, config.special_ids)
         side = Comparison(ours, work, exact, limits, features)
         new = [[] for _ in ids]
         with contextlib.ExitStack() as quietly:

@@ -9,11 +9,10 @@ import numpy as np
 from jaxtc.errors import InputError, SourceError
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.prompts import prepare
-from jaxtc.model.text import tokenized
+from jaxtc.model.text import noted, tokenized
 from jaxtc.weights.files import local
 from jaxtc.weights.sources.resolve import EMBEDDED
 
-_NOTES = 5  # on how prompts were tokenized; one a prompt would bury the rest
 # Of different lengths, and of different kinds of text; the last is about 100 tokens.
 TEXTS = (
     "The capital of the state containing Dallas is",
@@ -64,7 +63,7 @@ def read_prompts(path: str | Path) -> list[str]:
     return lines
 
 
-def tokenised(
+def prompts_of(
     prompts: Sequence[Any] | None,
     model: str | Path,
     config: Gemma2Config,
@@ -90,17 +89,14 @@ def tokenised(
             'least one in it, such as ["The capital of Texas is"].'
         )
     texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
-    ids, notes = [], []
+    ids, notes = [], {}
     for index, prompt in enumerate(prompts):
-        row, odd = prompt, []
+        row = prompt
         if isinstance(prompt, str):
-            row, odd = tokenized(tokenizer(), prompt, config.bos_token_id)
-        notes += [f"Prompt {index + 1}: {one}" for one in odd]
+            row, notes[index] = tokenized(tokenizer(), prompt, config.bos_token_id)
         try:
             prepare([row], config, extra=extra)
         except InputError as error:
             raise InputError(f"Prompt {index + 1} of {len(prompts)}: {error}") from error
         ids.append(np.asarray(row).tolist())
-    if len(notes) > _NOTES:
-        notes[_NOTES:] = [f"Of the prompts there are {len(notes) - _NOTES} more such notes."]
-    return texts, ids, notes
+    return texts, ids, noted(notes)

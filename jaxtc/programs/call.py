@@ -16,13 +16,13 @@ from jaxtc.edits.check import check_edits
 from jaxtc.edits.judge import all_there
 from jaxtc.errors import InputError
 from jaxtc.helpers import explicit_transfers, pytree
-from jaxtc.interchange import below
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import Prompts, among_ids, last_tokens
 from jaxtc.programs.leaves import rebuild
 from jaxtc.programs.recording import finish
 from jaxtc.sharding.placement import Placement
+from jaxtc.tap.columns import tokens_of
 from jaxtc.tap.sites import LOGITS, ORDER, Address
 from jaxtc.tap.tap import Tap
 
@@ -41,7 +41,7 @@ class RunResult:
         starts: (B,) int32, the column of each prompt's first token where some were padded on the
             left; None where every prompt begins in the first column.
         special_ids: of the tokens that stand for no text (static).
-        spared: whether an edit of the run left special tokens alone (static).
+        spared: whether an edit of the run spares special tokens (static).
 
     Arrays with an axis T have each prompt where it stood as it was given: prompts padded on the
     left come back on the right, and padding between is meaningless.
@@ -60,9 +60,7 @@ class RunResult:
     @explicit_transfers
     def mask(self) -> jax.Array:
         """(B, T) booleans, true on real tokens."""
-        if self.starts is None:
-            return below(self.length, self.lengths)
-        return below(self.length, self.last + 1) & ~below(self.length, self.starts)
+        return tokens_of(self.length, self.lengths, self.starts)
 
     @property
     def last(self) -> jax.Array:
@@ -79,9 +77,11 @@ class RunResult:
 
     @property
     def left_out(self) -> jax.Array:
-        """(B, T) booleans, true on special tokens where edits of transcoders did not apply.
+        """(B, T) booleans: the run's special tokens, if any of its edits spares them.
 
-        All false where the run had no such edit, or only some with ``special_tokens=True``.
+        Edits of transcoders do, but with ``special_tokens=True``; all false where no edit does.
+        Which layers, rows and positions the edits name makes no difference here. A metric's
+        ``left_out`` is a count of other tokens, see :mod:`jaxtc.transcoders.metrics`.
         """
         return self.mask & self._special & self.spared
 

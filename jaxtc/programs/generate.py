@@ -70,7 +70,7 @@ class Generation:
 
     @property
     def left_out(self) -> np.ndarray:
-        """(B, T) booleans, true on special tokens where edits of transcoders did not apply."""
+        """(B, T) booleans: special tokens, if any edit spares them (``RunResult.left_out``)."""
         return self._columns(lambda row: self.spared & np.isin(row, self.special_ids))
 
     def _columns(self, of: Callable[[np.ndarray], Any]) -> np.ndarray:

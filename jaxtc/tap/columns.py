@@ -9,6 +9,18 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtc.interchange import below
+
+
+def tokens_of(length: int, lengths: Any, starts: Any) -> Any:
+    """(B, T) booleans, T = ``length``: true on each row's tokens, where they stood as given.
+
+    ``lengths`` and ``starts``, (B,), are of :class:`jaxtc.model.prompts.Prompts`.
+    """
+    if starts is None:
+        return below(length, lengths)
+    return below(length, starts + lengths) & ~below(length, starts)
+
 
 def _moved(x: Any, by: Any, axis: int, rows: int) -> Any:
     """``x`` with each row's entries along ``axis`` rolled by its number (B,), as numpy.roll does.
@@ -31,6 +43,6 @@ def returned(x: Any, starts: Any, axis: int, rows: int = 0) -> Any:
     return x if starts is None else _moved(x, starts, axis, rows)
 
 
-def laid_right(x: Any, starts: Any, axis: int, rows: int = 0) -> Any:
+def from_first_column(x: Any, starts: Any, axis: int, rows: int = 0) -> Any:
     """The inverse of :func:`returned`: each row's tokens first, then its padding."""
     return x if starts is None else _moved(x, -starts, axis, rows)

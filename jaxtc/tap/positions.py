@@ -15,7 +15,7 @@ import numpy as np
 from jaxtc.errors import EditError
 from jaxtc.helpers import frozen_pytree
 from jaxtc.interchange import plain, plain_fields
-from jaxtc.tap.columns import laid_right
+from jaxtc.tap.columns import from_first_column
 
 # No text is as long: the open end of a span.
 FOREVER = 2**30
@@ -210,7 +210,7 @@ def _numbers(position: Any, prompts: Any, lengths: Any, what: Any, xp: Any) -> P
                 f"one boolean a token; got {given.shape}."
             )
         # One boolean a column, wherever the prompts stand there.
-        on = laid_right(xp.broadcast_to(given, (batch, length)), prompts.starts, 1)
+        on = from_first_column(xp.broadcast_to(given, (batch, length)), prompts.starts, 1)
         return Mask(xp.pad(on, [(0, 0), (0, width - length)]))
     if given.dtype.kind not in "iu" or given.ndim > 2 or not given.size:
         raise EditError(

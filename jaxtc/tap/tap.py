@@ -205,12 +205,16 @@ class Tap:
 
     def _everywhere(self, edit: Any) -> list[jax.Array]:
         """[() boolean], whether no token is left alone as special; empty where none ever is."""
-        return [] if edit.special_tokens or self.special is None else [~self.special.any()]
+        return [~self.special.any()] if self._spares(edit) else []
+
+    def _spares(self, edit: Any) -> bool:
+        """Whether the edit leaves special tokens alone."""
+        return not edit.special_tokens and self.special is not None
 
     def _tokens(self, edit: Any, x: jax.Array) -> list[jax.Array]:
         """Booleans that broadcast to ``x``: the positions and the rows of an edit."""
         parts = []
-        if self._everywhere(edit):
+        if self._spares(edit):
             parts.append(along(x, ~self.special, 0, BY_NAME[edit.site].sequence_axis))
         if edit.position is not None:
             axis = BY_NAME[edit.site].sequence_axis

@@ -104,9 +104,9 @@ class ReLU(Activation):
 class TopK(Activation):
     """The k largest pre-activations of a token, those of them above 0; else 0 (arXiv 2406.04093).
 
-    Of equal pre-activations the one with the lower id comes first. NaN counts as largest. So do
-    SAELens and sparsify; circuit-tracer alone keeps values below 0 where a token has fewer than k
-    above it.
+    As SAELens and sparsify compute it; circuit-tracer alone keeps values below 0 where a token has
+    fewer than k above it. Of equal pre-activations the one with the lower id comes first. NaN
+    counts as largest.
     """
 
     k: int

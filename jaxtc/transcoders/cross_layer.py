@@ -124,16 +124,7 @@ class LayerFeatures(Encoder):
         Raises:
             JaxtcError: there is a skip connection and ``x`` is missing.
         """
-        y = y + ranked(self.b_dec[...], y)
-        if self.W_skip is None:
-            return y
-        if x is None:
-            raise JaxtcError(
-                "This cross-layer transcoder has skip connections, so its output is not a function "
-                "of the features alone: give what it read too, decode(a, x)."
-            )
-        skip = jnp.einsum("...i,oi->...o", self._input(x), self.W_skip[...], precision="highest")
-        return y + skip
+        return self._skipped(y + ranked(self.b_dec[...], y), x)
 
 
 class CrossLayerTranscoder(nnx.Module):

@@ -55,13 +55,37 @@ def _sparse(a: jax.Array, capacity: int, placement: Placement | None) -> SparseF
 class Encoder(nnx.Module):
     """``a = activation(x W_enc + b_enc)``, (..., D) to (..., M) (arXiv 2408.05147, §2-3).
 
+    What is made of the features is the subclass's.
+
     Attributes:
         W_enc: (D, M), b_enc: (M,).
         activation: static; JumpReLU unless another is named, see
             :mod:`jaxtc.transcoders.activations`.
         threshold: (M,) of JumpReLU; None for an activation without one, as are the parameters of
             every other activation.
+        W_skip: (D, D), [out, in], or None.
+        layer: of the model, from 0, or None when unknown (static).
+        input_site, output_site: what is read, and what is imitated (static).
+        source: where it was loaded from, for messages and links (static).
     """
+
+    W_enc: nnx.Param
+    b_enc: nnx.Param
+    activation: Activation
+    W_skip: nnx.Param | None
+    layer: int | None
+    input_site: str
+    output_site: str
+    source: str
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        parameter = isinstance(vars(self).get(name), nnx.Variable)
+        if parameter and value is not None and not isinstance(value, nnx.Variable):
+            raise JaxtcError(
+                f"{name} is a parameter: write into it, .{name}[...] = new, in place of replacing "
+                f"it by {type(value).__name__}."
+            )
+        super().__setattr__(name, value)
 
     def _declare_activation(
         self,
@@ -182,6 +206,18 @@ class Encoder(nnx.Module):
     def _encoded(self, x: jax.Array) -> jax.Array:
         """What is multiplied with ``W_enc``, of ``x``."""
         return self._input(x)
+
+    def _skipped(self, y: jax.Array, x: jax.Array | None) -> jax.Array:
+        """``y + x W_skipᵀ`` where there is a skip connection, else ``y``."""
+        if self.W_skip is None:
+            return y
+        if x is None:
+            raise JaxtcError(
+                "This transcoder has a skip connection, so its output is not a function of the "
+                "features alone: give what it read too, decode(a, x)."
+            )
+        skip = jnp.einsum("...i,oi->...o", self._input(x), self.W_skip[...], precision="highest")
+        return y + skip
 
     def _placement(self) -> Placement | None:
         """:func:`placement_of`, quick on a single device."""

@@ -9,7 +9,7 @@ A ``mask`` (...), booleans, is true on the tokens that count. Give the result of
 place, ``FVU().update(y, guess, result)``: then neither padding counts nor special tokens, since
 transcoders are not trained on those and the norm of <bos> alone would swamp a sum of squares
 (``result.mask`` puts them back). Where nothing is given all tokens count, as is right for rows of
-tokens that were chosen before; ``left_out`` tells how many did not.
+tokens that were chosen before; a metric's ``left_out`` tells how many did not.
 """
 
 import dataclasses
@@ -65,7 +65,8 @@ class FVU:
     Attributes:
         tokens, mean: how many so far, and ȳ.
         deviation, residual: the denominator and the numerator.
-        left_out: how many tokens masks left out.
+        left_out: how many tokens masks left out, padding among them; not what edits left alone,
+            which ``result.left_out`` shows.
     """
 
     tokens: int = 0
@@ -131,7 +132,8 @@ class FeatureStatistics:
 
     L0 is the mean count of active features per token, a feature's density the fraction of tokens on
     which it is active, and a dead feature one that is active on none of them (which says as much
-    about the text as about the feature when the text is short). Active means above 0.
+    about the text as about the feature when the text is short). Active means above 0. ``left_out``
+    is as of :class:`FVU`.
     """
 
     def __init__(self, features: int):
@@ -184,7 +186,12 @@ class FeatureStatistics:
 
 @dataclasses.dataclass(eq=False)
 class Mean:
-    """A streaming mean of numbers, such as the losses of tokens."""
+    """A streaming mean of numbers, such as the losses of tokens.
+
+    Attributes:
+        tokens, total: how many so far, and their sum.
+        left_out: as of :class:`FVU`.
+    """
 
     tokens: int = 0
     total: float = 0.0
@@ -216,7 +223,8 @@ class Loss(Mean):
         special_tokens: whether special tokens count as answers: ``<eos>``, or a ``<bos>`` that is
             not the first.
         tokens, total, mean: how many answers so far, their losses' sum, its mean.
-        left_out: how many answers were special.
+        left_out: how many answers were special tokens; padding, which is no answer, is not counted
+            here as :class:`FVU` counts it.
     """
 
     special_tokens: bool = dataclasses.field(default=False, kw_only=True)

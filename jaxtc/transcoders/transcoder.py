@@ -98,15 +98,6 @@ class Transcoder(Encoder):
         self.layer, self.source = None if layer is None else int(layer), source
         self.input_site, self.output_site = parse(input_site)[0], parse(output_site)[0]
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        parameter = isinstance(vars(self).get(name), nnx.Variable)
-        if parameter and value is not None and not isinstance(value, nnx.Variable):
-            raise JaxtcError(
-                f"{name} is a parameter: write into it, transcoder.{name}[...] = new, in place of "
-                f"replacing it by {type(value).__name__}."
-            )
-        super().__setattr__(name, value)
-
     @property
     def d_out(self) -> int:
         """Width of what it writes."""
@@ -178,17 +169,6 @@ class Transcoder(Encoder):
     def _encoded(self, x: jax.Array) -> jax.Array:
         x = self._input(x)
         return x - ranked(self.b_dec[...], x) if self.subtract_b_dec else x
-
-    def _skipped(self, y: jax.Array, x: jax.Array | None) -> jax.Array:
-        if self.W_skip is None:
-            return y
-        if x is None:
-            raise JaxtcError(
-                "This transcoder has a skip connection, so its output is not a function of the "
-                "features alone: give what it read too, decode(a, x), or call transcoder(x)."
-            )
-        skip = jnp.einsum("...i,oi->...o", self._input(x), self.W_skip[...], precision="highest")
-        return y + skip
 
 
 def nameless(tree: Any) -> Any:

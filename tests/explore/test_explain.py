@@ -1,5 +1,6 @@
 """``explain`` against the same quantities computed by hand, and what it refuses."""
 
+import copy
 import dataclasses
 import importlib
 import json
@@ -63,6 +64,20 @@ def test_the_numbers_are_those_of_the_formulas(site):
         assert token.above_one == (a[position] > 1).sum()
         assert token.relative_error == pytest.approx(errors[position], rel=1e-5)
     assert (report.input_site, report.output_site, report.width) == (site, "mlp_out", 50)
+
+
+def test_every_stop_token_of_the_model_is_special_and_the_tokenizers_too():
+    config = dataclasses.replace(tiny.config(), eos_token_id=(1, 6), pad_token_id=None)
+    model = jaxtc.Gemma2(config, rngs=nnx.Rngs(0))
+    tokenizer = copy.deepcopy(tiny.tokenizer())
+    tokenizer.pad_token = "▁is"
+    (report,) = explain(model, tokenizer, PROMPT, tiny.transcoder(1), max_new_tokens=0).layers
+    assert [token.id for token in report.tokens if token.masked] == [2, 6, 8]
+    kept = [token for token in report.tokens if not token.masked]
+    assert report.l0 == pytest.approx(np.mean([token.l0 for token in kept]))
+    # The tokens that metrics of a run leave out by themselves.
+    counted = np.asarray(jaxtc.run(model, IDS).counted[0])
+    assert [id for id, on in zip(IDS, counted, strict=True) if not on] == [2, 6]
 
 
 def test_the_notebooks_score_is_taken_at_its_own_site_whatever_is_explained():
@@ -195,7 +210,7 @@ def test_json_holds_everything_and_no_nan():
 def test_padding_and_chunks_do_not_show(monkeypatch):
     prompt = " ".join(["the capital of texas is austin"] * 6)
     whole = explained(prompt=prompt)
-    monkeypatch.setattr(importlib.import_module("jaxtc.explore.explain"), "_CHUNK", 16)
+    monkeypatch.setattr(importlib.import_module("jaxtc.explore.measure"), "_CHUNK", 16)
     for one, other in zip(
         whole.layers[0].tokens, explained(prompt=prompt).layers[0].tokens, strict=True
     ):

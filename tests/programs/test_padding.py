@@ -1,6 +1,7 @@
 """Prompts of mixed lengths, padded as tokenizers do: each gives its own single-prompt numbers."""
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -243,6 +244,34 @@ def test_special_tokens_as_answers():
         metrics.Loss().update(jaxtc.run(tiny.model(), [2, 5], logits="last"))
 
 
+def test_what_is_odd_about_text_is_warned_of():
+    model, tokenizer = tiny.model(), tiny.tokenizer()
+    odd = {
+        "the capital of Rome": "The tokenizer does not know 'Rome'",
+        "<bos>the capital": "The prompt has <bos> twice",
+        "the capital<eos>": "The prompt ends in <eos>",
+    }
+    for text, message in odd.items():
+        with pytest.warns(UserWarning, match="^Prompt 2: " + message):
+            found = jaxtc.run(model, ["paris", text], tokenizer=tokenizer)
+        near(found.logits, jaxtc.run(model, [[2, 10], tokenizer(text).input_ids]).logits)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        jaxtc.generate(model, ["Rome"] * 9, 1, tokenizer=tokenizer)
+    said = [str(one.message) for one in told if one.category is UserWarning]
+    assert len(said) == 6 and said[-1] == "Of the prompts there are 4 more such notes."
+
+
+def test_a_tokenizer_may_be_any_callable():
+    class Bare:
+        def __call__(self, text):
+            return {"input_ids": tiny.tokenizer()(text).input_ids}
+
+    model = tiny.model()
+    found = jaxtc.run(model, "the capital", tokenizer=Bare()).logits
+    near(found, jaxtc.run(model, "the capital", tokenizer=tiny.tokenizer()).logits)
+
+
 def test_text():
     model, tokenizer = tiny.model(), tiny.tokenizer()
     texts = ["the capital of texas", "paris"]
@@ -284,7 +313,7 @@ def test_inside_a_trace():
 ONES, TEXTS = np.ones((1, 1, 2, 2)), {"tokenizer": tiny.tokenizer()}
 REFUSED = {
     "left, nothing said": (padded(LEFT)[0], {}, "Prompt 1 begins with id 0.*attention_mask"),
-    "right, nothing said": (padded([0] * 3)[0], {}, "Prompt 1 ends with id 0.*lengths"),
+    "right, nothing said": (padded([0] * 3)[0], {}, "Prompt 1 ends with id 0.*input_ids.*mask"),
     "lists": ([[2, 5, 6], [0, 2, 5]], {}, "Prompt 1 begins with id 0"),
     "one prompt": ([2, 5, 0], {}, "Prompt 0 ends with id 0"),
     "lengths, but left": (padded(LEFT)[0], {"lengths": LENGTHS}, "Prompt 1 begins"),

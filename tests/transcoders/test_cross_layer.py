@@ -77,7 +77,7 @@ def test_under_jit_and_in_bfloat16():
         (lambda: OURS.decode(np.zeros((4, 1, M))), "features of 3 layers, got arrays of 4"),
         (lambda: OURS.decode_at(2, np.zeros((2, M)), X[2]), "layers 0 to 2; got .* of 2 layers"),
         (lambda: OURS.decode_at(3, np.zeros((4, M)), X[2]), "layers 0 to 3; got"),
-        (lambda: OURS.decode(np.zeros((L, 1, M))), "skip connections.* decode\\(a, x\\)"),
+        (lambda: OURS.decode(np.zeros((L, 1, M))), "skip connection.* decode\\(a, x\\)"),
         (lambda: OURS.layers[1].write(np.zeros(M), 0), "layer 1 write at layers 1 to 2, not at"),
         (lambda: OURS.layers[1].decoder_rows(jnp.asarray([1]), 3), "not at layer 3"),
         (lambda: OURS.encode(X[..., :5]), "last axis is D=24"),
@@ -86,6 +86,19 @@ def test_under_jit_and_in_bfloat16():
 def test_refused(call, message):
     with pytest.raises(JaxtcError, match=message):
         call()
+
+
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "threshold", "W_dec", "b_dec", "W_skip"])
+def test_parameters_are_written_into_and_not_replaced(name):
+    one = cross_layer.in_memory(skip=True).layers[1]
+    held = getattr(one, name)
+    with pytest.raises(JaxtcError, match=rf"{name} is a parameter.*\.{name}\[...\] = new"):
+        setattr(one, name, np.zeros(held.shape, np.float32))
+    assert getattr(one, name) is held
+    held[...] = jnp.full(held.shape, 3.0)
+    assert (np.asarray(getattr(one, name)[...]) == 3).all()
+    one.W_skip = None
+    assert one.W_skip is None
 
 
 def test_promoted_tokens_are_of_all_that_a_feature_writes():
