@@ -12,6 +12,7 @@ import numpy as np
 from jaxtc.errors import InputError
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.prompts import Prompts, prepare
+from jaxtc.tap.columns import returned
 from jaxtc.tap.positions import Places, Token, is_traced, locate
 
 
@@ -23,7 +24,8 @@ class Pairs:
         labels: (P,) what an axis calls them: positions, or the text of a :class:`jaxtc.Token`.
         clean, corrupted: (B, P) int32, where each is in the two prompts.
         there: (B, P) booleans, whether both prompts have it.
-        prompts: the clean and the corrupted prompts, each from the first column on.
+        prompts: the clean prompts from the first column on, and the corrupted ones as they were
+            given, where edits stand.
     """
 
     labels: np.ndarray
@@ -36,7 +38,8 @@ class Pairs:
     def masks(self) -> np.ndarray:
         """(P, B, T) booleans: each place in the corrupted prompts, nothing where it is missing."""
         at = np.where(self.there, self.corrupted, -1).T[..., None]
-        return at == np.arange(self.prompts[1].length)
+        given = self.prompts[1]
+        return returned(at == np.arange(given.length), given.starts, 2, rows=1)
 
 
 def pairs(
@@ -55,7 +58,6 @@ def pairs(
     both = [prepare(tokens, config, tokenizer=tokenizer) for tokens in (clean, corrupted)]
     if is_traced([prompts.lengths for prompts in both]):
         raise InputError("Patching compares lengths on the host: give prompts that are not traced.")
-    both = [prompts.without_left_padding() for prompts in both]
     sizes = [prompts.lengths.tolist() for prompts in both]
     if len(sizes[0]) != len(sizes[1]):
         raise InputError(
@@ -87,7 +89,7 @@ def pairs(
         )
     tokens = any(isinstance(one, Token) for one in spelled)
     labels = np.array([str(one) for one in spelled] if tokens else spelled)
-    return Pairs(labels, *at, there, tuple(both))
+    return Pairs(labels, *at, there, (both[0].without_left_padding(), both[1]))
 
 
 def _located(position: Any, prompts: Prompts) -> Places:

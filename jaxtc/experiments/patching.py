@@ -26,6 +26,7 @@ from jaxtc.helpers import explicit_transfers, ranked, whole_number
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.programs.call import RunResult
 from jaxtc.programs.run import run
+from jaxtc.tap.columns import from_first_column, returned
 from jaxtc.tap.context import PerLayer
 from jaxtc.tap.sites import BY_NAME, SITES, Site, parse
 
@@ -118,7 +119,12 @@ def activation_patching(
     layers, value = along["layer"], kept.activations[site]
     if whole_number("window", window, 1) > len(layers):
         raise InputError(f"window is {window}, and this model has {len(layers)} layers.")
-    if positions is not None:
+    if positions is None:
+        # Token by token, where the corrupted prompts' tokens stand.
+        wider = corrupted.length - value.shape[2]
+        value = jnp.pad(value, [(0, wider * (axis == 2)) for axis in range(value.ndim)])
+        value = returned(value, corrupted.starts, 2, rows=1)
+    else:
         # Each place's own value, whatever its position is: (P, L, B, 1, ...).
         own = _at(value, places.clean)
         value = Over(jnp.moveaxis(own, 2, 0)[:, :, :, None], "position")
@@ -127,8 +133,11 @@ def activation_patching(
         "position": Over(places.masks),
     }
     patch = SetTo(PerLayer(value), site=site, **swept)
-    found = sweep(model, corrupted, [*edits, patch], of=of, chunk=chunk, progress=progress)
-    bad = run(model, corrupted, edits=edits, logits="last")
+    logits = _logits(of)
+    found = sweep(
+        model, corrupted, [*edits, patch], of=of, logits=logits, chunk=chunk, progress=progress
+    )
+    bad = run(model, corrupted, edits=edits, logits=logits)
     before = of(bad)
     values = _only_there(found.values, places, jnp.ndim(before) > 0)
     return Patching(values, along, of(kept), before, site, window)
@@ -170,15 +179,15 @@ def attribution_patching(
     places = pairs(model.config, clean, corrupted, positions, tokenizer)
     corrupted = places.prompts[1]
     kept, axes = _clean_run(model, places, names, heads, of)
-    slopes = gradients(model, corrupted, of, list(axes), edits=edits)
+    slopes = gradients(model, corrupted, of, list(axes), edits=edits, logits=_logits(of))
     found = {}
     for name, along in axes.items():
         there, here, slope = (
-            _at(group[name].astype(jnp.float32), at)
-            for group, at in (
-                (kept.activations, places.clean),
-                (slopes.activations, places.corrupted),
-                (slopes.gradients, places.corrupted),
+            _at(from_first_column(group[name].astype(jnp.float32), starts, 2, rows=1), at)
+            for group, starts, at in (
+                (kept.activations, None, places.clean),
+                (slopes.activations, corrupted.starts, places.corrupted),
+                (slopes.gradients, corrupted.starts, places.corrupted),
             )
         )
         # One term for each number; then summed to (L, P, ...), with B last.
@@ -223,7 +232,12 @@ def _clean_run(
             "layer": np.arange(config.num_hidden_layers),
             "position": places.labels,
         } | ({"head": np.arange(site.shape(config.sizes)[2])} if heads else {})
-    return run(model, places.prompts[0], capture=list(axes), logits="last"), axes
+    return run(model, places.prompts[0], capture=list(axes), logits=_logits(of)), axes
+
+
+def _logits(of: Score) -> str:
+    """Which logits a score is of: the last token's, where it does not say."""
+    return getattr(of, "logits", "last")
 
 
 def _site(name: str, heads: bool) -> Site:

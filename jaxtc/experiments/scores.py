@@ -174,6 +174,9 @@ class Loss:
 
     special_tokens: bool = dataclasses.field(default=False, metadata={"static": True})
 
+    # What patching has to ask for.
+    logits = "all"
+
     @explicit_transfers
     def __call__(self, result: RunResult) -> jax.Array:
         """(B,)."""

@@ -36,6 +36,7 @@ from jaxtc.programs.run import run
 from jaxtc.sharding.mesh import MeshLike
 from jaxtc.sharding.placement import Placement
 from jaxtc.sharding.rules import DATA
+from jaxtc.tap.columns import from_first_column
 from jaxtc.tap.sites import BY_NAME
 
 # Tokens of one chunk, all variants together, by default: enough to keep the processor busy.
@@ -139,8 +140,8 @@ def sweep(
     if not asked and not carried and logits is not None and first.max() > 0:
         same = [edit for edit in edits if not overs_of(edit)]
         asks = dict(edits=same, capture=["embed", "resid_post"], logits="last")
-        kept = run(model, dataclasses.replace(prompts, starts=None), **asks).activations
-        resume = _entering(kept, prompts.tokens.shape[1])
+        kept = run(model, prompts, **asks).activations
+        resume = _entering(kept, prompts.tokens.shape[1], prompts.starts)
     # Variants that begin at the same layer go together.
     order = np.argsort(first, kind="stable")
     plan = _Plan(config, tuple(axes), logits, prompts.length, place, key.prompt_lengths)
@@ -222,10 +223,11 @@ def _check_results(kept: Any, chunks: float) -> None:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _entering(kept: Activations, width: int) -> jax.Array:
+def _entering(kept: Activations, width: int, starts: Any) -> jax.Array:
     """(L, B, W, D) what enters each block, of a run's embedding and ``resid_post``."""
     # Not resid_pre: a variant may still edit that site.
     entering = jnp.stack([kept["embed"], *kept["resid_post"][:-1]])
+    entering = from_first_column(entering, starts, 2, rows=1)
     return jnp.pad(entering, [(0, 0), (0, 0), (0, width - entering.shape[2]), (0, 0)])
 
 

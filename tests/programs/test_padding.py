@@ -361,3 +361,57 @@ def test_a_mask_of_positions_stands_as_the_tokens_do():
         edit = Add(1.0, site="embed", position=np.ones_like(ids, bool))
         jaxtc.run(tiny.model(), ids, attention_mask=mask, edits=[edit])
     assert BY_NAME["embed"].axes == "B T D"
+
+
+@pytest.mark.parametrize("form", SOME)
+@pytest.mark.parametrize("layers", [[1, 2], [0, 1]])
+def test_sweeps_with_edits_of_all_variants(form, layers):
+    """Values and masks of edits without an axis stand as the tokens do, also in shared layers."""
+    make, starts = FORMS[form]
+    tokens, options = make()
+    model, of = tiny.model(), scores.Logit(7)
+    width = prepare(tokens, model.config, **options).length
+    value = np.random.default_rng(0).standard_normal((3, width, D)).astype(np.float32)
+    on = padded(starts, width)[0] % 3 == 2
+    zero = SetTo(0.0, site="mlp_out", layer=Over(layers))
+    edits = [Add(value, site="embed"), Add(2.0, site="layers.0.attn_out", position=on), zero]
+    found = jaxtc.sweep(model, tokens, edits, of=of, **options).values
+    for row, (start, n) in enumerate(zip(starts, LENGTHS, strict=True)):
+        own = slice(start, start + n)
+        edits = [
+            Add(value[row, own], site="embed"),
+            Add(2.0, site="layers.0.attn_out", position=on[row, own]), zero,
+        ]  # fmt: skip
+        near(found[:, row], jaxtc.sweep(model, PROMPTS[row], edits, of=of).values[:, 0])
+
+
+@pytest.mark.parametrize("score", [scores.Logit(7), scores.Loss()], ids=["logit", "loss"])
+@pytest.mark.parametrize("form", SOME)
+def test_patching(form, score):
+    """Clean and corrupted prompts padded alike or not, with edits that stand as the tokens do."""
+    make, starts = FORMS[form]
+    tokens, options = make()
+    model = tiny.model()
+    if options:
+        tokens = {"input_ids": tokens, **options}
+    width = prepare(tokens, model.config).length
+    clean = [[2, *[(i + 3) % 19 for i in prompt[1:]]] for prompt in PROMPTS]
+    value = np.random.default_rng(1).standard_normal((3, width, D)).astype(np.float32)
+    on = padded(starts, width)[0] % 3 == 2
+    edits = [Add(value, site="embed"), Add(1.5, site="layers.0.attn_out", position=on)]
+    measured = jaxtc.activation_patching(model, clean, tokens, score, edits=edits)
+    guessed = jaxtc.attribution_patching(model, clean, tokens, score, ["mlp_out", "q"], edits=edits)
+    for row, (start, n) in enumerate(zip(starts, LENGTHS, strict=True)):
+        own = slice(start, start + n)
+        edits = [
+            Add(value[row, own], site="embed"),
+            Add(1.5, site="layers.0.attn_out", position=on[row, own]),
+        ]  # fmt: skip
+        pair = clean[row], PROMPTS[row], score
+        single = jaxtc.activation_patching(model, *pair, edits=edits)
+        near(measured.values[:, :n, row], single.values[..., 0])
+        assert np.isnan(measured.values[:, n:, row]).all()
+        near(measured.corrupted[row], single.corrupted[0])
+        singles = jaxtc.attribution_patching(model, *pair, ["mlp_out", "q"], edits=edits)
+        for site, found in guessed.items():
+            near(found.values[:, :n, row], singles[site].values[..., 0])
