@@ -134,6 +134,8 @@ def estimate(
     check_logits(logits)
     asked = understand(capture, config.num_hidden_layers)
     if isinstance(tokens, tuple):
+        if lengths is not None or attention_mask is not None:
+            raise InputError("A size (B, T) has no lengths or mask; give token ids as lists.")
         if len(tokens) != 2 or not all(is_whole(n, 1) for n in tokens):
             raise InputError(
                 f"A size is a tuple (B, T) of prompts and tokens, got {tokens!r}; token ids are "

@@ -47,6 +47,8 @@ def ids_and_mask(
     found = _encoded(tokens)
     if found is None and isinstance(tokens, list | tuple) and len(tokens):
         several = [_encoded(one) for one in tokens]
+        if any(several) and None in several:
+            raise InputError("Some of these prompts are encodings, others are not; give one kind.")
         if None not in several:
             masks = [one.mask for one in several]
             if None in masks and any(one is not None for one in masks):
@@ -66,8 +68,8 @@ def ids_and_mask(
 def is_text(tokens: Any) -> bool:
     """Whether this is a text, or a list of texts."""
     array = isinstance(tokens, np.ndarray) and tokens.ndim == 1
-    several = (array or isinstance(tokens, Sequence)) and len(tokens) > 0
-    return isinstance(tokens, str) or several and isinstance(tokens[0], str)
+    several = array or isinstance(tokens, Sequence)
+    return isinstance(tokens, str) or several and any(isinstance(one, str) for one in tokens)
 
 
 def _tokenized(texts: Sequence[Any], mask: Any, tokenizer: Any, bos: int | None) -> list[list[int]]:
@@ -123,24 +125,28 @@ def rows_of(
             that makes the error, of the array.
     """
     several = isinstance(tokens, Sequence) and len(tokens) > 0
-    nested = several and np.ndim(tokens[0]) > 0
-    rows = [np.asarray(row) for row in tokens] if nested else [np.asarray(tokens)]
+    try:
+        nested = several and any(np.ndim(row) > 0 for row in tokens)
+        rows = [np.asarray(row) for row in tokens] if nested else [np.asarray(tokens)]
+    except ValueError:  # lists of different depth
+        raise (refusal or not_ids)(np.asarray(None)) from None
     if not nested and rows[0].ndim == 2:
         rows = list(rows[0])
     # A tokenizer asked for arrays gives each prompt as a batch of one.
     rows = [row[0] if row.ndim == 2 and len(row) == 1 else row for row in rows]
     for row in rows:
         if row.ndim != 1 or (row.size and row.dtype.kind not in kinds):
-            raise (refusal or not_ids)(row)
+            mixed = nested and row.ndim == 0  # a number among rows
+            raise (refusal or not_ids)(np.asarray(None) if mixed else row)
     return rows
 
 
 def not_ids(array: Any) -> InputError:
     """The error for an array that holds no ids."""
-    return InputError(
-        f"Token ids are whole numbers in one row or several, got an array of {array.dtype} with "
-        f"shape {array.shape}."
-    )
+    what = f"an array of {array.dtype} with shape {array.shape}"
+    if array.dtype == object:
+        what = "rows of different depth, or what are no numbers"
+    return InputError(f"Token ids are whole numbers in one row or several, got {what}.")
 
 
 def spans_of(mask: Any, rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -170,7 +176,9 @@ def spans_of(mask: Any, rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]
 
 def not_a_mask(what: Any, expected: Any = None) -> InputError:
     """The error for a mask of which ``what`` is wrong (or that array), of ``expected`` sizes."""
-    if expected is None:
+    if expected is None and what.dtype == object:
+        what = "has rows of different depth, or what are no numbers"
+    elif expected is None:
         what = f"is an array of {what.dtype} with shape {what.shape}"
     return InputError(
         f"The attention_mask {what}, expected 1 (or true) on tokens and 0 on padding, one for each "

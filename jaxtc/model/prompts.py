@@ -95,7 +95,9 @@ def prepare(
             NaN for a prompt with a bad id, length or mask.
     """
     if isinstance(tokens, Prompts):
-        _check_context(tokens.length, extra, config)
+        traced = isinstance(tokens.lengths, jax.core.Tracer)
+        longest = tokens.length if traced else int(np.max(tokens.lengths))
+        _check_context(longest, extra, config)
         return tokens
     text = is_text(tokens)
     tokens, mask = ids_and_mask(tokens, attention_mask, tokenizer, config.bos_token_id)
@@ -113,7 +115,7 @@ def prepare(
     starts = np.zeros(len(rows), np.int32)
     if mask is None:
         known = _lengths(lengths, held)
-        if config.pad_token_id is not None and not text:
+        if not text:
             _check_padding(rows, known, config, told=lengths is not None)
     else:
         starts, known = spans_of(mask, rows)
@@ -146,21 +148,24 @@ def _traced(tokens: Any, config: Gemma2Config, lengths: Any, mask: Any, extra: i
         starts = starts if starts.any() else None
         tokens = from_first_column(tokens, starts, 1)
     elif mask is not None:
-        on = jnp.atleast_2d(jnp.asarray(mask)) != 0
+        given = jnp.atleast_2d(jnp.asarray(mask))
+        on = given != 0
         if on.shape != tokens.shape:
             raise not_a_mask(f"has shape {on.shape}", tokens.shape)
         starts, lengths = jnp.argmax(on, axis=1).astype(jnp.int32), on.sum(1)
         at = jnp.arange(length)[None] - starts[:, None]
-        fits = (on == ((at >= 0) & (at < lengths[:, None]))).all(1)
+        fits = ((on == ((at >= 0) & (at < lengths[:, None]))) & (given == on)).all(1)
         tokens = from_first_column(tokens, starts, 1)
+    elif config.pad_token_id is not None:
+        fits &= tokens[:, 0] != config.pad_token_id
     if isinstance(lengths, jax.core.Tracer):
         lengths = jnp.broadcast_to(lengths, (batch,))
         fits &= (lengths >= 1) & (lengths <= length)
-        # The embedding of an id outside the vocabulary is NaN.
-        tokens = jnp.where(fits[:, None], tokens, config.vocab_size)
         lengths = jnp.clip(lengths, 1, length)
     else:
         lengths = _lengths(lengths, np.full(batch, length))
+    # The embedding of an id outside the vocabulary is NaN.
+    tokens = jnp.where(fits[:, None], tokens, config.vocab_size)
     # Ids past a prompt's length may be out of range, and their NaN would reach other tokens.
     real = jnp.arange(length)[None] < lengths[:, None]
     tokens = jnp.where(real, tokens, 0).astype(jnp.int32)
@@ -179,7 +184,10 @@ def _check_context(length: int, extra: int, config: Gemma2Config) -> None:
 
 def _lengths(lengths: Any, held: np.ndarray) -> np.ndarray:
     """(B,) tokens of each prompt, all of the ``held`` ones by default."""
-    known = held if lengths is None else np.atleast_1d(np.asarray(lengths))
+    try:
+        known = held if lengths is None else np.atleast_1d(np.asarray(lengths))
+    except ValueError:  # ragged
+        known = np.atleast_1d(None)
     if known.shape != held.shape or known.dtype.kind not in "iu":
         raise InputError(f"lengths must be {len(held)} whole numbers, got {lengths!r}.")
     if (known > held).any():
@@ -203,17 +211,22 @@ def _check_padding(
 
     ``told`` says that lengths were, which can only be of rows padded on the right.
     """
-    pad = config.pad_token_id
-    # Where padding is the id that ends texts, one of it may be that end.
-    least = 1 + (pad in (config.bos_token_id, *np.ravel(config.eos_token_id)))
+    ends = {i for i in np.ravel(config.eos_token_id).tolist() if i is not None}
     for index, (row, count) in enumerate(zip(rows, known, strict=True)):
         ids = row[:count]
-        for side, some in ("begins", ids[:least]), ("ends", ids[-least:]):
-            if len(some) < least or (some != pad).any() or (told and side == "ends"):
+        for side, some in ("begins", ids), ("ends", ids[::-1]):
+            pad = int(some[0])
+            # What ends texts pads them too, for some tokenizers: one at an end may be that end.
+            run = int(np.argmin(some == pad)) or len(some)
+            padding = pad == config.pad_token_id and pad not in ends
+            padding |= pad in ends and (
+                run > 1 or side == "begins" and config.bos_token_id in some[run : run + 1]
+            )
+            if not padding or (told and side == "ends"):
                 continue
             raise InputError(
-                f"Prompt {index} {side} with id {pad}, which is the padding of this model. Give "
-                "the tokenizer's whole output, or the ids with a mask of the tokens, "
+                f"Prompt {index} {side} with id {pad}, which pads or ends texts in this model. "
+                "Give the tokenizer's whole output, or the ids with a mask of the tokens, "
                 '{"input_ids": ids, "attention_mask": mask}; or leave the padding out.'
             )
 

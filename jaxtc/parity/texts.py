@@ -83,7 +83,8 @@ def prompts_of(
     if isinstance(prompts, Mapping):
         made = prepare(prompts, config, extra=extra)
         prompts = [row[:n] for row, n in zip(made.tokens, made.lengths, strict=True)]
-    if isinstance(prompts, str) or not hasattr(prompts, "__len__") or not len(prompts):
+    several = not isinstance(prompts, str) and hasattr(prompts, "__len__") and len(prompts)
+    if not several or any(isinstance(one, int | np.integer) for one in prompts):
         raise InputError(
             f"prompts is {prompts!r}, expected a list of texts (or of rows of token ids) with at "
             'least one in it, such as ["The capital of Texas is"].'
@@ -95,8 +96,8 @@ def prompts_of(
         if isinstance(prompt, str):
             row, notes[index] = tokenized(tokenizer(), prompt, config.bos_token_id)
         try:
-            prepare([row], config, extra=extra)
+            made = prepare([row], config, extra=extra)
         except InputError as error:
             raise InputError(f"Prompt {index + 1} of {len(prompts)}: {error}") from error
-        ids.append(np.asarray(row).tolist())
+        ids.append(made.tokens[0, : made.lengths[0]].tolist())
     return texts, ids, noted(notes)

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxtc.captures.request import understand
 from jaxtc.errors import InputError
-from jaxtc.helpers import explicit_transfers, whole_number
+from jaxtc.helpers import explicit_transfers, is_whole, whole_number
 from jaxtc.model.gemma2 import Gemma2
 from jaxtc.model.prompts import bucket
 from jaxtc.programs.generate import generate
@@ -48,8 +48,8 @@ def warm_up(
     """
     # The longest of each bucket: edits of the others may name positions that it has as well.
     longest, asked = {}, understand(options.get("capture", ()), model.config.num_hidden_layers)
-    for length in sorted(set(lengths)):
-        whole_number("A length", length, 1)
+    lengths = [lengths] if is_whole(lengths) else lengths
+    for length in sorted({whole_number("A length", length, 1) for length in lengths}):
         slots = bucket(length + max_new_tokens) if max_new_tokens else 0
         longest[bucket(length), slots, length if asked.unpadded else 0] = length
     if not longest:

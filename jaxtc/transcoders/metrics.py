@@ -15,7 +15,7 @@ tokens that were chosen before; a metric's ``left_out`` tells how many did not.
 import dataclasses
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -37,10 +37,11 @@ __all__ = [
 def special_token_mask(ids: Any, special_ids: Iterable[int]) -> np.ndarray:
     """(...) booleans: which of ``ids`` (...) are special (BOS, EOS, padding), wherever they stand.
 
-    None among ``special_ids``, of an absent token, is skipped.
+    None among ``special_ids``, of an absent token, is skipped. A tokenizer's output or a result may
+    stand for its ids.
 
     Raises:
-        InputError: a special id that is not an integer.
+        InputError: an id that is not an integer.
     """
     special_ids = [index for index in special_ids if index is not None]
     try:
@@ -49,7 +50,7 @@ def special_token_mask(ids: Any, special_ids: Iterable[int]) -> np.ndarray:
         raise InputError(
             f"special_ids are {special_ids!r}, expected whole numbers, such as [0, 1, 2]."
         ) from error
-    return np.isin(np.asarray(plain(ids)), special)
+    return np.isin(_ids(ids), special)
 
 
 @dataclasses.dataclass(eq=False)
@@ -286,9 +287,32 @@ def next_token_loss(logits: Any, tokens: Any) -> jax.Array:
     """Cross entropy of each next token, in nats: −log softmax(logits[t])[tokens[t+1]].
 
     Of ``logits`` (B, T, V) and ``tokens`` (B, T) to (B, T−1) float32; entry t is the loss of token
-    t+1. It says nothing where one of the two is padding: :class:`Loss` leaves that out.
+    t+1. It says nothing where one of the two is padding: :class:`Loss` leaves that out. NaN for an
+    id that does not exist.
+
+    Raises:
+        InputError: shapes that do not fit each other, or ids that are not whole numbers.
     """
-    return _next_token_loss(*owned(plain((logits, tokens))))
+    logits, tokens = plain(logits), _ids(tokens)
+    if np.ndim(logits) != 3 or np.shape(logits)[:2] != np.shape(tokens):
+        raise InputError(
+            f"Logits {list(np.shape(logits))} and tokens {list(np.shape(tokens))} do not fit: they "
+            "are (B, T, V) and (B, T). A run's are result.logits and result.tokens."
+        )
+    return _next_token_loss(*owned((logits, tokens)))
+
+
+def _ids(given: Any) -> Any:
+    """Ids as an array, also of a tokenizer's output or a result."""
+    given = getattr(given, "tokens", given)
+    ids = plain(given["input_ids"] if isinstance(given, Mapping) else given)
+    try:
+        ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
+    except ValueError:  # ragged
+        ids = np.asarray(None)
+    if ids.size and not (ids.dtype == bool or jnp.issubdtype(ids.dtype, jnp.integer)):
+        raise InputError(f"Token ids are whole numbers in rows of one length, got {ids.dtype}.")
+    return ids
 
 
 @jax.jit
@@ -335,6 +359,8 @@ def _rows(mask: Any, **arrays: Any) -> list[np.ndarray]:
         raise InputError(f"These must have one shape, (..., D): {given}.")
     mask = getattr(mask, "counted", mask)  # of a run
     keep = np.ones(leading, bool) if mask is None else np.asarray(plain(mask))
+    if keep.dtype == object:
+        raise InputError(f"The mask is a {type(mask).__name__}: give booleans, or a run's result.")
     if keep.dtype != bool or keep.shape != (*leading,):
         raise InputError(
             f"The mask is {keep.dtype}{list(keep.shape)}, expected bool{leading}: true on the "

@@ -415,3 +415,71 @@ def test_patching(form, score):
         singles = jaxtc.attribution_patching(model, *pair, ["mlp_out", "q"], edits=edits)
         for site, found in guessed.items():
             near(found.values[:, :n, row], singles[site].values[..., 0])
+
+
+BEYOND = {
+    "eos in front of bos": ([[1, 1, 2, 6, 4]], "Prompt 0 begins with id 1"),
+    "one eos in front of bos": ([[1, 2, 6, 4]], "Prompt 0 begins with id 1"),
+    "several eos": ([[2, 6, 4, 1, 1]], "Prompt 0 ends with id 1"),
+    "rows of different depth": ([2, [5]], "rows of different depth"),
+    "deeper rows": ([[2, [5]], [2]], "rows of different depth"),
+    "texts and ids": ([[2, 5], "paris"], "Got text"),
+    "encodings and ids": ([{"input_ids": [2, 5]}, [2, 6]], "Some of these prompts are encodings"),
+    "nothing": (None, "what are no numbers"),
+}
+
+
+@pytest.mark.parametrize("case", BEYOND)
+def test_refused_by_run(case):
+    tokens, message = BEYOND[case]
+    with pytest.raises(InputError, match=message):
+        jaxtc.run(tiny.model(), tokens)
+
+
+def test_one_eos_ends_a_text():
+    assert jaxtc.run(tiny.model(), [2, 5, 1], logits="last").lengths == [3]
+
+
+def test_more_refusals():
+    model = tiny.model()
+    for given in ([[1], [1, 2]], [[1, [1]]]):
+        with pytest.raises(InputError):
+            jaxtc.run(model, PROMPTS[:2], lengths=given)
+        with pytest.raises(InputError):
+            jaxtc.run(model, PROMPTS[:2], attention_mask=given)
+    with pytest.raises(InputError, match="A length is 'a'"):
+        jaxtc.warm_up(model, ["a", 5])
+    with pytest.raises(InputError, match=r"size \(B, T\) has no lengths"):
+        jaxtc.estimate(model, (2, 5), attention_mask=[1, 1])
+    result = jaxtc.run(model, PROMPTS)
+    with pytest.raises(InputError, match="do not fit"):
+        metrics.next_token_loss(result.logits, [PROMPTS[0]])
+    with pytest.raises(InputError, match="a Encoding|a object|mask is a"):
+        metrics.Mean().update(np.ones(2), object())
+
+
+def test_columns_beyond_the_context():
+    """Padding does not count as context, in sweeps neither."""
+    ids, on = np.zeros((1, 80), int), (np.arange(80) >= 75)[None]
+    ids[0, 75:] = PROMPTS[1]
+    edit = [SetTo(0.0, site="mlp_out", layer=Over([1, 2]))]
+    found = jaxtc.sweep(tiny.model(), ids, edit, of=scores.Logit(7), attention_mask=on).values
+    near(found, jaxtc.sweep(tiny.model(), PROMPTS[1], edit, of=scores.Logit(7)).values)
+
+
+def test_padding_inside_a_trace_is_no_token():
+    ids, _ = padded(LEFT)
+    found = jax.jit(lambda i: jaxtc.run(tiny.model(), i, logits="last").logits)(ids)
+    assert np.isnan(found[1:]).all() and not np.isnan(found[0]).any()
+
+
+def test_masks_of_tokenizers_output():
+    whole = batch(LEFT)
+    on = metrics.special_token_mask(whole, (0, 1, 2))
+    np.testing.assert_array_equal(on, np.isin(whole["input_ids"], (0, 1, 2)))
+    result = jaxtc.run(tiny.model(), whole)
+    np.testing.assert_array_equal(metrics.special_token_mask(result, (0, 1, 2)), on)
+    near(
+        metrics.next_token_loss(result.logits, whole),
+        metrics.next_token_loss(result.logits, result.tokens),
+    )
