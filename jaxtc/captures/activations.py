@@ -25,12 +25,14 @@ class Activations(Mapping):
         layers: how many the model has (static).
         reduced: what each reducer kept, by its name.
         aliases: the caller's names for arrays (static).
+        starts: of the prompts, see :class:`jaxtc.programs.call.RunResult`.
     """
 
     arrays: dict[Address, jax.Array]
     layers: int
     reduced: dict[str, Any] = dataclasses.field(default_factory=dict)
     aliases: tuple[tuple[str, str], ...] = ()
+    starts: Any = None
 
     def __getitem__(self, key: "str | Address") -> Any:
         if key in self.reduced:

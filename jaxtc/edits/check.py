@@ -161,7 +161,8 @@ def _value(edit: Edit, name: str, value: Any, sizes: dict[str, int], here: Pass)
             f"{edit}: its {name} of shape {shape} has an entry for each token of the prompt, and "
             "none for those that are generated: give position='prompt'."
         )
-    missing, starts = here.prompts.tokens.shape[1] - here.prompts.length, here.prompts.starts
+    missing = here.prompts.tokens.shape[1] - here.prompts.length
+    starts = None if getattr(edit, "laid", False) else here.prompts.starts
     if not any(tokens) or not missing and starts is None:
         return value
 

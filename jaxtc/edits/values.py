@@ -6,6 +6,7 @@ where information flows are in :mod:`jaxtc.edits.flow`, those that need a transc
 :mod:`jaxtc.edits.features`.
 """
 
+import dataclasses
 from typing import Any, Literal
 
 import jax
@@ -16,6 +17,7 @@ from jaxtc.captures.activations import Activations
 from jaxtc.edits.base import Edit, own_shape, register_edit
 from jaxtc.errors import EditError
 from jaxtc.interchange import plain
+from jaxtc.tap.columns import from_first_column
 from jaxtc.tap.context import Context, PerLayer, own
 from jaxtc.tap.positions import is_traced
 from jaxtc.tap.sites import BY_NAME, Address
@@ -261,7 +263,7 @@ class Detach(Edit):
         return jax.lax.stop_gradient(x)
 
 
-@register_edit()
+@register_edit("laid")
 class Freeze(Edit):
     """Hold a site at what a stored run had there: to ask what flows through the others.
 
@@ -270,10 +272,13 @@ class Freeze(Edit):
 
     Attributes:
         activations: ``result.activations`` of a run that captured the site; each layer gets its
-            own. Also one array for the site, or a :class:`jaxtc.PerLayer`.
+            own. Also one array for the site, or a :class:`jaxtc.PerLayer`. Those of a result are
+            held by each prompt's own tokens, however the two runs' prompts were padded.
+        laid: whether they begin with each prompt's first token; known from a result (static).
     """
 
     activations: Any
+    laid: bool = dataclasses.field(default=False, kw_only=True, repr=False)
     values = ("activations",)
 
     def __post_init__(self):
@@ -287,6 +292,10 @@ class Freeze(Edit):
             value = plain(stored[Address(self.site, self.layer if single else None)])
         except KeyError as error:
             raise EditError(f"{self}: the stored run lacks this site: {error.args[0]}.") from None
+        rows = int(per_layer and not single)
+        for axis in (i for i, letter in enumerate(BY_NAME[self.site].letters) if letter in "TS"):
+            value = from_first_column(value, stored.starts, axis + rows, rows)
+        object.__setattr__(self, "laid", True)
         if per_layer and not single:
             if value.shape[0] < stored.layers:
                 raise EditError(
@@ -308,7 +317,9 @@ class Apply(Edit):
         function: a callable that takes the site's array and gives one of the same shape and dtype.
             Where it is a pytree (``jax.tree_util.Partial``, a Flax or Equinox module) its arrays
             are data; a plain function is part of the compile key: define it once, outside loops.
-            To know positions or read other sites, subclass :class:`jaxtc.Edit` in its place.
+            The array has padding behind each prompt's tokens, up to a bucket of lengths: a function
+            that mixes tokens (a mean over T, say) must not take it for them. To tell it apart, to
+            know positions or to read other sites, subclass :class:`jaxtc.Edit` in its place.
     """
 
     function: Any

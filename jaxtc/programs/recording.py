@@ -92,7 +92,7 @@ def finish(
     if starts is not None:
         reduced = [r.moved(kept, starts) for r, kept in zip(reducers, reduced, strict=True)]
     named = dict(zip(asked.names, reduced, strict=True))
-    return Activations(arrays, layers, named, asked.aliases), logits
+    return Activations(arrays, layers, named, asked.aliases, starts), logits
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

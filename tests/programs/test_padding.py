@@ -483,3 +483,29 @@ def test_masks_of_tokenizers_output():
         metrics.next_token_loss(result.logits, whole),
         metrics.next_token_loss(result.logits, result.tokens),
     )
+
+
+@pytest.mark.parametrize("stored", SOME)
+@pytest.mark.parametrize("form", SOME)
+@pytest.mark.parametrize("site", ["resid_mid", "attn_pattern", "layers.1.v"])
+def test_frozen_to_a_run_in_another_layout(form, stored, site):
+    """Each prompt is held at its own tokens' activations, whichever way both runs were padded."""
+    model, results = tiny.model(), []
+    for name in (stored, form):
+        tokens, options = FORMS[name][0]()
+        results.append((tokens, {**options, "edits": [], "logits": "last"}))
+    widths = {prepare(tokens, model.config, **{k: v for k, v in o.items() if "mask" in k}).length
+              for tokens, o in results}  # fmt: skip
+    (first, a), (second, b) = results
+    push = Add(np.linspace(-1, 1, D), site="embed")
+    kept = jaxtc.run(model, first, **{**a, "edits": [push]}, capture=site).activations
+    edit = jaxtc.Freeze(kept, site=site)
+    if len(widths) > 1:
+        with pytest.raises(EditError, match="does not broadcast"):
+            jaxtc.run(model, second, **{**b, "edits": [edit]})
+        return
+    found = jaxtc.run(model, second, **{**b, "edits": [edit]}).logits
+    for row, prompt in enumerate(PROMPTS):
+        kept = jaxtc.run(model, prompt, edits=[push], capture=site).activations
+        single = jaxtc.run(model, prompt, edits=[jaxtc.Freeze(kept, site=site)], logits="last")
+        near(found[row], single.logits[0])
