@@ -212,16 +212,18 @@ def _check_padding(
     ``told`` says that lengths were, which can only be of rows padded on the right.
     """
     ends = {i for i in np.ravel(config.eos_token_id).tolist() if i is not None}
+    # Prompts that were padded are of one length; a single one needs no padding.
+    alike = len(rows) > 1 and len({len(row) for row in rows}) == 1
     for index, (row, count) in enumerate(zip(rows, known, strict=True)):
         ids = row[:count]
         for side, some in ("begins", ids), ("ends", ids[::-1]):
             pad = int(some[0])
             # What ends texts pads them too, for some tokenizers: one at an end may be that end.
             run = int(np.argmin(some == pad)) or len(some)
-            padding = pad == config.pad_token_id and pad not in ends
-            padding |= pad in ends and (
-                run > 1 or side == "begins" and config.bos_token_id in some[run : run + 1]
-            )
+            padding = pad == config.pad_token_id and (pad not in ends or run > 1)
+            if pad in ends:
+                in_front = side == "begins" and config.bos_token_id in some[run : run + 1]
+                padding |= in_front or (run > 1 and alike)
             if not padding or (told and side == "ends"):
                 continue
             raise InputError(

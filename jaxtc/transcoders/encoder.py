@@ -82,8 +82,8 @@ class Encoder(nnx.Module):
         parameter = isinstance(vars(self).get(name), nnx.Variable)
         if parameter and value is not None and not isinstance(value, nnx.Variable):
             raise JaxtcError(
-                f"{name} is a parameter: write into it, .{name}[...] = new, in place of replacing "
-                f"it by {type(value).__name__}."
+                f"{name} is a parameter: write into it, transcoder.{name}[...] = new, in place of "
+                f"replacing it by {type(value).__name__}."
             )
         super().__setattr__(name, value)
 

@@ -108,11 +108,11 @@ NAMES = tuple(whole())
 
 
 def kinds():
-    """Every kind of edit that the package defines."""
+    """Every kind of edit that users are given."""
     found, todo = set(), [Edit]
     while todo:
         cls = todo.pop()
-        more = [sub for sub in cls.__subclasses__() if sub.__module__.startswith("jaxtc.")]
+        more = [sub for sub in cls.__subclasses__() if sub.__module__.startswith("jaxtc.edits.")]
         todo += more
         found |= set() if more else {cls}
     return found

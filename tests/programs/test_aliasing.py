@@ -26,6 +26,7 @@ import jaxtc
 from jaxtc import metrics, reducers, scores
 from jaxtc.experiments import scores as scores_module
 from jaxtc.programs import program
+from jaxtc.transcoders import encoder as encoder_module
 from jaxtc.transcoders import metrics as metrics_module
 from jaxtc.transcoders import transcoder as transcoder_module
 from jaxtc.transcoders.encoder import SparseFeatures
@@ -156,7 +157,7 @@ def gradients(a):
 
 def divided(a):
     edit = jaxtc.Apply(Partial(add, a["function's"]), site="resid_mid", layer=0)
-    return jaxtc.run(on_mesh(), a["tokens"], edits=[edit]).logits
+    return jaxtc.run(on_mesh(), a["tokens"], lengths=LENGTHS, edits=[edit]).logits
 
 
 @cache
@@ -276,7 +277,8 @@ def test_without_the_copies_it_would(call, monkeypatch):
     if not read_in_place():
         pytest.skip("this jax copies NumPy's memory before it returns")
     expected(call)
-    for module in (program, transcoder_module, metrics_module, scores_module):
+    modules = program, encoder_module, transcoder_module, metrics_module, scores_module
+    for module in modules:
         monkeypatch.setattr(module, "owned", lambda tree: tree)
     for name in EXPOSED[call]:  # a machine with other work needs a larger window
         seen = any(changed(call, [name], length=length) for length in (3, 10, 30))

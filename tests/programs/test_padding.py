@@ -420,7 +420,7 @@ def test_patching(form, score):
 BEYOND = {
     "eos in front of bos": ([[1, 1, 2, 6, 4]], "Prompt 0 begins with id 1"),
     "one eos in front of bos": ([[1, 2, 6, 4]], "Prompt 0 begins with id 1"),
-    "several eos": ([[2, 6, 4, 1, 1]], "Prompt 0 ends with id 1"),
+    "several eos": ([[2, 6, 4, 1, 1], [2, 5, 7, 9, 4]], "Prompt 0 ends with id 1"),
     "rows of different depth": ([2, [5]], "rows of different depth"),
     "deeper rows": ([[2, [5]], [2]], "rows of different depth"),
     "texts and ids": ([[2, 5], "paris"], "Got text"),

@@ -49,7 +49,7 @@ def workspace(model, capture, logits, edits=()) -> int:
     module = sys.modules["jaxtc.programs.run"]
     asked = understand(capture, CONFIG.num_hidden_layers)
     leaves = parameters(model)
-    prompts = prepare(np.ones((BATCH, 256), int), CONFIG)
+    prompts = prepare(np.full((BATCH, 256), 5), CONFIG)
     place = placed(model, leaves, None)
     call = module.Call.of(CONFIG, prompts, asked, edits, logits, place)
     program = module._run.lower(*call.on_mesh(leaves)).compile()
@@ -78,7 +78,7 @@ def measure(folder: Path, mesh: str) -> dict:
     """Everything by the names of a plan's parts."""
     model = jaxtc.load_model(folder / "model", mesh=mesh, dtype="float32")
     transcoders = jaxtc.load_transcoders(folder / "transcoders", mesh=mesh)
-    tokens = np.arange(BATCH * LENGTH).reshape(BATCH, LENGTH) % 500
+    tokens = np.arange(BATCH * LENGTH).reshape(BATCH, LENGTH) % 500 + 4
     found = jaxtc.run(model, tokens, capture=WHOLE)
     kept = {
         "weights": held(model),
@@ -110,7 +110,7 @@ def of_real_width(mesh: str) -> dict:
     mesh, model = make_mesh(mesh), jaxtc.Gemma2.abstract(WIDE)
     places = zip(jax.tree.leaves(model), shardings(model, mesh), strict=True)
     leaves = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at) for x, at in places]
-    prompts = prepare(np.ones((4, 1024), int), WIDE)
+    prompts = prepare(np.full((4, 1024), 5), WIDE)
     asked = understand("resid_post", WIDE.num_hidden_layers)
     call = module.Call.of(WIDE, prompts, asked, (), "last", Placement.of(mesh))
     found = module._run.lower(*call.on_mesh(leaves)).compile().memory_analysis()

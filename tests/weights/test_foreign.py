@@ -76,7 +76,9 @@ def test_pickles_and_quantised_files_are_no_transcoders(tmp_path, name):
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(SourceError, match="pickle of PyTorch|GGUF"):
         jaxtc.load_transcoder(tmp_path / name)
-    with pytest.raises(SourceError, match="holds no transcoders: .*(pickle of PyTorch|GGUF)"):
+    with pytest.raises(
+        SourceError, match="holds no transcoders that jaxtc reads; .*(pickle of PyTorch|GGUF)"
+    ):
         jaxtc.load_transcoder(tmp_path, layer=0)
 
 
