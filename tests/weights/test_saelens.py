@@ -359,6 +359,7 @@ def test_a_release_of_them(tmp_path):
         jaxtc.load_transcoder(odd, layer=5)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_saelens_itself_agrees(tmp_path):
     """Where SAELens is installed: the folders made anew, and what jaxtc writes."""
     lens = pytest.importorskip("sae_lens")
