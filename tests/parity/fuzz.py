@@ -45,9 +45,11 @@ class Case:
 
     @property
     def prompts(self) -> list[list[int]]:
-        """Ids of the whole vocabulary; 0, which the reference pads with, is a token like others."""
+        """Ids of the vocabulary but for the special ones, which doors take for padding at ends."""
         random = np.random.default_rng(self.seed)
-        return [random.integers(self.config.vocab_size, size=n).tolist() for n in self.lengths]
+        size = self.config.vocab_size
+        drawn = [random.integers(size, size=n) for n in self.lengths]
+        return [np.where(ids < 3, size - 1, ids).tolist() for ids in drawn]
 
 
 def draw(seed: int, index: int) -> Case:
