@@ -17,13 +17,8 @@ from jaxtc.sharding.rules import variables
 from jaxtc.weights.load_model import load_config, load_tokenizer
 from tests.support import tiny
 from tests.support.google_tree import flat, tree_of
+from tests.weights.adapters.cases import IDS, SIZES
 
-IDS = [2, 5, 9, 33, 44, 12, 7, 8, 40, 11]
-SIZES = dict(
-    vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
-    num_attention_heads=4, num_key_value_heads=2, head_dim=6, query_pre_attn_scalar=10,
-    sliding_window=4, max_position_embeddings=64,
-)  # fmt: skip
 CONFIG = jaxtc.Gemma2Config(**SIZES)
 
 

@@ -7,7 +7,6 @@ key/value heads, H head dim, F MLP width.
 
 import contextlib
 import dataclasses
-import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ from jaxtc.errors import ConfigError, WeightsError, some
 from jaxtc.helpers import is_whole
 from jaxtc.model.config import Gemma2Config
 from jaxtc.model.released import RELEASED
+from jaxtc.weights.checkpoints import tree
 from jaxtc.weights.checkpoints.read import check_plain
 from jaxtc.weights.files import arrays, local, shards
 from jaxtc.weights.files.safetensors import FLOATS
@@ -298,10 +298,7 @@ def _orbax(folder: Path) -> Iterator[Any]:
     folder leads to as our error."""
     import orbax.checkpoint as ocp  # slow to import
 
-    absl = logging.getLogger("absl")
-    level = absl.level
-    absl.setLevel(logging.ERROR)  # warnings that a tree names no sharding
-    try:
+    with tree.quiet(f"The orbax tree in {folder}", "fetch it again"):
         # By each process without waiting for the others.
         process = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(
@@ -311,13 +308,3 @@ def _orbax(folder: Path) -> Iterator[Any]:
         handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
             yield reader
-    except WeightsError:
-        raise
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        raise WeightsError(
-            f"The orbax tree in {folder} cannot be read: {reason}. A copy was cut short, or files "
-            "were changed; fetch it again."
-        ) from error
-    finally:
-        absl.setLevel(level)

@@ -129,21 +129,33 @@ def _orbax(reads: Any = None, large: bool = False) -> Iterator[Any]:
         context.multiprocessing.primary_host = process
         context.multiprocessing.active_processes = {process}
         context.multiprocessing.barrier_sync_key_prefix = f"jaxtc_{process}"
-    # Warnings that there is no database, that what a killed save has left is removed, and of what
-    # becomes our errors.
+    what = reads and f"The arrays in {reads}"
+    with quiet(what, "copy or convert the checkpoint again"), context:
+        yield ocp
+
+
+@contextlib.contextmanager
+def quiet(reads: str | None, remedy: str) -> Iterator[None]:
+    """Orbax without its warnings, and with whatever a damaged file leads to as our error.
+
+    Args:
+        reads: what is read, for that error; None while writing, whose errors pass.
+        remedy: what to do about it.
+    """
+    # Warnings that there is no database, that a tree names no sharding, that what a killed save has
+    # left is removed, and of what becomes our errors.
     absl = logging.getLogger("absl")
     level = absl.level
     absl.setLevel(logging.ERROR)
     try:
-        with context:
-            yield ocp
-    except Exception as error:  # orbax raises whatever a damaged file leads to
-        if reads is None:
+        yield
+    except Exception as error:
+        if reads is None or isinstance(error, WeightsError):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         raise WeightsError(
-            f"The arrays in {reads} cannot be read: {reason}. A copy was cut short, or files were "
-            "changed; copy or convert the checkpoint again."
+            f"{reads} cannot be read: {reason}. A copy was cut short, or files were changed; "
+            f"{remedy}."
         ) from error
     finally:
         absl.setLevel(level)
