@@ -16,7 +16,6 @@ from jaxtc.errors import JaxtcError
 from jaxtc.helpers import explicit_transfers, ranked
 from jaxtc.interchange import owned, plain
 from jaxtc.model.parameters import declare, he_uniform, zeros
-from jaxtc.tap.sites import parse
 from jaxtc.transcoders.activations import Activation
 from jaxtc.transcoders.encoder import Encoder
 
@@ -63,8 +62,7 @@ class LayerFeatures(Encoder):
         self.b_dec = param((d_out,), ("embed",), zeros)
         self._declare_activation(activation, features, param)
         self.W_skip = param((d_out, d_in), ("embed", "embed"), zeros) if skip else None
-        self.layer, self.source = layer, source
-        self.input_site, self.output_site = parse(input_site)[0], parse(output_site)[0]
+        self._declare_place(layer, source, input_site, output_site)
 
     @property
     def d_out(self) -> int:

@@ -16,12 +16,13 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtc.errors import CapacityError, JaxtcError
-from jaxtc.helpers import explicit_transfers, is_whole, pytree, ranked
+from jaxtc.helpers import explicit_transfers, is_whole, plain_number, pytree, ranked
 from jaxtc.interchange import owned, plain
 from jaxtc.model.parameters import zeros
 from jaxtc.sharding.mesh import mesh_of, put
 from jaxtc.sharding.placement import Placement, placement_of, top_k
 from jaxtc.sharding.processes import whole
+from jaxtc.tap.sites import parse
 from jaxtc.transcoders.activations import Activation, activation_of, feature_axes, parameter_names
 
 
@@ -77,6 +78,16 @@ class Encoder(nnx.Module):
     input_site: str
     output_site: str
     source: str
+
+    def _declare_place(
+        self, layer: int | None, source: str, input_site: str, output_site: str
+    ) -> None:
+        """Where it belongs. Raises JaxtcError for what is no layer."""
+        layer = plain_number(layer)
+        if layer is not None and not is_whole(layer):
+            raise JaxtcError(f"layer is {layer!r}, expected a whole number from 0, or None.")
+        self.layer, self.source = None if layer is None else int(layer), source
+        self.input_site, self.output_site = parse(input_site)[0], parse(output_site)[0]
 
     def __setattr__(self, name: str, value: Any) -> None:
         parameter = isinstance(vars(self).get(name), nnx.Variable)

@@ -15,11 +15,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtc.errors import JaxtcError
-from jaxtc.helpers import explicit_transfers, is_whole, plain_number, ranked
+from jaxtc.helpers import explicit_transfers, is_whole, ranked
 from jaxtc.interchange import owned, plain
 from jaxtc.model.parameters import declare, he_uniform, zeros
 from jaxtc.sharding.placement import Placement, mix_rows
-from jaxtc.tap.sites import parse
 from jaxtc.transcoders.activations import Activation
 from jaxtc.transcoders.encoder import Encoder, SparseFeatures
 
@@ -92,11 +91,7 @@ class Transcoder(Encoder):
         self._declare_activation(activation, features, param)
         self.W_skip = param((d_out, d_in), ("embed", "embed"), zeros) if skip else None
         self.subtract_b_dec = bool(subtract_b_dec)
-        layer = plain_number(layer)
-        if layer is not None and not is_whole(layer):
-            raise JaxtcError(f"layer is {layer!r}, expected a whole number from 0, or None.")
-        self.layer, self.source = None if layer is None else int(layer), source
-        self.input_site, self.output_site = parse(input_site)[0], parse(output_site)[0]
+        self._declare_place(layer, source, input_site, output_site)
 
     @property
     def d_out(self) -> int:
