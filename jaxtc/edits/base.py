@@ -4,7 +4,7 @@ The kinds are in ``values``, ``flow`` and ``features`` beside this file; anyone 
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple, dataclass_transform
 
 import jax
@@ -59,6 +59,11 @@ def register_edit(*static: str) -> Callable[[type], type]:
     ``site`` is always static, and ``special_tokens`` where an edit has it.
     """
     return frozen_pytree("site", "special_tokens", *static)
+
+
+def spares(edits: Iterable["Edit"]) -> bool:
+    """Whether some edit leaves special tokens alone."""
+    return any(not edit.special_tokens for edit in edits)
 
 
 def own_shape(edit: "Edit", value: Any, layers: int) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxtc.captures.activations import Activations
 from jaxtc.captures.request import Captures, check_logits, understand
-from jaxtc.edits.base import Edit
+from jaxtc.edits.base import Edit, spares
 from jaxtc.edits.judge import Pass
 from jaxtc.errors import InputError
 from jaxtc.experiments.axes import Over, at_place, axes_of, check_axes, named, overs_of, prepared
@@ -164,8 +164,7 @@ def sweep(
             jax.block_until_ready(kept)
             progress(min(start + chunk, len(order)), len(order))
     axes = {name: owned(values) for name, values in axes.items()}  # a whole dict would be sorted
-    spared = any(not edit.special_tokens for edit in edits)
-    left_out = spared & among_ids(prompts.given, config.special_ids) & prompts.mask
+    left_out = spares(edits) & among_ids(prompts.given, config.special_ids) & prompts.mask
     return Sweep(_join(found, np.argsort(order), shape), axes, left_out)
 
 

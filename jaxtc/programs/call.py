@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtc.captures.activations import Activations
 from jaxtc.captures.base import Reducer
 from jaxtc.captures.request import Asked
-from jaxtc.edits.base import Edit
+from jaxtc.edits.base import Edit, spares
 from jaxtc.edits.check import check_edits
 from jaxtc.edits.judge import all_there
 from jaxtc.errors import InputError
@@ -168,7 +168,7 @@ class Call:
             record, self.asked, self.reducers, config.num_hidden_layers, prompts,
             prompts.length < prompts.tokens.shape[1], logits if whole else None,
         )  # fmt: skip
-        spared = any(not edit.special_tokens for edit in self.edits)
+        spared = spares(self.edits)
         return RunResult(
             cut if whole else logits, found, prompts.given, prompts.lengths, prompts.length,
             prompts.starts, config.special_ids, spared,

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxtc.captures.activations import Activations
 from jaxtc.captures.request import Captures, check_per_token, understand
-from jaxtc.edits.base import Edit
+from jaxtc.edits.base import Edit, spares
 from jaxtc.edits.check import check_edits, of_phase
 from jaxtc.errors import InputError, JaxtcError
 from jaxtc.helpers import explicit_transfers, is_whole, whole_number
@@ -197,7 +197,7 @@ def generate(
     known = rows(ends) if (ends < whole.length).any() else None
     activations, _ = recording.finish(state[1], asked, reducers, layers, whole, ends=known)
     given = [texts[i, :n].tolist() for i, n in enumerate(prompts.lengths)]
-    spared = any(not edit.special_tokens for edit in checked)
+    spared = spares(checked)
     return Generation(
         given, new, activations, ends, whole.length, prompts.starts, config.special_ids, spared
     )
