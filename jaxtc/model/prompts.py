@@ -218,6 +218,8 @@ def _check_padding(
         ids = row[:count]
         for side, some in ("begins", ids), ("ends", ids[::-1]):
             pad = int(some[0])
+            if pad != config.pad_token_id and pad not in ends:
+                continue
             # What ends texts pads them too, for some tokenizers: one at an end may be that end.
             run = int(np.argmin(some == pad)) or len(some)
             padding = pad == config.pad_token_id and (pad not in ends or run > 1)

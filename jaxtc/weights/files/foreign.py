@@ -13,8 +13,8 @@ _TO_SAFETENSORS = (
     "transformers reads it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new)"
 )
 _PICKLE = (
-    f"a pickle of PyTorch, which can run code and is never read; {_TO_SAFETENSORS}, "
-    "or torch.load(..., weights_only=True) and safetensors.torch.save_file"
+    f"a pickle of PyTorch, which can run code and is never read; {_TO_SAFETENSORS}; or load it in "
+    "PyTorch with weights_only=True and write it with safetensors.torch.save_file"
 )
 _GGUF = "quantised weights of llama.cpp (GGUF); give the checkpoint that they were made from"
 _KINDS = {
